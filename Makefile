@@ -1,0 +1,34 @@
+# The lines that a user types; .ci/run runs the same ones.
+PYTHON ?= python3
+BIN := .venv/bin
+# Benign on every platform: idle OpenMP threads sleep instead of spinning.
+export OMP_WAIT_POLICY ?= passive
+
+.PHONY: help setup serve test check bench clients clean
+help:    ## show this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
+
+setup: .venv/installed  ## make .venv and install everything into it
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "headgate needs Python 3.11 or newer: make PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[runtime,dev]'
+	touch $@
+
+serve: setup  ## the gateway and one runtime worker with the pocket model, on port 8080 or HEADGATE_PORT
+	@$(BIN)/headgate serve
+
+test: setup  ## every test that needs no peer and no download
+	$(BIN)/python -m pytest
+
+check: setup  ## style, types, layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/test_layers.py
+
+bench: setup  ## the benchmarks that need no peer; writes docs/benchmarks.md
+	$(BIN)/python -m benchmarks
+
+clean:   ## forget the environment and every cache
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
