@@ -1,4 +1,4 @@
-"""The shape of a policy file: frozen models that forbid unknown keys. Knows nothing of YAML or of files.
+"""The shape of a policy file: frozen models that forbid unknown keys. Knows no YAML and no files.
 
 Every field has a description; `docs/policy.md` is tested to name each of them.
 """
@@ -9,7 +9,14 @@ import ipaddress
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    model_validator,
+)
 
 
 class _Policy(BaseModel):
@@ -20,8 +27,8 @@ def _loopback(host: str) -> str:
     """Anything but loopback would serve strangers: there are no keys yet."""
     if host != "localhost" and not _is_loopback_address(host):
         raise ValueError(
-            f"{host!r} is not a loopback address; without API keys only 127.0.0.1, ::1 and localhost "
-            "are served"
+            f"{host!r} is not a loopback address; without API keys only 127.0.0.1, ::1 and "
+            "localhost are served"
         )
     return host
 
@@ -34,10 +41,24 @@ def _is_loopback_address(host: str) -> bool:
 
 
 def _base_url(url: str) -> str:
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.netloc:
-        raise ValueError(f"{url!r} is not a base URL such as http://127.0.0.1:8000")
+    wrong = ValueError(f"{url!r} is not a base URL such as http://127.0.0.1:8000")
+    try:
+        parts = urlsplit(url)
+        readable = parts.hostname and parts.port != 0 and url.isascii() and url.isprintable()
+    except ValueError:  # half an IPv6 address, a port beyond 65535
+        raise wrong from None
+    if parts.scheme not in ("http", "https") or not readable or " " in url:
+        raise wrong
+    if parts.query or parts.fragment:
+        raise ValueError(f"{url!r} has a query or a fragment, which a base URL cannot have")
     return url.rstrip("/").removesuffix("/v1")
+
+
+def _integer(value: object) -> object:
+    """A Literal compares by equality, so that `true` and `1.0` would pass for 1."""
+    if type(value) is not int:
+        raise ValueError(f"expected the integer 1, got {value!r}")
+    return value
 
 
 class Gateway(_Policy):
@@ -47,19 +68,28 @@ class Gateway(_Policy):
         "127.0.0.1", description="Address to listen on; loopback only."
     )
     port: int = Field(
-        8080, ge=0, le=65535, description="Port to listen on; HEADGATE_PORT overrides it; 0 takes a free one."
+        8080,
+        ge=0,
+        le=65535,
+        description="Port to listen on; HEADGATE_PORT overrides it; 0 takes a free one.",
     )
     max_body_bytes: int = Field(
         8 * 2**20, ge=1024, le=2**30, description="Larger request bodies are refused with 413."
     )
     body_timeout_s: float = Field(
-        15.0, gt=0, le=600, description="A request whose headers or body take longer is refused with 408."
+        15.0,
+        gt=0,
+        le=600,
+        description="A request whose headers or body take longer is refused with 408.",
     )
     connect_timeout_s: float = Field(
         5.0, gt=0, le=600, description="Longest wait for a connection to a replica."
     )
     first_byte_timeout_s: float = Field(
-        300.0, gt=0, le=86400, description="Longest wait for a replica's first byte, prefill included."
+        300.0,
+        gt=0,
+        le=86400,
+        description="Longest wait for a replica's first byte, prefill included.",
     )
     idle_timeout_s: float = Field(
         120.0, gt=0, le=86400, description="Longest silence of a replica inside a stream."
@@ -71,7 +101,10 @@ class Gateway(_Policy):
         20.0, ge=0, le=3600, description="How long running requests may go on after Ctrl-C."
     )
     max_in_flight: int = Field(
-        1024, ge=1, le=10**6, description="Requests at once; more are refused with 503 and Retry-After."
+        1024,
+        ge=1,
+        le=10**6,
+        description="Requests at once; more are refused with 503 and Retry-After.",
     )
 
 
@@ -79,7 +112,8 @@ class Runtime(_Policy):
     """Our own engine: one model, one or several worker processes."""
 
     model: str = Field(
-        "pocket", min_length=1,
+        "pocket",
+        min_length=1,
         description="`pocket`, a Hugging Face folder (relative to the policy file), or a hub name.",
     )
     revision: str | None = Field(None, description="Branch, tag or commit of a hub name.")
@@ -97,19 +131,28 @@ class Runtime(_Policy):
         None, ge=1, le=1024, description="CPU threads a worker; default: cores divided by workers."
     )
     context_tokens: int | None = Field(
-        None, ge=16, le=2**24, description="Longest prompt plus answer; default: what the model was trained for."
+        None,
+        ge=16,
+        le=2**24,
+        description="Longest prompt plus answer; default: what the model was trained for.",
     )
     kv_tokens: int = Field(
         32768, ge=64, le=2**28, description="Tokens that the paged KV pool holds, in blocks of 16."
     )
     step_tokens: int = Field(
-        512, ge=16, le=2**20, description="Token budget of one step, decode and prefill chunks together."
+        512,
+        ge=16,
+        le=2**20,
+        description="Token budget of one step, decode and prefill chunks together.",
     )
     max_sequences: int = Field(
         64, ge=1, le=4096, description="Sequences in one batch; more wait in arrival order."
     )
     max_waiting: int = Field(
-        1024, ge=1, le=10**6, description="Waiting requests; more are refused with 503 and Retry-After."
+        1024,
+        ge=1,
+        le=10**6,
+        description="Waiting requests; more are refused with 503 and Retry-After.",
     )
 
 
@@ -120,7 +163,8 @@ class Upstream(_Policy):
         description="Base URL, with or without /v1."
     )
     api_key_env: str | None = Field(
-        None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$",
+        None,
+        pattern=r"^[A-Za-z_][A-Za-z0-9_]*$",
         description="Environment variable that holds the key sent to this server.",
     )
 
@@ -128,7 +172,9 @@ class Upstream(_Policy):
 class Deployment(_Policy):
     """A policy file, whole."""
 
-    version: Literal[1] = Field(description="Version of this schema.")
+    version: Annotated[Literal[1], BeforeValidator(_integer)] = Field(
+        description="Version of this schema."
+    )
     gateway: Gateway = Field(Gateway(), description="The edge that clients talk to.")
     runtime: Runtime | None = Field(None, description="Our own engine on this machine.")
     upstreams: tuple[Upstream, ...] = Field(

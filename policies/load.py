@@ -1,0 +1,99 @@
+"""File -> policy, or PolicyError: `file:line:col  path  problem; did you mean`, one line a problem.
+
+Knows where files and the environment come in; `yaml_tree` reads YAML, `problems` explains.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from policies.model_folder import ModelError, find_model
+from policies.problems import Places, PolicyError, Problem, dotted, explain
+from policies.schema import Deployment, Runtime
+from policies.yaml_tree import parse
+
+__all__ = ["PolicyError", "Problem", "load", "port_of", "resolve_model", "with_environment"]
+
+FILE_BYTES_MAX = 256 * 2**10
+PORT_VARIABLE = "HEADGATE_PORT"
+
+
+def load(path: str | Path) -> Deployment:
+    """The policy in a file. Raises PolicyError with every problem that was found."""
+    file = str(path)
+    data, places, problems = _read(file)
+    try:
+        deployment = Deployment.model_validate(data)
+    except ValidationError as error:
+        problems += explain(error, Deployment, file, places)
+    if problems:
+        raise PolicyError(*sorted(problems, key=_order))
+    return deployment
+
+
+def resolve_model(policy: str | Path, runtime: Runtime) -> Path | str:
+    """The folder of `runtime.model`, checked, or a hub name. Raises PolicyError at its line."""
+    try:
+        return find_model(runtime.model, Path(policy).absolute().parent)
+    except ModelError as error:
+        _, places, _ = _read(str(policy))
+        path = ("runtime", "model")
+        place = places.of(path)
+        raise PolicyError(
+            Problem(str(policy), str(error), place, dotted(path), error.suggestion)
+        ) from None
+
+
+def with_environment(deployment: Deployment, environ: Mapping[str, str] = os.environ) -> Deployment:
+    """The policy with what the environment overrides: its port. Raises PolicyError for junk."""
+    port = port_of(environ)
+    if port is None:
+        return deployment
+    gateway = deployment.gateway.model_copy(update={"port": port})
+    return deployment.model_copy(update={"gateway": gateway})
+
+
+def port_of(environ: Mapping[str, str] = os.environ) -> int | None:
+    """HEADGATE_PORT, or None where it is not set or empty. Raises PolicyError for a junk value."""
+    text = environ.get(PORT_VARIABLE, "").strip()
+    if not text:
+        return None
+    if re.fullmatch("[0-9]{1,5}", text) is None or int(text) > 65535:
+        raise PolicyError(
+            Problem(PORT_VARIABLE, f"expected a port from 0 to 65535, got {text[:40]!r}")
+        )
+    return int(text)
+
+
+def _order(problem: Problem) -> tuple[int, int]:
+    return (problem.place.line, problem.place.column) if problem.place else (0, 0)
+
+
+def _read(file: str) -> tuple[Any, Places, list[Problem]]:
+    return parse(file, _text_of(file))
+
+
+def _text_of(file: str) -> str:
+    try:
+        with Path(file).open("rb") as stream:
+            body = stream.read(FILE_BYTES_MAX + 1)
+    except FileNotFoundError:
+        raise PolicyError(Problem(file, "no such file")) from None
+    except IsADirectoryError:
+        raise PolicyError(Problem(file, "is a folder, expected a YAML file")) from None
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise PolicyError(Problem(file, f"cannot be read: {reason}")) from None
+    if len(body) > FILE_BYTES_MAX:
+        raise PolicyError(Problem(file, f"is larger than {FILE_BYTES_MAX} bytes"))
+    try:
+        return body.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        message = f"is not UTF-8: byte {error.object[error.start]:#04x} at offset {error.start}"
+        raise PolicyError(Problem(file, message)) from None

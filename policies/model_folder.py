@@ -1,0 +1,134 @@
+"""`runtime.model` -> a folder that can be served, or a hub name. Reads names, never weights.
+
+Knows the layout of a Hugging Face folder; knows neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+POCKET = "pocket"
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+class ModelError(Exception):
+    """There is no such model, or its folder cannot be served."""
+
+    def __init__(self, message: str, suggestion: str | None = None) -> None:
+        super().__init__(message)
+        self.suggestion = suggestion
+
+
+def pocket_folder(part: str = "target") -> Path:
+    """The folder of the model that ships, found beside the package without importing it."""
+    spec = importlib.util.find_spec(POCKET)
+    if spec is None or not spec.submodule_search_locations:
+        raise ModelError("the package `pocket` is not installed: install headgate again")
+    return Path(next(iter(spec.submodule_search_locations))) / part
+
+
+def find_model(name: str, beside: Path) -> Path | str:
+    """A checked folder, or a hub name as it is. `beside` is the folder of the policy file.
+
+    Raises ModelError.
+    """
+    if name == POCKET:
+        folder = pocket_folder()
+        if not folder.is_dir():
+            raise ModelError(
+                f"the pocket model's folder {folder} is missing: install headgate again"
+            )
+        check_folder(folder)
+        return folder
+    try:
+        folder = beside / Path(name).expanduser()
+        exists = folder.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # ~nobody, too long, a null byte
+        raise ModelError(f"{name[:60]!r} is not a usable folder name: {error}") from None
+    if exists:
+        check_folder(folder)
+        return folder.resolve()
+    if _looks_like_a_path(name, beside):
+        raise ModelError(f"no such folder: {folder}", _nearby(folder, name))
+    if _HUB_NAME.fullmatch(name):
+        return name
+    message = (
+        f"{name[:60]!r} is neither `{POCKET}`, nor a folder beside the policy file, nor a hub name "
+        "such as owner/name"
+    )
+    raise ModelError(message, _nearby(folder, name))
+
+
+def _looks_like_a_path(name: str, beside: Path) -> bool:
+    if name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1:
+        return True
+    parent, slash, _ = name.rpartition("/")
+    return bool(slash) and (beside / parent).is_dir()
+
+
+def _nearby(folder: Path, name: str) -> str | None:
+    """`pocket` or a folder beside the missing one, if its name is close."""
+    from policies.problems import closest
+
+    try:
+        siblings = [entry.name for entry in folder.parent.iterdir() if entry.is_dir()]
+    except OSError:
+        siblings = []
+    near = closest(folder.name, siblings)
+    if near:
+        return name.rstrip("/").removesuffix(folder.name) + near
+    return closest(name, [POCKET])
+
+
+def check_folder(folder: Path) -> None:
+    """Raises ModelError with the first thing that keeps this folder from being served."""
+    if not folder.is_dir():
+        raise ModelError(f"{folder} is a file, expected a Hugging Face folder")
+    try:
+        names = sorted(entry.name for entry in folder.iterdir())
+    except OSError as error:
+        raise ModelError(f"{folder} cannot be read: {error.strerror}") from None
+    if "config.json" not in names:
+        raise ModelError(f"{folder} has no config.json: it is not a Hugging Face model folder")
+    _read_object(folder / "config.json")
+    _check_weights(folder, names)
+    if "tokenizer.json" not in names:
+        raise ModelError(
+            f"{folder} has no tokenizer.json: save the tokenizer there with "
+            "AutoTokenizer.from_pretrained(...).save_pretrained(...)"
+        )
+
+
+def _check_weights(folder: Path, names: list[str]) -> None:
+    if not any(name.endswith(".safetensors") for name in names):
+        pickles = [name for name in names if name.endswith(_PICKLES)]
+        if pickles:
+            raise ModelError(
+                f"{folder} has only pickle weights ({pickles[0]}); only safetensors are "
+                "loaded: pickle files can run code; convert with "
+                "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...) if you trust them"
+            )
+        raise ModelError(f"{folder} has no weights: expected *.safetensors")
+    if "model.safetensors.index.json" in names:
+        index = _read_object(folder / "model.safetensors.index.json")
+        shards = index.get("weight_map")
+        wanted = set(map(str, shards.values())) if isinstance(shards, dict) else set()
+        missing = sorted(wanted - set(names))
+        if missing:
+            raise ModelError(
+                f"{folder} lacks {len(missing)} of {len(wanted)} weight files: {missing[0]}"
+            )
+
+
+def _read_object(file: Path) -> dict[str, object]:
+    try:
+        data = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{file} cannot be read: {error}") from None
+    if not isinstance(data, dict):
+        raise ModelError(f"{file} does not hold a JSON object")
+    return data
