@@ -148,7 +148,9 @@ class Message(BaseModel):
                     f"content part of type {kind!r} is not supported: send {{'type': 'text', "
                     "'text': ...}} parts or a plain string"
                 )
-                raise Problem(400, message, param=f"{where}.content.{at}", code="unsupported_content")
+                raise Problem(
+                    400, message, param=f"{where}.content.{at}", code="unsupported_content"
+                )
             texts.append(part[kind])
         return "".join(texts)
 
@@ -202,12 +204,12 @@ class CompletionRequest(_Sampled):
         if not prompt:
             raise Problem(400, "prompt is empty", param="prompt", code="empty_prompt")
         if isinstance(prompt[0], int):
-            return [prompt]  # type: ignore[list-item]  # one prompt of token ids, by the union above
+            return [prompt]
         if len(prompt) > PROMPTS_MAX:
             raise Problem(
                 400, f"at most {PROMPTS_MAX} prompts a request, got {len(prompt)}", param="prompt"
             )
-        return prompt  # type: ignore[return-value]  # a list of texts or of token id lists
+        return prompt
 
 
 def parse_chat(body: bytes) -> ChatRequest:
@@ -245,9 +247,7 @@ def parse_completion(body: bytes) -> CompletionRequest:
             code="unsupported_parameter",
         )
     if request.suffix:
-        raise Problem(
-            400, "suffix is not supported", param="suffix", code="unsupported_parameter"
-        )
+        raise Problem(400, "suffix is not supported", param="suffix", code="unsupported_parameter")
     if request.max_tokens == 0 and not request.echo:
         raise Problem(400, "max_tokens 0 needs echo: true", param="max_tokens")
     return request
@@ -446,7 +446,9 @@ def completion_logprobs(
         "tokens": [entry.token for entry in entries],
         "token_logprobs": [entry.logprob for entry in entries],
         "top_logprobs": [
-            {token: logprob for token, _, logprob in entry.top} if entry.logprob is not None else None
+            {token: logprob for token, _, logprob in entry.top}
+            if entry.logprob is not None
+            else None
             for entry in entries
         ],
         "text_offset": offsets,

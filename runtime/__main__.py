@@ -1,0 +1,133 @@
+"""`python -m runtime POLICY --port N`: one worker process, as `headgate serve` starts it."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import uvicorn
+
+from policies import load as policy_file
+from policies.schema import Deployment, Runtime
+
+if TYPE_CHECKING:
+    from runtime.server import Served
+    from runtime.streams import Streams
+
+EXIT_REFUSED = 3  # the model cannot be served: starting again would not help
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Serves the policy's model on one port until SIGTERM or SIGINT."""
+    parser = argparse.ArgumentParser(prog="python -m runtime", description=__doc__)
+    parser.add_argument("policy", type=Path, help="policy file; its `runtime` part is obeyed")
+    parser.add_argument("--port", type=int, required=True, help="port to listen on, loopback only")
+    parser.add_argument("--worker", type=int, default=0, help="number of this worker, for its log")
+    args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(levelname).1s %(name)s: %(message)s")
+    try:
+        policy = policy_file.load(args.policy)
+        if policy.runtime is None:
+            parser.error(f"{args.policy} has no `runtime`")
+        source = policy_file.resolve_model(args.policy, policy.runtime)
+    except policy_file.PolicyError as error:
+        sys.exit(str(error))
+    serve(policy, source, args.port)
+
+
+def serve(policy: Deployment, source: Path | str, port: int) -> None:
+    """Blocks until the server has been told to stop and running answers have had their time."""
+    from runtime.server import Worker, create_app
+
+    assert policy.runtime is not None
+    runtime = policy.runtime
+    worker = Worker(
+        lambda streams: load_served(runtime, source, streams),
+        max_body_bytes=policy.gateway.max_body_bytes,
+        on_failure=give_up,
+    )
+    config = uvicorn.Config(
+        create_app(worker),
+        host="127.0.0.1",
+        port=port,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        lifespan="on",
+        timeout_graceful_shutdown=max(1, round(policy.gateway.drain_s)),
+    )
+    uvicorn.Server(config).run()
+
+
+def load_served(runtime: Runtime, source: Path | str, streams: Streams) -> Served:
+    """Loads model and tokenizer and builds the engine; runs in the engine's thread."""
+    import torch
+
+    from cache.tokens import Tokenizer
+    from runtime import model as models
+    from runtime.engine import Engine
+    from runtime.server import Served
+
+    started = time.perf_counter()
+    threads = runtime.threads or max(1, (os.cpu_count() or 1) // runtime.workers)
+    torch.set_num_threads(threads)
+    model, folder = models.load(
+        source,
+        kv_tokens=runtime.kv_tokens,
+        device=runtime.device,
+        dtype=runtime.dtype,
+        revision=runtime.revision,
+    )
+    tokenizer = Tokenizer.load(folder)
+    engine = Engine(
+        model,
+        tokenizer,
+        emit=streams.emit,
+        step_tokens=runtime.step_tokens,
+        max_sequences=runtime.max_sequences,
+        max_waiting=runtime.max_waiting,
+        context_tokens=runtime.context_tokens,
+    )
+    facts = {
+        "device": str(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "threads": threads,
+        "parameters": model.parameters,
+        "kv_bytes": model.kv_bytes,
+        "load_s": round(time.perf_counter() - started, 2),
+    }
+    logging.getLogger("runtime").info("%s is loaded: %s", source, facts)
+    return Served(name_of(runtime, source), engine, tokenizer, facts, int(time.time()))
+
+
+def name_of(runtime: Runtime, source: Path | str) -> str:
+    """The name that clients send: `served_name`, or the last part of the model's path or hub name."""
+    if runtime.served_name:
+        return runtime.served_name
+    if runtime.model == "pocket":
+        return "pocket"
+    return Path(source).name
+
+
+def give_up(error: BaseException) -> None:
+    """A worker without an engine is of no use: say why and let the supervisor decide."""
+    from cache.template import TemplateProblem
+    from cache.tokens import TokenizerUnusable
+    from runtime.model import ModelRefused
+
+    known = isinstance(error, ModelRefused | TokenizerUnusable | TemplateProblem)
+    if known:
+        logging.getLogger("runtime").error("%s", error)
+    else:
+        logging.getLogger("runtime").critical("the engine's thread died", exc_info=error)
+    logging.shutdown()
+    os._exit(EXIT_REFUSED if known else 1)
+
+
+if __name__ == "__main__":
+    main()

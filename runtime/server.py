@@ -1,0 +1,336 @@
+"""The runtime's HTTP server: /v1/chat/completions, /v1/completions, /v1/models, /health.
+
+Knows the life of a request inside one worker; knows neither policy files nor other workers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from cache.tokens import Tokenizer
+from runtime import answers, wire
+from runtime.answers import Answer
+from runtime.engine import Engine, EngineStopped, QueueFull
+from runtime.streams import ClientGone, Stream, Streams
+from runtime.wire import ChatRequest, CompletionRequest, Problem
+
+log = logging.getLogger(__name__)
+
+# Prompts shorter than this are tokenized in the event loop: a thread's hand-over costs more.
+INLINE_BODY_BYTES = 16_384
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A loaded model, ready to serve."""
+
+    name: str
+    engine: Engine
+    tokenizer: Tokenizer
+    facts: dict[str, Any]  # device, dtype, parameters, ...: shown by /health
+    created: int
+
+
+class Worker:
+    """One model being loaded, served, or drained in this process."""
+
+    def __init__(
+        self,
+        load: Callable[[Streams], Served],
+        *,
+        max_body_bytes: int,
+        on_failure: Callable[[BaseException], None],
+    ) -> None:
+        self._load = load
+        self._on_failure = on_failure
+        self.max_body_bytes = max_body_bytes
+        self.served: Served | None = None
+        self.draining = False
+
+    @asynccontextmanager
+    async def lifespan(self, _: Starlette) -> AsyncIterator[None]:
+        self._loop = asyncio.get_running_loop()
+        self.streams = Streams(self._loop)
+        thread = threading.Thread(target=self._work, name="engine", daemon=True)
+        thread.start()
+        yield
+        if self.served is not None:
+            self.served.engine.stop()
+            await asyncio.to_thread(thread.join, 10.0)
+
+    def _work(self) -> None:
+        """The engine's thread, from loading to the end. A failure here ends the process, loudly."""
+        try:
+            served = self._load(self.streams)
+            self._loop.call_soon_threadsafe(self._is_ready, served)
+            served.engine.run()
+        except BaseException as error:  # noqa: BLE001 - reported, then the process ends
+            self._on_failure(error)
+
+    def _is_ready(self, served: Served) -> None:
+        self.served = served
+
+    def require(self) -> Served:
+        if self.served is None:
+            raise Problem(
+                503,
+                "the model is still loading; try again in a moment",
+                code="loading",
+                headers={"retry-after": "1"},
+            )
+        return self.served
+
+    def health(self) -> tuple[int, dict[str, Any]]:
+        if self.served is None:
+            return 503, {"status": "loading"}
+        load = self.served.engine.load()
+        blocks = load.blocks
+        body = {
+            "status": "draining" if self.draining else "ready",
+            "model": self.served.name,
+            **self.served.facts,
+            "running": load.running,
+            "waiting": load.waiting,
+            "streams": len(self.streams),
+            "preemptions": load.preemptions,
+            "blocks": {
+                "total": blocks.total,
+                "free": blocks.free,
+                "cached": blocks.cached,
+                "in_use": blocks.in_use,
+            },
+        }
+        return 200, body
+
+
+def create_app(worker: Worker) -> Starlette:
+    """The ASGI application of one worker."""
+
+    async def health(_: Request) -> Response:
+        status, body = worker.health()
+        return _json(body, status)
+
+    async def models(_: Request) -> Response:
+        served = worker.require()
+        return _json({"object": "list", "data": [_model(served)]})
+
+    async def model(request: Request) -> Response:
+        served = worker.require()
+        _check_model(request.path_params["name"], served)
+        return _json(_model(served))
+
+    return Starlette(
+        routes=[
+            Route("/v1/chat/completions", _Completions(worker, chat=True), methods=["POST"]),
+            Route("/v1/completions", _Completions(worker, chat=False), methods=["POST"]),
+            Route("/v1/models", models),
+            Route("/v1/models/{name:path}", model),
+            Route("/health", health),
+        ],
+        exception_handlers={Problem: _answer_problem, HTTPException: _answer_http_error},
+        lifespan=worker.lifespan,
+    )
+
+
+class _Completions:
+    """The two generating endpoints, as raw ASGI: the body is streamed without another layer."""
+
+    def __init__(self, worker: Worker, *, chat: bool) -> None:
+        self._worker = worker
+        self._chat = chat
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            body = await _read_body(scope, receive, self._worker.max_body_bytes)
+            served = self._worker.require()
+            asked, answer = await self._understand(body, served)
+            await self._serve(served, asked, answer, receive, send)
+        except Problem as problem:
+            await _problem_response(problem)(scope, receive, send)
+        except (ClientGone, ClientDisconnect):
+            return
+
+    async def _understand(
+        self, body: bytes, served: Served
+    ) -> tuple[ChatRequest | CompletionRequest, Answer]:
+        """Parses, renders and tokenizes; long bodies in a thread, so that streams flow on."""
+        if len(body) > INLINE_BODY_BYTES:
+            return await asyncio.to_thread(self._understand_now, body, served)
+        return self._understand_now(body, served)
+
+    def _understand_now(
+        self, body: bytes, served: Served
+    ) -> tuple[ChatRequest | CompletionRequest, Answer]:
+        asked: ChatRequest | CompletionRequest
+        if self._chat:
+            asked = chat = wire.parse_chat(body)
+            _check_model(asked.model, served)
+            prompts = [answers.chat_prompt(chat, served.tokenizer)]
+        else:
+            asked = completion = wire.parse_completion(body)
+            _check_model(asked.model, served)
+            prompts = answers.completion_prompts(completion, served.tokenizer)
+        limit = served.engine.limit_tokens
+        return asked, Answer(asked, prompts, served.tokenizer, limit)
+
+    async def _serve(
+        self,
+        served: Served,
+        asked: ChatRequest | CompletionRequest,
+        answer: Answer,
+        receive: Receive,
+        send: Send,
+    ) -> None:
+        stream = Stream([])
+        if answer.needs_engine:
+            stream = _open(self._worker.streams, served.engine, answer)
+        watcher = asyncio.create_task(_watch(receive, stream))
+        try:
+            if asked.stream:
+                await _send_stream(answer, stream, send)
+            else:
+                await _send_whole(answer, stream, send)
+        finally:
+            watcher.cancel()
+            self._worker.streams.close(served.engine, stream)
+
+
+def _open(streams: Streams, engine: Engine, answer: Answer) -> Stream:
+    try:
+        stream = streams.open(engine, answer.orders)
+    except QueueFull as error:
+        headers = {"retry-after": "1"}
+        message = f"the queue is full: {error}; try again"
+        raise Problem(503, message, code="queue_full", headers=headers) from error
+    except EngineStopped as error:
+        headers = {"retry-after": "1"}
+        raise Problem(503, "the worker is stopping", code="stopping", headers=headers) from error
+    answer.begin(stream.keys)
+    return stream
+
+
+async def _pieces(answer: Answer, stream: Stream) -> AsyncIterator[list[wire.Piece]]:
+    """An answer's visible pieces, in batches as they come. Raises Problem, ClientGone."""
+    if not answer.needs_engine:
+        yield list(answer.echo_only())
+    while not answer.done:
+        yield list(answer.take(await stream.next()))
+
+
+async def _send_stream(answer: Answer, stream: Stream, send: Send) -> None:
+    headers = [
+        (b"content-type", b"text/event-stream; charset=utf-8"),
+        (b"cache-control", b"no-cache"),
+        (b"x-accel-buffering", b"no"),
+    ]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    try:
+        async for pieces in _pieces(answer, stream):
+            if pieces:
+                await _send_body(send, answer.events(iter(pieces)))
+        await _send_body(send, answer.ending(), more=False)
+    except Problem as problem:
+        await _send_body(send, wire.event(problem.payload()) + wire.DONE, more=False)
+
+
+async def _send_whole(answer: Answer, stream: Stream, send: Send) -> None:
+    async for pieces in _pieces(answer, stream):
+        answer.gather(iter(pieces))
+    body = orjson.dumps(answer.whole())
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", str(len(body)).encode()),
+    ]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await _send_body(send, body, more=False)
+
+
+async def _send_body(send: Send, body: bytes, *, more: bool = True) -> None:
+    await send({"type": "http.response.body", "body": body, "more_body": more})
+
+
+async def _watch(receive: Receive, stream: Stream) -> None:
+    """Tells the stream when its client leaves, in whatever phase it is."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    stream.leave()
+
+
+async def _read_body(scope: Scope, receive: Receive, limit_bytes: int) -> bytes:
+    """Raises Problem 413 for a body over the limit, before reading more of it."""
+    parts: list[bytes] = []
+    size = 0
+    for name, value in scope["headers"]:
+        if name == b"content-length" and value.isdigit():
+            size = int(value)
+    if size <= limit_bytes:
+        size = 0
+        async for part in Request(scope, receive).stream():
+            size += len(part)
+            if size > limit_bytes:
+                break
+            parts.append(part)
+    if size > limit_bytes:
+        raise Problem(
+            413,
+            f"the body is larger than {limit_bytes} bytes; shorten it, or raise "
+            "gateway.max_body_bytes in the policy",
+            code="body_too_large",
+        )
+    return b"".join(parts)
+
+
+def _check_model(name: str, served: Served) -> None:
+    if name != served.name:
+        raise Problem(
+            404,
+            f"the model {name!r} is not served here; served: {served.name!r}",
+            param="model",
+            code="model_not_found",
+        )
+
+
+def _model(served: Served) -> dict[str, Any]:
+    return {
+        "id": served.name,
+        "object": "model",
+        "created": served.created,
+        "owned_by": "headgate",
+        "max_model_len": served.engine.limit_tokens,
+    }
+
+
+def _json(body: dict[str, Any], status: int = 200) -> Response:
+    return Response(orjson.dumps(body), status, media_type="application/json")
+
+
+def _problem_response(problem: Problem) -> Response:
+    headers = problem.headers
+    return Response(problem.body(), problem.status, headers, media_type="application/json")
+
+
+async def _answer_problem(_: Request, error: Exception) -> Response:
+    assert isinstance(error, Problem)
+    return _problem_response(error)
+
+
+async def _answer_http_error(request: Request, error: Exception) -> Response:
+    """Unknown paths and wrong methods, in the same shape as everything else."""
+    assert isinstance(error, HTTPException)
+    message = f"{request.method} {request.url.path}: {error.detail}"
+    headers = dict(error.headers or {})
+    return _problem_response(Problem(error.status_code, message, code="not_found", headers=headers))
