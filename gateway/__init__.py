@@ -1,1 +1,1 @@
-"""One edge, many replicas: routes, admits and relays OpenAI-shaped requests. Never imports torch."""
+"""One edge, many replicas: routes and relays OpenAI-shaped requests. Never imports torch."""

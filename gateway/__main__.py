@@ -1,0 +1,62 @@
+"""`python -m gateway POLICY`: one gateway process. Started by `headgate serve`, or by hand."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from gateway.app import create_app
+from gateway.listener import Server, configure
+from gateway.replica import replicas_of
+from gateway.upstream import Pool
+from policies.load import PolicyError, load
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Serves until SIGTERM or SIGINT; 0 after a drain, 2 when it could not begin."""
+    options = parse_options(arguments)
+    logging.basicConfig(
+        level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    try:
+        policy = load(options.policy)
+        replicas = replicas_of(policy, options.replica, os.environ)
+    except PolicyError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyError as error:
+        print(f"{options.policy}: the environment lacks {error.args[0]}", file=sys.stderr)
+        return 2
+    if not replicas:
+        print("no replica: give --replica URL, or upstreams in the policy", file=sys.stderr)
+        return 2
+    settings = policy.gateway
+    pool = Pool(settings, replicas)
+    port = settings.port if options.port is None else options.port
+    config = configure(create_app(pool), settings, host=settings.host, port=port)
+    Server(config, pool).run()
+    return 0
+
+
+def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m gateway", description=__doc__)
+    parser.add_argument("policy", type=Path, help="policy file")
+    parser.add_argument(
+        "--port", type=int, default=None, help="instead of the policy's; 0: a free one"
+    )
+    parser.add_argument(
+        "--replica",
+        action="append",
+        default=[],
+        metavar="URL",
+        help="a worker of our own; repeatable",
+    )
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,34 @@
+"""The gateway as an ASGI application: routes and lifespan, nothing else.
+
+There is no middleware: a layer around `send` would cost on every chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from starlette.routing import Route, Router
+
+from gateway.call import CHAT_PATH, COMPLETIONS_PATH
+from gateway.chat import Completions
+from gateway.status import Allowed, health, model, models, unknown_path
+from gateway.upstream import Pool
+
+
+def create_app(pool: Pool) -> Router:
+    """Serves the replicas of `pool`, whose probes and connections live as long as the app."""
+
+    @asynccontextmanager
+    async def lifespan(_app: Router) -> AsyncIterator[None]:
+        async with pool:
+            yield
+
+    routes = [
+        Route(CHAT_PATH, Allowed("POST", Completions(CHAT_PATH, pool))),
+        Route(COMPLETIONS_PATH, Allowed("POST", Completions(COMPLETIONS_PATH, pool))),
+        Route("/health", Allowed("GET", health(pool))),
+        Route("/v1/models", Allowed("GET", models(pool))),
+        Route("/v1/models/{model:path}", Allowed("GET", model(pool))),
+    ]
+    return Router(routes, default=unknown_path, redirect_slashes=False, lifespan=lifespan)

@@ -1,0 +1,158 @@
+"""One client's request on its way in: a body within bounds, parsed as little as routing needs.
+
+The body stays the bytes that came: everything beyond `model`, `stream` and the presence of a prompt
+is the replica's to judge.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.types import Receive
+
+from gateway import problems
+from policies.schema import Gateway
+from runtime.wire import parse_object
+
+CHAT_PATH = "/v1/chat/completions"
+COMPLETIONS_PATH = "/v1/completions"
+
+FORWARDED = frozenset(
+    (b"x-correlation-id", b"x-session-id", b"x-session-affinity", b"traceparent", b"tracestate")
+)
+FORWARDED_PREFIX = b"x-slo-"
+FORWARDED_MAX = 32  # headers
+HEADER_VALUE_MAX_BYTES = 4096
+REQUEST_ID_MAX_BYTES = 128
+
+RawHeaders = Sequence[tuple[bytes, bytes]]
+
+
+class ClientGone(Exception):
+    """The client closed its connection before its request was complete: nobody waits for us."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A request that can be routed. `headers` are those that go on to a replica."""
+
+    path: str
+    model: str
+    stream: bool
+    body: bytes = field(repr=False)
+    headers: dict[str, str] = field(default_factory=dict)
+    authorization: str | None = field(default=None, repr=False)
+
+
+async def read_body(headers: RawHeaders, receive: Receive, settings: Gateway) -> bytes:
+    """The whole body. Raises Problem 408, 413 or 415, and ClientGone."""
+    _check_headers(headers, settings.max_body_bytes)
+    try:
+        async with asyncio.timeout(settings.body_timeout_s):
+            return await _collect(receive, settings.max_body_bytes)
+    except TimeoutError:
+        raise problems.body_too_slow(settings.body_timeout_s) from None
+
+
+def _check_headers(headers: RawHeaders, limit_bytes: int) -> None:
+    """Refuses by the headers alone, so that a client that expects 100-continue sends nothing."""
+    for name, value in headers:
+        if name == b"content-encoding" and value.strip().lower() not in (b"", b"identity"):
+            raise problems.body_encoded(value.decode("latin-1"))
+        if name == b"content-length" and int(value) > limit_bytes:  # digits: the parser saw to it
+            raise problems.body_too_large(limit_bytes)
+
+
+async def _collect(receive: Receive, limit_bytes: int) -> bytes:
+    pieces: list[bytes] = []
+    size_bytes = 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGone
+        piece = message.get("body", b"")
+        size_bytes += len(piece)
+        if size_bytes > limit_bytes:
+            raise problems.body_too_large(limit_bytes)
+        pieces.append(piece)
+        if not message.get("more_body", False):
+            return b"".join(pieces) if len(pieces) > 1 else piece
+
+
+def parse_call(path: str, body: bytes, headers: RawHeaders, request_id: str) -> Call:
+    """Raises Problem 400 that names the field."""
+    data = parse_object(body)
+    model = _model(data)
+    stream = _stream(data)
+    if path == CHAT_PATH:
+        _check_messages(data)
+    elif data.get("prompt") is None:
+        raise problems.missing("prompt", "a string, a list of strings, or token ids")
+    forwarded = {"x-request-id": request_id}
+    authorization = None
+    for name, value in headers:
+        if name == b"authorization":
+            authorization = _plain(value)
+        elif name in FORWARDED or name.startswith(FORWARDED_PREFIX):
+            text = _plain(value)
+            if text is not None and len(forwarded) < FORWARDED_MAX:
+                forwarded[name.decode("latin-1")] = text
+    return Call(path, model, stream, body, forwarded, authorization)
+
+
+def request_id(headers: RawHeaders) -> str:
+    """The client's own x-request-id when it is short and printable, else a new one."""
+    for name, value in headers:
+        if name == b"x-request-id" and 0 < len(value) <= REQUEST_ID_MAX_BYTES:
+            text = _plain(value)
+            if text is not None:
+                return text
+    return f"req_{secrets.token_hex(12)}"
+
+
+def _plain(value: bytes) -> str | None:
+    """A header's value if it is short printable ASCII; others could not go on as they are."""
+    if len(value) > HEADER_VALUE_MAX_BYTES or not value.isascii():
+        return None
+    text = value.decode("ascii")
+    return text if text.isprintable() else None
+
+
+def _model(data: dict[str, Any]) -> str:
+    model = data.get("model")
+    if model is None:
+        raise problems.missing("model", "the name of a model, see /v1/models")
+    if not isinstance(model, str):
+        raise problems.wrong_value("model", "a string", _kind(model))
+    if not model:
+        raise problems.wrong_value("model", "the name of a model, see /v1/models", "''")
+    return model
+
+
+def _stream(data: dict[str, Any]) -> bool:
+    stream = data.get("stream")
+    if stream is not None and not isinstance(stream, bool):
+        raise problems.wrong_value("stream", "true, false or null", _kind(stream))
+    return bool(stream)
+
+
+def _check_messages(data: dict[str, Any]) -> None:
+    messages = data.get("messages")
+    if messages is None:
+        raise problems.missing("messages", "a list of messages")
+    if not isinstance(messages, list):
+        raise problems.wrong_value("messages", "a list of messages", _kind(messages))
+    if not messages:
+        raise problems.wrong_value("messages", "at least one message", "an empty list")
+
+
+KINDS = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
+
+
+def _kind(value: object) -> str:
+    """The JSON name of a value's type, for messages."""
+    return KINDS.get(type(value), "a number")

@@ -1,0 +1,89 @@
+"""The life of a request for a chat or a text completion, told once."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Coroutine
+
+from starlette.types import Receive, Scope, Send
+
+from gateway import problems
+from gateway.call import Call, ClientGone, parse_call, read_body, request_id
+from gateway.relay import Silence, relay
+from gateway.reply import Reply
+from gateway.upstream import Pool
+from runtime.wire import Problem
+
+log = logging.getLogger("headgate.gateway")
+
+
+class Completions:
+    """The endpoint of one path, as an ASGI application."""
+
+    def __init__(self, path: str, pool: Pool) -> None:
+        self.path = path
+        self.pool = pool
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        reply = Reply(send, request_id(scope["headers"]))
+        try:
+            await self._answer(scope, receive, reply)
+        except ClientGone:
+            return
+        except Problem as problem:
+            await reply.fail(problem)
+        except asyncio.CancelledError:
+            # Only the server cancels us, when the drain is over: the client is told before the end.
+            await reply.fail(problems.stopped())
+        except Exception:
+            log.exception("request %s failed inside the gateway", reply.request_id)
+            await reply.fail(problems.internal())
+
+    async def _answer(self, scope: Scope, receive: Receive, reply: Reply) -> None:
+        """Takes a place, reads and parses, then listens to replica and client at once."""
+        self.pool.enter()
+        try:
+            headers = scope["headers"]
+            body = await read_body(headers, receive, self.pool.settings)
+            call = parse_call(self.path, body, headers, reply.request_id)
+            clock = asyncio.get_running_loop().time
+            silence = Silence(self.pool.settings, reply, stream=call.stream, clock=clock)
+            await attend(self._forward(call, reply, silence), receive, silence)
+        finally:
+            self.pool.leave()
+
+    async def _forward(self, call: Call, reply: Reply, silence: Silence) -> None:
+        """Opens the call on a replica and relays its answer."""
+        async with self.pool.open(call) as response:
+            silence.answering()
+            await relay(response, reply, silence, stream=call.stream)
+
+
+async def attend(forward: Coroutine[None, None, None], receive: Receive, silence: Silence) -> None:
+    """Runs `forward` until it is done, the client goes, or the replica's time is up.
+
+    Whatever ends it, nothing is left running: a cancelled `forward` closes its connection to the
+    replica before this returns. Raises what `forward` raised, and the Problem of a timeout.
+    """
+    work = asyncio.create_task(forward)
+    gone = asyncio.create_task(_gone(receive))
+    try:
+        while not (work.done() or gone.done()):
+            await asyncio.wait(
+                (work, gone), timeout=silence.due_s(), return_when=asyncio.FIRST_COMPLETED
+            )
+            if not work.done():
+                await silence.look()
+    finally:
+        work.cancel()
+        gone.cancel()
+        await asyncio.gather(work, gone, return_exceptions=True)
+    if not work.cancelled():
+        work.result()
+
+
+async def _gone(receive: Receive) -> None:
+    """Returns when the client has closed its connection, or when its answer is complete."""
+    while (await receive())["type"] != "http.disconnect":
+        pass

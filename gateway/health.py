@@ -1,0 +1,129 @@
+"""How a replica's health is learned: from its /health, or from /v1/models where there is none.
+
+Health does not lie: a refused connection or a 503 takes a replica out at once, and a request that
+could not connect asks for a probe at once. Mere slowness takes several probes, because a busy worker
+answers late.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import Any
+
+import aiohttp
+
+from gateway.problems import quote
+from gateway.replica import Replica, describe
+from runtime.wire import Problem, parse_object
+
+STARTING_S = 0.5  # between probes of a replica that is not ready
+READY_S = 2.0  # between probes of a ready one that has a /health
+MODELS_S = 15.0  # between readings of /v1/models, which is all that some foreign servers offer
+AGAIN_S = 0.1  # the least pause between probes, however often a replica is doubted
+PROBE_TIMEOUT_S = 5.0
+SLOW_MAX = 3  # unanswered probes in a row that take a ready replica out
+ANSWER_MAX_BYTES = 2**20
+MODELS_MAX = 4096
+
+
+class Unwell(Exception):
+    """A replica said, or showed, that it cannot take requests."""
+
+
+class Watch:
+    """The probes of one replica."""
+
+    def __init__(self, session: aiohttp.ClientSession, replica: Replica) -> None:
+        self._session = session
+        self._replica = replica
+        self._slow = 0
+        self._models_at = float("-inf")  # loop time of the last reading of /v1/models
+
+    async def run(self) -> None:
+        """Probes until cancelled."""
+        while True:
+            self._replica.doubt.clear()
+            has_health = await self.probe()
+            await asyncio.sleep(AGAIN_S)
+            await self._pause((READY_S if has_health else MODELS_S) - AGAIN_S)
+
+    async def _pause(self, ready_s: float) -> None:
+        pause_s = ready_s if self._replica.healthy else STARTING_S - AGAIN_S
+        try:
+            await asyncio.wait_for(self._replica.doubt.wait(), pause_s)
+        except TimeoutError:
+            return
+
+    async def probe(self) -> bool:
+        """Asks once and notes the result; False when the replica has no /health."""
+        replica = self._replica
+        has_health = True
+        try:
+            async with asyncio.timeout(PROBE_TIMEOUT_S):
+                has_health = await self._ask_health()
+                await self._learn_models(has_health)
+            self._slow = 0
+            replica.mark_ready()
+        except TimeoutError:
+            self._slow += 1
+            if not replica.healthy or self._slow >= SLOW_MAX:
+                self._take_out(f"no answer to a probe within {PROBE_TIMEOUT_S:g} s")
+        except (Unwell, Problem) as error:
+            self._take_out(str(error))
+        except (aiohttp.ClientError, OSError) as error:
+            self._take_out(describe(error))
+        return has_health
+
+    def _take_out(self, error: str) -> None:
+        self._replica.mark_down(error)
+        self._replica.doubt.clear()  # this probe was the answer to the doubt
+        self._models_at = float("-inf")  # whatever comes back may serve something else
+
+    async def _ask_health(self) -> bool:
+        status, body = await self._get("/health")
+        if 200 <= status < 300:
+            return True
+        if 400 <= status < 500:
+            return False
+        raise Unwell(f"/health answered {status}: {quote(body.decode('utf-8', 'replace'))}")
+
+    async def _learn_models(self, has_health: bool) -> None:
+        now = asyncio.get_running_loop().time()
+        if has_health and now - self._models_at < MODELS_S:
+            return
+        status, body = await self._get("/v1/models")
+        if status in (401, 403):
+            raise Unwell(f"/v1/models answered {status}: check api_key_env of this upstream")
+        if status != 200:
+            raise Unwell(f"/v1/models answered {status}")
+        self._replica.models = models_of(parse_object(body))
+        self._models_at = now
+
+    async def _get(self, path: str) -> tuple[int, bytes]:
+        """Status and body. Raises Unwell for a body that is too large for an answer to a probe."""
+        key = self._replica.api_key
+        headers = {"authorization": f"Bearer {key}"} if key is not None else {}
+        headers["accept-encoding"] = "identity"
+        url = self._replica.url + path
+        async with self._session.get(url, headers=headers, allow_redirects=False) as response:
+            body = bytearray()
+            async for piece in response.content.iter_any():
+                body += piece
+                if len(body) > ANSWER_MAX_BYTES:
+                    raise Unwell(f"{path} answered more than {ANSWER_MAX_BYTES} bytes")
+            return response.status, bytes(body)
+
+
+def models_of(listing: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Model id -> its entry in OpenAI's shape, further fields kept. Raises Unwell without models."""
+    entries = listing.get("data")
+    if not isinstance(entries, list):
+        raise Unwell("/v1/models answered no list of models")
+    models = {}
+    for entry in entries[:MODELS_MAX]:
+        if isinstance(entry, dict) and isinstance(entry.get("id"), str):
+            models[entry["id"]] = {"object": "model", "created": 0, "owned_by": "unknown"} | entry
+    if not models:
+        raise Unwell("/v1/models names no model")
+    return models

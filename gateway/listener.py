@@ -1,0 +1,182 @@
+"""The listening side: HTTP/1.1 connections with deadlines, and a server that drains.
+
+uvicorn limits neither how long a request's headers may take and how large they may be, nor how long
+a client may leave its answer unread; and its own errors are plain text.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import signal
+from http import HTTPStatus
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from gateway import problems
+from gateway.upstream import Pool
+from policies.schema import Gateway
+from runtime.wire import Problem
+
+HEADERS_MAX_BYTES = 2**16
+IDLE_CONNECTION_S = 60  # a kept-alive connection without a request is closed after this long
+BACKLOG = 2048
+
+
+class ClientConnection(HttpToolsProtocol):
+    """One client's connection. `settings` is bound by `bind`."""
+
+    settings: Gateway
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._in_headers = False
+        self._header_bytes = 0
+        self._deadline: asyncio.TimerHandle | None = None
+        self._unread: asyncio.TimerHandle | None = None
+
+    # ---- headers in time ------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn
+        super().connection_made(transport)
+        self._arm()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._disarm()
+        self.resume_writing()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.transport.is_closing():
+            self._disarm()
+        elif self._in_headers:
+            self._header_bytes += len(data)
+            if self._header_bytes > HEADERS_MAX_BYTES:
+                self._refuse(problems.headers_too_large(HEADERS_MAX_BYTES))
+            else:
+                self._arm()
+        elif self._answering():
+            self._disarm()
+        else:  # the rest of a body that was refused, or nothing that begins a request
+            self._arm()
+
+    def on_message_begin(self) -> None:
+        self._in_headers = True
+        self._header_bytes = 0
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        self._in_headers = False
+        super().on_headers_complete()
+        if self.parser.should_upgrade():
+            # No upgrade is offered, and after such a request the parser reads nothing more.
+            self.cycle.keep_alive = False
+
+    def _answering(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _arm(self) -> None:
+        if self._deadline is None:
+            self._deadline = self.loop.call_later(self.settings.body_timeout_s, self._give_up)
+
+    def _disarm(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def _give_up(self) -> None:
+        self._deadline = None
+        if self._answering():  # a pipelined request's headers wait behind an answer under way
+            self._arm()
+        elif self._in_headers:
+            self._refuse(problems.headers_too_slow(self.settings.body_timeout_s))
+        else:
+            self.transport.close()
+
+    # ---- errors below ASGI ----------------------------------------------------------------------
+
+    def send_400_response(self, msg: str) -> None:  # noqa: ARG002  # uvicorn's text; ours says more
+        self._refuse(problems.malformed_http())
+
+    def _refuse(self, problem: Problem) -> None:
+        """Answers and closes; inside another answer it only closes, for that would corrupt it."""
+        if not self.transport.is_closing():
+            if not self._answering():
+                self.transport.write(plain_answer(problem))
+            self.transport.close()
+        self._disarm()
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """A client that offers h2c is not worth a line in the log: it gets HTTP/1.1."""
+
+    # ---- answers that nobody reads --------------------------------------------------------------
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        if self._unread is None:
+            self._unread = self.loop.call_later(self.settings.idle_timeout_s, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._unread is not None:
+            self._unread.cancel()
+            self._unread = None
+
+
+def plain_answer(problem: Problem) -> bytes:
+    """A problem as a complete HTTP/1.1 answer that ends its connection."""
+    body = problem.body()
+    head = (
+        f"HTTP/1.1 {problem.status} {HTTPStatus(problem.status).phrase}\r\n"
+        "content-type: application/json\r\n"
+        f"content-length: {len(body)}\r\n"
+        "connection: close\r\n\r\n"
+    )
+    return head.encode() + body
+
+
+def bind(settings: Gateway) -> type[ClientConnection]:
+    """The connection class with this policy's deadlines; uvicorn makes the instances."""
+    return type("ClientConnection", (ClientConnection,), {"settings": settings})
+
+
+def configure(app: ASGIApp, settings: Gateway, *, host: str, port: int) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        loop="auto",  # uvloop where there is one
+        http=bind(settings),
+        ws="none",
+        lifespan="on",
+        access_log=False,
+        log_config=None,
+        proxy_headers=False,
+        server_header=False,
+        backlog=BACKLOG,
+        timeout_keep_alive=IDLE_CONNECTION_S,
+        timeout_graceful_shutdown=math.ceil(settings.drain_s),
+    )
+
+
+class Server(uvicorn.Server):
+    """Drains on SIGTERM and SIGINT: nothing new, running streams get drain_s.
+
+    A second SIGINT ends it at once.
+    """
+
+    def __init__(self, config: uvicorn.Config, pool: Pool) -> None:
+        super().__init__(config)
+        self._pool = pool
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002  # uvicorn's
+        """Without uvicorn's replay of the signal: a drained gateway exits with 0."""
+        if self.should_exit and sig == signal.SIGINT:
+            self.force_exit = True
+        self._pool.draining = True
+        self.should_exit = True

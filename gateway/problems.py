@@ -1,0 +1,197 @@
+"""Every error of the gateway that a client can see, in the order of a request's life.
+
+Each is one function that returns a `wire.Problem`: what happened, where, and the next step. Errors
+that a replica answers are relayed as they came and do not stand here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from runtime.wire import Problem
+
+NAMED_MAX = 20  # models or replicas named in one message
+QUOTED_CHARS = 200  # of anything that a client or a replica sent
+
+
+def quote(text: str) -> str:
+    """Foreign text for a message: bounded, with control characters escaped."""
+    return repr(text if len(text) <= QUOTED_CHARS else text[:QUOTED_CHARS] + "...")
+
+
+def listing(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:NAMED_MAX])
+    return f"{shown} and {len(names) - NAMED_MAX} more" if len(names) > NAMED_MAX else shown
+
+
+# ---- the connection -----------------------------------------------------------------------------
+
+
+def malformed_http() -> Problem:
+    return Problem(400, "what came is not an HTTP/1.1 request", code="invalid_http")
+
+
+def headers_too_slow(timeout_s: float) -> Problem:
+    message = (
+        f"the request's headers did not arrive within {timeout_s:g} s; send them again at once"
+    )
+    return Problem(408, message, code="request_timeout")
+
+
+def headers_too_large(limit_bytes: int) -> Problem:
+    message = (
+        f"the request's headers are larger than {limit_bytes} bytes; send fewer or shorter ones"
+    )
+    return Problem(431, message, code="headers_too_large")
+
+
+# ---- the route ----------------------------------------------------------------------------------
+
+
+def unknown_path(path: str) -> Problem:
+    message = (
+        f"nothing is served at {quote(path)}; there are /v1/chat/completions, /v1/completions, "
+        "/v1/models and /health"
+    )
+    return Problem(404, message, code="unknown_url")
+
+
+def wrong_method(method: str, path: str, allowed: str) -> Problem:
+    message = f"{quote(method)} is not allowed at {quote(path)}; use {allowed}"
+    return Problem(405, message, code="method_not_allowed", headers={"allow": allowed})
+
+
+# ---- the place ----------------------------------------------------------------------------------
+
+
+def overloaded(limit: int) -> Problem:
+    message = f"{limit} requests are running, which is this gateway's limit; try again in a second"
+    return Problem(503, message, code="overloaded", headers={"retry-after": "1"})
+
+
+def draining() -> Problem:
+    message = "this gateway is shutting down and takes no new requests; try again in a few seconds"
+    return Problem(503, message, code="draining", headers={"retry-after": "5"})
+
+
+def stopped() -> Problem:
+    message = "this gateway stopped before the answer was complete; send the request again"
+    return Problem(503, message, code="gateway_stopped", headers={"retry-after": "5"})
+
+
+# ---- the body -----------------------------------------------------------------------------------
+
+
+def body_encoded(encoding: str) -> Problem:
+    message = f"content-encoding {quote(encoding)} is not accepted; send the body unencoded"
+    return Problem(415, message, code="unsupported_content_encoding")
+
+
+def body_too_large(limit_bytes: int) -> Problem:
+    message = (
+        f"the body is larger than {limit_bytes} bytes; send less, or raise gateway.max_body_bytes "
+        "in the policy"
+    )
+    return Problem(413, message, code="body_too_large")
+
+
+def body_too_slow(timeout_s: float) -> Problem:
+    message = f"the body did not arrive within {timeout_s:g} s; send it again at once"
+    return Problem(408, message, code="request_timeout", headers={"connection": "close"})
+
+
+def missing(field: str, expected: str) -> Problem:
+    message = f"{field} is missing; expected {expected}"
+    return Problem(400, message, param=field, code="missing_required_parameter")
+
+
+def wrong_value(field: str, expected: str, got: str) -> Problem:
+    message = f"{field}: expected {expected}, got {got}"
+    return Problem(400, message, param=field, code="invalid_value")
+
+
+# ---- the replica --------------------------------------------------------------------------------
+
+
+def model_not_found(model: str, served: Sequence[str], down: Sequence[str]) -> Problem:
+    message = (
+        f"the model {quote(model)} does not exist here; available: {listing(served) or 'none'}"
+    )
+    if down:
+        message += f" (replicas that are down may serve others: {listing(down)})"
+    return Problem(404, message, param="model", code="model_not_found")
+
+
+def loading(states: Sequence[str]) -> Problem:
+    message = f"the model is still loading; try again in a second ({listing(states)})"
+    return Problem(503, message, code="no_replica", headers={"retry-after": "1"})
+
+
+def no_replica(model: str, states: Sequence[str]) -> Problem:
+    message = (
+        f"no replica can take a request for {quote(model)} now; try again in a second "
+        f"({listing(states)})"
+    )
+    return Problem(503, message, code="no_replica", headers={"retry-after": "1"})
+
+
+def upstream_failed(url: str, reason: str) -> Problem:
+    message = f"the replica {url} failed before it answered: {reason}; send the request again"
+    return Problem(502, message, code="upstream_failed")
+
+
+def upstream_timeout(timeout_s: float) -> Problem:
+    message = (
+        f"the replica sent nothing within {timeout_s:g} s; send the request again, or raise "
+        "gateway.first_byte_timeout_s in the policy"
+    )
+    return Problem(504, message, code="upstream_timeout")
+
+
+# ---- the answer ---------------------------------------------------------------------------------
+
+
+def idle_timeout(timeout_s: float) -> Problem:
+    message = (
+        f"the replica fell silent for {timeout_s:g} s inside its answer; what came so far is "
+        "incomplete"
+    )
+    return Problem(504, message, code="upstream_idle_timeout")
+
+
+def stream_cut(reason: str) -> Problem:
+    message = f"the replica's stream was cut ({reason}); what came so far is incomplete"
+    return Problem(502, message, code="upstream_stream_cut")
+
+
+def answer_cut(reason: str) -> Problem:
+    message = f"the replica's answer was cut ({reason}); send the request again"
+    return Problem(502, message, code="upstream_cut")
+
+
+def answer_too_large(limit_bytes: int) -> Problem:
+    message = f"the replica's answer is larger than {limit_bytes} bytes; use stream: true"
+    return Problem(502, message, code="upstream_too_large")
+
+
+def answer_encoded(encoding: str) -> Problem:
+    message = (
+        f"the replica encoded its stream as {quote(encoding)} though identity was asked for; "
+        "turn its compression off"
+    )
+    return Problem(502, message, code="upstream_encoding")
+
+
+def not_a_stream(content_type: str) -> Problem:
+    message = f"the replica answered {quote(content_type)} where a stream was asked for"
+    return Problem(502, message, code="upstream_not_streaming")
+
+
+def late_error(status: int, text: str) -> Problem:
+    """For an error answer that is not in OpenAI's shape and comes when the stream has begun."""
+    return Problem(status, f"the replica answered {status}: {quote(text)}", code="upstream_error")
+
+
+def internal() -> Problem:
+    message = "the gateway failed on this request; its log says why under the request's id"
+    return Problem(500, message, code="internal_error")

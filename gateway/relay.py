@@ -1,0 +1,173 @@
+"""A replica's answer on its way to the client: bytes as they come, a cut never taken for an end."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Callable
+from contextlib import suppress
+
+import aiohttp
+
+from gateway import problems
+from gateway.replica import describe
+from gateway.reply import Headers, Reply
+from policies.schema import Gateway
+from runtime.wire import Problem, parse_object
+
+WHOLE_MAX_BYTES = 64 * 2**20
+LATE_ERROR_MAX_BYTES = 2**16
+LINGER_S = 0.5  # a replica may take this long to end its stream after [DONE]
+
+# Framing is ours, the date and server name are uvicorn's, the request's id is the client's.
+OWN_HEADERS = frozenset(
+    (
+        b"connection", b"content-length", b"date", b"keep-alive", b"proxy-authenticate",
+        b"proxy-connection", b"server", b"set-cookie", b"te", b"trailer", b"transfer-encoding",
+        b"upgrade", b"x-request-id",
+    )
+)  # fmt: skip
+FORBIDDEN = re.compile(
+    rb"[\x00-\x08\x0a-\x1f\x7f]"
+)  # uvicorn refuses a whole answer for one of these
+
+
+class Silence:
+    """How long the replica has said nothing to a waiting client, and what follows from it.
+
+    `since` is None while the client is written to: a slow reader is not the replica's silence.
+    """
+
+    def __init__(
+        self, settings: Gateway, reply: Reply, *, stream: bool, clock: Callable[[], float]
+    ) -> None:
+        self.clock = clock
+        self.since: float | None = clock()
+        self._settings = settings
+        self._reply = reply
+        self._stream = stream
+        self._answering = False
+        self._commented = self.since
+
+    def answering(self) -> None:
+        """The headers came: from here on idle_timeout_s counts instead of first_byte_timeout_s."""
+        self._answering = True
+        self.since = self.clock()
+
+    def due_s(self) -> float:
+        """When to look next, in seconds from now."""
+        if self.since is None:
+            return self._settings.keep_alive_s
+        due = self.since + self._limit_s()
+        if self._stream:
+            due = min(due, self._comment_at(self.since))
+        return max(due - self.clock(), 0.0)
+
+    async def look(self) -> None:
+        """Comments when it is time to. Raises Problem when the replica's time is up."""
+        now = self.clock()
+        if self.since is None:
+            return
+        if now - self.since >= self._limit_s():
+            limit_s = self._limit_s()
+            raise (problems.idle_timeout if self._answering else problems.upstream_timeout)(limit_s)
+        if self._stream and now >= self._comment_at(self.since):
+            self._commented = now
+            await self._reply.comment()
+
+    def _limit_s(self) -> float:
+        settings = self._settings
+        return settings.idle_timeout_s if self._answering else settings.first_byte_timeout_s
+
+    def _comment_at(self, since: float) -> float:
+        return max(since, self._commented) + self._settings.keep_alive_s
+
+
+async def relay(
+    response: aiohttp.ClientResponse, reply: Reply, silence: Silence, *, stream: bool
+) -> None:
+    """The whole of `response`, as the stream or the body that it is. Raises Problem."""
+    if stream and response.status == 200 and is_stream(response):
+        await relay_stream(response, reply, silence)
+    elif reply.started:
+        await relay_late(response, reply, silence)
+    else:
+        body = await read_whole(response, silence, WHOLE_MAX_BYTES)
+        await reply.whole(response.status, passed_headers(response), body)
+
+
+def is_stream(response: aiohttp.ClientResponse) -> bool:
+    return response.headers.get("content-type", "text/event-stream").startswith("text/event-stream")
+
+
+async def relay_stream(response: aiohttp.ClientResponse, reply: Reply, silence: Silence) -> None:
+    """Chunks as they come, until the replica ends. Raises Problem when it ends without [DONE]."""
+    encoding = response.headers.get("content-encoding", "identity")
+    if encoding != "identity":
+        raise problems.answer_encoded(encoding)
+    await reply.begin_stream(passed_headers(response))
+    content, clock = response.content, silence.clock
+    reason = "it ended without [DONE]"
+    try:
+        while not reply.terminated:
+            silence.since = clock()
+            chunk = await content.readany()
+            silence.since = None
+            if not chunk:
+                break
+            await reply.write(chunk)
+    except aiohttp.ClientError as error:
+        reason = describe(error)
+    if not reply.terminated:
+        raise problems.stream_cut(reason)
+    await _linger(content, reply)
+    await reply.end_stream()
+
+
+async def _linger(content: aiohttp.StreamReader, reply: Reply) -> None:
+    """What follows [DONE]: mostly the end, after which the connection can serve again."""
+    if content.at_eof():
+        return
+    with suppress(TimeoutError, aiohttp.ClientError):
+        async with asyncio.timeout(LINGER_S):
+            while chunk := await content.readany():
+                await reply.write(chunk)
+
+
+async def relay_late(response: aiohttp.ClientResponse, reply: Reply, silence: Silence) -> None:
+    """An answer that is no stream, for a client that was told 200 meanwhile: an error in band."""
+    if response.status < 400:
+        raise problems.not_a_stream(response.headers.get("content-type", ""))
+    body = await read_whole(response, silence, LATE_ERROR_MAX_BYTES)
+    try:
+        payload = parse_object(body)
+    except Problem:
+        payload = {}
+    if not isinstance(payload.get("error"), dict):
+        raise problems.late_error(response.status, body.decode("utf-8", "replace"))
+    await reply.fail_in_band(payload)
+
+
+async def read_whole(response: aiohttp.ClientResponse, silence: Silence, limit_bytes: int) -> bytes:
+    """The complete body. Raises Problem 502 for one that is cut or too large."""
+    pieces: list[bytes] = []
+    size_bytes = 0
+    try:
+        while piece := await response.content.readany():
+            silence.since = silence.clock()
+            pieces.append(piece)
+            size_bytes += len(piece)
+            if size_bytes > limit_bytes:
+                raise problems.answer_too_large(limit_bytes)
+    except aiohttp.ClientError as error:
+        raise problems.answer_cut(describe(error)) from None
+    return b"".join(pieces)
+
+
+def passed_headers(response: aiohttp.ClientResponse) -> Headers:
+    """The replica's headers but for those that belong to a connection or to us."""
+    return [
+        (lowered, value)
+        for name, value in response.raw_headers
+        if (lowered := name.lower()) not in OWN_HEADERS and not FORBIDDEN.search(value)
+    ]

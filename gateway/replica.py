@@ -1,0 +1,64 @@
+"""One replica, our own worker or any OpenAI-compatible server, and what is known of it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from gateway.problems import quote
+from policies.schema import Deployment
+
+
+@dataclass(slots=True, eq=False)
+class Replica:
+    """One server and what we know of it. `models` keeps what was last learned, also while down."""
+
+    url: str
+    own: bool = False
+    api_key: str | None = field(default=None, repr=False)
+    models: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    healthy: bool = False
+    in_flight: int = 0
+    error: str | None = None
+    tried: bool = False  # an own worker that was ready once, a foreign server that was asked once
+    doubt: asyncio.Event = field(default_factory=asyncio.Event, repr=False)
+
+    def mark_down(self, error: str) -> None:
+        """Takes no more requests until a probe, which is asked for at once, finds it well."""
+        self.healthy = False
+        self.error = error
+        self.tried = self.tried or not self.own
+        self.doubt.set()
+
+    def mark_ready(self) -> None:
+        self.healthy = self.tried = True
+        self.error = None
+
+    def state(self) -> str:
+        """For messages: where it is and how it is."""
+        if self.healthy:
+            return f"{self.url} is ready"
+        return (
+            f"{self.url} is {'down' if self.tried else 'starting'}: {self.error or 'not asked yet'}"
+        )
+
+
+def replicas_of(
+    policy: Deployment, workers: Sequence[str], environ: Mapping[str, str]
+) -> list[Replica]:
+    """Own workers by their URLs, then the policy's upstreams. Raises KeyError for a missing key."""
+    own = [Replica(url.rstrip("/"), own=True) for url in workers]
+    foreign = [
+        Replica(
+            upstream.url, api_key=environ[upstream.api_key_env] if upstream.api_key_env else None
+        )
+        for upstream in policy.upstreams
+    ]
+    return own + foreign
+
+
+def describe(error: Exception) -> str:
+    """An error of a connection as a few words, bounded."""
+    return quote(str(error) or type(error).__name__)

@@ -1,0 +1,108 @@
+"""What one client has been sent so far, and what may follow. Knows SSE's line ends, not its JSON."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from starlette.types import Send
+
+from runtime.wire import DONE, KEEP_ALIVE, Problem, event
+
+# At the start of a line only: inside a JSON string a line end is escaped, so text cannot fake it.
+TERMINATOR = re.compile(rb"[\r\n]data: ?\[DONE\]")
+TAIL_BYTES = 16  # more than the terminator with its line end
+EVENT_ENDS = (b"\n\n", b"\r\n\r\n", b"\r\r")
+
+STREAM_HEADERS = {b"cache-control": b"no-cache", b"x-accel-buffering": b"no"}
+
+Headers = list[tuple[bytes, bytes]]
+
+
+class Reply:
+    """One answer. `started`: headers are out; `streaming`: as SSE; `terminated`: after `[DONE]`."""
+
+    __slots__ = ("_send", "_tail", "complete", "request_id", "started", "streaming", "terminated")
+
+    def __init__(self, send: Send, request_id: str) -> None:
+        self._send = send
+        self._tail = b"\n\n"
+        self.request_id = request_id
+        self.started = False
+        self.streaming = False
+        self.terminated = False
+        self.complete = False
+
+    # ---- whole answers --------------------------------------------------------------------------
+
+    async def whole(self, status: int, headers: Headers, body: bytes) -> None:
+        """Status, headers and the complete body."""
+        await self._start(status, [*headers, (b"content-length", b"%d" % len(body))])
+        await self._finish(body)
+
+    async def fail(self, problem: Problem) -> None:
+        """The problem as this answer's status and body, or in band once a stream has begun."""
+        if self.streaming:
+            await self.fail_in_band(problem.payload())
+        elif not self.started:
+            headers = [(name.encode(), value.encode()) for name, value in problem.headers.items()]
+            headers.append((b"content-type", b"application/json"))
+            await self.whole(problem.status, headers, problem.body())
+
+    # ---- streams --------------------------------------------------------------------------------
+
+    async def begin_stream(self, headers: Headers) -> None:
+        """200 and SSE headers; nothing when they are out already."""
+        if self.started:
+            return
+        self.streaming = True
+        headers = [entry for entry in headers if entry[0] not in STREAM_HEADERS]
+        if not any(name == b"content-type" for name, _ in headers):
+            headers.append((b"content-type", b"text/event-stream; charset=utf-8"))
+        await self._start(200, [*headers, *STREAM_HEADERS.items()])
+
+    async def write(self, chunk: bytes) -> None:
+        """A replica's bytes as they came. Waits while the client reads too slowly."""
+        window = self._tail + chunk
+        self._tail = window[-TAIL_BYTES:]
+        if not self.terminated and b"[DONE]" in window and TERMINATOR.search(window):
+            self.terminated = True
+        await self._send({"type": "http.response.body", "body": chunk, "more_body": True})
+
+    async def comment(self) -> None:
+        """A keep-alive comment, unless it would fall into the middle of an event."""
+        if self.complete or self.terminated or not self._between_events():
+            return
+        await self.begin_stream([])
+        if self.streaming and not self.complete:
+            message = {"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True}
+            await self._send(message)
+
+    async def end_stream(self) -> None:
+        """Ends a terminated stream; a last event that lacks its blank line gets it."""
+        await self._finish(b"" if self._between_events() else b"\n\n")
+
+    async def fail_in_band(self, payload: Mapping[str, Any]) -> None:
+        """An error event and the terminator; a half-sent line is closed first."""
+        if self.complete:
+            return
+        if self.terminated:
+            await self.end_stream()
+            return
+        gap = b"" if self._between_events() else b"\n\n"
+        await self._finish(gap + event(payload) + DONE)
+
+    def _between_events(self) -> bool:
+        return self._tail.endswith(EVENT_ENDS)
+
+    # ---- ASGI -----------------------------------------------------------------------------------
+
+    async def _start(self, status: int, headers: Headers) -> None:
+        self.started = True
+        headers.append((b"x-request-id", self.request_id.encode()))
+        await self._send({"type": "http.response.start", "status": status, "headers": headers})
+
+    async def _finish(self, body: bytes) -> None:
+        self.complete = True
+        await self._send({"type": "http.response.body", "body": body, "more_body": False})

@@ -1,0 +1,39 @@
+"""Which replica answers. Pure: knows loads and models, opens nothing."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Container, Iterable
+from typing import Protocol, TypeVar
+
+
+class Candidate(Protocol):
+    """What the choice looks at."""
+
+    @property
+    def healthy(self) -> bool: ...
+    @property
+    def models(self) -> Container[str]: ...
+    @property
+    def in_flight(self) -> int: ...
+
+
+C = TypeVar("C", bound=Candidate)
+
+
+def choose(replicas: Iterable[C], model: str, rng: random.Random) -> C | None:
+    """The healthy replica that serves `model` with the least in flight; None when there is none.
+
+    Ties are broken at random: by index, an idle fleet would send all requests to its first replica.
+    """
+    least: list[C] = []
+    for replica in replicas:
+        if not replica.healthy or model not in replica.models:
+            continue
+        if not least or replica.in_flight < least[0].in_flight:
+            least = [replica]
+        elif replica.in_flight == least[0].in_flight:
+            least.append(replica)
+    if len(least) > 1:
+        return rng.choice(least)
+    return least[0] if least else None

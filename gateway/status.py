@@ -1,0 +1,116 @@
+"""What the gateway answers by itself: its health, its models, and that a path leads nowhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import orjson
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from gateway import problems
+from gateway.call import request_id
+from gateway.reply import Reply
+from gateway.upstream import Pool
+from runtime.wire import Problem
+
+Answer = tuple[int, Mapping[str, Any]]
+
+
+class Allowed:
+    """One path's application behind its one method; GET allows HEAD."""
+
+    def __init__(self, method: str, app: ASGIApp) -> None:
+        self._method = method
+        self._methods = ("GET", "HEAD") if method == "GET" else (method,)
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["method"] in self._methods:
+            await self._app(scope, receive, send)
+            return
+        problem = problems.wrong_method(scope["method"], scope["path"], ", ".join(self._methods))
+        await Reply(send, request_id(scope["headers"])).fail(problem)
+
+
+async def unknown_path(scope: Scope, _receive: Receive, send: Send) -> None:
+    """Whatever no route matches, WebSockets included (which the server has turned off)."""
+    if scope["type"] == "http":
+        reply = Reply(send, request_id(scope["headers"]))
+        await reply.fail(problems.unknown_path(scope["path"]))
+
+
+def health(pool: Pool) -> ASGIApp:
+    """200 when any replica can take requests, else 503; both with the state of each."""
+
+    def answer(_scope: Scope) -> Answer:
+        if pool.draining:
+            status = "draining"
+        elif any(replica.healthy for replica in pool.replicas):
+            status = "ready"
+        else:
+            starting = any(not replica.tried for replica in pool.replicas)
+            status = "starting" if starting else "down"
+        replicas = [
+            {
+                "url": replica.url,
+                "healthy": replica.healthy,
+                "models": list(replica.models),
+                "in_flight": replica.in_flight,
+                "error": replica.error,
+            }
+            for replica in pool.replicas
+        ]
+        payload = {"status": status, "in_flight": pool.in_flight, "replicas": replicas}
+        return 200 if status == "ready" else 503, payload
+
+    return _as_json(answer)
+
+
+def models(pool: Pool) -> ASGIApp:
+    """The union over healthy replicas, as OpenAI lists models."""
+
+    def answer(_scope: Scope) -> Answer:
+        return 200, {"object": "list", "data": list(_served(pool).values())}
+
+    return _as_json(answer)
+
+
+def model(pool: Pool) -> ASGIApp:
+    """One entry of that list."""
+
+    def answer(scope: Scope) -> Answer:
+        name = scope["path_params"]["model"]
+        served = _served(pool)
+        if name not in served:
+            raise problems.model_not_found(name, sorted(served), _down(pool))
+        return 200, served[name]
+
+    return _as_json(answer)
+
+
+def _served(pool: Pool) -> dict[str, Mapping[str, Any]]:
+    """Model id -> entry; the first replica that serves it describes it."""
+    served: dict[str, Mapping[str, Any]] = {}
+    for replica in pool.replicas:
+        if replica.healthy:
+            served = {**replica.models, **served}
+    return served
+
+
+def _down(pool: Pool) -> list[str]:
+    return [replica.state() for replica in pool.replicas if not replica.healthy]
+
+
+def _as_json(answer: Callable[[Scope], Answer]) -> ASGIApp:
+    async def app(scope: Scope, _receive: Receive, send: Send) -> None:
+        reply = Reply(send, request_id(scope["headers"]))
+        try:
+            status, payload = answer(scope)
+        except Problem as problem:
+            await reply.fail(problem)
+            return
+        headers = [(b"content-type", b"application/json")]
+        await reply.whole(status, headers, orjson.dumps(payload))
+
+    return app

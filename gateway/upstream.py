@@ -1,0 +1,208 @@
+"""The pool of replicas: connections to them, places under way, and a request opened on one.
+
+Own workers and foreign OpenAI-compatible servers take the same way; they differ in whether they may
+see the client's key, and in how their health is read (gateway/health.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import random
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
+from types import SimpleNamespace, TracebackType
+
+import aiohttp
+
+from gateway import problems, route
+from gateway.call import Call
+from gateway.health import Watch
+from gateway.replica import Replica, describe
+from policies.schema import Gateway
+
+KEEP_ALIVE_S = 30.0  # an idle connection to a replica is kept this long
+READ_BUFFER_BYTES = 2**16  # the replica is not read further while the client lags by twice this
+COPIED_BODY_MAX_BYTES = 2**20  # aiohttp wants larger bodies as a file
+STALE_MAX = 3  # reset keep-alive connections that one request may meet
+GOODBYE_S = 1.0  # for the last words of requests that outlived the drain
+
+
+class Stale(Exception):
+    """A kept-alive connection turned out to be closed before any byte of an answer."""
+
+
+class Pool:
+    """All replicas, the connections to them, and how many requests are under way."""
+
+    def __init__(
+        self, settings: Gateway, replicas: Sequence[Replica], rng: random.Random | None = None
+    ) -> None:
+        self.settings = settings
+        self.replicas = tuple(replicas)
+        self.draining = False
+        self.in_flight = 0
+        self._rng = rng or random.Random()  # noqa: S311  # ties between replicas, no secret
+        self._session: aiohttp.ClientSession | None = None
+        self._probes: list[asyncio.Task[None]] = []
+        self._empty = asyncio.Event()
+
+    # ---- lifespan -------------------------------------------------------------------------------
+
+    async def __aenter__(self) -> Pool:
+        self._session = open_session(self.settings)
+        self._probes = [
+            asyncio.create_task(Watch(self._session, replica).run()) for replica in self.replicas
+        ]
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.draining = True
+        if self.in_flight:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._empty.wait(), GOODBYE_S)
+        for probe in self._probes:
+            probe.cancel()
+        await asyncio.gather(*self._probes, return_exceptions=True)
+        if self._session is not None:
+            await self._session.close()
+
+    # ---- one request ----------------------------------------------------------------------------
+
+    def enter(self) -> None:
+        """Takes a place. Raises Problem 503; whoever got one gives it back with `leave`."""
+        if self.draining:
+            raise problems.draining()
+        if self.in_flight >= self.settings.max_in_flight:
+            raise problems.overloaded(self.settings.max_in_flight)
+        self.in_flight += 1
+        self._empty.clear()
+
+    def leave(self) -> None:
+        self.in_flight -= 1
+        if not self.in_flight:
+            self._empty.set()
+
+    @asynccontextmanager
+    async def open(self, call: Call) -> AsyncIterator[aiohttp.ClientResponse]:
+        """The answer of the replica that took the call, from its headers on; closed on the way out.
+
+        Another replica is tried when connecting failed, or when one answered 503 and another may
+        take it; never once a byte of an answer went to the client. Raises Problem.
+        """
+        passed: set[Replica] = set()
+        stale = 0
+        while True:
+            replica = self._choose(call.model, passed)
+            replica.in_flight += 1
+            response = None
+            try:
+                response = await self._send(replica, call)
+                if response.status != 503 or not self._another(call.model, passed | {replica}):
+                    yield response
+                    return
+                passed.add(replica)
+                replica.doubt.set()
+            except Stale as error:
+                stale += 1
+                if stale > STALE_MAX:
+                    raise problems.upstream_failed(replica.url, str(error)) from None
+            except Unreachable as error:
+                replica.mark_down(str(error))
+                passed.add(replica)
+            finally:
+                replica.in_flight -= 1
+                if response is not None:
+                    response.close()
+
+    def _choose(self, model: str, passed: set[Replica]) -> Replica:
+        rest = [replica for replica in self.replicas if replica not in passed]
+        replica = route.choose(rest, model, self._rng)
+        if replica is None:
+            raise self._why_none(model)
+        return replica
+
+    def _another(self, model: str, passed: set[Replica]) -> bool:
+        rest = (replica for replica in self.replicas if replica not in passed)
+        return route.choose(rest, model, self._rng) is not None
+
+    def _why_none(self, model: str) -> Exception:
+        states = [replica.state() for replica in self.replicas]
+        healthy = [replica for replica in self.replicas if replica.healthy]
+        if any(model in replica.models for replica in self.replicas):
+            return problems.no_replica(model, states)
+        if healthy:
+            served = sorted({name for replica in healthy for name in replica.models})
+            down = [replica.state() for replica in self.replicas if not replica.healthy]
+            return problems.model_not_found(model, served, down)
+        if any(not replica.tried for replica in self.replicas):
+            return problems.loading(states)
+        return problems.no_replica(model, states)
+
+    async def _send(self, replica: Replica, call: Call) -> aiohttp.ClientResponse:
+        """Sends the call's bytes, waits for the headers. Raises Unreachable, Stale or Problem."""
+        assert self._session is not None, "the pool is used outside of its lifespan"
+        large = len(call.body) > COPIED_BODY_MAX_BYTES
+        attempt = SimpleNamespace(reused=False)
+        try:
+            return await self._session.post(
+                replica.url + call.path,
+                data=io.BytesIO(call.body) if large else call.body,
+                headers=_headers(replica, call),
+                allow_redirects=False,
+                trace_request_ctx=attempt,
+            )
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
+            raise Unreachable(f"cannot connect: {describe(error)}") from None
+        except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
+            replica.doubt.set()
+            half_answered = not isinstance(getattr(error, "message", ""), str)
+            if attempt.reused and not half_answered:
+                raise Stale(describe(error)) from None
+            raise problems.upstream_failed(replica.url, describe(error)) from None
+        except aiohttp.ClientError as error:
+            replica.doubt.set()
+            raise problems.upstream_failed(replica.url, describe(error)) from None
+
+
+class Unreachable(Exception):
+    """No connection to a replica could be made: nothing of the request was sent."""
+
+
+def _headers(replica: Replica, call: Call) -> dict[str, str]:
+    headers = dict(call.headers)
+    headers["content-type"] = "application/json"
+    headers["accept-encoding"] = "identity"
+    if replica.api_key is not None:
+        headers["authorization"] = f"Bearer {replica.api_key}"
+    elif call.authorization is not None and not replica.own:
+        headers["authorization"] = call.authorization
+    return headers
+
+
+def open_session(settings: Gateway) -> aiohttp.ClientSession:
+    """Connections without a limit (max_in_flight is the limit), cookies, or a total time limit."""
+    trace = aiohttp.TraceConfig()
+    trace.on_connection_reuseconn.append(_note_reuse)
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S),
+        cookie_jar=aiohttp.DummyCookieJar(),
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=settings.connect_timeout_s),
+        auto_decompress=False,
+        read_bufsize=READ_BUFFER_BYTES,
+        skip_auto_headers=("Accept", "User-Agent"),
+        trace_configs=[trace],
+    )
+
+
+async def _note_reuse(
+    _session: aiohttp.ClientSession,
+    context: SimpleNamespace,
+    _event: aiohttp.TraceConnectionReuseconnParams,
+) -> None:
+    context.trace_request_ctx.reused = True
