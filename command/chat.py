@@ -1,0 +1,183 @@
+"""`headgate chat`: one answer, or a chat, in a terminal. `answers` speaks the HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+
+from command.answers import AnswerError, Clock, Talk, first_model, stream, visible
+from policies.load import PolicyError, port_of
+
+_HELP = """\
+  /system TEXT  set the system prompt and start over; without TEXT show it
+  /reset        forget what was said
+  /quit         leave (also Ctrl-D)
+  \"\"\"           begins and ends a message of several lines
+  Ctrl-C        stops the answer that is being written"""
+_HISTORY_LINES = 1000
+
+
+def talk(url: str | None, model: str | None, system: str | None, message: str | None) -> int:
+    """One answer for a message or for what stdin holds, else a chat; the exit code."""
+    try:
+        base = _base(url)
+        if message is None and not sys.stdin.isatty():
+            message = sys.stdin.read().strip()
+            if not message:
+                raise AnswerError("stdin is empty: give a MESSAGE")
+        name = model or asyncio.run(first_model(base))
+        conversation = Talk(base, name, system)
+        if message is None:
+            _converse(conversation)
+        else:
+            answer(conversation, message)
+    except (AnswerError, PolicyError) as error:
+        click.echo(str(error), err=True)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except UnicodeDecodeError:
+        click.echo("stdin is not UTF-8 text", err=True)
+        return 1
+    return 0
+
+
+def _base(url: str | None) -> str:
+    port = port_of()
+    if url is None and port == 0:
+        raise AnswerError(
+            "HEADGATE_PORT=0 names no port: give --url as `headgate serve` printed it"
+        )
+    base = url or f"http://127.0.0.1:{8080 if port is None else port}"
+    return (base if "://" in base else f"http://{base}").rstrip("/").removesuffix("/v1")
+
+
+# ---- the chat -----------------------------------------------------------------------------------
+
+
+def _converse(conversation: Talk) -> None:
+    click.echo(f"{conversation.model} at {conversation.url}; /help for commands, Ctrl-D leaves")
+    with _history():
+        while (message := _ask()) is not None:
+            if message.startswith("/"):
+                if not _obey(message, conversation):
+                    return
+            elif message:
+                _answer_or_tell(conversation, message)
+
+
+def _ask() -> str | None:
+    """The next message; None at the end."""
+    try:
+        text = input("> ").strip()
+        if text.startswith('"""'):
+            text = text[3:]
+            while not text.endswith('"""'):
+                text += "\n" + input("… ")
+            text = text[:-3].strip()
+    except EOFError:
+        click.echo()
+        return None
+    except KeyboardInterrupt:
+        click.echo("\n(Ctrl-D or /quit leaves)")
+        return ""
+    return text
+
+
+def _obey(command: str, conversation: Talk) -> bool:
+    """Obeys a /command; false to leave."""
+    name, _, rest = command.partition(" ")
+    if name in ("/quit", "/exit", "/q"):
+        return False
+    if name == "/reset":
+        conversation.messages.clear()
+        _dim("forgotten")
+    elif name == "/system":
+        if rest.strip():
+            conversation.system = rest.strip()
+            conversation.messages.clear()
+        _dim(f"system prompt: {conversation.system or '(none)'}")
+    else:
+        if name != "/help":
+            click.echo(f"there is no command {visible(name)}:")
+        click.echo(_HELP)
+    return True
+
+
+def _answer_or_tell(conversation: Talk, message: str) -> None:
+    """One turn of the chat: what goes wrong is told, and the chat goes on."""
+    try:
+        answer(conversation, message)
+    except AnswerError as error:
+        click.echo(click.style(str(error), fg="red"), err=True)
+    except KeyboardInterrupt:
+        _dim("\nstopped")
+
+
+def answer(conversation: Talk, message: str) -> None:
+    """Streams one answer to stdout. Half an answer is remembered; a turn without any is not.
+
+    Raises AnswerError, KeyboardInterrupt.
+    """
+    conversation.messages.append({"role": "user", "content": message})
+    said: list[str] = []
+    clock = Clock()
+    try:
+        asyncio.run(_print_answer(conversation, said, clock))
+    finally:
+        if said:
+            conversation.messages.append({"role": "assistant", "content": "".join(said)})
+        else:
+            conversation.messages.pop()
+    _dim(clock.line())
+
+
+async def _print_answer(conversation: Talk, said: list[str], clock: Clock) -> None:
+    started_at = time.monotonic()
+    try:
+        async for delta in stream(conversation, clock):
+            clock.last_s = time.monotonic() - started_at
+            if clock.first_s is None:
+                clock.first_s = clock.last_s
+            clock.pieces += 1
+            said.append(delta)
+            click.echo(visible(delta), nl=False)
+    finally:
+        if said:
+            click.echo()
+
+
+def _dim(text: str) -> None:
+    if sys.stdout.isatty():
+        click.echo(click.style(text, dim=True))
+    else:
+        click.echo(text, err=True)
+
+
+@contextlib.contextmanager
+def _history() -> Iterator[None]:
+    """Arrow keys reach back to earlier chats, where Python has readline."""
+    try:
+        import readline
+    except ImportError:
+        yield
+        return
+    state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
+    file = Path(state).expanduser() / "headgate" / "chat_history"
+    with contextlib.suppress(OSError):
+        readline.read_history_file(file)
+    readline.set_history_length(_HISTORY_LINES)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.touch(mode=0o600)
+            readline.write_history_file(file)

@@ -1,0 +1,85 @@
+"""`headgate policy check` and `headgate policy show`."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import click
+from pydantic import BaseModel
+
+from policies.load import PORT_VARIABLE, PolicyError, load, port_of, resolve_model
+from policies.schema import Deployment
+
+# Plain YAML text that no parser could take for anything else than this text.
+_PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9_./-]*|[0-9]+\.[0-9]+\.[0-9]+\.[0-9]+|https?://[\w.:/-]+")
+_NOT_TEXT = {"null", "true", "false", "yes", "no", "on", "off", "y", "n"}
+
+
+def check_files(files: Sequence[Path]) -> int:
+    """Prints a line a file, or its problems; 0 or 2."""
+    wrong = False
+    for file in files:
+        try:
+            deployment = load(file)
+            if deployment.runtime:
+                resolve_model(file, deployment.runtime)
+        except PolicyError as error:
+            wrong = True
+            click.echo(str(error), err=True)
+        else:
+            click.echo(f"{file}  ok")
+    return 2 if wrong else 0
+
+
+def show_file(file: Path, environ: Mapping[str, str]) -> str:
+    """The file with every default filled in, as YAML. Raises PolicyError."""
+    deployment = load(file)
+    port = port_of(environ)
+    lines = [f"# {file.name}, every default filled in; `set` marks what the file says."]
+    if port is not None:
+        lines.append(f"# {PORT_VARIABLE}={port} overrides gateway.port when this is served.")
+    return "\n".join([*lines, *_fields(deployment, "")]) + "\n"
+
+
+def _fields(model: BaseModel, indent: str) -> Iterator[str]:
+    for name, field in type(model).model_fields.items():
+        value = getattr(model, name)
+        mark = "  # set" if name in model.model_fields_set else ""
+        inner = isinstance(value, BaseModel)
+        if inner or isinstance(value, tuple) or isinstance(model, Deployment):
+            yield ""
+        yield f"{indent}# {field.description}"
+        if inner:
+            yield f"{indent}{name}:{mark}"
+            yield from _fields(value, indent + "  ")
+        elif isinstance(value, tuple) and value:
+            yield f"{indent}{name}:{mark}"
+            for entry in value:
+                yield from _entry(entry, indent + "  ")
+        else:
+            yield f"{indent}{name}: {scalar(value)}{mark}"
+
+
+def _entry(entry: BaseModel, indent: str) -> Iterator[str]:
+    """One member of a list: its first line carries the dash."""
+    yield f"{indent}-"
+    yield from _fields(entry, indent + "  ")
+
+
+def scalar(value: object) -> str:
+    """A value as YAML 1.2 that reads back as the same value."""
+    if value == ():
+        return "[]"
+    if isinstance(value, str):
+        plain = _PLAIN.fullmatch(value) and value.lower() not in _NOT_TEXT
+        return value if plain else f'"{"".join(map(_escaped, value))}"'
+    return json.dumps(value)
+
+
+def _escaped(character: str) -> str:
+    if character in '"\\':
+        return "\\" + character
+    return character if character.isprintable() else f"\\U{ord(character):08x}"

@@ -1,0 +1,99 @@
+"""A program as a process: its command, its start, its health, its end. Knows one at a time."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import functools
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from command.machine import address
+
+_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+
+Health = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """A command that serves HTTP, and where GET /health answers 200 once it is ready."""
+
+    name: str
+    argv: tuple[str, ...]
+    host: str
+    port: int
+    environment: Mapping[str, str] = field(default_factory=dict)
+    drain_s: float = 5.0  # between SIGTERM and SIGKILL
+
+    @property
+    def url(self) -> str:
+        return f"http://{address(self.host, self.port)}"
+
+
+async def spawn(program: Program) -> asyncio.subprocess.Process:
+    """Starts the program so that it dies with this process. Raises OSError."""
+    return await asyncio.create_subprocess_exec(
+        *program.argv,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+        env=os.environ | program.environment,
+        start_new_session=True,
+        preexec_fn=_bound_to(os.getpid()) if sys.platform == "linux" else None,
+    )
+
+
+def _bound_to(parent: int) -> Callable[[], None]:
+    """Runs in the child: the kernel kills it when its parent dies, even by SIGKILL (prctl(2))."""
+    return functools.partial(_die_with, ctypes.CDLL(None), parent)
+
+
+def _die_with(libc: ctypes.CDLL, parent: int) -> None:
+    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:  # it died before the line above
+        os._exit(1)
+
+
+async def ask_health(host: str, port: int, timeout_s: float = 2.0) -> tuple[int, Health]:
+    """Status and JSON object of GET /health; (0, {}) where nothing answers in time."""
+    request = f"GET /health HTTP/1.0\r\nHost: {address(host, port)}\r\nConnection: close\r\n\r\n"
+    writer = None
+    try:
+        async with asyncio.timeout(timeout_s):
+            reader, writer = await asyncio.open_connection(host, port)
+            writer.write(request.encode())
+            answer = await reader.read(2**20)
+            while chunk := await reader.read(2**20):
+                answer += chunk
+    except (OSError, TimeoutError):
+        return 0, {}
+    finally:
+        if writer is not None:
+            writer.close()
+    head, _, body = answer.partition(b"\r\n\r\n")
+    status = head.split(b" ", 2)[1:2]
+    if not status or not status[0].isdigit():
+        return 0, {}
+    try:
+        health = json.loads(body)
+    except ValueError:
+        health = None
+    return int(status[0]), health if isinstance(health, dict) else {}
+
+
+def describe_exit(code: int) -> str:
+    """`ended with exit code 1`, `was killed by SIGKILL (out of memory?)`."""
+    if code >= 0:
+        return f"ended with exit code {code}"
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:
+        name = f"signal {-code}"
+    hint = " (out of memory?)" if -code == signal.SIGKILL else ""
+    return f"was killed by {name}{hint}"

@@ -1,0 +1,75 @@
+"""Lines for a person, and one line of progress that gives way to them. Knows no command."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterable, Sequence
+from typing import TextIO
+
+
+def columns(rows: Iterable[Sequence[str]], indent: str = "  ") -> list[str]:
+    """Rows as lines with aligned columns; the last column is as long as it wants."""
+    table = [tuple(row) for row in rows]
+    count = max((len(row) for row in table), default=0)
+    widths = [
+        max((len(row[at]) for row in table if at < len(row)), default=0) for at in range(count)
+    ]
+    return [
+        indent
+        + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip()
+        for row in table
+    ]
+
+
+def size(count: float) -> str:
+    """Bytes as people read them: `1.5 GiB`."""
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+class Screen:
+    """Announcements on stdout, children's words on stderr; a reader that left is no error."""
+
+    def __init__(self, out: TextIO | None = None, err: TextIO | None = None) -> None:
+        self._out = out or sys.stdout
+        self._err = err or sys.stderr
+        self._alive = self._out.isatty()
+        self._progress = ""
+
+    def say(self, *lines: str) -> None:
+        self._write(self._out, lines)
+
+    def log(self, *lines: str) -> None:
+        self._write(self._err, lines)
+
+    def progress(self, text: str) -> None:
+        """Replaces the last progress line; nothing where nobody watches."""
+        if self._alive:
+            self._progress = text
+            self._put(self._out, f"\r\x1b[K{text}")
+
+    def settle(self) -> None:
+        """Forgets the progress line."""
+        if self._progress:
+            self._progress = ""
+            self._put(self._out, "\r\x1b[K")
+
+    def _write(self, stream: TextIO, lines: Sequence[str]) -> None:
+        text = "".join(f"{line}\n" for line in lines)
+        if self._progress:
+            self._put(self._out, "\r\x1b[K")
+        self._put(stream, text)
+        if self._progress:
+            self._put(self._out, self._progress)
+
+    def _put(self, stream: TextIO, text: str) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            try:
+                stream.write(text)
+            except UnicodeEncodeError:  # a terminal without UTF-8
+                stream.write(text.encode("ascii", "replace").decode())
+            stream.flush()

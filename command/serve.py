@@ -1,0 +1,220 @@
+"""`headgate serve`: from a policy file to running programs, and what a person reads meanwhile.
+
+Knows which programs a policy needs and how they are started; `supervisor` keeps them alive.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.metadata
+import importlib.util
+import json
+import os
+import site
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from command.machine import PortError, address, bind, cores, free_ports
+from command.processes import Health, Program
+from command.screen import Screen, columns
+from command.supervisor import Supervisor
+from policies.load import load, resolve_model, with_environment
+from policies.model_folder import POCKET
+from policies.schema import Deployment, Runtime
+
+# Between the end of the gateway's own drain and SIGKILL.
+_GRACE_S = 5.0
+_WORKER_HOST = "127.0.0.1"
+
+
+class StartError(Exception):
+    """What keeps a valid policy from being served on this machine."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What will run: the policy with its file, the model that was found, the ports, the threads."""
+
+    policy: Path
+    deployment: Deployment
+    model: Path | str | None  # None: upstreams only
+    port: int
+    worker_ports: tuple[int, ...]
+    threads: int
+
+    @property
+    def url(self) -> str:
+        return f"http://{address(self.deployment.gateway.host, self.port)}"
+
+    @property
+    def served_name(self) -> str:
+        """What clients send as `model`."""
+        runtime = self.deployment.runtime
+        return served_name(runtime, self.model) if runtime and self.model else "MODEL"
+
+
+def served_name(runtime: Runtime, model: Path | str) -> str:
+    """`served_name`, else `pocket`, else the last part of the folder or hub name."""
+    return runtime.served_name or (POCKET if runtime.model == POCKET else Path(model).name)
+
+
+def threads_of(runtime: Runtime, environ: Mapping[str, str] = os.environ) -> int:
+    """CPU threads of one worker: the policy's, else OMP_NUM_THREADS, else cores by workers."""
+    wish = environ.get("OMP_NUM_THREADS", "")
+    if runtime.threads is not None:
+        return runtime.threads
+    if wish.isascii() and wish.isdecimal() and int(wish) > 0:
+        return int(wish)
+    return max(1, cores() // runtime.workers)
+
+
+def plan(policy: Path) -> Plan:
+    """Checks all that can be checked before anything runs. Raises PolicyError or StartError."""
+    deployment = with_environment(load(policy))
+    runtime = deployment.runtime
+    model = resolve_model(policy, runtime) if runtime else None
+    if runtime and not all(map(importlib.util.find_spec, ("torch", "transformers"))):
+        raise StartError(
+            "the runtime needs torch and transformers, which are not installed: "
+            "pip install 'headgate[runtime]'"
+        )
+    gateway = deployment.gateway
+    try:
+        with bind(gateway.host, gateway.port) as front:
+            port = front.getsockname()[1]
+            worker_ports = tuple(free_ports(runtime.workers if runtime else 0, _WORKER_HOST))
+    except PortError as error:
+        advice = f"free it or HEADGATE_PORT={_another(gateway.port)} headgate serve"
+        raise StartError(f"{error}; {advice}") from None
+    threads = threads_of(runtime) if runtime else 0
+    return Plan(policy.absolute(), deployment, model, port, worker_ports, threads)
+
+
+def _another(port: int) -> int:
+    return port + 1 if 1024 <= port < 65535 else 8081
+
+
+def programs_of(plan: Plan) -> list[Program]:
+    """The workers, then the gateway in front of them."""
+    policy = str(plan.policy)
+    # -P: a folder `runtime` where the user happens to stand must not shadow ours.
+    python = (sys.executable, "-P", "-m")
+    environment = _environment()
+    for_workers = environment | {
+        "OMP_NUM_THREADS": str(plan.threads),
+        "OMP_WAIT_POLICY": "passive",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    workers = [
+        Program(
+            f"worker {index}",
+            (*python, "runtime", policy, "--port", str(port), "--worker", str(index)),
+            _WORKER_HOST,
+            port,
+            for_workers,
+        )
+        for index, port in enumerate(plan.worker_ports)
+    ]
+    replicas = [part for worker in workers for part in ("--replica", worker.url)]
+    gateway = plan.deployment.gateway
+    front = Program(
+        "gateway",
+        (*python, "gateway", policy, "--port", str(plan.port), *replicas),
+        gateway.host,
+        plan.port,
+        environment,
+        gateway.drain_s + _GRACE_S,
+    )
+    return [*workers, front]
+
+
+def _environment() -> dict[str, str]:
+    """Children find our packages wherever they start, in a checkout as in an installation."""
+    root = str(Path(__file__).resolve().parent.parent)
+    environment = {"PYTHONUNBUFFERED": "1"}
+    if root not in (*site.getsitepackages(), site.getusersitepackages()):
+        paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment["PYTHONPATH"] = os.pathsep.join(paths)
+    return environment
+
+
+# ---- what a person reads ------------------------------------------------------------------------
+
+
+def serve(policy: Path, screen: Screen) -> int:
+    """Serves until Ctrl-C; the exit code. Raises PolicyError or StartError before anything runs."""
+    todo = plan(policy)
+    programs = programs_of(todo)
+    supervisor = Supervisor(programs, screen)
+    screen.say(*opening(todo, programs))
+
+    def announce(took_s: float) -> None:
+        health = {child.program.name: child.health or {} for child in supervisor.children}
+        screen.say(*ready(todo, took_s, health))
+
+    return asyncio.run(supervisor.run(announce))
+
+
+def opening(plan: Plan, programs: list[Program]) -> list[str]:
+    """What runs where."""
+    runtime = plan.deployment.runtime
+    rows = [("gateway", programs[-1].url, _shortly(plan.policy))]
+    if runtime:
+        model = f"{plan.served_name} from {_shortly(plan.model)}"
+        what = f"{model}, {plan.threads} thread{'s' if plan.threads > 1 else ''}"
+        rows += [(worker.name, worker.url, what) for worker in programs[:-1]]
+    rows += [("upstream", upstream.url, "") for upstream in plan.deployment.upstreams]
+    return [f"headgate {version()}", *columns(rows)]
+
+
+def ready(plan: Plan, took_s: float, health: Mapping[str, Health]) -> list[str]:
+    """Readiness, what the workers say of themselves, and lines to paste."""
+    facts = [
+        (name, ", ".join(str(state[key]) for key in ("device", "dtype") if state.get(key)))
+        for name, state in health.items()
+    ]
+    return [
+        f"ready in {took_s:.1f} s",
+        *columns([fact for fact in facts if fact[1]]),
+        "",
+        f"  {plan.url}/v1",
+        "",
+        *curl(plan.url, plan.served_name),
+        "",
+        "or talk to it: headgate chat"
+        + ("" if plan.port == 8080 else f" --url {plan.url}")
+        + "    (Ctrl-C here drains and ends)",
+    ]
+
+
+def curl(url: str, model: str) -> list[str]:
+    """A streaming request that the pocket model can answer, ready to paste."""
+    facts = (
+        "Facts:\\nThe status of order JR-9265 is packed.\\n"
+        "For order JR-9265 the parcel is 4659-1394.\\nOrder JR-9265: total 713 euros.\\n\\n"
+        "Which parcel does order JR-9265 have?"
+    )
+    quoted = json.dumps(model).replace("'", "'\\''")  # inside the shell's single quotes
+    return [
+        f"curl -N {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{{",
+        f'  "model": {quoted}, "stream": true, "messages": [',
+        '    {"role": "system", "content": "Answer from the facts. Be exact and brief."},',
+        f'    {{"role": "user", "content": "{facts}"}}]}}\'',
+    ]
+
+
+def version() -> str:
+    try:
+        return importlib.metadata.version("headgate")
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+def _shortly(path: Path | str | None) -> str:
+    """A path as seen from here, where that is shorter."""
+    if isinstance(path, Path) and path.is_relative_to(Path.cwd()):
+        return str(path.relative_to(Path.cwd()))
+    return str(path)

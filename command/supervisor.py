@@ -1,0 +1,245 @@
+"""Keeps programs alive: starts them, watches them, restarts them, drains them.
+
+Knows commands and health addresses; knows no policy and no model. Every program gets a session of
+its own, so that Ctrl-C reaches only the supervisor, which then ends them in order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from command.processes import Health, Program, ask_health, describe_exit, spawn
+from command.screen import Screen
+
+EXIT_DRAINED = 0
+EXIT_FAILED = 1
+EXIT_KILLED = 130
+_KEPT_LINES = 40
+_SHOWN_LINES = 12
+_LINE_CHARS_MAX = 4000
+_POLL_S = 0.1
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@dataclass(slots=True)
+class Backoff:
+    """Pauses before restarts: doubling, and forgotten after a long life."""
+
+    first_s: float = 0.5
+    longest_s: float = 30.0
+    forget_s: float = 60.0
+    _next_s: float = 0.0
+
+    def after(self, lived_s: float) -> float:
+        """The pause after a life of `lived_s` seconds."""
+        if lived_s >= self.forget_s or self._next_s == 0.0:
+            self._next_s = self.first_s
+        pause_s = self._next_s
+        self._next_s = min(self.longest_s, 2 * pause_s)
+        return pause_s
+
+
+@dataclass(slots=True)
+class Child:
+    """A program as it runs now."""
+
+    program: Program
+    backoff: Backoff
+    process: asyncio.subprocess.Process | None = None
+    health: Health | None = None  # of this life
+    ready: asyncio.Event = field(default_factory=asyncio.Event)  # once ready, in whichever life
+    lines: deque[str] = field(default_factory=lambda: deque(maxlen=_KEPT_LINES))
+
+    def signal(self, number: signal.Signals) -> None:
+        if self.process is not None and self.process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                self.process.send_signal(number)
+
+    def kill_group(self) -> None:
+        """Ends what is left of the program and of what it started."""
+        if self.process is not None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+
+
+class Supervisor:
+    """Runs programs until a signal comes. The last is the front: ready last, drained first."""
+
+    def __init__(
+        self,
+        programs: Sequence[Program],
+        screen: Screen,
+        *,
+        backoff: Callable[[], Backoff] = Backoff,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.children = [Child(program, backoff()) for program in programs]
+        self._front = self.children[-1]
+        self._width = max(len(program.name) for program in programs)
+        self._screen = screen
+        self._now = now
+        self._started_at = now()
+        self._stopping = asyncio.Event()
+        self._killing = asyncio.Event()
+        self._failed: Child | None = None
+
+    async def run(self, announce: Callable[[float], None]) -> int:
+        """Calls `announce(seconds)` when the front is ready; returns the exit code at the end."""
+        with self._signals():
+            keepers = [asyncio.create_task(self._keep(child)) for child in self.children]
+            waiting = asyncio.create_task(self._await_ready(announce))
+            for task in (*keepers, waiting):
+                task.add_done_callback(self._notice)
+            await self._stopping.wait()
+            waiting.cancel()
+            self._screen.settle()
+            await self._drain()
+            await asyncio.gather(*keepers)
+            with contextlib.suppress(asyncio.CancelledError):
+                await waiting
+        if self._failed is not None:
+            self._tell_failure(self._failed)
+            return EXIT_FAILED
+        return EXIT_KILLED if self._killing.is_set() else EXIT_DRAINED
+
+    # ---- one program, from start to end ----
+
+    async def _keep(self, child: Child) -> None:
+        while not self._stopping.is_set():
+            started_at = self._now()
+            code = await self._live(child)
+            if self._stopping.is_set():
+                return
+            if not child.ready.is_set():
+                self._failed = child
+                self._stopping.set()
+                return
+            pause_s = child.backoff.after(self._now() - started_at)
+            how = describe_exit(code)
+            self._screen.log(f"{child.program.name} {how}; it starts again in {pause_s:g} s")
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), pause_s)
+
+    async def _live(self, child: Child) -> int:
+        """One life of a program; the exit code, negative for a signal."""
+        child.health = None
+        try:
+            child.process = await spawn(child.program)
+        except OSError as error:
+            child.lines.append(str(error))
+            return 127
+        if self._stopping.is_set():  # the drain has not seen this process
+            child.kill_group()
+        relaying = asyncio.create_task(self._relay(child, child.process.stdout))
+        watching = asyncio.create_task(self._watch(child))
+        code = await child.process.wait()
+        watching.cancel()
+        child.kill_group()
+        # Its last words are still in the pipe; a stranger that holds the pipe open is not awaited.
+        await asyncio.wait([relaying], timeout=1.0)
+        relaying.cancel()
+        return code
+
+    async def _relay(self, child: Child, words: asyncio.StreamReader | None) -> None:
+        """The program's words, prefixed, line by line; overlong lines are cut."""
+        rest = b""
+        while chunk := await words.read(65536) if words else b"":
+            *lines, rest = (rest + chunk).split(b"\n")
+            for line in lines:
+                self._hear(child, line)
+            rest = rest[-_LINE_CHARS_MAX:]
+        if rest:
+            self._hear(child, rest)
+
+    def _hear(self, child: Child, line: bytes) -> None:
+        text = line.rstrip().rpartition(b"\r")[2].decode("utf-8", "replace")[:_LINE_CHARS_MAX]
+        child.lines.append(text)
+        self._screen.log(f"{child.program.name.ljust(self._width)} | {text}")
+
+    async def _watch(self, child: Child) -> None:
+        """Waits for the first healthy answer of this life."""
+        program, started_at = child.program, self._now()
+        while child.health is None:
+            status, health = await ask_health(program.host, program.port)
+            if status == 200:
+                child.health = health
+            else:
+                await asyncio.sleep(_POLL_S)
+        if child.ready.is_set():
+            took_s = self._now() - started_at
+            self._screen.log(f"{program.name} is ready again after {took_s:.1f} s")
+        child.ready.set()
+
+    # ---- all of them ----
+
+    async def _await_ready(self, announce: Callable[[float], None]) -> None:
+        while not self._front.ready.is_set():
+            self._screen.progress(f"starting … {self._now() - self._started_at:.0f} s")
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._front.ready.wait(), 1.0)
+        self._screen.settle()
+        announce(self._now() - self._started_at)
+
+    async def _drain(self) -> None:
+        """The front first, while those behind it still serve it; then they."""
+        running = self._front.process is not None and self._front.process.returncode is None
+        if running and self._failed is None and self._front.ready.is_set():
+            patience = f"running answers get up to {self._front.program.drain_s:g} s"
+            self._screen.say(f"draining: {patience}; Ctrl-C again ends them now")
+        await self._end(self._front)
+        await asyncio.gather(*(self._end(child) for child in self.children[:-1]))
+
+    async def _end(self, child: Child) -> None:
+        process = child.process
+        if process is None or process.returncode is not None:
+            return
+        child.signal(signal.SIGTERM)
+        exited = asyncio.create_task(process.wait())
+        killed = asyncio.create_task(self._killing.wait())
+        patience_s = child.program.drain_s if self._failed is None else 1.0
+        await asyncio.wait([exited, killed], timeout=patience_s, return_when="FIRST_COMPLETED")
+        killed.cancel()
+        if not exited.done() and not self._killing.is_set():
+            self._screen.log(f"{child.program.name} did not end in {patience_s:g} s: killed")
+        child.kill_group()
+        await exited
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+        for number in _STOP_SIGNALS:
+            loop.add_signal_handler(number, self.stop)
+        try:
+            yield
+        finally:
+            for number in _STOP_SIGNALS:
+                loop.remove_signal_handler(number)
+
+    def stop(self) -> None:
+        """Drains; a second call ends everything at once."""
+        if self._stopping.is_set():
+            self._killing.set()
+        self._stopping.set()
+
+    def _notice(self, task: asyncio.Task[None]) -> None:
+        """A bug in one task ends them all, and is raised by `run`."""
+        if not task.cancelled() and task.exception() is not None:
+            self._stopping.set()
+
+    def _tell_failure(self, child: Child) -> None:
+        process = child.process
+        code = process.returncode if process is not None else None
+        how = describe_exit(code) if code is not None else "could not be started"
+        last = [line for line in child.lines if line.strip()][-_SHOWN_LINES:]
+        self._screen.log(
+            f"{child.program.name} {how} before it was ready"
+            + ("; its last lines:" if last else ""),
+            *(f"  {line}" for line in last),
+        )

@@ -1,0 +1,175 @@
+"""The one command. Thin: it reads the command line and calls `command/`, imported lazily."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import click
+
+_CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+_FILE = click.Path(path_type=Path)
+
+
+@click.group(context_settings=_CONTEXT)
+@click.version_option(package_name="headgate", message="headgate %(version)s")
+def main() -> None:
+    """A streaming LLM gateway and runtime on your machine.
+
+    \b
+    headgate serve     start it
+    headgate chat      talk to it, in a second terminal
+    headgate doctor    if something is wrong
+    """
+
+
+@main.command(short_help="Serve a policy: runtime workers and the gateway in front.")
+@click.argument("policy", type=_FILE, required=False)
+def serve(policy: Path | None) -> None:
+    """Start runtime workers and gateway, keep them alive, and stop them in order.
+
+    POLICY is a YAML file; without one the policy that ships serves the pocket model on
+    http://127.0.0.1:8080. HEADGATE_PORT overrides the port; 0 takes a free one and prints it.
+    A worker that dies is started again. Ctrl-C drains: running answers may finish; Ctrl-C again
+    ends them now.
+
+    \b
+    Examples:
+      headgate serve
+      HEADGATE_PORT=8081 headgate serve my-policy.yaml
+
+    \b
+    Exit codes:
+      0    drained after Ctrl-C or SIGTERM
+      1    could not start: port taken, something not installed, a worker that ends while it loads
+      2    the policy is wrong; each problem is printed as file:line:col
+      130  ended at once by a second Ctrl-C
+    """
+    from command.screen import Screen
+    from command.serve import StartError, serve as run
+    from policies.load import PolicyError
+
+    try:
+        raise SystemExit(run(_default(policy), Screen()))
+    except PolicyError as error:
+        _fail(str(error), 2)
+    except StartError as error:
+        _fail(str(error), 1)
+
+
+@main.command(short_help="Talk to a running gateway in the terminal.")
+@click.option("--url", help="Base URL. Default: http://127.0.0.1:8080, with HEADGATE_PORT's port.")
+@click.option("--model", help="Model name. Default: the first that the gateway offers.")
+@click.option("--system", help="System prompt.")
+@click.argument("message", required=False)
+def chat(url: str | None, model: str | None, system: str | None, message: str | None) -> None:
+    """Talk to a running gateway; answers stream as they are made.
+
+    With MESSAGE, or with text on stdin, one answer is printed and the command ends. Otherwise a
+    chat opens: /help lists its commands, Ctrl-C stops an answer, Ctrl-D leaves.
+
+    \b
+    Examples:
+      headgate chat
+      headgate chat "Facts: order 12 is packed. What is the status of order 12?"
+      headgate chat --system "Answer in one word." < question.txt
+
+    \b
+    Exit codes:
+      0    answered, or left
+      1    nothing answers at the URL, or the answer failed
+      2    wrong usage
+      130  Ctrl-C during a single answer
+    """
+    from command.chat import talk
+
+    raise SystemExit(talk(url, model, system, message))
+
+
+@main.command(short_help="What is installed, what would run, what is wrong.")
+@click.argument("policy", type=_FILE, required=False)
+@click.option("--deep", is_flag=True, help="Also start torch and ask it for its devices (seconds).")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
+def doctor(policy: Path | None, deep: bool, as_json: bool) -> None:
+    """Look at this machine, this installation and POLICY; say what would run and what is wrong.
+
+    \b
+    Examples:
+      headgate doctor
+      headgate doctor my-policy.yaml --json
+
+    \b
+    Exit codes:
+      0  nothing is wrong; warnings are allowed
+      1  something is wrong; the line says what to do next
+    """
+    from command.doctor import examine
+
+    raise SystemExit(examine(_default(policy), deep=deep, as_json=as_json))
+
+
+@main.group(short_help="Check a policy file, or show it with its defaults.")
+def policy() -> None:
+    """Work with policy files. docs/policy.md describes every field."""
+
+
+@policy.command(short_help="Say whether files are valid.")
+@click.argument("files", type=_FILE, nargs=-1, required=True)
+def check(files: tuple[Path, ...]) -> None:
+    """Check policy files, and that the model of each is there and can be loaded.
+
+    Each problem is one line: file:line:col  path  problem; did you mean …
+
+    \b
+    Example:
+      headgate policy check my-policy.yaml
+
+    \b
+    Exit codes:
+      0  all are valid
+      2  at least one is not
+    """
+    from command.policy import check_files
+
+    raise SystemExit(check_files(files))
+
+
+@policy.command(short_help="Print a policy with every default filled in.")
+@click.argument("file", type=_FILE, required=False)
+def show(file: Path | None) -> None:
+    """Print the whole effective policy as YAML that can be loaded again.
+
+    Every field carries its description; `set` marks what the file says, the rest are defaults.
+
+    \b
+    Example:
+      headgate policy show my-policy.yaml > whole.yaml
+
+    \b
+    Exit codes:
+      0  printed
+      2  the policy is wrong
+    """
+    from command.policy import show_file
+    from policies.load import PolicyError
+
+    try:
+        click.echo(show_file(_default(file), os.environ), nl=False)
+    except PolicyError as error:
+        _fail(str(error), 2)
+
+
+def _default(policy: Path | None) -> Path:
+    """The policy that ships, where none is named."""
+    import policies
+
+    return policy or Path(policies.__file__).parent / "local.yaml"
+
+
+def _fail(message: str, code: int) -> None:
+    click.echo(message, err=True)
+    raise SystemExit(code)
+
+
+if __name__ == "__main__":
+    main(prog_name="headgate")
