@@ -51,9 +51,7 @@ def find_model(name: str, beside: Path) -> Path | str:
         raise ModelError(f"{name[:60]!r} is not a usable folder name: {error}") from None
     if exists:
         check_folder(folder)
-        return Path(
-            os.path.abspath(folder)
-        )  # symlinks keep their names: clients send the last part
+        return folder  # symlinks keep their names: clients send the last part
     if _looks_like_a_path(name, beside):
         raise ModelError(f"no such folder: {folder}", _nearby(folder, name))
     if _HUB_NAME.fullmatch(name):
