@@ -255,7 +255,8 @@ def _explain_one(complaint: Any, root: type[BaseModel], file: str, places: Place
 def _advice(kind: str, value: object, field: FieldInfo | None) -> str:
     if value is None and field is not None and not field.is_required():
         return "; leave the key out for the default"
-    numeric = isinstance(value, str) and value.replace(".", "", 1).isdecimal()
+    short = isinstance(value, str) and len(value) <= _SHOWN_CHARS
+    numeric = short and str(value).replace(".", "", 1).isdecimal()
     if kind in ("int_type", "float_type") and numeric:
         return "; write it without quotes"
     return ""

@@ -50,7 +50,9 @@ def parse(file: str, text: str) -> tuple[Any, Places, list[Problem]]:
         # ruamel's scanner lets these out, without a place, for a few malformed escapes.
         raise PolicyError(Problem(file, f"not valid YAML: {error}", Place(1, 1))) from None
     plain = _Plain()
-    data = {} if tree.root is None else plain.of(tree.root, ())
+    data = plain.of(tree.root, ()) if tree.root else None
+    if data is None:  # an empty file
+        data = {}
     places = Places(plain.keys, plain.values or {(): Place(1, 1)})
     problems = [
         Problem(file, refusal.message, refusal.place, refusal.path)
@@ -71,7 +73,9 @@ def _syntax_problem(file: str, text: str, error: YAMLError) -> Problem:
     if isinstance(error, ReaderError):
         before = text[: error.position]
         place = Place(before.count("\n") + 1, len(before) - before.rfind("\n"))
-        return Problem(file, f"character {error.character!r} is not allowed in YAML", place)
+        character = error.character
+        shown = chr(character) if isinstance(character, int) else character
+        return Problem(file, f"character {shown!r} is not allowed in YAML", place)
     mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
     line, column = (mark.line, mark.column) if mark else (0, 0)
     if line >= len(lines) or (line == len(lines) - 1 and not lines[line]):
