@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from policies.load import FILE_BYTES_MAX, PolicyError, load, port_of, with_environment
 from policies.problems import describe, dotted
 

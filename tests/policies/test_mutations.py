@@ -1,4 +1,4 @@
-"""Whatever becomes of a policy file: it loads, or its problems point into it. Nothing else happens."""
+"""Whatever becomes of a policy file: it loads, or its problems point into it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 
 from hypothesis import example, given, settings, strategies as st
+
 from policies.load import PolicyError, load
 
 VALID = """\
@@ -21,11 +22,12 @@ upstreams:
     api_key_env: KEY
 """
 SPICE = [
-    "\t", "\n", "\r", "\r\n", " ", "  ", ": ", "- ", "# ", "? ", "[", "]", "{", "}", ",", "&a ", "*a",
-    "*name", "!!int ", "!x ", "! ", "|", ">", "|2-\n", "'", '"', '"\\x', '"\\UFFFFFFFF"', '"\\uD800"',
-    "%YAML 9.9\n", "%YAML 99999999999999999999.1\n", "%TAG ! x\n", "---\n", "...\n", "<<: ", "~", "null",
-    ".nan", "-.inf", "1e400", "0o9", "0x", "9" * 80, "\x00", "\x85", "\u2028", "\ufeff", "\U0001f600",
-    "\x7f", "@", "`", "version", "port", "2001-01-01",
+    "\t", "\n", "\r", "\r\n", " ", "  ", ": ", "- ", "# ", "? ", "[", "]", "{", "}", ",",
+    "&a ", "*a", "*name", "!!int ", "!x ", "! ", "\x7c", ">", "\x7c2-\n", "'", '"', '"\\x',
+    '"\\UFFFFFFFF"', '"\\uD800"', "%YAML 9.9\n", "%YAML 99999999999999999999.1\n", "%TAG !
+    x\n", "---\n", "...\n", "<<: ", "~", "null", ".nan", "-.inf", "1e400", "0o9", "0x", "9"
+    * 80, "\x00", "\x85", "\u2028", "\ufeff", "\U0001f600", "\x7f", "@", "`", "version",
+    "port", "2001-01-01",
 ]  # fmt: skip
 
 
