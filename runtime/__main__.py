@@ -106,7 +106,7 @@ def load_served(runtime: Runtime, source: Path | str, streams: Streams) -> Serve
 
 
 def name_of(runtime: Runtime, source: Path | str) -> str:
-    """The name that clients send: `served_name`, or the last part of the model's path or hub name."""
+    """The name that clients send: `served_name`, or the last part of the path or hub name."""
     if runtime.served_name:
         return runtime.served_name
     if runtime.model == "pocket":

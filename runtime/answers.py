@@ -166,7 +166,7 @@ class Answer:
         return self._envelope.wrap(choices, usage=self._usage.payload())
 
 
-# ---- request -> prompts and sampling --------------------------------------------------------------
+# ---- request -> prompts and sampling -------------------------------------------------------------
 
 
 def chat_prompt(asked: ChatRequest, tokenizer: Tokenizer) -> list[int]:

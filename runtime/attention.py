@@ -2,8 +2,9 @@
 
 Knows tensors and where a step's tokens lie in the KV pool; knows no model family and no scheduler.
 A step is packed: tokens of all sequences stand behind one another in one row. The sequences that
-bring exactly one token stand first ("decodes", attended in one batch), each longer chunk is attended
-by itself. Backend here: gather the blocks, then torch's scaled-dot-product attention (any device).
+bring exactly one token stand first ("decodes", attended in one batch), each longer chunk is
+attended by itself. Backend here: gather the blocks, then torch's scaled-dot-product attention,
+on any device.
 
 Legend: T tokens of the step, B decodes, H heads, KV key-value heads, D head dimension,
 C context tokens of a sequence after this step, N blocks of the longest decode, L = 16 N.
@@ -59,7 +60,7 @@ class StepLayout:
         return self.decode_contexts.shape[0]
 
     def decode_mask(self, window: int | None) -> torch.Tensor:
-        """[B, 1, 1, L], true where a decode may look: its own context, or the window's end of it."""
+        """[B, 1, 1, L], true where a decode may look: its context, or the window's end of it."""
         key = (-1, window)
         mask = self._masks.get(key)
         if mask is None:
@@ -222,7 +223,7 @@ def _attend(
     scale: float,
     softcap: float | None,
 ) -> torch.Tensor:
-    """rows [N, H, R, D] over keys [N, KV, C, D]; without a mask R equals C and attention is causal."""
+    """rows [N, H, R, D] over keys [N, KV, C, D]; without a mask R = C, attention is causal."""
     grouped = rows.shape[1] != keys.shape[1]
     if softcap is None:
         return scaled_dot_product_attention(

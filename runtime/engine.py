@@ -1,8 +1,8 @@
 """One loop in one thread: take orders, plan, forward, sample, hand out.
 
-Knows the scheduler, the model, the sampler and the tokenizer; knows no HTTP and no event loop. Others
-talk to it through `submit`, `cancel` and `stop`, which any thread may call, and hear from it through
-`emit`, which the engine's thread calls once a step.
+Knows the scheduler, the model, the sampler and the tokenizer; knows no HTTP and no event loop.
+Others talk to it through `submit`, `cancel` and `stop`, which any thread may call, and hear from it
+through `emit`, which the engine's thread calls once a step.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ class Engine:
 
     def run(self) -> None:
         """Steps while there is work, waits while there is none, until `stop`."""
-        while self._take_orders(wait=True):
+        while self.take_orders(wait=True):
             outputs = self.step()
             if outputs:
                 self._emit(outputs)
@@ -173,7 +173,7 @@ class Engine:
         clock.step_s += perf_counter() - started
         return outputs
 
-    def _take_orders(self, *, wait: bool) -> bool:
+    def take_orders(self, *, wait: bool) -> bool:
         """Moves what came in to the scheduler. False once the engine is to stop."""
         inbox = self._inbox
         with inbox.ready:

@@ -1,7 +1,7 @@
 """Blocks of the KV pool: who holds which, and the tensors that they stand for.
 
-Knows counts and identities, nothing of models, requests or policy. A block is `BLOCK_TOKENS` consecutive
-positions of one sequence in every layer. Invariant, checked by `BlockPool.check`:
+Knows counts and identities, nothing of models, requests or policy. A block is `BLOCK_TOKENS`
+consecutive positions of one sequence in every layer. Invariant, checked by `BlockPool.check`:
 free + cached + in use = total.
 """
 

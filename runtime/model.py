@@ -1,8 +1,8 @@
 """A Hugging Face folder or hub name -> a model whose attention reads our paged KV pool.
 
-Knows transformers' model classes and what they must look like; knows no requests. Only safetensors are
-read and no code from a model folder runs. A family is served when it passes `_prove`: each layer calls
-the attention interface exactly once, and the packed, paged logits equal transformers' own.
+Knows transformers' model classes and what they must look like; knows no requests. Only safetensors
+are read and no code from a model folder runs. A family is served when it passes `_prove`: each
+layer calls the attention interface exactly once, and the packed, paged logits equal transformers'.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ AttentionInterface.register(attention.NAME, paged_attention)
 
 # Rotary scalings that look at the length of the whole packed row and so would mix sequences up.
 _ROW_DEPENDENT_ROPE = ("dynamic", "longrope")
-# The proof's lengths: one prompt that spans two blocks and is cut into chunks, one short, one of a token.
+# The proof's prompts: one that spans two blocks and is cut in chunks, a short one, one of a token.
 _PROOF_LENGTHS = (23, 7, 1)
 _PROOF_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.05}
 
@@ -85,7 +85,7 @@ class Model:
     def forward(
         self, ids: list[int], positions: list[int], layout: StepLayout, keep: list[int]
     ) -> torch.Tensor:
-        """ids and positions [T] of the packed step -> logits [len(keep), V] of the rows in `keep`."""
+        """ids, positions [T] of the packed step -> logits [len(keep), V] of the rows in `keep`."""
         self._step.layout = layout
         try:
             row = torch.tensor([ids, positions], dtype=torch.long).to(self.device)
@@ -140,8 +140,8 @@ def _read_config(folder: Path) -> Any:
         raise ModelRefused(f"{folder}: no config.json; give a Hugging Face model folder")
     if not any(folder.glob("*.safetensors")):
         raise ModelRefused(
-            f"{folder}: no *.safetensors; only safetensors are loaded, since pickled weights can run "
-            "code: load them once with transformers and save_pretrained(..., safe_serialization=True)"
+            f"{folder}: no *.safetensors; only safetensors are loaded, since pickled weights can "
+            "run code: load them once with transformers and write them with save_pretrained"
         )
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -177,8 +177,8 @@ def _refuse_by_config(config: Any, folder: Path) -> None:
         if rope.get("rope_type") in _ROW_DEPENDENT_ROPE:
             raise ModelRefused(
                 f"{folder}: rope_type {rope['rope_type']!r} rescales by the length of the longest "
-                "sequence, which a packed batch does not have; use a checkpoint with linear, yarn or "
-                "llama3 scaling"
+                "sequence, which a packed batch does not have; use a checkpoint with linear, yarn "
+                "or llama3 scaling"
             )
     if not getattr(text, "max_position_embeddings", None):
         raise ModelRefused(f"{folder}: config.json gives no max_position_embeddings")
@@ -191,13 +191,13 @@ def _read_weights(folder: Path, dtype: torch.dtype, device: torch.device) -> Pre
             dtype=dtype,
             trust_remote_code=False,
             use_safetensors=True,
-            attn_implementation="sdpa",
+            attn_implementation="eager",  # every family has it, with every term of its attention
         )
     except (ValueError, OSError, RuntimeError, ImportError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelRefused(f"{folder}: the weights cannot be loaded: {reason}") from error
     module.to(device)  # type: ignore[arg-type]  # transformers wraps a bound method
-    module.eval()
+    module.train(False)
     return module.requires_grad_(False)
 
 
@@ -221,7 +221,8 @@ def _prove(module: PreTrainedModel, folder: Path) -> list[LayerShape]:
         module.set_attn_implementation(attention.NAME)
     except (ValueError, KeyError) as error:
         raise ModelRefused(
-            f"{folder}: {type(module).__name__} does not use transformers' attention interface: {error}"
+            f"{folder}: {type(module).__name__} does not use transformers' attention interface: "
+            f"{error}"
         ) from error
     layers = _observe_layers(module, prompts[1], folder)
     _refuse_odd_windows(config, layers, folder)
@@ -233,15 +234,15 @@ def _prove(module: PreTrainedModel, folder: Path) -> list[LayerShape]:
         apart = ((one - other.float()).abs().max() / one.abs().max().clamp(min=1.0)).item()
         if not apart <= limit:
             raise ModelRefused(
-                f"{folder}: {type(module).__name__} gives other logits through paged attention than "
-                f"through its own (relative difference {apart:.2g}, limit {limit:.2g}); its attention "
-                "has a term that the attention interface does not carry"
+                f"{folder}: {type(module).__name__} gives other logits through paged attention "
+                f"than through its own (relative difference {apart:.2g}, limit {limit:.2g}); its "
+                "attention has a term that the attention interface does not carry"
             )
     return layers
 
 
 def _observe_layers(module: PreTrainedModel, ids: torch.Tensor, folder: Path) -> list[LayerShape]:
-    """Runs one prompt with a listening attention function and notes which module calls it, and how."""
+    """Runs one prompt with a listening attention function: which module calls it, and how."""
     name = type(module).__name__
     seen: list[LayerShape] = []
 
@@ -303,7 +304,7 @@ def _refuse_odd_windows(config: Any, layers: list[LayerShape], folder: Path) -> 
 
 
 def _paged_logits(model: Model, prompts: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Each prompt's last logits, packed together, the first prompt cut in two and ended by a decode."""
+    """Each prompt's last logits, packed together; the first one in two chunks and a decode."""
     tables: list[list[int]] = []
     for prompt in prompts:
         first = sum(len(table) for table in tables)

@@ -1,8 +1,9 @@
 """Logits -> token ids: greedy, temperature, min_p, top_k, top_p, and log-probabilities.
 
-Knows tensors and `Sampling`; knows no sequences' histories. Each random row draws exactly one uniform
-number from its own generator and inverts the cumulative distribution, so a seed gives the same tokens
-whatever else is in the batch. Order of the filters, as in vLLM: temperature, min_p, top_k, top_p.
+Knows tensors and `Sampling`; knows no sequences' histories. Each random row draws exactly one
+uniform number from its own generator and inverts the cumulative distribution, so a seed gives the
+same tokens whatever else is in the batch. Order of the filters, as in vLLM: temperature, min_p,
+top_k, top_p.
 
 Legend: B rows, V vocabulary.
 """
@@ -29,7 +30,7 @@ class TopLogprobs:
 def sample(
     logits: torch.Tensor, samplings: Many[Sampling], uniforms: Many[float | None]
 ) -> list[int]:
-    """One token id a row of logits [B, V]; `uniforms` in [0, 1) for the rows that are not greedy."""
+    """One token id a row of logits [B, V]; `uniforms` in [0, 1) for rows that are not greedy."""
     picks: list[int] = logits.argmax(-1).tolist()
     random_rows = [row for row, sampling in enumerate(samplings) if not sampling.greedy]
     if not random_rows:
@@ -48,7 +49,7 @@ def sample(
 
 
 def filtered_probs(logits: torch.Tensor, samplings: Many[Sampling]) -> torch.Tensor:
-    """[B, V] float64 probabilities after temperature and filters; rows sum to 1 before filtering."""
+    """[B, V] float64 probabilities after temperature and filters, which leave sums below 1."""
     device = logits.device
 
     def column(values: list[float]) -> torch.Tensor:
@@ -89,7 +90,7 @@ def _cut_tail(
 def top_logprobs(
     logits: torch.Tensor, tokens: Many[int], counts: Many[int | None]
 ) -> list[TopLogprobs | None]:
-    """Log-probabilities under the model itself (before temperature and filters), natural logarithms.
+    """Natural log-probabilities under the model itself, before temperature and filters.
 
     logits [B, V]; `counts` says how many alternatives each row wants, None for a row without any.
     """

@@ -1,9 +1,9 @@
-"""Which tokens are computed next: one token budget a step, for decodes and prefill chunks together.
+"""Which tokens are computed next: one token budget a step, for decodes and prefill together.
 
-Knows sequences and the block pool; knows no model, no sampling and no clock. One rule: every sequence
-catches up with its own tokens. Decodes come first, then prompts in the order of arrival, cut to what
-is left of the budget. When blocks run out, the youngest sequence gives its blocks back and is computed
-again later.
+Knows sequences and the block pool; knows no model, no sampling and no clock. One rule: every
+sequence catches up with its own tokens. Decodes come first, then prompts in the order of arrival,
+cut to what is left of the budget. When blocks run out, the youngest sequence gives its blocks back
+and is computed again later.
 """
 
 from __future__ import annotations
@@ -57,11 +57,9 @@ class Scheduler:
 
         Every sequence of the plan holds the blocks that its tokens need.
         """
-        plan = []
-        for sequence in [one for one in self.running if one.behind == 1]:
-            # An older sequence may have taken this one's blocks a moment ago.
-            if sequence in self.running and self._reserve(sequence):
-                plan.append(Work(sequence, 1))
+        decodes = [one for one in self.running if one.behind == 1]
+        # An older sequence may have taken the blocks of a younger one a moment ago.
+        plan = [Work(one, 1) for one in decodes if one in self.running and self._reserve(one)]
         budget = self.step_tokens - len(plan)
         behind = deque(one for one in self.running if one.behind > 1)
         while budget > 0:

@@ -1,4 +1,4 @@
-"""The seam between the engine's thread and the event loop: outputs by request, cancels by disconnect.
+"""The seam between the engine's thread and the event loop: outputs in, cancellations out.
 
 Knows keys and outputs; knows neither HTTP nor how tokens are made.
 """

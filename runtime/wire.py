@@ -1,8 +1,8 @@
-"""The HTTP contract between clients, gateway and runtime: requests, answers, usage, problems, SSE.
+"""The HTTP contract of clients, gateway and runtime: requests, answers, usage, problems, SSE.
 
-Knows OpenAI's shapes (specification 2.3.0) and the fields that vLLM and SGLang clients add; knows no
-engine and no torch, so that the gateway and the evals can import it. Unknown request fields are ignored
-here and stay untouched in the bytes that the gateway relays.
+Knows OpenAI's shapes (specification 2.3.0) and the fields that vLLM and SGLang clients add; knows
+no engine and no torch, so that the gateway and the evals can import it. Unknown request fields are
+ignored here and stay untouched in the bytes that the gateway relays.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ TOP_LOGPROBS_MAX = 20
 
 
 class Problem(Exception):
-    """An answer other than 200, in OpenAI's error shape. `param` names the field, `code` is stable."""
+    """An answer other than 200, in OpenAI's error shape: `param` the field, `code` stable."""
 
     def __init__(
         self,
@@ -137,7 +137,7 @@ class Message(BaseModel):
     content: str | tuple[dict[str, Any], ...] | None = None
 
     def text(self, where: str) -> str | None:
-        """Content as one string. Raises Problem for parts other than text, which no model here reads."""
+        """Content as one string. Raises Problem for parts other than text: no model here sees."""
         if self.content is None or isinstance(self.content, str):
             return self.content
         texts = []
@@ -300,7 +300,7 @@ def _parse(model: type[Model], body: bytes) -> Model:
 
 
 def problem_of(error: ValidationError) -> Problem:
-    """The first complaint of pydantic as a Problem: `param` is the path, unions count as one place."""
+    """The first complaint of pydantic as a Problem; `param` is the path to the field."""
     first = error.errors(include_url=False, include_input=False)[0]
     path = [str(part) for part in first["loc"] if not _is_union_branch(part)]
     where = ".".join(path)
@@ -362,7 +362,7 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A step's new text of one choice; `logprobs` has one entry a token when they were asked for."""
+    """A step's new text of one choice; `logprobs` has one entry a token when asked for."""
 
     index: int
     text: str
@@ -423,7 +423,7 @@ def chat_choice(piece: Piece) -> dict[str, Any]:
 
 
 def completion_choice(piece: Piece, *, offset: int = 0) -> dict[str, Any]:
-    """One choice of /v1/completions, whole or a chunk; `offset` counts characters sent before it."""
+    """One choice of /v1/completions, whole or a chunk after `offset` characters."""
     return {
         "index": piece.index,
         "text": piece.text,
