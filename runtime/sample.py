@@ -10,12 +10,15 @@ Legend: B rows, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence as Many
+from collections.abc import Sequence as Many
 from dataclasses import dataclass
 
 import torch
 
 from runtime.sequence import Sampling
+
+# Sorting a vocabulary costs 5 ms for 16 rows of 4,096; taking its most likely tokens, 0.5 ms.
+HEAD = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,60 +34,94 @@ def sample(
     logits: torch.Tensor, samplings: Many[Sampling], uniforms: Many[float | None]
 ) -> list[int]:
     """One token id a row of logits [B, V]; `uniforms` in [0, 1) for rows that are not greedy."""
-    picks: list[int] = logits.argmax(-1).tolist()
-    random_rows = [row for row, sampling in enumerate(samplings) if not sampling.greedy]
-    if not random_rows:
-        return picks
-    chosen = [samplings[row] for row in random_rows]
-    drawn = [uniforms[row] for row in random_rows]
-    subset = logits if len(random_rows) == len(samplings) else logits[random_rows]
-    cumulative = filtered_probs(subset, chosen).cumsum(-1)
-    points = torch.tensor(drawn, dtype=torch.float64, device=logits.device)[:, None]
-    # right=True: a token of probability 0 is never chosen, whatever the uniform number is.
-    ids = torch.searchsorted(cumulative, points * cumulative[:, -1:], right=True)
-    ids = ids.clamp_(max=logits.shape[-1] - 1)
-    for row, token in zip(random_rows, ids[:, 0].tolist(), strict=True):
-        picks[row] = token
+    greedy: list[int] = []
+    whole: list[int] = []
+    cut: list[int] = []
+    for row, one in enumerate(samplings):
+        (greedy if one.greedy else cut if _cuts_tail(one) else whole).append(row)
+    picks = [0] * len(samplings)
+    for rows, draw in ((greedy, None), (whole, law), (cut, cut_law)):
+        if not rows:
+            continue
+        mine = logits if len(rows) == len(samplings) else logits[rows]
+        tokens: list[int]
+        if draw is None:
+            tokens = mine.argmax(-1).tolist()
+        else:
+            probs, ids = draw(mine, [samplings[row] for row in rows])
+            tokens = _invert(probs, ids, [uniforms[row] for row in rows])
+        for row, token in zip(rows, tokens, strict=True):
+            picks[row] = token
     return picks
 
 
-def filtered_probs(logits: torch.Tensor, samplings: Many[Sampling]) -> torch.Tensor:
-    """[B, V] float64 probabilities after temperature and filters, which leave sums below 1."""
-    device = logits.device
+def _cuts_tail(one: Sampling) -> bool:
+    return one.top_k > 0 or one.top_p < 1
 
-    def column(values: list[float]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.float64, device=device)[:, None]
 
-    probs = (logits.double() / column([s.temperature for s in samplings])).softmax(-1)
-    if any(s.min_p > 0 for s in samplings):
-        floor = column([s.min_p for s in samplings]) * probs.amax(-1, keepdim=True)
+def _invert(
+    probs: torch.Tensor, ids: torch.Tensor | None, uniforms: Many[float | None]
+) -> list[int]:
+    """The token at which each row's cumulative distribution passes its uniform number."""
+    cumulative = probs.cumsum(-1, dtype=torch.float64)
+    points = torch.tensor(uniforms, dtype=torch.float64, device=probs.device)[:, None]
+    # right=True: a token of probability 0 is never chosen, whatever the uniform number is.
+    at = torch.searchsorted(cumulative, points * cumulative[:, -1:], right=True)
+    at = at.clamp_(max=probs.shape[-1] - 1)
+    tokens: list[int] = (at if ids is None else ids.gather(-1, at))[:, 0].tolist()
+    return tokens
+
+
+def law(logits: torch.Tensor, samplings: Many[Sampling]) -> tuple[torch.Tensor, None]:
+    """Probabilities [B, V] after temperature and min_p; a row's sum may be below 1."""
+    probs = (logits.float() / _column(logits, [one.temperature for one in samplings])).softmax(-1)
+    if any(one.min_p > 0 for one in samplings):
+        floor = _column(logits, [one.min_p for one in samplings]) * probs.amax(-1, keepdim=True)
         probs = probs.masked_fill(probs < floor, 0.0)
-    vocabulary = logits.shape[-1]
-    if any(0 < s.top_k < vocabulary for s in samplings) or any(s.top_p < 1 for s in samplings):
-        probs = _cut_tail(probs, samplings, column)
-    return probs
+    return probs, None
 
 
-def _cut_tail(
-    probs: torch.Tensor,
-    samplings: Many[Sampling],
-    column: Callable[[list[float]], torch.Tensor],
-) -> torch.Tensor:
-    """Keeps the top_k most likely tokens, then the smallest set of them that reaches top_p.
+def cut_law(logits: torch.Tensor, samplings: Many[Sampling]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Probabilities and ids, both [B, K], most likely first, after all filters.
 
-    The token that crosses top_p stays; equal probabilities keep the lower id first.
+    The top_k most likely tokens, then the smallest set of them that reaches top_p of their sum; the
+    token that crosses top_p stays. K is HEAD where that is enough, or the whole vocabulary.
     """
+    probs, _ = law(logits, samplings)
     vocabulary = probs.shape[-1]
-    ordered, order = probs.sort(stable=True, dim=-1, descending=True)
-    ranks = torch.arange(vocabulary, device=probs.device)
-    top_k = column([float(s.top_k if s.top_k > 0 else vocabulary) for s in samplings])
+    widest = max(one.top_k if one.top_k > 0 else 1 for one in samplings)
+    head = min(HEAD, vocabulary)
+    ordered, ids = probs.topk(head, dim=-1)
+    top_p = [one.top_p if one.top_p < 1 else 2.0 for one in samplings]
+    if head < vocabulary and not _head_is_enough(ordered, probs, samplings, widest):
+        ordered, ids = probs.sort(dim=-1, descending=True)
+    ranks = torch.arange(ordered.shape[-1], device=probs.device)
+    top_k = _column(probs, [float(one.top_k if one.top_k > 0 else vocabulary) for one in samplings])
     ordered = ordered.masked_fill(ranks >= top_k, 0.0)
-    before = ordered.cumsum(-1) - ordered
-    top_p = column([s.top_p if s.top_p < 1 else 2.0 for s in samplings]) * ordered.sum(
-        -1, keepdim=True
+    reached = ordered.cumsum(-1, dtype=torch.float64) - ordered
+    # A row without top_k keeps its whole mass, also what is beyond the head.
+    mass = torch.where(top_k[:, :1] >= vocabulary, probs.sum(-1, keepdim=True), 0.0)
+    mass = torch.maximum(mass, ordered.sum(-1, keepdim=True))
+    beyond = (reached >= _column(probs, top_p) * mass) & (ranks > 0)
+    return ordered.masked_fill(beyond, 0.0), ids
+
+
+def _head_is_enough(
+    ordered: torch.Tensor, probs: torch.Tensor, samplings: Many[Sampling], widest: int
+) -> bool:
+    """True when every row's top_k or top_p ends within the most likely HEAD tokens."""
+    head = ordered.shape[-1]
+    if widest > head:
+        return False
+    covered = ordered.sum(-1) / probs.sum(-1)
+    return all(
+        0 < one.top_k <= head or share >= one.top_p
+        for one, share in zip(samplings, covered.tolist(), strict=True)
     )
-    ordered = ordered.masked_fill((before >= top_p) & (ranks > 0), 0.0)
-    return torch.zeros_like(probs).scatter_(-1, order, ordered)
+
+
+def _column(like: torch.Tensor, values: list[float]) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float32, device=like.device)[:, None]
 
 
 def top_logprobs(

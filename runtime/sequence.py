@@ -33,7 +33,8 @@ class Sampling:
 
     @property
     def greedy(self) -> bool:
-        return self.temperature == 0.0
+        # Below this, dividing by the temperature overflows before it changes a choice.
+        return self.temperature < 1e-5
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from scipy import stats
 
-from runtime.sample import filtered_probs, sample, top_logprobs
+from runtime.sample import HEAD, cut_law, law, sample, top_logprobs
 from runtime.sequence import Sampling
 
 
@@ -44,15 +44,42 @@ distinct_logits = st.lists(st.integers(-60, 60), min_size=7, max_size=7, unique=
 )
 
 
+def batched_filter(logits: torch.Tensor, rows: list[Sampling]) -> list[list[float]]:
+    """What the batch gives each row, as probabilities by token id."""
+    whole, _ = law(logits, rows)
+    ordered, ids = cut_law(logits, rows)
+    cut = torch.zeros_like(whole).scatter_(-1, ids, ordered)
+    picked = [one.top_k > 0 or one.top_p < 1 for one in rows]
+    probs = torch.where(torch.tensor(picked)[:, None], cut, whole).double()
+    return (probs / probs.sum(-1, keepdim=True)).tolist()
+
+
 @settings(max_examples=150, deadline=None)
 @given(rows=st.lists(st.tuples(distinct_logits, samplings), min_size=1, max_size=5))
 def test_filters_equal_the_plain_rule_for_any_mix_of_rows(rows):
     """The batched filters give each row what the rule gives it alone."""
-    logits = torch.tensor([row for row, _ in rows])
-    probs = filtered_probs(logits, [one for _, one in rows])
-    probs = probs / probs.sum(-1, keepdim=True)
-    for got, (row, one) in zip(probs.tolist(), rows, strict=True):
-        assert got == pytest.approx(plain_filter(row, one), abs=1e-6)
+    got = batched_filter(torch.tensor([row for row, _ in rows]), [one for _, one in rows])
+    for probs, (row, one) in zip(got, rows, strict=True):
+        assert probs == pytest.approx(plain_filter(row, one), abs=1e-6)
+
+
+@pytest.mark.parametrize("spread", [0.02, 1.0, 8.0])
+@pytest.mark.parametrize(
+    "one",
+    [
+        Sampling(top_p=0.9),
+        Sampling(top_p=0.999),
+        Sampling(top_k=10),
+        Sampling(top_k=HEAD + 40, top_p=0.95),
+        Sampling(top_k=HEAD, top_p=0.5, min_p=0.01),
+    ],
+)
+def test_a_large_vocabulary_is_cut_as_a_small_one(one, spread):
+    """The shortcut over the most likely tokens equals sorting everything, flat or peaked."""
+    logits = torch.randn(3, 700, generator=torch.Generator().manual_seed(5)) * spread
+    got = batched_filter(logits, [one] * 3)
+    for probs, row in zip(got, logits.tolist(), strict=True):
+        assert probs == pytest.approx(plain_filter(row, one), abs=1e-5)
 
 
 @pytest.mark.parametrize(

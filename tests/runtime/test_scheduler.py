@@ -15,9 +15,7 @@ GREEDY = Sampling(temperature=0, max_tokens=40)
 class SchedulerMachine(RuleBasedStateMachine):
     """Arrivals, steps and cancels in any order, on a pool that is often too small."""
 
-    @initialize(
-        blocks=st.integers(4, 20), step_tokens=st.integers(16, 80), batch=st.integers(1, 9)
-    )
+    @initialize(blocks=st.integers(4, 20), step_tokens=st.integers(16, 80), batch=st.integers(1, 9))
     def start(self, blocks, step_tokens, batch):
         self.pool = BlockPool(blocks)
         self.scheduler = Scheduler(self.pool, step_tokens=step_tokens, max_sequences=batch)
