@@ -29,24 +29,50 @@ class Program:
     host: str
     port: int
     environment: Mapping[str, str] = field(default_factory=dict)
-    drain_s: float = 5.0  # between SIGTERM and SIGKILL
+    drain_s: float = 5.0  # what it has after SIGTERM to finish its requests
+    grace_s: float = 0.0  # and then to end, before SIGKILL
 
     @property
     def url(self) -> str:
         return f"http://{address(self.host, self.port)}"
 
 
-async def spawn(program: Program) -> asyncio.subprocess.Process:
-    """Starts the program so that it dies with this process. Raises OSError."""
-    return await asyncio.create_subprocess_exec(
-        *program.argv,
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.STDOUT,
-        env=os.environ | program.environment,
-        start_new_session=True,
-        preexec_fn=_bound_to(os.getpid()) if sys.platform == "linux" else None,
+@dataclass(frozen=True, slots=True)
+class Life:
+    """A started program and its words, stdout and stderr together."""
+
+    process: asyncio.subprocess.Process
+    words: asyncio.StreamReader
+    pipe: asyncio.ReadTransport
+
+
+async def spawn(program: Program) -> Life:
+    """Starts the program so that it dies with this process. Raises OSError.
+
+    The pipe is our own: asyncio's would keep `process.wait()` waiting for as long as anything that
+    the program started holds it open.
+    """
+    ours, theirs = os.pipe()
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *program.argv,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=theirs,
+            stderr=asyncio.subprocess.STDOUT,
+            env=os.environ | program.environment,
+            start_new_session=True,
+            preexec_fn=_bound_to(os.getpid()) if sys.platform == "linux" else None,
+        )
+    except OSError:
+        os.close(ours)
+        raise
+    finally:
+        os.close(theirs)
+    words = asyncio.StreamReader()
+    pipe, _ = await asyncio.get_running_loop().connect_read_pipe(
+        lambda: asyncio.StreamReaderProtocol(words), os.fdopen(ours, "rb")
     )
+    return Life(process, words, pipe)
 
 
 def _bound_to(parent: int) -> Callable[[], None]:

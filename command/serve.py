@@ -126,7 +126,8 @@ def programs_of(plan: Plan) -> list[Program]:
         gateway.host,
         plan.port,
         environment,
-        gateway.drain_s + _GRACE_S,
+        gateway.drain_s,
+        _GRACE_S,
     )
     return [*workers, front]
 

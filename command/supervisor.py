@@ -131,26 +131,28 @@ class Supervisor:
         """One life of a program; the exit code, negative for a signal."""
         child.health = None
         try:
-            child.process = await spawn(child.program)
+            life = await spawn(child.program)
         except OSError as error:
             child.lines.append(str(error))
             return 127
+        child.process = life.process
         if self._stopping.is_set():  # the drain has not seen this process
             child.kill_group()
-        relaying = asyncio.create_task(self._relay(child, child.process.stdout))
+        relaying = asyncio.create_task(self._relay(child, life.words))
         watching = asyncio.create_task(self._watch(child))
-        code = await child.process.wait()
+        code = await life.process.wait()
         watching.cancel()
         child.kill_group()
         # Its last words are still in the pipe; a stranger that holds the pipe open is not awaited.
         await asyncio.wait([relaying], timeout=1.0)
         relaying.cancel()
+        life.pipe.close()
         return code
 
-    async def _relay(self, child: Child, words: asyncio.StreamReader | None) -> None:
+    async def _relay(self, child: Child, words: asyncio.StreamReader) -> None:
         """The program's words, prefixed, line by line; overlong lines are cut."""
         rest = b""
-        while chunk := await words.read(65536) if words else b"":
+        while chunk := await words.read(65536):
             *lines, rest = (rest + chunk).split(b"\n")
             for line in lines:
                 self._hear(child, line)
@@ -203,11 +205,12 @@ class Supervisor:
         child.signal(signal.SIGTERM)
         exited = asyncio.create_task(process.wait())
         killed = asyncio.create_task(self._killing.wait())
-        patience_s = child.program.drain_s if self._failed is None else 1.0
+        program = child.program
+        patience_s = program.drain_s + program.grace_s if self._failed is None else 1.0
         await asyncio.wait([exited, killed], timeout=patience_s, return_when="FIRST_COMPLETED")
         killed.cancel()
         if not exited.done() and not self._killing.is_set():
-            self._screen.log(f"{child.program.name} did not end in {patience_s:g} s: killed")
+            self._screen.log(f"{program.name} did not end in {patience_s:g} s: killed")
         child.kill_group()
         await exited
 

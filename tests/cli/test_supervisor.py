@@ -92,7 +92,8 @@ class Supervised:
     def rest(self) -> int:
         """Reads to the end; the exit code."""
         assert self.process.stdout
-        self.lines += self.process.stdout.read().splitlines()
+        if not self.process.stdout.closed:
+            self.lines += self.process.stdout.read().splitlines()
         return self.process.wait()
 
     def pids(self) -> list[int]:
@@ -118,9 +119,9 @@ def supervised(folder: Path, *rows: tuple[object, ...], drain_s: float = 5) -> I
         watchdog.cancel()
         process.kill()
         running.rest()
-        gone(running.pids())
         if process.stdout:
             process.stdout.close()
+        gone(running.pids())
 
 
 def gone(pids: list[int]) -> None:
@@ -252,6 +253,20 @@ def test_sigkill_of_the_supervisor_leaves_no_orphan(tmp_path: Path) -> None:
         running.process.kill()
         running.process.wait()
         gone(pids)
+
+
+def test_a_death_is_noticed_though_a_grandchild_holds_the_pipe(tmp_path: Path) -> None:
+    """asyncio's wait() for a process with a pipe waits for the pipe too; ours must not."""
+    worker, front = free_ports(2)
+    rows = [("worker 0", worker, "parent", "0"), ("gateway", front, "ok", "0")]
+    with supervised(tmp_path, *rows) as running:
+        running.until("READY")
+        with contextlib.suppress(OSError):
+            urllib.request.urlopen(f"http://127.0.0.1:{worker}/die", timeout=5)
+        running.until("worker 0 was killed by SIGKILL")
+        running.until("worker 0 is ready again")
+        running.process.send_signal(signal.SIGINT)
+        assert running.rest() == 0
 
 
 def test_what_a_worker_started_ends_with_it(tmp_path: Path) -> None:

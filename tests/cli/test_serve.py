@@ -1,0 +1,170 @@
+"""`headgate serve`: what it refuses at once, and what it would start."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from command.machine import PortError, bind, cores, free_ports, port_holder
+from command.serve import Plan, curl, opening, programs_of, ready, served_name, threads_of
+from policies.load import load
+from policies.schema import Runtime
+
+ROOT = Path(__file__).parents[2]
+
+
+def headgate(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "headgate", *arguments],
+        cwd=ROOT, env=os.environ | environ, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+
+
+def write(folder: Path, text: str) -> Path:
+    file = folder / "policy.yaml"
+    file.write_text(text)
+    return file
+
+
+def model_folder(folder: Path) -> Path:
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        (folder / name).write_text("{}")
+    return folder
+
+
+def a_plan(folder: Path, text: str) -> Plan:
+    """A plan as `serve` makes it, with ports that nobody holds."""
+    policy = write(folder, text)
+    deployment = load(policy)
+    model = folder / "tiny" if deployment.runtime else None
+    ports = (7001, 7002) if deployment.runtime else ()
+    return Plan(policy, deployment, model, 7000, ports, 3)
+
+
+TWO = "version: 1\ngateway: {drain_s: 7}\nruntime: {model: tiny, workers: 2}\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("version: 1\nruntme: {}\n", ":2:1  runtme  unknown field; did you mean 'runtime'?"),
+        ("version: 1\nruntime: {model: ./gone}\n", ":2:18  runtime.model  no such folder"),
+        ("version: 1\nruntime: {model: pickled}\n", "pickle files can run code"),
+        ("version: [1\n", "not valid YAML"),
+    ],
+)
+def test_a_wrong_policy_is_told_and_exits_with_2(tmp_path: Path, text: str, told: str) -> None:
+    (tmp_path / "pickled").mkdir()
+    (tmp_path / "pickled" / "config.json").write_text("{}")
+    (tmp_path / "pickled" / "pytorch_model.bin").write_text("")
+    file = write(tmp_path, text)
+    done = headgate("serve", str(file))
+    assert done.returncode == 2
+    assert done.stderr.startswith(str(file))
+    assert told in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_a_port_that_is_taken_is_told_with_its_holder_and_the_way_out(tmp_path: Path) -> None:
+    """HEADGATE_PORT is obeyed, and the process that has the port is named."""
+    file = write(tmp_path, "version: 1\nupstreams: [{url: http://127.0.0.1:1}]\n")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = headgate("serve", str(file), HEADGATE_PORT=str(port))
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"127.0.0.1:{port} is taken")
+    if sys.platform == "linux":
+        assert f"(process {os.getpid()})" in done.stderr
+    assert re.search(r"free it or HEADGATE_PORT=\d+ headgate serve", done.stderr)
+
+
+def test_a_junk_port_in_the_environment_is_told() -> None:
+    done = headgate("serve", HEADGATE_PORT="eighty")
+    assert done.returncode == 2
+    assert "HEADGATE_PORT  expected a port from 0 to 65535, got 'eighty'" in done.stderr
+
+
+def test_workers_come_before_the_gateway_that_knows_them_all(tmp_path: Path) -> None:
+    model_folder(tmp_path / "tiny")
+    plan = a_plan(tmp_path, TWO)
+    first, second, front = programs_of(plan)
+    policy = str(plan.policy)
+    assert first.argv[1:] == (
+        "-P", "-m", "runtime", policy, "--port", "7001", "--worker", "0",
+    )  # fmt: skip
+    assert second.argv[-3:] == ("7002", "--worker", "1")
+    assert front.argv[3:] == (
+        "gateway", policy, "--port", "7000",
+        "--replica", "http://127.0.0.1:7001", "--replica", "http://127.0.0.1:7002",
+    )  # fmt: skip
+    assert front.drain_s == 7
+    assert first.environment["OMP_NUM_THREADS"] == "3"
+    assert first.environment["OMP_WAIT_POLICY"] == "passive"
+    assert first.environment["HF_HUB_DISABLE_TELEMETRY"] == "1"
+    assert "OMP_NUM_THREADS" not in front.environment
+
+
+def test_upstreams_alone_need_no_worker(tmp_path: Path) -> None:
+    plan = a_plan(tmp_path, "version: 1\nupstreams: [{url: http://127.0.0.1:8000/v1}]\n")
+    (front,) = programs_of(plan)
+    assert "--replica" not in front.argv
+    assert "  upstream  http://127.0.0.1:8000" in opening(plan, [front])
+
+
+def test_what_runs_where_and_what_to_paste_are_printed(tmp_path: Path) -> None:
+    model_folder(tmp_path / "tiny")
+    plan = a_plan(tmp_path, TWO)
+    first = "\n".join(opening(plan, programs_of(plan)))
+    assert "http://127.0.0.1:7000" in first
+    assert "http://127.0.0.1:7002" in first
+    assert f"tiny from {tmp_path / 'tiny'}, 3 threads" in first
+    then = ready(plan, 7.26, {"worker 0": {"device": "cpu", "dtype": "float32"}, "gateway": {}})
+    assert then[:2] == ["ready in 7.3 s", "  worker 0  cpu, float32"]
+    assert any("headgate chat --url http://127.0.0.1:7000" in line for line in then)
+
+
+def test_the_curl_line_is_one_shell_command_with_a_json_body() -> None:
+    """Whatever the model is called."""
+    for name in ("pocket", 'it\'s "mine"'):
+        words = shlex.split("\n".join(curl("http://127.0.0.1:8080", name)))
+        assert words[:3] == ["curl", "-N", "http://127.0.0.1:8080/v1/chat/completions"]
+        body = __import__("json").loads(words[-1])
+        assert body["model"] == name
+        assert body["stream"] is True
+        assert "4659-1394" in body["messages"][1]["content"]
+
+
+def test_the_served_name_is_the_last_part_of_the_model() -> None:
+    assert served_name(Runtime(), Path("/x/pocket/target")) == "pocket"
+    assert served_name(Runtime(model="m/tiny"), Path("/x/m/tiny")) == "tiny"
+    assert served_name(Runtime(model="owner/name"), "owner/name") == "name"
+    assert served_name(Runtime(served_name="mine"), Path("/x")) == "mine"
+
+
+def test_threads_come_from_the_policy_then_the_environment_then_the_cores() -> None:
+    assert threads_of(Runtime(threads=5), {"OMP_NUM_THREADS": "7"}) == 5
+    assert threads_of(Runtime(), {"OMP_NUM_THREADS": "7"}) == 7
+    assert threads_of(Runtime(), {"OMP_NUM_THREADS": "many"}) == cores()
+    assert threads_of(Runtime(workers=64), {}) == 1 or cores() > 64
+
+
+def test_free_ports_are_distinct_and_free() -> None:
+    ports = free_ports(20)
+    assert len(set(ports)) == 20
+    bind("127.0.0.1", ports[0]).close()
+
+
+def test_a_port_holder_is_found_or_not() -> None:
+    (port,) = free_ports(1)
+    assert port_holder(port) is None
+    with pytest.raises(PortError, match="cannot be used here"):
+        bind("no.such.host.invalid", 1)
