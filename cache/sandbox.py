@@ -21,7 +21,7 @@ from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
 RENDERED_CHARS_MAX = 8_000_000
-STEPS_MAX = 1_000_000  # loop rounds and calls of one run
+STEPS_MAX = 300_000  # loop rounds and calls of one run; the slowest take some 5 us each
 PRODUCT_MAX = 1_000_000  # elements of a repeated string or list, or bits of a product
 
 

@@ -268,20 +268,17 @@ def _apply_config(
     if not {"add_bos_token", "add_eos_token"} & set(config):
         return
     around = tokens.encode("", add_special_tokens=True).tokens
-    ends = {}
-    for name, present in (("bos_token", around[:1]), ("eos_token", around[-1:])):
-        token = special.get(name)
+    single, pieces = "$A:0", []
+    for name, id_, present, shape in (
+        ("bos_token", "BOS", around[:1], "BOS:0 {}"),
+        ("eos_token", "EOS", around[-1:], "{} EOS:0"),
+    ):
+        token = special.get(name, "")
         wanted = config.get(f"add_{name}", [token] == present)
-        if token is not None and wanted and (token_id := tokens.token_to_id(token)) is not None:
-            ends[name] = (token, token_id)
-    template = ["$A:0"]
-    if "bos_token" in ends:
-        template.insert(0, f"{ends['bos_token'][0]}:0")
-    if "eos_token" in ends:
-        template.append(f"{ends['eos_token'][0]}:0")
-    tokens.post_processor = TemplateProcessing(
-        single=template, special_tokens=list(dict.fromkeys(ends.values()))
-    )
+        if wanted and (token_id := tokens.token_to_id(token)) is not None:
+            single = shape.format(single)
+            pieces.append({"id": id_, "ids": [token_id], "tokens": [token]})
+    tokens.post_processor = TemplateProcessing(single=single, special_tokens=pieces)
 
 
 def _compile(folder: Path, name: str, source: str, special: Mapping[str, str]) -> ChatTemplate:
