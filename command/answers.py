@@ -92,11 +92,14 @@ async def stream(conversation: Talk, clock: Clock) -> AsyncIterator[str]:
             chunk = _object(data)
             if chunk.get("error"):
                 raise AnswerError(f"the answer broke off: {_message(chunk)}")
-            clock.usage = chunk.get("usage") or clock.usage
-            for choice in chunk.get("choices") or ():
+            usage = chunk.get("usage")
+            if isinstance(usage, dict):
+                clock.usage = usage
+            for choice in _choices(chunk):
                 finished = finished or bool(choice.get("finish_reason"))
-                text = (choice.get("delta") or {}).get("content")
-                if text:
+                delta = choice.get("delta")
+                text = delta.get("content") if isinstance(delta, dict) else None
+                if text and isinstance(text, str):
                     yield text
         if not finished:
             raise AnswerError("the answer broke off: the stream ended before the answer did")
@@ -140,6 +143,15 @@ async def _complaint(response: aiohttp.ClientResponse) -> str:
         told = visible(body.decode("utf-8", "replace"))[:300] or str(response.reason)
     wait = response.headers.get("Retry-After")
     return f"HTTP {response.status}: {told}" + (f" (try again in {wait} s)" if wait else "")
+
+
+def _choices(payload: dict[str, Any]) -> list[dict[str, Any]]:
+    choices = payload.get("choices")
+    return (
+        [choice for choice in choices if isinstance(choice, dict)]
+        if isinstance(choices, list)
+        else []
+    )
 
 
 def _message(payload: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -29,7 +30,7 @@ def talk(url: str | None, model: str | None, system: str | None, message: str | 
     try:
         base = _base(url)
         if message is None and not sys.stdin.isatty():
-            message = sys.stdin.read().strip()
+            message = sys.stdin.buffer.read().decode("utf-8").strip()
             if not message:
                 raise AnswerError("stdin is empty: give a MESSAGE")
         name = model or asyncio.run(first_model(base))
@@ -56,7 +57,10 @@ def _base(url: str | None) -> str:
             "HEADGATE_PORT=0 names no port: give --url as `headgate serve` printed it"
         )
     base = url or f"http://127.0.0.1:{8080 if port is None else port}"
-    return (base if "://" in base else f"http://{base}").rstrip("/").removesuffix("/v1")
+    base = base if "://" in base else f"http://{base}"
+    if not re.fullmatch(r"https?://[^\s/?#]+(/[^\s?#]*)?", base):
+        raise AnswerError(f"{base!r} is not a URL such as http://127.0.0.1:8080")
+    return base.rstrip("/").removesuffix("/v1")
 
 
 # ---- the chat -----------------------------------------------------------------------------------

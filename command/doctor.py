@@ -23,6 +23,7 @@ import click
 from command.machine import PortError, bind, cores, memory_bytes, processor
 from command.screen import columns, size
 from command.serve import served_name, threads_of, version
+from command.versions import within
 from command.weights import Weights, kv_bytes, weights_of
 from policies.load import PolicyError, load, resolve_model, with_environment
 from policies.model_folder import ModelError, check_folder, pocket_folder
@@ -148,26 +149,6 @@ def _package(requirement: str, needed_by: str | None) -> Finding:
     if within(have, bounds):
         return Finding("ok", name, have)
     return Finding("wrong", name, f"{have}, wanted {bounds}", install)
-
-
-def within(have: str, bounds: str) -> bool:
-    """Whether a version keeps bounds such as `>=5.17,<6`; suffixes such as `+cpu` do not count."""
-    for bound in filter(None, (part.strip() for part in bounds.split(","))):
-        match = re.match(r"(>=|<=|==|!=|~=|<|>)\s*([\w.+!]+)", bound)
-        if match is None:
-            continue
-        mine, limit = _release(have), _release(match[2])
-        width = max(len(mine), len(limit))
-        a, b = (release + (0,) * (width - len(release)) for release in (mine, limit))
-        keeps = {">=": a >= b, "<=": a <= b, "==": a == b, "!=": a != b, "<": a < b, ">": a > b}
-        if not keeps.get(match[1], a >= b):
-            return False
-    return True
-
-
-def _release(text: str) -> tuple[int, ...]:
-    match = re.match(r"\d+(\.\d+)*", text)
-    return tuple(map(int, match[0].split("."))) if match else ()
 
 
 def _device(deep: bool) -> Iterator[Finding]:

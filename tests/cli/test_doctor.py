@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from command.doctor import within
 from command.screen import size
+from command.versions import within
 from command.weights import kv_bytes, weights_of
 from policies.model_folder import ModelError
 
