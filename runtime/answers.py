@@ -42,7 +42,8 @@ class Answer:
         self._asked = asked
         self._wants_logprobs = _alternatives(asked) is not None
         for at, prompt in enumerate(prompts):
-            _check_prompt(prompt, _param(asked, at), tokenizer, limit_tokens)
+            room = limit_tokens if asked.max_tokens == 0 else limit_tokens - 1
+            _check_prompt(prompt, _param(asked, at), tokenizer, room)
         per_prompt = asked.n or 1
         self.orders = [
             Order(prompt, _sampling(asked, len(prompt), limit_tokens, copy))
@@ -209,7 +210,7 @@ def _param(asked: Asked, at: int) -> str:
     return "prompt" if len(asked.prompts()) == 1 else f"prompt.{at}"
 
 
-def _check_prompt(prompt: list[int], param: str, tokenizer: Tokenizer, limit_tokens: int) -> None:
+def _check_prompt(prompt: list[int], param: str, tokenizer: Tokenizer, room: int) -> None:
     if not prompt:
         raise Problem(400, f"{param} is empty", param=param, code="empty_prompt")
     for token in (min(prompt), max(prompt)):
@@ -221,11 +222,11 @@ def _check_prompt(prompt: list[int], param: str, tokenizer: Tokenizer, limit_tok
                 param=param,
                 code="token_out_of_range",
             )
-    if len(prompt) >= limit_tokens:
+    if len(prompt) > room:
         raise Problem(
             400,
-            f"the prompt has {len(prompt)} tokens; with at least one token of answer this model "
-            f"holds {limit_tokens}: shorten the prompt",
+            f"the prompt has {len(prompt)} tokens, and this model takes {room} before its answer: "
+            "shorten the prompt",
             param=param,
             code="context_length_exceeded",
         )

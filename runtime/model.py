@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging as transformers_logging
 
 from runtime import attention
 from runtime.attention import PagedLayer, Span, StepHolder, StepLayout, lay_out, paged_attention
@@ -113,6 +115,8 @@ def load(
     config = _read_config(folder)
     where = _device(device)
     kind = _dtype(dtype, where)
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # no hints there
     _refuse_by_config(config, folder)
     module = _read_weights(folder, kind, where)
     layers = _prove(module, folder)

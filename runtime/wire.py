@@ -19,6 +19,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PlainValidator,
     StrictBool,
     StrictInt,
     ValidationError,
@@ -129,12 +130,21 @@ class _Sampled(_Wire):
     logit_bias: dict[str, Any] | None = None
 
 
+def _content(value: Any) -> Any:
+    """A string, null, or a list of parts; which parts are readable is `Message.text`'s to say."""
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, list) and all(isinstance(part, dict) for part in value):
+        return tuple(value)
+    raise ValueError("expected a string or a list of {'type': 'text', 'text': ...} parts")
+
+
 class Message(BaseModel):
     """One turn. Fields beyond role and content (tool_calls, name, ...) go to the chat template."""
 
     model_config = ConfigDict(extra="allow", frozen=True, hide_input_in_errors=True)
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | tuple[dict[str, Any], ...] | None = None
+    content: Annotated[str | tuple[dict[str, Any], ...] | None, PlainValidator(_content)] = None
 
     def text(self, where: str) -> str | None:
         """Content as one string. Raises Problem for parts other than text: no model here sees."""
@@ -183,13 +193,34 @@ class ChatRequest(_Sampled):
         return turns
 
 
-Prompt = str | list[StrictInt] | list[str] | list[list[StrictInt]]
+def _prompts(value: Any) -> list[str] | list[list[int]]:
+    """One prompt or several, as text or as token ids, all four forms brought to a list."""
+    if isinstance(value, str):
+        return [value]
+    if not isinstance(value, list):
+        raise ValueError(PROMPT_FORMS)
+    if not value:
+        raise ValueError("the list of prompts is empty")
+    if all(type(one) is int for one in value):
+        return [value]
+    if len(value) > PROMPTS_MAX:
+        raise ValueError(f"at most {PROMPTS_MAX} prompts are accepted, got {len(value)}")
+    if all(isinstance(one, str) for one in value) or all(map(_is_ids, value)):
+        return value
+    raise ValueError(PROMPT_FORMS)
+
+
+def _is_ids(value: Any) -> bool:
+    return isinstance(value, list) and all(type(one) is int for one in value)
+
+
+PROMPT_FORMS = "expected a string, a list of strings, a list of token ids, or a list of such lists"
 
 
 class CompletionRequest(_Sampled):
     """Body of POST /v1/completions: prompt as text, texts, token ids, or lists of token ids."""
 
-    prompt: Prompt
+    prompt: Annotated[Any, PlainValidator(_prompts)]
     max_tokens: Annotated[StrictInt, Field(ge=0)] | None = None
     logprobs: Annotated[StrictInt, Field(ge=0, le=TOP_LOGPROBS_MAX)] | None = None
     echo: StrictBool | None = None
@@ -197,19 +228,9 @@ class CompletionRequest(_Sampled):
     suffix: str | None = None
 
     def prompts(self) -> list[str] | list[list[int]]:
-        """The prompts of this request, one choice group each. Raises Problem when there is none."""
-        prompt = self.prompt
-        if isinstance(prompt, str):
-            return [prompt]
-        if not prompt:
-            raise Problem(400, "prompt is empty", param="prompt", code="empty_prompt")
-        if isinstance(prompt[0], int):
-            return [prompt]
-        if len(prompt) > PROMPTS_MAX:
-            raise Problem(
-                400, f"at most {PROMPTS_MAX} prompts a request, got {len(prompt)}", param="prompt"
-            )
-        return prompt
+        """One choice group each; all of them text, or all of them token ids."""
+        prompts: list[str] | list[list[int]] = self.prompt
+        return prompts
 
 
 def parse_chat(body: bytes) -> ChatRequest:
@@ -289,6 +310,28 @@ def parse_object(body: bytes) -> dict[str, Any]:
     return data
 
 
+# pydantic speaks of Python; clients speak JSON.
+PLAIN_WORDS = {
+    "missing": "this field is required",
+    "model_type": "expected an object",
+    "dict_type": "expected an object",
+    "tuple_type": "expected a list",
+    "string_type": "expected a string",
+    "bool_type": "expected true or false",
+    "int_type": "expected an integer",
+    "float_type": "expected a number",
+    "finite_number": "expected a finite number",
+    "too_short": "expected at least {min_length} item, got {actual_length}",
+    "too_long": "expected at most {max_length} items, got more",
+    "string_too_short": "expected a text that is not empty",
+    "string_too_long": "expected at most {max_length} characters",
+    "literal_error": "expected one of {expected}",
+    "greater_than": "expected a number greater than {gt}",
+    "greater_than_equal": "expected at least {ge}",
+    "less_than": "expected a number less than {lt}",
+    "less_than_equal": "expected at most {le}",
+}
+
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -304,7 +347,9 @@ def problem_of(error: ValidationError) -> Problem:
     first = error.errors(include_url=False, include_input=False)[0]
     path = [str(part) for part in first["loc"] if not _is_union_branch(part)]
     where = ".".join(path)
-    message = first["msg"].removeprefix("Value error, ")
+    plain = PLAIN_WORDS.get(first["type"])
+    message = plain.format(**first.get("ctx", {})) if plain else first["msg"]
+    message = message.removeprefix("Value error, ")
     missing = first["type"] == "missing"
     return Problem(
         400,
