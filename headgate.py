@@ -11,8 +11,26 @@ _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 _FILE = click.Path(path_type=Path)
 
 
+def _print_version(context: click.Context, _option: click.Parameter, wanted: bool) -> None:
+    if wanted:
+        import importlib.metadata
+
+        try:
+            click.echo(f"headgate {importlib.metadata.version('headgate')}")
+        except importlib.metadata.PackageNotFoundError:
+            click.echo("headgate, from a checkout that is not installed")
+        context.exit()
+
+
 @click.group(context_settings=_CONTEXT)
-@click.version_option(package_name="headgate", message="headgate %(version)s")
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_print_version,
+    help="Show the version and exit.",
+)
 def main() -> None:
     """A streaming LLM gateway and runtime on your machine.
 

@@ -14,7 +14,6 @@ ROOT = Path(__file__).parents[1]
 
 # package -> what of ours it may import. `runtime.wire` is the only door into the runtime.
 MAY_IMPORT = {
-    "benchmarks": {"cache", "evals", "pocket", "policies", "runtime.wire", "telemetry"},
     "cache": set(),
     "command": {"policies", "runtime.wire"},
     "evals": {"cache", "policies", "runtime.wire", "telemetry"},

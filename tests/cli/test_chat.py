@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from command.answers import Clock, visible
+from command.chat import talk
 from command.machine import free_ports
 
 ROOT = Path(__file__).parents[2]
@@ -138,11 +139,11 @@ def test_no_server_says_how_to_start_one() -> None:
     ("url", "told"),
     [("http://[", "is not a URL"), ("nonsense url", "URL"), ("ftp://127.0.0.1", "URL")],
 )
-def test_a_url_that_is_none_is_told(url: str, told: str) -> None:
-    done = chat("--url", url, "hi")
-    assert done.returncode == 1
-    assert told in done.stderr.decode()
-    assert b"Traceback" not in done.stderr
+def test_a_url_that_is_none_is_told(
+    url: str, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert talk(url, None, None, "hi") == 1
+    assert told in capsys.readouterr().err
 
 
 def test_a_refusal_is_told_with_its_advice() -> None:
@@ -164,12 +165,12 @@ def test_a_refusal_is_told_with_its_advice() -> None:
         ([chunk(choices=5)], "ended before"),
     ],
 )
-def test_an_answer_that_breaks_off_is_told(pieces: list[bytes], told: str) -> None:
+def test_an_answer_that_breaks_off_is_told(
+    pieces: list[bytes], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with serving(Stub(pieces)) as url:
-        done = chat("--url", url, "hi")
-    assert done.returncode == 1
-    assert told in done.stderr.decode()
-    assert b"Traceback" not in done.stderr
+        assert talk(url, "tiny", None, "hi") == 1
+    assert told in capsys.readouterr().err
 
 
 class Terminal:
