@@ -59,7 +59,7 @@ def serve(policy: Path | None) -> None:
     \b
     Exit codes:
       0    drained after Ctrl-C or SIGTERM
-      1    could not start: port taken, something not installed, a worker that ends while it loads
+      1    could not start: port taken, something not installed, a worker that ends as it loads
       2    the policy is wrong; each problem is printed as file:line:col
       130  ended at once by a second Ctrl-C
     """

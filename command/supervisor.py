@@ -117,7 +117,8 @@ class Supervisor:
             code = await self._live(child)
             if self._stopping.is_set():
                 return
-            if not child.ready.is_set():
+            if not child.ready.is_set() and not self._front.ready.is_set():
+                # It would fail again; but once others are served, they are not let down for it.
                 self._failed = child
                 self._stopping.set()
                 return

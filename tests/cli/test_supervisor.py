@@ -34,6 +34,13 @@ print("pid", os.getpid(), flush=True)
 if behaviour == "broken":
     print("loading\\nno such model: tiny", file=sys.stderr)
     sys.exit(3)
+while behaviour == "late":  # ends once what is behind is well
+    try:
+        urllib.request.urlopen(f"http://127.0.0.1:{behind}/health", timeout=5).read()
+        os.read(os.open(sys.argv[4], os.O_RDONLY), 1)
+        sys.exit(3)
+    except OSError:
+        pass
 class Answer(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         if self.path == "/die":
@@ -222,6 +229,20 @@ def test_a_worker_that_never_was_ready_ends_it_all_with_its_last_lines(tmp_path:
         assert running.lines[-1] == "  no such model: tiny"
         assert told == len(running.lines) - 4
         assert sum("worker 0 | pid" in line for line in running.lines) == 1
+
+
+def test_a_worker_that_fails_while_others_already_serve_does_not_end_them(tmp_path: Path) -> None:
+    """It is started again, with pauses that grow."""
+    late, front = free_ports(2)
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    rows = [("worker 1", late, "late", str(front), str(gate)), ("gateway", front, "ok", "0")]
+    with supervised(tmp_path, *rows) as running:
+        running.until("READY")
+        gate.write_text("go")
+        running.until("worker 1 ended with exit code 3; it starts again in 0.05 s")
+        running.process.send_signal(signal.SIGINT)
+        assert running.rest() == 0
 
 
 def test_a_program_that_cannot_be_started_is_no_traceback(tmp_path: Path) -> None:
