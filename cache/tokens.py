@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers.processors import TemplateProcessing
 
 from cache.control import ControlTokens, any_of, encode_quoted, encode_within
 from cache.template import ChatTemplate, TemplateBroken, TemplateRefusal, choose_template
@@ -64,7 +63,7 @@ class Tokenizer:
         tokens, decoder = _read_tokenizer(folder / "tokenizer.json")
         config = read_json(folder / "tokenizer_config.json")
         special = special_tokens(config, read_json(folder / "special_tokens_map.json"))
-        _apply_config(tokens, config, special)
+        _recognize(tokens, special)
         try:
             spelling = Spelling.of(decoder)
         except UnsupportedDecoder as error:
@@ -98,7 +97,7 @@ class Tokenizer:
     # ---- text -> ids
 
     def encode(self, text: str, *, special: bool) -> list[int]:
-        """Ids of a text; `special` adds what the model expects around every text (BOS, mostly).
+        """Ids of a text; `special` adds what tokenizer.json puts around every text (BOS, mostly).
 
         Control tokens spelled in the text become control tokens: the text is a whole prompt.
         Raises ValueError for a lone surrogate, which is no Unicode text.
@@ -258,27 +257,11 @@ def _read_tokenizer(path: Path) -> tuple[tokenizers.Tokenizer, Mapping[str, Any]
     return tokens, description.get("decoder")
 
 
-def _apply_config(
-    tokens: tokenizers.Tokenizer, config: Mapping[str, Any], special: Mapping[str, str]
-) -> None:
-    """Where tokenizer_config.json goes beyond tokenizer.json: named tokens, add_bos_token."""
+def _recognize(tokens: tokenizers.Tokenizer, special: Mapping[str, str]) -> None:
+    """Makes every named token of the vocabulary a special one, as it is in transformers."""
     added = {token.content for token in tokens.get_added_tokens_decoder().values() if token.special}
     named = [token for token in dict.fromkeys(special.values()) if token not in added]
     tokens.add_special_tokens([token for token in named if tokens.token_to_id(token) is not None])
-    if not {"add_bos_token", "add_eos_token"} & set(config):
-        return
-    around = tokens.encode("", add_special_tokens=True).tokens
-    single, pieces = "$A:0", []
-    for name, id_, present, shape in (
-        ("bos_token", "BOS", around[:1], "BOS:0 {}"),
-        ("eos_token", "EOS", around[-1:], "{} EOS:0"),
-    ):
-        token = special.get(name, "")
-        wanted = config.get(f"add_{name}", [token] == present)
-        if wanted and (token_id := tokens.token_to_id(token)) is not None:
-            single = shape.format(single)
-            pieces.append({"id": id_, "ids": [token_id], "tokens": [token]})
-    tokens.post_processor = TemplateProcessing(single=single, special_tokens=pieces)
 
 
 def _compile(folder: Path, name: str, source: str, special: Mapping[str, str]) -> ChatTemplate:
