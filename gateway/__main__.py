@@ -13,7 +13,7 @@ from gateway.app import create_app
 from gateway.listener import Server, configure
 from gateway.replica import replicas_of
 from gateway.upstream import Pool
-from policies.load import PolicyError, load
+from policies.load import PolicyError, load, with_environment
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
     try:
-        policy = load(options.policy)
+        policy = with_environment(load(options.policy))
         replicas = replicas_of(policy, options.replica, os.environ)
     except PolicyError as error:
         print(error, file=sys.stderr)

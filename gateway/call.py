@@ -49,7 +49,7 @@ class Call:
 
 
 async def read_body(headers: RawHeaders, receive: Receive, settings: Gateway) -> bytes:
-    """The whole body. Raises Problem 408, 413 or 415, and ClientGone."""
+    """The whole body. Raises Problem 400, 408, 413 or 415, and ClientGone."""
     _check_headers(headers, settings.max_body_bytes)
     try:
         async with asyncio.timeout(settings.body_timeout_s):
@@ -61,6 +61,8 @@ async def read_body(headers: RawHeaders, receive: Receive, settings: Gateway) ->
 def _check_headers(headers: RawHeaders, limit_bytes: int) -> None:
     """Refuses by the headers alone, so that a client that expects 100-continue sends nothing."""
     for name, value in headers:
+        if name == b"upgrade":
+            raise problems.upgrade_offered(value.decode("latin-1"))
         if name == b"content-encoding" and value.strip().lower() not in (b"", b"identity"):
             raise problems.body_encoded(value.decode("latin-1"))
         if name == b"content-length" and int(value) > limit_bytes:  # digits: the parser saw to it

@@ -1,13 +1,14 @@
 """How a replica's health is learned: from its /health, or from /v1/models where there is none.
 
 Health does not lie: a refused connection or a 503 takes a replica out at once, and a request that
-could not connect asks for a probe at once. Mere slowness takes several probes, because a busy worker
-answers late.
+could not connect asks for a probe at once. Mere slowness takes several probes, because a busy
+worker answers late.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +17,8 @@ import aiohttp
 from gateway.problems import quote
 from gateway.replica import Replica, describe
 from runtime.wire import Problem, parse_object
+
+log = logging.getLogger("headgate.gateway")
 
 STARTING_S = 0.5  # between probes of a replica that is not ready
 READY_S = 2.0  # between probes of a ready one that has a /health
@@ -42,9 +45,14 @@ class Watch:
 
     async def run(self) -> None:
         """Probes until cancelled."""
+        has_health = True
         while True:
             self._replica.doubt.clear()
-            has_health = await self.probe()
+            try:
+                has_health = await self.probe()
+            except Exception:  # whatever a server answers, its watch goes on
+                log.exception("the probe of %s failed inside the gateway", self._replica.url)
+                self._take_out("its probe failed inside the gateway; see the log")
             await asyncio.sleep(AGAIN_S)
             await self._pause((READY_S if has_health else MODELS_S) - AGAIN_S)
 
@@ -116,7 +124,7 @@ class Watch:
 
 
 def models_of(listing: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Model id -> its entry in OpenAI's shape, further fields kept. Raises Unwell without models."""
+    """Model id -> its entry in OpenAI's shape, further fields kept. Raises Unwell for none."""
     entries = listing.get("data")
     if not isinstance(entries, list):
         raise Unwell("/v1/models answered no list of models")

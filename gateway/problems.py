@@ -87,6 +87,15 @@ def body_encoded(encoding: str) -> Problem:
     return Problem(415, message, code="unsupported_content_encoding")
 
 
+def upgrade_offered(protocol: str) -> Problem:
+    """The parser reads no body behind such an offer (Java's HttpClient makes one by default)."""
+    message = (
+        f"an upgrade to {quote(protocol)} is not supported; set the client to HTTP/1.1 and send the "
+        "request without an Upgrade header"
+    )
+    return Problem(400, message, code="upgrade_not_supported", headers={"connection": "close"})
+
+
 def body_too_large(limit_bytes: int) -> Problem:
     message = (
         f"the body is larger than {limit_bytes} bytes; send less, or raise gateway.max_body_bytes "

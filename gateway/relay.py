@@ -55,13 +55,17 @@ class Silence:
         self.since = self.clock()
 
     def due_s(self) -> float:
-        """When to look next, in seconds from now."""
+        """When to look next, in seconds from now.
+
+        Soon enough for a silence that begins, or a limit that changes, while nobody looks.
+        """
+        rest_s = min(self._settings.keep_alive_s, self._settings.idle_timeout_s)
         if self.since is None:
-            return self._settings.keep_alive_s
+            return rest_s
         due = self.since + self._limit_s()
         if self._stream:
             due = min(due, self._comment_at(self.since))
-        return max(due - self.clock(), 0.0)
+        return min(max(due - self.clock(), 0.0), rest_s)
 
     async def look(self) -> None:
         """Comments when it is time to. Raises Problem when the replica's time is up."""

@@ -1,4 +1,4 @@
-"""What one client has been sent so far, and what may follow. Knows SSE's line ends, not its JSON."""
+"""What one client has been sent so far, and what may follow. Knows SSE's lines, not its JSON."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class Reply:
 
     async def end_stream(self) -> None:
         """Ends a terminated stream; a last event that lacks its blank line gets it."""
-        await self._finish(b"" if self._between_events() else b"\n\n")
+        await self._finish(self._gap())
 
     async def fail_in_band(self, payload: Mapping[str, Any]) -> None:
         """An error event and the terminator; a half-sent line is closed first."""
@@ -90,8 +90,13 @@ class Reply:
         if self.terminated:
             await self.end_stream()
             return
-        gap = b"" if self._between_events() else b"\n\n"
-        await self._finish(gap + event(payload) + DONE)
+        await self._finish(self._gap() + event(payload) + DONE)
+
+    def _gap(self) -> bytes:
+        """What the last event lacks of its blank line."""
+        if self._between_events():
+            return b""
+        return b"\n" if self._tail.endswith(b"\n") else b"\n\n"
 
     def _between_events(self) -> bool:
         return self._tail.endswith(EVENT_ENDS)

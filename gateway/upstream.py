@@ -205,4 +205,5 @@ async def _note_reuse(
     context: SimpleNamespace,
     _event: aiohttp.TraceConnectionReuseconnParams,
 ) -> None:
-    context.trace_request_ctx.reused = True
+    if context.trace_request_ctx is not None:  # probes carry none
+        context.trace_request_ctx.reused = True

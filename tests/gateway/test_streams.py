@@ -1,0 +1,290 @@
+"""Streams that go wrong, or slowly: the client hears of it inside the stream, in OpenAI's shape."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import openai
+import pytest
+
+from tests.gateway.world import (
+    DONE,
+    HELLO,
+    STREAMED,
+    Peer,
+    events,
+    gateway,
+    on_loop,
+    until,
+    upstream,
+)
+
+CHUNK = b'data: {"choices":[{"index":0,"delta":{"content":"a"}}]}\n\n'
+
+
+def error_of(body: bytes) -> dict[str, Any]:
+    """The in-band error, which is followed by the terminator and by nothing else."""
+    *_, problem, end = events(body)
+    assert end == "[DONE]"
+    assert body.endswith(b"\n\n" + DONE)
+    return problem["error"]
+
+
+@on_loop
+async def test_a_reset_stream_ends_with_an_error_event_and_the_terminator() -> None:
+    """What came so far is kept, then the cut is told: never a clean truncated 200."""
+
+    async def answer(peer: Peer) -> None:
+        await peer.head()
+        await peer.chunk(CHUNK)
+        await asyncio.sleep(0.02)
+        peer.abort()
+
+    async with upstream(answer) as fake, gateway(fake) as edge:
+        response = await edge.post(STREAMED)
+        assert response.content.startswith(CHUNK)
+        error = error_of(response.content)
+        assert error["code"] == "upstream_stream_cut"
+        assert set(error) == {"message", "type", "param", "code"}
+
+
+@on_loop
+async def test_a_line_that_was_half_sent_is_closed_before_the_error_event() -> None:
+    """The error does not become part of the broken line."""
+
+    async def answer(peer: Peer) -> None:
+        await peer.head()
+        await peer.chunk(CHUNK + CHUNK[:20])
+        await peer.end()
+
+    async with upstream(answer) as fake, gateway(fake) as edge:
+        body = (await edge.post(STREAMED)).content
+        assert body.startswith(CHUNK + CHUNK[:20] + b'\n\ndata: {"error"')
+        assert body.endswith(b"\n\n" + DONE)
+
+
+@on_loop
+async def test_a_stream_that_ends_without_the_terminator_is_a_cut() -> None:
+    """A proper end of HTTP is no proper end of a stream."""
+
+    async def answer(peer: Peer) -> None:
+        await peer.stream(CHUNK, b'data: {"x":"\\ndata: [DONE]"}\n\n')
+
+    async with upstream(answer) as fake, gateway(fake) as edge:
+        assert error_of((await edge.post(STREAMED)).content)["code"] == "upstream_stream_cut"
+
+
+@on_loop
+async def test_the_sdk_raises_on_a_cut_stream() -> None:
+    """A caller of the OpenAI SDK cannot take a cut answer for a whole one."""
+
+    async def answer(peer: Peer) -> None:
+        await peer.stream(CHUNK)
+
+    async with upstream(answer) as fake, gateway(fake) as edge:
+        sdk = openai.AsyncOpenAI(base_url=f"{edge.url}/v1", api_key="none", max_retries=0)
+        async with sdk:
+            stream = await sdk.chat.completions.create(**STREAMED)
+            with pytest.raises(openai.APIError, match="cut"):
+                async for _ in stream:
+                    pass
+
+
+@on_loop
+async def test_a_terminator_split_over_chunks_ends_the_stream_cleanly() -> None:
+    """One byte at a time is still a whole stream, and arrives as it came."""
+
+    async def answer(peer: Peer) -> None:
+        await peer.head()
+        for at in range(len(CHUNK + DONE)):
+            await peer.chunk((CHUNK + DONE)[at : at + 1])
+            await asyncio.sleep(0)
+        await peer.end()
+
+    async with upstream(answer) as fake, gateway(fake) as edge:
+        assert (await edge.post(STREAMED)).content == CHUNK + DONE
+
+
+@on_loop
+async def test_a_replica_that_holds_its_stream_open_after_the_terminator_is_left() -> None:
+    """The client's answer ends soon after [DONE], whatever the replica does."""
+
+    async def answer(peer: Peer) -> None:
+        await peer.head()
+        await peer.chunk(CHUNK + b"data: [DONE]\n")
+        await asyncio.Event().wait()
+
+    async with upstream(answer) as fake, gateway(fake) as edge:
+        assert (await edge.post(STREAMED)).content == CHUNK + DONE
+        await until(lambda: fake.running == 0)
+
+
+@on_loop
+async def test_a_stream_that_falls_silent_ends_with_an_error_event() -> None:
+    """After idle_timeout_s the client is told, and the replica's connection is closed."""
+
+    async def answer(peer: Peer) -> None:
+        await peer.head()
+        await peer.chunk(CHUNK)
+        await asyncio.Event().wait()
+
+    async with upstream(answer) as fake, gateway(fake, idle_timeout_s=0.1) as edge:
+        body = (await edge.post(STREAMED)).content
+        assert error_of(body)["code"] == "upstream_idle_timeout"
+        await until(lambda: fake.running == 0)
+
+
+@on_loop
+async def test_a_replica_that_never_answers_is_given_up() -> None:
+    """504 while nothing was sent, in band once comments were."""
+
+    async def answer(peer: Peer) -> None:
+        await asyncio.Event().wait()
+
+    async with upstream(answer) as fake:
+        async with gateway(fake, first_byte_timeout_s=0.1) as edge:
+            for payload in (HELLO, STREAMED):
+                response = await edge.post(payload)
+                assert response.status_code == 504
+                assert response.json()["error"]["code"] == "upstream_timeout"
+        async with gateway(fake, first_byte_timeout_s=0.1, keep_alive_s=0.03) as edge:
+            response = await edge.post(STREAMED)
+            assert response.status_code == 200
+            assert error_of(response.content)["code"] == "upstream_timeout"
+        await until(lambda: fake.running == 0)
+
+
+@on_loop
+async def test_a_long_prefill_is_bridged_with_comments() -> None:
+    """200 and keep-alive comments come while the replica works; the stream follows untouched."""
+
+    async def answer(peer: Peer) -> None:
+        await asyncio.sleep(0.2)
+        await peer.stream(CHUNK, DONE)
+
+    async with upstream(answer) as fake, gateway(fake, keep_alive_s=0.04) as edge:
+        response = await edge.post(STREAMED)
+        comments, rest = response.content.split(CHUNK)
+        assert comments.count(b": keep-alive\n\n") >= 2
+        assert comments.replace(b": keep-alive\n\n", b"") == b""
+        assert rest == DONE
+        assert response.headers["content-type"].startswith("text/event-stream")
+
+
+@on_loop
+async def test_comments_come_between_events_and_never_inside_one() -> None:
+    """Silence after a whole event is commented on; silence inside an event is not."""
+
+    async def answer(peer: Peer) -> None:
+        await peer.head()
+        await peer.chunk(CHUNK)
+        await asyncio.sleep(0.15)
+        await peer.chunk(CHUNK[:20])
+        await asyncio.sleep(0.15)
+        await peer.chunk(CHUNK[20:] + DONE)
+        await peer.end()
+
+    async with upstream(answer) as fake, gateway(fake, keep_alive_s=0.04) as edge:
+        body = (await edge.post(STREAMED)).content
+        assert body.startswith(CHUNK + b": keep-alive\n\n")
+        assert body.endswith(b"\n\n" + CHUNK + DONE)
+        assert body.replace(b": keep-alive\n\n", b"") == CHUNK + CHUNK + DONE
+
+
+@on_loop
+async def test_an_answer_that_is_no_stream_gets_no_comments() -> None:
+    """Without stream: true the client waits for JSON, however long."""
+
+    async def answer(peer: Peer) -> None:
+        await asyncio.sleep(0.12)
+        await peer.json({"choices": []})
+
+    async with upstream(answer) as fake, gateway(fake, keep_alive_s=0.02) as edge:
+        assert (await edge.post(HELLO)).content == b'{"choices": []}'
+
+
+@pytest.mark.parametrize(
+    ("body", "code"),
+    [
+        (b'{"error":{"message":"too long","type":"t","param":null,"code":"context"}}', "context"),
+        (b"<html>busy</html>", "upstream_error"),
+        (b'["list"]', "upstream_error"),
+    ],
+)
+@on_loop
+async def test_an_error_after_comments_is_delivered_in_band(body: bytes, code: str) -> None:
+    """200 is out already: the replica's refusal becomes an event, its own words where it has some."""
+
+    async def answer(peer: Peer) -> None:
+        await asyncio.sleep(0.1)
+        await peer.json(body, status=400)
+
+    async with upstream(answer) as fake, gateway(fake, keep_alive_s=0.03) as edge:
+        response = await edge.post(STREAMED)
+        assert response.status_code == 200
+        assert error_of(response.content)["code"] == code
+
+
+@on_loop
+async def test_an_answer_that_is_cut_is_502() -> None:
+    """Fewer bytes than announced never reach the client as an answer."""
+
+    async def answer(peer: Peer) -> None:
+        await peer.raw(b"HTTP/1.1 200 X\r\ncontent-length: 100\r\n\r\n{")
+        peer.abort()
+
+    async with upstream(answer) as fake, gateway(fake) as edge:
+        response = await edge.post(HELLO)
+        assert response.status_code == 502
+        assert response.json()["error"]["code"] == "upstream_cut"
+
+
+@on_loop
+async def test_an_answer_beyond_the_limit_is_502(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An endless answer is not collected endlessly."""
+    monkeypatch.setattr("gateway.relay.WHOLE_MAX_BYTES", 1000)
+
+    async def answer(peer: Peer) -> None:
+        await peer.head(kind="application/json")
+        while True:
+            await peer.chunk(b"x" * 500)
+            await asyncio.sleep(0)
+
+    async with upstream(answer) as fake, gateway(fake) as edge:
+        response = await edge.post(HELLO)
+        assert response.status_code == 502
+        assert response.json()["error"]["code"] == "upstream_too_large"
+        await until(lambda: fake.running == 0)
+
+
+@on_loop
+async def test_an_encoded_stream_is_refused() -> None:
+    """Identity was asked for: a compressed stream could not be watched for its end."""
+
+    async def answer(peer: Peer) -> None:
+        await peer.head(content_encoding="gzip")
+        await peer.end()
+
+    async with upstream(answer) as fake, gateway(fake) as edge:
+        response = await edge.post(STREAMED)
+        assert response.status_code == 502
+        assert response.json()["error"]["code"] == "upstream_encoding"
+
+
+@on_loop
+async def test_a_client_that_reads_nothing_is_dropped_in_the_end() -> None:
+    """The replica is held back meanwhile, and the request does not stay for ever."""
+
+    async def answer(peer: Peer) -> None:
+        await peer.head()
+        while True:
+            await peer.chunk(CHUNK * 100)
+
+    async with upstream(answer) as fake, gateway(fake, idle_timeout_s=0.3) as edge:
+        reader, writer = await edge.send(STREAMED)
+        writer.transport.pause_reading()
+        await until(lambda: fake.running == 1)
+        await until(lambda: edge.pool.in_flight == 0)
+        await until(lambda: fake.running == 0)
+        writer.transport.abort()
