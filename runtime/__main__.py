@@ -74,8 +74,8 @@ def load_served(runtime: Runtime, source: Path | str, streams: Streams) -> Serve
     from runtime.server import Served
 
     started = time.perf_counter()
-    threads = runtime.threads or max(1, (os.cpu_count() or 1) // runtime.workers)
-    torch.set_num_threads(threads)
+    if runtime.threads:  # else OMP_NUM_THREADS, which `headgate serve` sets, or all cores
+        torch.set_num_threads(runtime.threads)
     model, folder = models.load(
         source,
         kv_tokens=runtime.kv_tokens,
@@ -96,7 +96,7 @@ def load_served(runtime: Runtime, source: Path | str, streams: Streams) -> Serve
     facts = {
         "device": str(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "threads": threads,
+        "threads": torch.get_num_threads(),
         "parameters": model.parameters,
         "kv_bytes": model.kv_bytes,
         "load_s": round(time.perf_counter() - started, 2),

@@ -12,10 +12,11 @@ from typing import Any
 
 from cache.template import TemplateRefusal
 from cache.tokens import NoChatTemplate, Tokenizer
-from runtime import wire
+from runtime import shapes, wire
 from runtime.engine import Order
 from runtime.sequence import Output, Sampling
-from runtime.wire import ChatRequest, CompletionRequest, Envelope, Piece, Problem, Usage
+from runtime.shapes import Envelope, FinishReason, Piece, TokenLogprob, Usage
+from runtime.wire import ChatRequest, CompletionRequest, Problem
 
 Asked = ChatRequest | CompletionRequest
 
@@ -27,8 +28,8 @@ class _Choice:
     index: int
     echo: str = ""
     text: list[str] = field(default_factory=list)
-    logprobs: list[wire.TokenLogprob] = field(default_factory=list)
-    finish_reason: wire.FinishReason | None = None
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
     sent_chars: int = 0
     opened: bool = False
 
@@ -130,7 +131,7 @@ class Answer:
 
     def _chat_chunk(self, choice: _Choice, piece: Piece) -> dict[str, Any]:
         first, choice.opened = not choice.opened, True
-        return wire.chat_delta(piece, first=first)
+        return shapes.chat_delta(piece, first=first)
 
     def _completion_chunk(self, choice: _Choice, piece: Piece) -> dict[str, Any]:
         if not choice.opened:
@@ -140,7 +141,7 @@ class Answer:
             )
         offset = choice.sent_chars
         choice.sent_chars += sum(len(entry.token) for entry in piece.logprobs or ())
-        return wire.completion_choice(piece, offset=offset)
+        return shapes.completion_choice(piece, offset=offset)
 
     # ---- whole -----------------------------------------------------------------------------------
 
@@ -152,7 +153,9 @@ class Answer:
 
     def whole(self) -> dict[str, Any]:
         """The body of an answer that is not streamed."""
-        shape = wire.chat_choice if isinstance(self._asked, ChatRequest) else wire.completion_choice
+        shape = (
+            shapes.chat_choice if isinstance(self._asked, ChatRequest) else shapes.completion_choice
+        )
         choices = [
             shape(
                 Piece(

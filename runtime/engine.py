@@ -23,7 +23,7 @@ from runtime.kv import BLOCK_TOKENS, BlockCounts, BlockPool
 from runtime.model import Model
 from runtime.scheduler import Scheduler, Work
 from runtime.sequence import Output, Reply, Sampling, Sequence
-from runtime.wire import FinishReason, TokenLogprob
+from runtime.shapes import FinishReason, TokenLogprob
 
 log = logging.getLogger(__name__)
 

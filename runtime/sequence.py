@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from cache.text import Detokenizer, StopScanner
 from cache.tokens import Tokenizer
-from runtime.wire import FinishReason, TokenLogprob
+from runtime.shapes import FinishReason, TokenLogprob
 
 
 @dataclass(frozen=True, slots=True)

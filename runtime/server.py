@@ -25,6 +25,7 @@ from cache.tokens import Tokenizer
 from runtime import answers, wire
 from runtime.answers import Answer
 from runtime.engine import Engine, EngineStopped, QueueFull
+from runtime.shapes import Piece
 from runtime.streams import ClientGone, Stream, Streams
 from runtime.wire import ChatRequest, CompletionRequest, Problem
 
@@ -223,7 +224,7 @@ def _open(streams: Streams, engine: Engine, answer: Answer) -> Stream:
     return stream
 
 
-async def _pieces(answer: Answer, stream: Stream) -> AsyncIterator[list[wire.Piece]]:
+async def _pieces(answer: Answer, stream: Stream) -> AsyncIterator[list[Piece]]:
     """An answer's visible pieces, in batches as they come. Raises Problem, ClientGone."""
     if not answer.needs_engine:
         yield list(answer.echo_only())

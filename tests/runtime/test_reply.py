@@ -7,7 +7,7 @@ from hypothesis import given, settings, strategies as st
 
 from cache.tokens import Tokenizer
 from runtime.sequence import Output, Reply, Sampling, Sequence
-from runtime.wire import TokenLogprob
+from runtime.shapes import TokenLogprob
 from tests.runtime.tiny_models import write_tokenizer
 
 

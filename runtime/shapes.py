@@ -1,0 +1,145 @@
+"""OpenAI's answer shapes, whole and streamed: choices, deltas, log-probabilities, usage.
+
+Knows the fields and their order of nesting (specification 2.3.0); knows no request, no engine.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """One position: the chosen token and the most likely ones, natural logarithms.
+
+    `logprob` is None for the first token of an echoed prompt: nothing came before it.
+    """
+
+    token: str
+    token_id: int
+    utf8: bytes
+    logprob: float | None
+    top: tuple[tuple[str, bytes, float], ...] = ()
+
+    def chat(self) -> dict[str, Any]:
+        def entry(token: str, utf8: bytes, logprob: float | None) -> dict[str, Any]:
+            return {"token": token, "logprob": logprob, "bytes": list(utf8)}
+
+        own = entry(self.token, self.utf8, self.logprob)
+        return own | {"top_logprobs": [entry(*top) for top in self.top]}
+
+
+@dataclass(slots=True)
+class Usage:
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+
+    def payload(self) -> dict[str, Any]:
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+        }
+
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A step's new text of one choice; `logprobs` has one entry a token when asked for."""
+
+    index: int
+    text: str
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Envelope:
+    """What every chunk of one answer repeats."""
+
+    id: str
+    created: int
+    model: str
+    object: str
+
+    @classmethod
+    def chat(cls, model: str, created: int, *, stream: bool) -> Envelope:
+        name = "chat.completion.chunk" if stream else "chat.completion"
+        return cls(f"chatcmpl-{secrets.token_hex(12)}", created, model, name)
+
+    @classmethod
+    def completion(cls, model: str, created: int) -> Envelope:
+        return cls(f"cmpl-{secrets.token_hex(12)}", created, model, "text_completion")
+
+    def wrap(self, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+        head = {"id": self.id, "object": self.object, "created": self.created, "model": self.model}
+        return head | {"choices": choices} | more
+
+
+def chat_logprobs(entries: Iterable[TokenLogprob] | None) -> dict[str, Any] | None:
+    if entries is None:
+        return None
+    return {"content": [entry.chat() for entry in entries], "refusal": None}
+
+
+def chat_delta(piece: Piece, *, first: bool = False) -> dict[str, Any]:
+    """One choice of a chat chunk; the first of an answer carries the role."""
+    delta: dict[str, Any] = {"role": "assistant", "content": ""} if first else {}
+    if piece.text:
+        delta["content"] = piece.text
+    return {
+        "index": piece.index,
+        "delta": delta,
+        "logprobs": chat_logprobs(piece.logprobs),
+        "finish_reason": piece.finish_reason,
+    }
+
+
+def chat_choice(piece: Piece) -> dict[str, Any]:
+    """One choice of a whole chat answer."""
+    return {
+        "index": piece.index,
+        "message": {"role": "assistant", "content": piece.text, "refusal": None},
+        "logprobs": chat_logprobs(piece.logprobs),
+        "finish_reason": piece.finish_reason,
+    }
+
+
+def completion_choice(piece: Piece, *, offset: int = 0) -> dict[str, Any]:
+    """One choice of /v1/completions, whole or a chunk after `offset` characters."""
+    return {
+        "index": piece.index,
+        "text": piece.text,
+        "logprobs": completion_logprobs(piece.logprobs, offset),
+        "finish_reason": piece.finish_reason,
+    }
+
+
+def completion_logprobs(
+    entries: tuple[TokenLogprob, ...] | None, offset: int
+) -> dict[str, Any] | None:
+    """The four parallel lists of the older API; an echoed first token has nulls, as vLLM sends."""
+    if entries is None:
+        return None
+    offsets = []
+    for entry in entries:
+        offsets.append(offset)
+        offset += len(entry.token)
+    return {
+        "tokens": [entry.token for entry in entries],
+        "token_logprobs": [entry.logprob for entry in entries],
+        "top_logprobs": [
+            {token: logprob for token, _, logprob in entry.top}
+            if entry.logprob is not None
+            else None
+            for entry in entries
+        ],
+        "text_offset": offsets,
+    }
