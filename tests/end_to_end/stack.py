@@ -1,0 +1,175 @@
+"""The real stack as processes: one worker with the pocket model, one gateway in front of it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from command.machine import free_ports
+
+ROOT = Path(__file__).parents[2]
+START_S = 90.0
+STOP_S = 20.0
+BODY_TIMEOUT_S = 2.0
+PROBE = httpx.Client(timeout=10)  # one for all: a client's making costs more than its request
+CHAT = "/v1/chat/completions"
+COMPLETIONS = "/v1/completions"
+POLICY = f"""\
+version: 1
+gateway:
+  body_timeout_s: {BODY_TIMEOUT_S}
+  drain_s: 5.0
+runtime:
+  model: pocket
+  kv_tokens: 8192
+  threads: 1
+"""
+# Children find our packages wherever they start; one thread each, so that tests share a machine.
+ENVIRONMENT = {
+    "PYTHONPATH": str(ROOT),
+    "PYTHONUNBUFFERED": "1",
+    "OMP_NUM_THREADS": "1",
+    "OMP_WAIT_POLICY": "passive",
+}
+
+
+@dataclass(frozen=True)
+class Program:
+    """A process that serves at `url`; all that it prints goes to `log`."""
+
+    url: str
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def health(self) -> dict[str, Any]:
+        return dict(PROBE.get(f"{self.url}/health").json())
+
+    def rss_bytes(self) -> int:
+        return int(psutil.Process(self.process.pid).memory_info().rss)
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Both programs, and requests to the gateway."""
+
+    gateway: Program
+    worker: Program
+    client: httpx.Client = field(repr=False)
+
+    @property
+    def port(self) -> int:
+        return int(self.gateway.url.rsplit(":", 1)[1])
+
+    def post(self, path: str, body: dict[str, Any]) -> httpx.Response:
+        """A request with what every request has, unless `body` says otherwise."""
+        return self.client.post(self.gateway.url + path, json=DEFAULTS[path] | body)
+
+    def ask(self, path: str, **body: Any) -> dict[str, Any]:
+        """The JSON answer of a request that must succeed."""
+        response = self.post(path, body)
+        assert response.status_code == 200, response.text
+        return dict(response.json())
+
+    def works(self) -> bool:
+        """Both programs live and answer."""
+        assert self.gateway.process.poll() is None, self.gateway.log.read_text()
+        assert self.worker.process.poll() is None, self.worker.log.read_text()
+        answer = self.ask(CHAT, max_tokens=1)
+        return bool(answer["usage"]["completion_tokens"] == 1)
+
+
+DEFAULTS: dict[str, dict[str, Any]] = {
+    CHAT: {"model": "pocket", "messages": [{"role": "user", "content": "hi"}], "temperature": 0},
+    COMPLETIONS: {"model": "pocket", "prompt": "Order 12 is", "temperature": 0},
+}
+
+
+@pytest.fixture(scope="session")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """Started once; at the end both must stop by themselves, with every block back, quietly."""
+    folder = tmp_path_factory.mktemp("stack")
+    policy = folder / "policy.yaml"
+    policy.write_text(POLICY)
+    front, back = free_ports(2)
+    with contextlib.ExitStack() as stop:
+        worker = stop.enter_context(program(folder, "runtime", policy, back))
+        replica = ("--replica", worker.url)
+        gateway = stop.enter_context(program(folder, "gateway", policy, front, *replica))
+        for one in (worker, gateway):
+            until(lambda: ready(one), START_S, lambda: one.log.read_text())  # noqa: B023
+        yield Stack(gateway, worker, stop.enter_context(httpx.Client(timeout=60)))
+        assert_idle(worker)
+
+
+@contextlib.contextmanager
+def program(folder: Path, module: str, policy: Path, port: int, *more: str) -> Iterator[Program]:
+    """`python -m module policy --port port`, ended by SIGTERM: clean, and without a traceback."""
+    log = folder / f"{module}.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", module, str(policy), "--port", str(port), *more],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=os.environ | ENVIRONMENT,
+        )
+    try:
+        yield Program(f"http://127.0.0.1:{port}", process, log)
+        process.terminate()
+        code = process.wait(STOP_S)
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+    assert code in (0, -signal.SIGTERM), f"{module} ended with {code}:\n{log.read_text()}"
+    assert "Traceback" not in log.read_text(), log.read_text()
+
+
+def ready(one: Program) -> bool:
+    assert one.process.poll() is None, f"it ended early:\n{one.log.read_text()}"
+    try:
+        return PROBE.get(f"{one.url}/health").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def until(holds: Callable[[], bool], limit_s: float, why: Callable[[], str]) -> float:
+    """Asks until it holds; how many seconds that took."""
+    started = time.perf_counter()
+    while not holds():
+        assert time.perf_counter() - started < limit_s, why()
+        time.sleep(0.002)
+    return time.perf_counter() - started
+
+
+def idle(worker: Program) -> bool:
+    """True when no request is left in the worker, and no block is lost."""
+    health = worker.health()
+    blocks = health["blocks"]
+    quiet = not (health["running"] or health["waiting"] or health["streams"] or blocks["in_use"])
+    return quiet and blocks["free"] + blocks["cached"] == blocks["total"]
+
+
+def assert_idle(worker: Program, limit_s: float = 10.0) -> float:
+    """Waits until the worker is idle; the seconds that it took."""
+    return until(lambda: idle(worker), limit_s, lambda: f"not idle: {worker.health()}")
+
+
+def events(body: bytes) -> list[Any]:
+    """The JSON payloads of a stream; the terminator as its text."""
+    lines = [line for line in body.split(b"\n") if line.startswith(b"data: ")]
+    texts = [line.removeprefix(b"data: ") for line in lines]
+    return ["[DONE]" if text == b"[DONE]" else json.loads(text) for text in texts]
