@@ -20,7 +20,8 @@ from runtime.wire import Problem, parse_object
 
 log = logging.getLogger("headgate.gateway")
 
-STARTING_S = 0.5  # between probes of a replica that is not ready
+STARTING_S = 0.5  # between probes of an own worker that is not ready
+FOREIGN_DOWN_S = 5.0  # between probes of somebody else's server that is not
 READY_S = 2.0  # between probes of a ready one that has a /health
 MODELS_S = 15.0  # between readings of /v1/models, which is all that some foreign servers offer
 AGAIN_S = 0.1  # the least pause between probes, however often a replica is doubted
@@ -54,10 +55,12 @@ class Watch:
                 log.exception("the probe of %s failed inside the gateway", self._replica.url)
                 self._take_out("its probe failed inside the gateway; see the log")
             await asyncio.sleep(AGAIN_S)
-            await self._pause((READY_S if has_health else MODELS_S) - AGAIN_S)
+            await self._pause(READY_S if has_health else MODELS_S)
 
     async def _pause(self, ready_s: float) -> None:
-        pause_s = ready_s if self._replica.healthy else STARTING_S - AGAIN_S
+        pause_s = ready_s
+        if not self._replica.healthy:
+            pause_s = STARTING_S if self._replica.own else FOREIGN_DOWN_S
         try:
             await asyncio.wait_for(self._replica.doubt.wait(), pause_s)
         except TimeoutError:

@@ -18,6 +18,7 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from gateway import problems
+from gateway.call import request_id
 from gateway.upstream import Pool
 from policies.schema import Gateway
 from runtime.wire import Problem
@@ -134,6 +135,7 @@ def plain_answer(problem: Problem) -> bytes:
     head = (
         f"HTTP/1.1 {problem.status} {HTTPStatus(problem.status).phrase}\r\n"
         "content-type: application/json\r\n"
+        f"x-request-id: {request_id(())}\r\n"
         f"content-length: {len(body)}\r\n"
         "connection: close\r\n\r\n"
     )

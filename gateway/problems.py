@@ -90,8 +90,8 @@ def body_encoded(encoding: str) -> Problem:
 def upgrade_offered(protocol: str) -> Problem:
     """The parser reads no body behind such an offer (Java's HttpClient makes one by default)."""
     message = (
-        f"an upgrade to {quote(protocol)} is not supported; set the client to HTTP/1.1 and send the "
-        "request without an Upgrade header"
+        f"an upgrade to {quote(protocol)} is not supported; set the client to HTTP/1.1, so that it "
+        "sends no Upgrade header"
     )
     return Problem(400, message, code="upgrade_not_supported", headers={"connection": "close"})
 

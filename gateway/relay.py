@@ -27,9 +27,8 @@ OWN_HEADERS = frozenset(
         b"upgrade", b"x-request-id",
     )
 )  # fmt: skip
-FORBIDDEN = re.compile(
-    rb"[\x00-\x08\x0a-\x1f\x7f]"
-)  # uvicorn refuses a whole answer for one of these
+# uvicorn refuses a whole answer for one of these in a header's value.
+FORBIDDEN = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 
 
 class Silence:
@@ -101,13 +100,14 @@ async def relay(
 
 
 def is_stream(response: aiohttp.ClientResponse) -> bool:
-    return response.headers.get("content-type", "text/event-stream").startswith("text/event-stream")
+    content_type = response.headers.get("content-type", "text/event-stream")
+    return content_type.lower().startswith("text/event-stream")
 
 
 async def relay_stream(response: aiohttp.ClientResponse, reply: Reply, silence: Silence) -> None:
     """Chunks as they come, until the replica ends. Raises Problem when it ends without [DONE]."""
     encoding = response.headers.get("content-encoding", "identity")
-    if encoding != "identity":
+    if encoding.lower() != "identity":
         raise problems.answer_encoded(encoding)
     await reply.begin_stream(passed_headers(response))
     content, clock = response.content, silence.clock

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from gateway.problems import quote
+from gateway.problems import listing, quote
 from policies.schema import Deployment
+
+log = logging.getLogger("headgate.gateway")
 
 
 @dataclass(slots=True, eq=False)
@@ -27,12 +30,16 @@ class Replica:
 
     def mark_down(self, error: str) -> None:
         """Takes no more requests until a probe, which is asked for at once, finds it well."""
+        if self.healthy:
+            log.warning("replica %s is down: %s", self.url, error)
         self.healthy = False
         self.error = error
         self.tried = self.tried or not self.own
         self.doubt.set()
 
     def mark_ready(self) -> None:
+        if not self.healthy and self.tried:
+            log.warning("replica %s is ready: %s", self.url, listing(list(self.models)))
         self.healthy = self.tried = True
         self.error = None
 
@@ -50,12 +57,10 @@ def replicas_of(
 ) -> list[Replica]:
     """Own workers by their URLs, then the policy's upstreams. Raises KeyError for a missing key."""
     own = [Replica(url.rstrip("/"), own=True) for url in workers]
-    foreign = [
-        Replica(
-            upstream.url, api_key=environ[upstream.api_key_env] if upstream.api_key_env else None
-        )
-        for upstream in policy.upstreams
-    ]
+    foreign = []
+    for upstream in policy.upstreams:
+        key = environ[upstream.api_key_env].strip() if upstream.api_key_env else None
+        foreign.append(Replica(upstream.url, api_key=key))
     return own + foreign
 
 

@@ -248,7 +248,7 @@ async def test_headers_without_end_are_431() -> None:
 
 @on_loop
 async def test_an_offer_to_upgrade_gets_an_answer_over_http_1() -> None:
-    """Some clients offer h2c on every request; the parser takes no body then, so theirs is refused."""
+    """Some clients offer h2c on every request; with a body, which is not read then: a refusal."""
     body = json.dumps(HELLO).encode()
     offer = b"host: x\r\nconnection: upgrade\r\nupgrade: h2c\r\n"
     async with upstream() as fake, gateway(fake) as edge:

@@ -111,21 +111,24 @@ async def test_sixty_four_streams_with_random_disconnects_leave_nothing_behind()
                 outcomes["left"] += 1
             writer.close() if rng.random() < 0.5 else writer.transport.abort()
 
-    async with upstream(answer) as one, upstream(answer) as two:
-        async with gateway(one, two, keep_alive_s=0.02) as edge:
-            before = len(asyncio.all_tasks())
-            deadline = time.perf_counter() + 2
-            await asyncio.gather(*(visitor(edge, deadline) for _ in range(64)))
-            await until(lambda: edge.pool.in_flight == 0)
-            await until(lambda: one.running + two.running == 0)
-            assert all(replica.in_flight == 0 for replica in edge.pool.replicas)
-            idle = one.connections + two.connections  # each kept-alive one has a task in its fake
-            await until(lambda: len(asyncio.all_tasks()) <= before + idle)
-            mine = [
-                task
-                for task in asyncio.all_tasks()
-                if "gateway" in task.get_coro().__qualname__ + task.get_coro().cr_code.co_filename
-                and "/tests/" not in task.get_coro().cr_code.co_filename
-            ]
-            assert len(mine) == 2, mine  # the two probes
-            assert min(outcomes.values()) > 20, outcomes
+    async with (
+        upstream(answer) as one,
+        upstream(answer) as two,
+        gateway(one, two, keep_alive_s=0.02) as edge,
+    ):
+        before = len(asyncio.all_tasks())
+        deadline = time.perf_counter() + 2
+        await asyncio.gather(*(visitor(edge, deadline) for _ in range(64)))
+        await until(lambda: edge.pool.in_flight == 0)
+        await until(lambda: one.running + two.running == 0)
+        assert all(replica.in_flight == 0 for replica in edge.pool.replicas)
+        idle = one.connections + two.connections  # each kept-alive one has a task in its fake
+        await until(lambda: len(asyncio.all_tasks()) <= before + idle)
+        mine = [
+            task
+            for task in asyncio.all_tasks()
+            if "gateway" in task.get_coro().__qualname__ + task.get_coro().cr_code.co_filename
+            and "/tests/" not in task.get_coro().cr_code.co_filename
+        ]
+        assert len(mine) == 2, mine  # the two probes
+        assert min(outcomes.values()) > 20, outcomes

@@ -8,8 +8,7 @@ from typing import Any
 
 import openai
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from gateway.replica import Replica
 from gateway.reply import Reply
@@ -31,9 +30,10 @@ RECORDED = Path(__file__).parents[2] / ".." / "shared" / "data" / "openai" / "re
 async def test_the_request_body_reaches_the_replica_byte_for_byte() -> None:
     """Spacing, key order, escapes, big integers and unknown fields are not touched."""
     body = (
-        b'{ "foo_ext":{"a":[1,  2.50,1e400]},"stream":null,\n "messages" :[{"content":"\\u00e9\xc3\xa9",'
+        b'{ "foo_ext":{"a":[1,  2.50,1e40]},"stream":null,\n '
+        b'"messages" :[{"content":"\\u00e9\xc3\xa9",'
         b'"role":"user","x":1}], "top_k":3,"model":"m", "seed":18446744073709551615 }'
-    ).replace(b"1e400", b"1e40")
+    )
     async with upstream() as fake, gateway(fake) as edge:
         response = await edge.post(body)
         assert response.status_code == 200
@@ -154,7 +154,7 @@ async def test_an_upstream_with_its_own_key_never_sees_the_clients() -> None:
 
 @on_loop
 async def test_a_stream_comes_back_byte_for_byte_with_streaming_headers() -> None:
-    """Comments, odd spacing and CRLF line ends included; nothing between is told to cache or buffer."""
+    """Comments, odd spacing and CRLF line ends included; nothing between may cache or buffer."""
     chunks = (b": hello\r\n\r\n", b"event: x\r\ndata:{}\r\n\r\n", b'data: {"a" : 1}\n\n', DONE)
 
     async def answer(peer: Peer) -> None:
@@ -226,7 +226,7 @@ def recorded() -> list[dict[str, Any]]:
 @pytest.mark.skipif(not RECORDED.exists(), reason="recorded.jsonl is not beside this checkout")
 @on_loop
 async def test_recorded_answers_of_real_servers_pass_byte_for_byte_and_parse() -> None:
-    """Every recorded answer arrives as recorded, and the OpenAI SDK reads it through the gateway."""
+    """Every recorded answer arrives as recorded, and the OpenAI SDK reads it on the way."""
     rows = recorded()
     assert len(rows) >= 10
     body = b""

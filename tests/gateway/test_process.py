@@ -1,4 +1,4 @@
-"""`python -m gateway`, as the supervisor starts it: it listens, drains on SIGTERM, and ends with 0."""
+"""`python -m gateway`, as the supervisor starts it: it listens, drains, and ends with 0."""
 
 from __future__ import annotations
 

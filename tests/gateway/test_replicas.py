@@ -1,4 +1,4 @@
-"""Which replica gets a request, what happens when it cannot take it, and what is told about the fleet."""
+"""Which replica gets a request, what follows when it cannot take it, what is told of the fleet."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.gateway.world import (
 
 def ready(url: str, *models: str) -> Replica:
     """A replica that the gateway believes to be well."""
-    return Replica(url, own=True, models=dict.fromkeys(models, {}), healthy=True, tried=True)
+    return Replica(url, own=True, models={name: {} for name in models}, healthy=True, tried=True)
 
 
 async def busy(peer: Peer) -> None:
@@ -69,7 +69,7 @@ async def test_a_replica_that_refuses_connections_is_skipped_and_marked_down() -
 
 @on_loop
 async def test_a_503_is_retried_elsewhere_and_relayed_when_there_is_nowhere_else() -> None:
-    """A full replica passes its request on; a full fleet's answer and Retry-After reach the client."""
+    """A full replica passes its request on; a full fleet's answer reaches the client."""
     async with upstream(busy) as full, upstream() as free, gateway(full, free) as edge:
         edge.pool.replicas[1].in_flight = 5
         for payload in (HELLO, STREAMED):
@@ -124,13 +124,15 @@ async def test_a_stale_connection_is_replaced_without_the_client_noticing() -> N
         else:
             await peer.json({"choices": []})
 
-    async with upstream(answer) as fake:
-        # Believed well and never probed, so that only requests use connections.
-        async with gateway() as edge:
-            edge.pool.replicas = (ready(fake.url, "m"),)
-            for _ in range(6):
-                assert (await edge.post(HELLO)).status_code == 200
-            assert len(fake.requests) > 6
+    # Believed well and never probed, so that only requests use connections.
+    async with (
+        upstream(answer) as fake,
+        gateway() as edge,
+    ):
+        edge.pool.replicas = (ready(fake.url, "m"),)
+        for _ in range(6):
+            assert (await edge.post(HELLO)).status_code == 200
+        assert len(fake.requests) > 6
 
 
 @on_loop
@@ -166,7 +168,7 @@ async def test_while_workers_start_the_client_is_told_to_wait() -> None:
 
 @on_loop
 async def test_a_replica_that_went_down_is_probed_back() -> None:
-    """No replica: 503 that names it and why; once it listens again requests flow, without a restart."""
+    """No replica: 503 that names it and why; once it listens again, requests flow."""
     fake = Fake()
     async with upstream() as first, gateway(first) as edge:
         replica = edge.pool.replicas[0]
@@ -189,27 +191,32 @@ async def test_a_replica_that_went_down_is_probed_back() -> None:
 @on_loop
 async def test_a_foreign_server_without_health_is_known_by_its_models() -> None:
     """/health 404 is no illness; a refused key is, and says so."""
-    async with upstream(health=404, models=("big", "small")) as fake:
-        async with gateway(Replica(fake.url, api_key="sk-1")) as edge:
-            assert sorted(edge.pool.replicas[0].models) == ["big", "small"]
-            assert (await edge.post(HELLO | {"model": "big"})).status_code == 200
+    async with (
+        upstream(health=404, models=("big", "small")) as fake,
+        gateway(Replica(fake.url, api_key="sk-1")) as edge,
+    ):
+        assert sorted(edge.pool.replicas[0].models) == ["big", "small"]
+        assert (await edge.post(HELLO | {"model": "big"})).status_code == 200
 
 
 @on_loop
 async def test_models_are_the_union_of_healthy_replicas() -> None:
     """OpenAI's list shape; fields that a replica adds are kept; a model is described once."""
-    async with upstream(models=("m", "a")) as one, upstream(models=("m", "org/b")) as two:
-        async with gateway(one, two) as edge:
-            listing = (await edge.client.get("/v1/models")).json()
-            assert listing["object"] == "list"
-            assert sorted(entry["id"] for entry in listing["data"]) == ["a", "m", "org/b"]
-            for entry in listing["data"]:
-                assert {"id", "object", "created", "owned_by", "max_model_len"} <= set(entry)
-            single = (await edge.client.get("/v1/models/org/b")).json()
-            assert single["id"] == "org/b"
-            edge.pool.replicas[1].healthy = False
-            listing = (await edge.client.get("/v1/models")).json()
-            assert sorted(entry["id"] for entry in listing["data"]) == ["a", "m"]
+    async with (
+        upstream(models=("m", "a")) as one,
+        upstream(models=("m", "org/b")) as two,
+        gateway(one, two) as edge,
+    ):
+        listing = (await edge.client.get("/v1/models")).json()
+        assert listing["object"] == "list"
+        assert sorted(entry["id"] for entry in listing["data"]) == ["a", "m", "org/b"]
+        for entry in listing["data"]:
+            assert {"id", "object", "created", "owned_by", "max_model_len"} <= set(entry)
+        single = (await edge.client.get("/v1/models/org/b")).json()
+        assert single["id"] == "org/b"
+        edge.pool.replicas[1].healthy = False
+        listing = (await edge.client.get("/v1/models")).json()
+        assert sorted(entry["id"] for entry in listing["data"]) == ["a", "m"]
 
 
 def test_keys_of_upstreams_come_from_the_environment() -> None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from gateway.replica import Replica
 from gateway.route import choose
@@ -54,7 +53,7 @@ fleets = st.lists(
 def test_the_choice_is_a_least_loaded_healthy_server_of_the_model(
     fleet: list[Replica], model: str, seed: int
 ) -> None:
-    """For every fleet: the choice is among the eligible, none of them has less, and none only if none."""
+    """For every fleet: an eligible replica, none with less; nothing only if there is none."""
     eligible = [r for r in fleet if r.healthy and model in r.models]
     chosen = choose(fleet, model, random.Random(seed))
     if not eligible:

@@ -214,7 +214,7 @@ async def test_an_answer_that_is_no_stream_gets_no_comments() -> None:
 )
 @on_loop
 async def test_an_error_after_comments_is_delivered_in_band(body: bytes, code: str) -> None:
-    """200 is out already: the replica's refusal becomes an event, its own words where it has some."""
+    """200 is out already: the replica's refusal becomes an event, in its own words if it can."""
 
     async def answer(peer: Peer) -> None:
         await asyncio.sleep(0.1)
@@ -282,7 +282,7 @@ async def test_a_client_that_reads_nothing_is_dropped_in_the_end() -> None:
             await peer.chunk(CHUNK * 100)
 
     async with upstream(answer) as fake, gateway(fake, idle_timeout_s=0.3) as edge:
-        reader, writer = await edge.send(STREAMED)
+        _, writer = await edge.send(STREAMED)
         writer.transport.pause_reading()
         await until(lambda: fake.running == 1)
         await until(lambda: edge.pool.in_flight == 0)

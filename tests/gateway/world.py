@@ -1,10 +1,11 @@
-"""A small world for gateway tests: a real listening gateway, and upstreams written by hand over sockets."""
+"""A small world for gateway tests: a real listening gateway, and upstreams over bare sockets."""
 
 from __future__ import annotations
 
 import asyncio
 import functools
 import json
+import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
@@ -40,7 +41,7 @@ def on_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., Non
 
 async def until(holds: Callable[[], bool]) -> None:
     """Waits for a condition that other tasks bring about; on_loop limits it."""
-    while not holds():
+    while not holds():  # noqa: ASYNC110  # conditions inside servers have no event
         await asyncio.sleep(0.002)
 
 
@@ -139,7 +140,7 @@ class Fake:
         return Request(method, path, headers, body)
 
     async def _answer(self, peer: Peer, reader: asyncio.StreamReader) -> bytes:
-        """Runs the answer while watching for the gateway to leave; what came of the next request."""
+        """Runs the answer, watches for the gateway to leave; the next request's first byte."""
         if peer.request.path == "/health":
             await peer.json({"status": "?"}, status=self.health)
             return b""
@@ -170,7 +171,7 @@ class Fake:
 async def upstream(answer: Answer = pong, **more: Any) -> AsyncIterator[Fake]:
     fake = Fake(answer, **more)
     server = await asyncio.start_server(fake.serve, "127.0.0.1", 0)
-    fake.url = "http://127.0.0.1:{}".format(server.sockets[0].getsockname()[1])
+    fake.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
     try:
         yield fake
     finally:
@@ -261,8 +262,6 @@ def events(body: bytes) -> list[Any]:
 
 def refused_port() -> str:
     """A URL at which nothing listens."""
-    import socket
-
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        return "http://127.0.0.1:{}".format(probe.getsockname()[1])
+        return f"http://127.0.0.1:{probe.getsockname()[1]}"
