@@ -1,0 +1,1 @@
+"""The instruments: what is told and how, conditions, statistics, a running stack, a client."""

@@ -1,0 +1,55 @@
+"""Numbers out of repeated measurements: medians, percentiles, paired differences.
+
+Medians, because a shared machine adds time now and then and never takes any away.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+
+_DRAWS = 2000
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """Linear between the closest ranks (Hyndman and Fan 1996, definition 7). Raises ValueError."""
+    if not values:
+        raise ValueError("no values to take a percentile of")
+    if not 0 <= percent <= 100:
+        raise ValueError(f"percent is {percent}, expected 0 to 100")
+    ordered = sorted(values)
+    at = (len(ordered) - 1) * percent / 100
+    low = math.floor(at)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (at - low)
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """The middle and the slow end."""
+    return {"p50": percentile(values, 50), "p95": percentile(values, 95)}
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """How much more the second of two paired series is: the median, and where it lies with 95 %."""
+
+    median: float
+    low: float
+    high: float
+
+
+def paired_difference(
+    first: Sequence[float], second: Sequence[float], rng: random.Random
+) -> Difference:
+    """Median of second - first, pair by pair, and its percentile bootstrap interval.
+
+    Efron and Tibshirani 1993, chapter 13. Raises ValueError when the series differ in length.
+    """
+    differences = [b - a for a, b in zip(first, second, strict=True)]
+    if not differences:
+        raise ValueError("no pairs to compare")
+    medians = [median(rng.choices(differences, k=len(differences))) for _ in range(_DRAWS)]
+    return Difference(median(differences), percentile(medians, 2.5), percentile(medians, 97.5))
