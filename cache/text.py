@@ -132,7 +132,7 @@ class Detokenizer:
         self._strip = vocabulary.spelling.strip
         ending: list[int] = []
         for token_id in reversed(prompt_ids):
-            if token_id not in self._skipped:
+            if token_id not in self._skipped and token_id in vocabulary:
                 ending.append(token_id)
             if len(ending) == CHARACTER_BYTES_MAX:
                 break

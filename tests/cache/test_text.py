@@ -108,6 +108,9 @@ def test_continuation_keeps_its_space() -> None:
     ids = tokenizer.encode("said", special=False)
     assert "".join(stream(tokenizer, ids, prompt)) == " said"
     assert "".join(stream(tokenizer, ids, prompt[:1])) == "said"
+    assert (
+        "".join(stream(tokenizer, ids, [tokenizer.vocab_size])) == "said"
+    )  # an id without a token
 
 
 @kinds
