@@ -29,7 +29,19 @@ from cache.tokenizer_files import (
     template_sources,
 )
 
-__all__ = ["NoChatTemplate", "Tokenizer", "TokenizerUnusable"]
+__all__ = ["NoChatTemplate", "Tokenizer", "TokenizerUnusable", "TooLong"]
+
+
+LONG_CHARS = 4096
+NORMALIZED_MAX = 4  # characters that a normalizer may compose into one, with room to spare
+
+
+class TooLong(Exception):
+    """A text that cannot fit, known before it is tokenized; `tokens` it has at the very least."""
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__(f"the text has at least {tokens} tokens")
+        self.tokens = tokens
 
 
 class NoChatTemplate(Exception):
@@ -46,6 +58,7 @@ class Tokenizer:
     special_ids: frozenset[int]  # left out of decoded text
     eos_ids: frozenset[int]  # any of them ends a generation
     vocab_size: int  # every id is below; the model's own table may be padded beyond
+    longest_chars: int  # no token spells more characters
     _tokens: tokenizers.Tokenizer = field(repr=False)
     _templates: Mapping[str, ChatTemplate] = field(repr=False)
     _control: Mapping[ChatTemplate, ControlTokens] = field(repr=False)
@@ -81,6 +94,7 @@ class Tokenizer:
             special_ids=frozenset(id_ for id_, token in added.items() if token.special),
             eos_ids=eos_ids(folder, tokens.token_to_id(special.get("eos_token", ""))),
             vocab_size=1 + max(tokens.get_vocab().values(), default=-1),
+            longest_chars=max(map(len, tokens.get_vocab()), default=1),
             _tokens=tokens,
             _templates=templates,
             _control={
@@ -103,9 +117,19 @@ class Tokenizer:
         Raises ValueError for a lone surrogate, which is no Unicode text.
         """
         try:
-            return list(self._tokens.encode(text, add_special_tokens=special).ids)
+            if len(text) < LONG_CHARS:
+                return list(self._tokens.encode(text, add_special_tokens=special).ids)
+            # `encode` holds the interpreter's lock: 5 MB would stop every other thread for seconds.
+            batch = self._tokens.encode_batch_fast([text], add_special_tokens=special)
+            return list(batch[0].ids)
         except TypeError:
             raise ValueError("the text has a lone surrogate, which is not valid Unicode") from None
+
+    def check_length(self, text: str, limit_tokens: int) -> None:
+        """Raises TooLong for a text that is hopeless by its characters alone, at no cost."""
+        tokens = len(text) // (self.longest_chars * NORMALIZED_MAX)
+        if tokens > limit_tokens:
+            raise TooLong(tokens)
 
     @property
     def has_template(self) -> bool:
@@ -144,6 +168,7 @@ class Tokenizer:
         variables: Mapping[str, Any] | None = None,
         now: datetime | None = None,
         trust_text: bool = False,
+        limit_tokens: int | None = None,
     ) -> list[int]:
         """Ids of a conversation by the model's own chat template, which writes its own BOS.
 
@@ -155,7 +180,8 @@ class Tokenizer:
         `<tool_call>`. `trust_text=True` lets text spell control tokens, as transformers does by
         default. Not covered: a control token that a template glues together out of several strings.
 
-        Raises NoChatTemplate, TemplateRefusal; see ChatTemplate.render.
+        Raises NoChatTemplate, TemplateRefusal (see ChatTemplate.render), and TooLong where the text
+        cannot have as few as `limit_tokens`.
         """
         template = self._template(tools)
         turns: list[Any] = _without_nulls(messages)
@@ -172,6 +198,8 @@ class Tokenizer:
             variables=variables,
             now=now,
         )
+        if limit_tokens is not None:
+            self.check_length(text, limit_tokens)
         usual = partial(self.encode, special=False)
         return encode_quoted(text, usual, self._encode_plain) if quoted else usual(text)
 

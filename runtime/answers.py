@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cache.template import TemplateRefusal
-from cache.tokens import NoChatTemplate, Tokenizer
+from cache.tokens import NoChatTemplate, Tokenizer, TooLong
 from runtime import shapes, wire
 from runtime.engine import Order
 from runtime.sequence import Output, Sampling
@@ -173,8 +173,11 @@ class Answer:
 # ---- request -> prompts and sampling -------------------------------------------------------------
 
 
-def chat_prompt(asked: ChatRequest, tokenizer: Tokenizer) -> list[int]:
-    """Token ids of a conversation. Raises Problem 400 when the model's template refuses it."""
+def chat_prompt(asked: ChatRequest, tokenizer: Tokenizer, limit_tokens: int) -> list[int]:
+    """Token ids of a conversation.
+
+    Raises Problem 400 when the model's template refuses it, or when it is hopelessly long.
+    """
     try:
         return tokenizer.encode_chat(
             asked.turns(),
@@ -182,7 +185,10 @@ def chat_prompt(asked: ChatRequest, tokenizer: Tokenizer) -> list[int]:
             add_generation_prompt=asked.add_generation_prompt and not asked.continue_final_message,
             continue_final_message=asked.continue_final_message,
             variables=asked.chat_template_kwargs,
+            limit_tokens=limit_tokens,
         )
+    except TooLong as error:
+        raise _too_long("messages", f"at least {error.tokens}", limit_tokens) from error
     except NoChatTemplate as error:
         raise Problem(400, str(error), param="messages", code="no_chat_template") from error
     except TemplateRefusal as error:
@@ -190,12 +196,25 @@ def chat_prompt(asked: ChatRequest, tokenizer: Tokenizer) -> list[int]:
         raise Problem(400, message, param="messages", code="template_refused") from error
 
 
-def completion_prompts(asked: CompletionRequest, tokenizer: Tokenizer) -> list[list[int]]:
-    """Token ids of each prompt; text gets the model's own beginning-of-text token."""
-    return [
-        tokenizer.encode(prompt, special=True) if isinstance(prompt, str) else prompt
-        for prompt in asked.prompts()
-    ]
+def completion_prompts(
+    asked: CompletionRequest, tokenizer: Tokenizer, limit_tokens: int
+) -> list[list[int]]:
+    """Token ids of each prompt; text gets the model's own beginning-of-text token.
+
+    Raises Problem 400 for a text that is hopelessly long.
+    """
+    prompts: list[list[int]] = []
+    for at, prompt in enumerate(asked.prompts()):
+        if not isinstance(prompt, str):
+            prompts.append(prompt)
+            continue
+        try:
+            tokenizer.check_length(prompt, limit_tokens)
+        except TooLong as error:
+            least = f"at least {error.tokens}"
+            raise _too_long(_param(asked, at), least, limit_tokens) from error
+        prompts.append(tokenizer.encode(prompt, special=True))
+    return prompts
 
 
 def _echo_texts(
@@ -220,19 +239,21 @@ def _check_prompt(prompt: list[int], param: str, tokenizer: Tokenizer, room: int
         if not 0 <= token < tokenizer.vocab_size:
             raise Problem(
                 400,
-                f"token id {token} is out of range: this model's ids are 0 to "
+                f"{param}: token id {token} is out of range, this model's ids are 0 to "
                 f"{tokenizer.vocab_size - 1}",
                 param=param,
                 code="token_out_of_range",
             )
     if len(prompt) > room:
-        raise Problem(
-            400,
-            f"the prompt has {len(prompt)} tokens, and this model takes {room} before its answer: "
-            "shorten the prompt",
-            param=param,
-            code="context_length_exceeded",
-        )
+        raise _too_long(param, str(len(prompt)), room)
+
+
+def _too_long(param: str, tokens: str, room: int) -> Problem:
+    message = (
+        f"{param}: the prompt has {tokens} tokens, and this model takes {room} before its answer: "
+        "shorten the prompt"
+    )
+    return Problem(400, message, param=param, code="context_length_exceeded")
 
 
 def _alternatives(asked: Asked) -> int | None:

@@ -177,15 +177,15 @@ class _Completions:
         self, body: bytes, served: Served
     ) -> tuple[ChatRequest | CompletionRequest, Answer]:
         asked: ChatRequest | CompletionRequest
+        limit = served.engine.limit_tokens
         if self._chat:
             asked = chat = wire.parse_chat(body)
             _check_model(asked.model, served)
-            prompts = [answers.chat_prompt(chat, served.tokenizer)]
+            prompts = [answers.chat_prompt(chat, served.tokenizer, limit)]
         else:
             asked = completion = wire.parse_completion(body)
             _check_model(asked.model, served)
-            prompts = answers.completion_prompts(completion, served.tokenizer)
-        limit = served.engine.limit_tokens
+            prompts = answers.completion_prompts(completion, served.tokenizer, limit)
         return asked, Answer(asked, prompts, served.tokenizer, limit)
 
     async def _serve(
