@@ -91,6 +91,7 @@ Stop = Annotated[
     BeforeValidator(_stop_list),
     AfterValidator(_check_stop),
 ]
+StopIds = Annotated[tuple[Annotated[StrictInt, Field(ge=0)], ...], Field(max_length=STOP_IDS_MAX)]
 Number = Annotated[float, Field(allow_inf_nan=False, strict=True)]
 
 
@@ -115,7 +116,7 @@ class _Sampled(_Wire):
     min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
     seed: Annotated[StrictInt, Field(ge=-(2**63), lt=2**64)] | None = None
     stop: Stop = ()
-    stop_token_ids: Annotated[tuple[StrictInt, ...], Field(max_length=STOP_IDS_MAX)] | None = None
+    stop_token_ids: StopIds | None = None
     ignore_eos: StrictBool | None = None
     n: Annotated[StrictInt, Field(ge=1, le=CHOICES_MAX)] | None = None
     stream: StrictBool | None = None
@@ -152,13 +153,12 @@ class Message(BaseModel):
         for at, part in enumerate(self.content):
             kind = part.get("type")
             if kind not in ("text", "refusal") or not isinstance(part.get(kind), str):
+                param = f"{where}.content.{at}"
                 message = (
-                    f"content part of type {kind!r} is not supported: send {{'type': 'text', "
-                    "'text': ...}} parts or a plain string"
+                    f"{param}: a part of type {kind!r} is not supported; send parts of the form "
+                    "{'type': 'text', 'text': ...} or a plain string"
                 )
-                raise Problem(
-                    400, message, param=f"{where}.content.{at}", code="unsupported_content"
-                )
+                raise Problem(400, message, param=param, code="unsupported_content")
             texts.append(part[kind])
         return "".join(texts)
 
@@ -236,7 +236,9 @@ def parse_chat(body: bytes) -> ChatRequest:
     request = _parse(ChatRequest, body)
     refuse_unsupported(request)
     if request.top_logprobs and not request.logprobs:
-        raise Problem(400, "top_logprobs needs logprobs: true", param="top_logprobs")
+        raise Problem(
+            400, "top_logprobs needs logprobs: true", param="top_logprobs", code="invalid_value"
+        )
     if (request.response_format or {}).get("type", "text") != "text":
         raise Problem(
             400,
@@ -268,7 +270,9 @@ def parse_completion(body: bytes) -> CompletionRequest:
     if request.suffix:
         raise Problem(400, "suffix is not supported", param="suffix", code="unsupported_parameter")
     if request.max_tokens == 0 and not request.echo:
-        raise Problem(400, "max_tokens 0 needs echo: true", param="max_tokens")
+        raise Problem(
+            400, "max_tokens 0 needs echo: true", param="max_tokens", code="invalid_value"
+        )
     return request
 
 
@@ -303,11 +307,12 @@ def parse_object(body: bytes) -> dict[str, Any]:
             code="invalid_json",
         ) from None
     if not isinstance(data, dict):
-        got = type(data).__name__
+        got = "null" if data is None else f"a {JSON_NAMES.get(type(data), 'number')}"
         raise Problem(400, f"the body must be a JSON object, got {got}", code="invalid_json")
     return data
 
 
+JSON_NAMES = {list: "list", str: "string", bool: "boolean"}
 # pydantic speaks of Python; clients speak JSON.
 PLAIN_WORDS = {
     "missing": "this field is required",
