@@ -203,8 +203,9 @@ def completion_prompts(
 
     Raises Problem 400 for a text that is hopelessly long.
     """
+    given: list[str | list[int]] = [*asked.prompts()]
     prompts: list[list[int]] = []
-    for at, prompt in enumerate(asked.prompts()):
+    for at, prompt in enumerate(given):
         if not isinstance(prompt, str):
             prompts.append(prompt)
             continue
