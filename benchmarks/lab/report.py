@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -143,7 +144,7 @@ def parse(about: About, argv: Sequence[str] | None) -> argparse.Namespace:
     peers = f"\nneeds, installed beside it: {', '.join(about.peers)}\n" if about.peers else ""
     parser = argparse.ArgumentParser(
         prog=about.command,
-        description=about.measures,
+        description=textwrap.fill(about.measures, 90),
         epilog=f"goals:{goals}\n{peers}\nexit codes:\n"
         "  0  measured, whether or not the goals are met\n"
         "  1  not measured; stderr says why\n"
