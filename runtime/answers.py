@@ -65,8 +65,8 @@ class Answer:
             if chat
             else Envelope.completion(asked.model, now)
         )
-        self._chunk: Callable[[_Choice, Piece], dict[str, Any]] = (
-            self._chat_chunk if chat else self._completion_chunk
+        self._chunks: Callable[[_Choice, Piece], Iterator[dict[str, Any]]] = (
+            self._chat_chunks if chat else self._completion_chunks
         )
         options = asked.stream_options
         self._usage_at_end = bool(options and options.include_usage)
@@ -113,9 +113,9 @@ class Answer:
     def events(self, pieces: Iterator[Piece]) -> bytes:
         """The SSE events of some pieces; a choice's first one carries its role or its echo."""
         return b"".join(
-            wire.event(self._envelope.wrap([self._chunk(choice, piece)], **self._chunk_usage()))
+            wire.event(self._envelope.wrap([chunk], **self._chunk_usage()))
             for piece in pieces
-            for choice in [self._choices[piece.index]]
+            for chunk in self._chunks(self._choices[piece.index], piece)
         )
 
     def ending(self) -> bytes:
@@ -129,11 +129,16 @@ class Answer:
             return {"usage": self._usage.payload()}
         return {"usage": None} if self._usage_at_end else {}
 
-    def _chat_chunk(self, choice: _Choice, piece: Piece) -> dict[str, Any]:
+    def _chat_chunks(self, choice: _Choice, piece: Piece) -> Iterator[dict[str, Any]]:
         first, choice.opened = not choice.opened, True
-        return shapes.chat_delta(piece, first=first)
+        if first and piece.logprobs:
+            # Role alone, as OpenAI sends it: the openai package (3.54, `stream`) counts the
+            # logprobs of a further choice's first chunk twice.
+            yield shapes.chat_delta(Piece(piece.index, ""), first=True)
+            first = False
+        yield shapes.chat_delta(piece, first=first)
 
-    def _completion_chunk(self, choice: _Choice, piece: Piece) -> dict[str, Any]:
+    def _completion_chunks(self, choice: _Choice, piece: Piece) -> Iterator[dict[str, Any]]:
         if not choice.opened:
             choice.opened = True
             piece = Piece(
@@ -141,7 +146,7 @@ class Answer:
             )
         offset = choice.sent_chars
         choice.sent_chars += sum(len(entry.token) for entry in piece.logprobs or ())
-        return shapes.completion_choice(piece, offset=offset)
+        yield shapes.completion_choice(piece, offset=offset)
 
     # ---- whole -----------------------------------------------------------------------------------
 
