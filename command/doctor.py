@@ -22,11 +22,11 @@ import click
 
 from command.machine import PortError, bind, cores, memory_bytes, processor
 from command.screen import columns, size
-from command.serve import served_name, threads_of, version
+from command.serve import threads_of, version
 from command.versions import within
 from command.weights import Weights, kv_bytes, weights_of
 from policies.load import PolicyError, load, resolve_model, with_environment
-from policies.model_folder import ModelError, check_folder, pocket_folder
+from policies.model_folder import ModelError, check_folder, pocket_folder, served_name
 from policies.schema import Deployment, Runtime
 
 State = Literal["ok", "warn", "wrong"]

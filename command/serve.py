@@ -21,7 +21,7 @@ from command.processes import Health, Program
 from command.screen import Screen, columns
 from command.supervisor import Supervisor
 from policies.load import load, resolve_model, with_environment
-from policies.model_folder import POCKET
+from policies.model_folder import served_name
 from policies.schema import Deployment, Runtime
 
 # Between the end of the gateway's own drain and SIGKILL.
@@ -53,11 +53,6 @@ class Plan:
         """What clients send as `model`."""
         runtime = self.deployment.runtime
         return served_name(runtime, self.model) if runtime and self.model else "MODEL"
-
-
-def served_name(runtime: Runtime, model: Path | str) -> str:
-    """`served_name`, else `pocket`, else the last part of the folder or hub name."""
-    return runtime.served_name or (POCKET if runtime.model == POCKET else Path(model).name)
 
 
 def threads_of(runtime: Runtime, environ: Mapping[str, str] = os.environ) -> int:

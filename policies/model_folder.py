@@ -10,6 +10,8 @@ import json
 import re
 from pathlib import Path
 
+from policies.schema import Runtime
+
 POCKET = "pocket"
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -29,6 +31,11 @@ def pocket_folder(part: str = "target") -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise ModelError("the package `pocket` is not installed: install headgate again")
     return Path(next(iter(spec.submodule_search_locations))) / part
+
+
+def served_name(runtime: Runtime, model: Path | str) -> str:
+    """What clients send as `model`: `served_name`, else the last part of the folder or hub name."""
+    return runtime.served_name or (POCKET if runtime.model == POCKET else Path(model).name)
 
 
 def find_model(name: str, beside: Path) -> Path | str:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import uvicorn
 
 from policies import load as policy_file
+from policies.model_folder import served_name
 from policies.schema import Deployment, Runtime
 
 if TYPE_CHECKING:
@@ -69,14 +70,14 @@ def load_served(runtime: Runtime, source: Path | str, streams: Streams) -> Serve
     import torch
 
     from cache.tokens import Tokenizer
-    from runtime import model as models
     from runtime.engine import Engine
+    from runtime.loading import load_model
     from runtime.server import Served
 
     started = time.perf_counter()
     if runtime.threads:  # else OMP_NUM_THREADS, which `headgate serve` sets, or all cores
         torch.set_num_threads(runtime.threads)
-    model, folder = models.load(
+    model, folder = load_model(
         source,
         kv_tokens=runtime.kv_tokens,
         device=runtime.device,
@@ -102,16 +103,7 @@ def load_served(runtime: Runtime, source: Path | str, streams: Streams) -> Serve
         "load_s": round(time.perf_counter() - started, 2),
     }
     logging.getLogger("runtime").info("%s is loaded: %s", source, facts)
-    return Served(name_of(runtime, source), engine, tokenizer, facts, int(time.time()))
-
-
-def name_of(runtime: Runtime, source: Path | str) -> str:
-    """The name that clients send: `served_name`, or the last part of the path or hub name."""
-    if runtime.served_name:
-        return runtime.served_name
-    if runtime.model == "pocket":
-        return "pocket"
-    return Path(source).name
+    return Served(served_name(runtime, source), engine, tokenizer, facts, int(time.time()))
 
 
 def give_up(error: BaseException) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
@@ -95,32 +96,37 @@ def lay_out(spans: Many[Span], device: torch.device) -> StepLayout:
     """The layout of a step from its spans, those of one token first."""
     decodes = [span for span in spans if span.count == 1]
     width = max((len(span.blocks) for span in decodes), default=0)
-    tables = [span.blocks + [0] * (width - len(span.blocks)) for span in decodes]
+    tables = np.zeros((len(decodes), width), dtype=np.int64)
     slots: list[int] = []
     starts: list[int] = []
     chunks: list[Chunk] = []
     for number, span in enumerate(spans):
         starts.append(len(slots))
         if number < len(decodes):
+            tables[number, : len(span.blocks)] = span.blocks
             last = span.context - 1
             slots.append(span.blocks[last // BLOCK_TOKENS] * BLOCK_TOKENS + last % BLOCK_TOKENS)
             continue
         assert span.count > 1, "spans of one token stand before the longer ones"
         held = torch.tensor(span.blocks[: blocks_for(span.context)], device=device)
         chunks.append(Chunk(len(slots), span.count, span.context, held))
-        slots.extend(
-            span.blocks[at // BLOCK_TOKENS] * BLOCK_TOKENS + at % BLOCK_TOKENS
-            for at in range(span.context - span.count, span.context)
-        )
+        slots += _slots(span)
+    contexts = np.array([span.context for span in decodes], dtype=np.int64)
     return StepLayout(
         starts=starts,
-        write_slots=torch.tensor(slots, dtype=torch.long, device=device),
-        decode_blocks=torch.tensor(tables, dtype=torch.long, device=device).view(-1),
-        decode_contexts=torch.tensor(
-            [span.context for span in decodes], dtype=torch.long, device=device
-        ),
+        write_slots=torch.from_numpy(np.array(slots, dtype=np.int64)).to(device),
+        decode_blocks=torch.from_numpy(tables.reshape(-1)).to(device),
+        decode_contexts=torch.from_numpy(contexts).to(device),
         chunks=chunks,
     )
+
+
+def _slots(span: Span) -> list[int]:
+    """The pool positions that a span's tokens are written to."""
+    at = np.arange(span.context - span.count, span.context)
+    blocks = np.array(span.blocks, dtype=np.int64)[at // BLOCK_TOKENS]
+    slots: list[int] = (blocks * BLOCK_TOKENS + at % BLOCK_TOKENS).tolist()
+    return slots
 
 
 class PagedLayer:

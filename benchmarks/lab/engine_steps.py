@@ -14,8 +14,8 @@ import torch
 
 from cache.tokens import Tokenizer
 from command.machine import cores
-from runtime import model as models
 from runtime.engine import Engine, Order
+from runtime.loading import load_model
 from runtime.model import Model
 from runtime.sequence import Output, Sampling
 
@@ -44,7 +44,7 @@ def load(folder: Path) -> Loaded:
     overhead.
     """
     torch.set_num_threads(cores())
-    model, folder = models.load(folder, kv_tokens=32768, device="cpu")
+    model, folder = load_model(folder, kv_tokens=32768, device="cpu")
     return Loaded(model, Tokenizer.load(folder))
 
 

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from command.machine import PortError, bind, cores, free_ports, port_holder
-from command.serve import Plan, curl, opening, programs_of, ready, served_name, threads_of
+from command.serve import Plan, curl, opening, programs_of, ready, threads_of
 from policies.load import load
+from policies.model_folder import served_name
 from policies.schema import Runtime
 
 ROOT = Path(__file__).parents[2]

@@ -14,8 +14,9 @@ from hypothesis import HealthCheck, Phase, given, settings, strategies as st
 from transformers import AutoModelForCausalLM
 
 from cache.tokens import Tokenizer
-from runtime import model as models
 from runtime.engine import Engine, Order
+from runtime.loading import load_model
+from runtime.model import Model, ModelRefused
 from runtime.sequence import Output, Sampling
 from tests.runtime.tiny_models import FAMILIES, REFUSED, VOCAB, WINDOW, write_model
 
@@ -31,7 +32,7 @@ class Family:
     """A model folder, our model on it, and what `generate` says to each prompt."""
 
     folder: Path
-    model: models.Model
+    model: Model
     tokenizer: Tokenizer
     prompts: list[list[int]]
     expected: list[list[int]]
@@ -48,7 +49,7 @@ def family(tmp_path_factory):
         prompts = [[rng.randrange(VOCAB) for _ in range(length)] for length in LENGTHS]
         reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         expected = [generate(reference, prompt) for prompt in prompts]
-        model, _ = models.load(folder, kv_tokens=4096)
+        model, _ = load_model(folder, kv_tokens=4096)
         return Family(folder, model, Tokenizer.load(folder), prompts, expected)
 
     return build
@@ -179,8 +180,8 @@ def test_a_family_that_cannot_be_served_says_why(tmp_path, name):
     """Refusal happens at load time, names the folder and the reason, and is no traceback."""
     config, changes, reason = REFUSED[name]
     folder = write_model(tmp_path / name, config, changes)
-    with pytest.raises(models.ModelRefused) as refusal:
-        models.load(folder, kv_tokens=256)
+    with pytest.raises(ModelRefused) as refusal:
+        load_model(folder, kv_tokens=256)
     assert str(folder) in str(refusal.value)
     assert reason in str(refusal.value)
     print(refusal.value)
@@ -189,7 +190,7 @@ def test_a_family_that_cannot_be_served_says_why(tmp_path, name):
 def test_bf16_stays_close_to_transformers_own(family, tmp_path):
     """In bf16 the packed path passes its own proof and answers in full."""
     folder = family("llama").folder
-    model, _ = models.load(folder, kv_tokens=1024, dtype="bf16")
+    model, _ = load_model(folder, kv_tokens=1024, dtype="bf16")
     engine = Engine(model, Tokenizer.load(folder), emit=lambda _: None)
     arrivals = [Arrival(prompt=4, step=0, tokens=8, cancel_step=None)]
     got = play(engine, family("llama").prompts, arrivals)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from cache.tokens import Tokenizer
-from runtime import model as models
 from runtime.engine import Engine, Order
+from runtime.loading import load_model
 from runtime.sequence import Output, Sampling
 
 SHARED = Path(__file__).parents[3] / "shared/data/models/stories260K"
@@ -25,7 +25,7 @@ def golden():
 
 @pytest.fixture(scope="module")
 def engine(stories260k):
-    model, folder = models.load(stories260k, kv_tokens=4096)
+    model, folder = load_model(stories260k, kv_tokens=4096)
     return Engine(model, Tokenizer.load(folder), emit=lambda _: None, step_tokens=48)
 
 

@@ -1,0 +1,126 @@
+"""A Hugging Face folder or hub name -> a model that has proved itself.
+
+Knows files, configurations and what cannot be served; knows no requests. Only safetensors are read
+and no code from a model folder runs.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging as transformers_logging
+
+from runtime.kv import BLOCK_TOKENS
+from runtime.model import Model, ModelRefused
+from runtime.proof import prove
+
+# Rotary scalings that look at the length of the whole packed row and so would mix sequences up.
+_ROW_DEPENDENT_ROPE = ("dynamic", "longrope")
+
+
+def load_model(
+    source: Path | str,
+    *,
+    kv_tokens: int,
+    device: str = "auto",
+    dtype: str = "auto",
+    revision: str | None = None,
+) -> tuple[Model, Path]:
+    """The model, and the folder that it was read from. Raises ModelRefused with the reason."""
+    folder = source if isinstance(source, Path) else _fetch(source, revision)
+    config = _read_config(folder)
+    where = _device(device)
+    kind = _dtype(dtype, where)
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # no hints there
+    _refuse_by_config(config, folder)
+    module = _read_weights(folder, kind, where)
+    layers = prove(module, folder)
+    return Model(module, layers, max(1, kv_tokens // BLOCK_TOKENS)), folder
+
+
+def _fetch(name: str, revision: str | None) -> Path:
+    """A hub name's files in the local hub cache, safetensors and text files only."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model"]
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelRefused(
+            f"{name}: cannot be fetched from the hub ({reason}); check the name and the network, "
+            "or give a local folder"
+        ) from error
+
+
+def _read_config(folder: Path) -> Any:
+    if not (folder / "config.json").is_file():
+        raise ModelRefused(f"{folder}: no config.json; give a Hugging Face model folder")
+    if not any(folder.glob("*.safetensors")):
+        raise ModelRefused(
+            f"{folder}: no *.safetensors; only safetensors are loaded, since pickled weights can "
+            "run code: load them once with transformers and write them with save_pretrained"
+        )
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, KeyError, OSError) as error:
+        raise ModelRefused(f"{folder}: config.json is not understood: {error}") from error
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ModelRefused(
+            f"{folder}: model type {config.model_type!r} is not a causal language model that "
+            "transformers knows"
+        )
+    return config
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ModelRefused("device cuda was asked for, but torch finds none; use auto or cpu")
+    return torch.device(name)
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
+
+
+def _refuse_by_config(config: Any, folder: Path) -> None:
+    text = config.get_text_config()
+    ropes = getattr(text, "rope_parameters", None) or {}
+    each = ropes.values() if all(isinstance(rope, dict) for rope in ropes.values()) else [ropes]
+    for rope in each:
+        if rope.get("rope_type") in _ROW_DEPENDENT_ROPE:
+            raise ModelRefused(
+                f"{folder}: rope_type {rope['rope_type']!r} rescales by the length of the longest "
+                "sequence, which a packed batch does not have; use a checkpoint with linear, yarn "
+                "or llama3 scaling"
+            )
+    if not getattr(text, "max_position_embeddings", None):
+        raise ModelRefused(f"{folder}: config.json gives no max_position_embeddings")
+
+
+def _read_weights(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    try:
+        module = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            trust_remote_code=False,
+            use_safetensors=True,
+            attn_implementation="eager",  # every family has it, with every term of its attention
+        )
+    except (ValueError, OSError, RuntimeError, ImportError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelRefused(f"{folder}: the weights cannot be loaded: {reason}") from error
+    module.to(device)  # type: ignore[arg-type]  # transformers wraps a bound method
+    module.train(False)
+    return module.requires_grad_(False)
