@@ -30,5 +30,13 @@ check: setup  ## style, types, layers
 bench: setup  ## the benchmarks that need no peer; writes docs/benchmarks.md
 	$(BIN)/python -m benchmarks
 
+clients: setup .venv-clients/installed  ## inspect_ai and lm_eval against the real stack; installs them
+	HEADGATE_CLIENTS=$(CURDIR)/.venv-clients/bin $(BIN)/python -m pytest tests/clients -m clients -rA
+
+.venv-clients/installed: tests/clients/requirements.txt
+	test -x .venv-clients/bin/python || $(PYTHON) -m venv .venv-clients
+	.venv-clients/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	touch $@
+
 clean:   ## forget the environment and every cache
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
+	rm -rf .venv .venv-clients .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
