@@ -1,0 +1,303 @@
+"""One worker over a real socket, with a tiny random model that the tests can stop and break."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+import uvicorn
+
+from cache.tokens import Tokenizer
+from runtime.engine import Engine
+from runtime.loading import load_model
+from runtime.model import Model
+from runtime.server import Served, Worker, create_app
+from runtime.streams import Streams
+from tests.runtime.tiny_models import FAMILIES, REFUSED, write_model
+
+ROOT = Path(__file__).parents[2]
+LIMIT_S = 30.0
+CHAT = "/v1/chat/completions"
+HELLO: dict[str, Any] = {
+    "model": "tiny",
+    "messages": [{"role": "user", "content": "hi"}],
+    "max_tokens": 4,
+    "ignore_eos": True,
+    "temperature": 0,
+}
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("tiny"), *FAMILIES["llama"])
+
+
+class Gated:
+    """A model whose forward waits for a gate, and fails as often as it was told to."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.gate = threading.Event()
+        self.gate.set()
+        self.failures: list[RuntimeError] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+    def forward(self, *args: Any) -> torch.Tensor:
+        assert self.gate.wait(LIMIT_S)
+        if self.failures:
+            raise self.failures.pop()
+        return self.model.forward(*args)
+
+
+@dataclass
+class World:
+    """A serving worker, its inside, and a client of it."""
+
+    client: httpx.Client
+    model: Gated
+    worker: Worker
+    died_of: list[BaseException] = field(default_factory=list)
+
+    def post(self, **change: Any) -> httpx.Response:
+        return self.client.post(CHAT, json=HELLO | change)
+
+    def health(self) -> dict[str, Any]:
+        return dict(self.client.get("/health").json())
+
+    def until(self, holds: Callable[[], bool]) -> None:
+        """Waits for what other threads bring about."""
+        end = time.monotonic() + LIMIT_S
+        while not holds():
+            assert time.monotonic() < end, self.health()
+
+    def idle(self) -> bool:
+        health = self.health()
+        blocks = health["blocks"]
+        assert blocks["free"] + blocks["cached"] + blocks["in_use"] == blocks["total"]
+        return not (health["running"] + health["waiting"] + health["streams"] + blocks["in_use"])
+
+
+@contextmanager
+def serving(
+    folder: Path, *, wait: threading.Event | None = None, ready: bool = True, **engine: Any
+) -> Iterator[World]:
+    """A worker on a free port; its loading waits for `wait`."""
+    model = Gated(load_model(folder, kv_tokens=1024)[0])
+    tokenizer = Tokenizer.load(folder)
+
+    def load(streams: Streams) -> Served:
+        assert wait is None or wait.wait(LIMIT_S)
+        made = Engine(model, tokenizer, emit=streams.emit, **engine)  # type: ignore[arg-type]
+        return Served("tiny", made, tokenizer, {"device": "cpu"}, 0)
+
+    died_of: list[BaseException] = []
+    worker = Worker(load, max_body_bytes=2**16, on_failure=died_of.append)
+    config = uvicorn.Config(create_app(worker), log_level="error", timeout_graceful_shutdown=5)
+    server = uvicorn.Server(config)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        try:
+            with httpx.Client(base_url=url, timeout=LIMIT_S) as client:
+                world = World(client, model, worker, died_of)
+                world.until(lambda: server.started)
+                if ready:
+                    world.until(lambda: client.get("/health").status_code == 200)
+                yield world
+                if ready:
+                    model.gate.set()
+                    world.until(world.idle)
+        finally:
+            model.gate.set()
+            server.should_exit = True
+            thread.join(LIMIT_S)
+    assert not thread.is_alive()
+    assert died_of == []
+
+
+def test_while_the_model_loads_the_worker_says_so(folder: Path) -> None:
+    """503 with Retry-After, for health as for requests; then it serves."""
+    loaded = threading.Event()
+    with serving(folder, wait=loaded, ready=False) as world:
+        assert world.client.get("/health").json() == {"status": "loading"}
+        for response in (world.post(), world.client.get("/v1/models")):
+            assert response.status_code == 503
+            assert response.headers["retry-after"] == "1"
+            assert response.json()["error"]["code"] == "loading"
+        loaded.set()
+        world.until(lambda: world.client.get("/health").status_code == 200)
+        assert world.post().status_code == 200
+
+
+def test_a_full_queue_is_503_with_retry_after_and_takes_nothing(folder: Path) -> None:
+    """What waits already is served; what was refused leaves no trace."""
+    with serving(folder, max_waiting=2, max_sequences=1) as world, ThreadPoolExecutor(4) as pool:
+        world.model.gate.clear()
+        running = pool.submit(world.post)
+        world.until(lambda: world.health()["running"] == 1)
+        waiting = [pool.submit(world.post) for _ in range(2)]
+        world.until(lambda: world.health()["waiting"] == 2)
+        refused = world.post(n=2)
+        assert refused.status_code == 503
+        assert refused.headers["retry-after"] == "1"
+        error = refused.json()["error"]
+        assert (error["code"], error["type"]) == ("queue_full", "server_error")
+        assert world.health()["streams"] == 3
+        world.model.gate.set()
+        assert [one.result().status_code for one in (running, *waiting)] == [200] * 3
+
+
+def test_a_step_that_fails_is_500_and_the_worker_goes_on(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A device that fails costs the requests of that step, not the process."""
+    with serving(folder) as world:
+        expected = world.post().json()["choices"]
+        world.model.failures.append(RuntimeError("out of memory\nwith details"))
+        response = world.post()
+        assert response.status_code == 500
+        error = response.json()["error"]
+        assert (error["code"], error["type"]) == ("engine_error", "server_error")
+        assert "out of memory" in error["message"]
+        assert "details" not in error["message"]
+        assert "a step with 1 sequences failed" in caplog.text
+        assert world.post().json()["choices"] == expected
+
+
+def test_a_step_that_fails_within_a_stream_is_an_event_in_band(folder: Path) -> None:
+    """The status is out already: an error event and the terminator follow what was sent."""
+    with serving(folder) as world:
+        body = HELLO | {"stream": True, "max_tokens": 50, "n": 2}
+        with world.client.stream("POST", CHAT, json=body) as response:
+            chunks = response.iter_bytes()
+            got = next(chunks)
+            world.model.failures.append(RuntimeError("the device failed"))
+            got += b"".join(chunks)
+        assert response.status_code == 200
+        *before, error, done = [
+            line.removeprefix(b"data: ") for line in got.split(b"\n") if line.startswith(b"data:")
+        ]
+        assert done == b"[DONE]"
+        assert json.loads(error)["error"]["code"] == "engine_error"
+        assert all("choices" in json.loads(line) for line in before)
+
+
+def test_a_failed_step_ends_only_what_was_in_it(folder: Path) -> None:
+    """What waits outside the batch is computed afterwards as if nothing had happened."""
+    with serving(folder, max_sequences=1) as world, ThreadPoolExecutor(2) as pool:
+        expected = world.post().json()["choices"]
+        world.model.gate.clear()
+        world.model.failures.append(RuntimeError("once"))
+        first = pool.submit(world.post)
+        world.until(lambda: world.health()["running"] == 1)
+        second = pool.submit(world.post)
+        world.until(lambda: world.health()["waiting"] == 1)
+        world.model.gate.set()
+        assert first.result().status_code == 500
+        assert second.result().json()["choices"] == expected
+
+
+def test_a_client_that_leaves_while_it_waits_is_forgotten(folder: Path) -> None:
+    """A request that never ran takes no turn later."""
+    with serving(folder, max_sequences=1) as world, ThreadPoolExecutor(1) as pool:
+        world.model.gate.clear()
+        running = pool.submit(world.post)
+        world.until(lambda: world.health()["running"] == 1)
+        with pytest.raises(httpx.ReadTimeout):
+            world.client.post(CHAT, json=HELLO, timeout=0.2)
+        world.until(lambda: world.health()["streams"] == 1)
+        world.model.gate.set()
+        assert running.result().status_code == 200
+        world.until(world.idle)
+
+
+def test_a_body_over_the_limit_is_413_with_and_without_a_length(folder: Path) -> None:
+    """Told before the rest is read; the connection may be used again or not, the worker is fine."""
+    with serving(folder) as world:
+        for content in (b"x" * 100_000, iter([b"x" * 50_000] * 2)):
+            response = world.client.post(CHAT, content=content)
+            assert response.status_code == 413
+            assert response.json()["error"]["code"] == "body_too_large"
+        assert world.post().status_code == 200
+
+
+def test_more_sequences_than_the_pool_holds_all_end(folder: Path) -> None:
+    """Preempted ones are computed again, and answer what they answer alone."""
+    with serving(folder) as world, ThreadPoolExecutor(16) as pool:
+        asked = {"max_tokens": 120, "messages": [{"role": "user", "content": "x" * 100}]}
+        alone = world.post(**asked).json()["choices"][0]["message"]
+        answers = list(pool.map(lambda _: world.post(**asked), range(16)))
+        assert [one.json()["choices"][0]["message"] for one in answers] == [alone] * 16
+        assert world.health()["preemptions"] > 0
+
+
+# ---- as a process -------------------------------------------------------------------------------
+
+
+def refused(folder: Path, model: str) -> tuple[int, str]:
+    """Exit code and stderr of a worker that cannot serve."""
+    policy = folder / "policy.yaml"
+    policy.write_text(f"version: 1\nruntime:\n  model: {model}\n")
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "runtime", str(policy), "--port", "0"],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.returncode, done.stderr
+
+
+def test_a_model_that_is_refused_ends_the_process_with_3(tmp_path: Path) -> None:
+    """So that the supervisor knows that starting it again would not help."""
+    config, changes, words = REFUSED["dynamic_rope"]
+    write_model(tmp_path / "odd", config, changes)
+    code, said = refused(tmp_path, "./odd")
+    assert code == 3, said
+    assert words in said
+    assert "odd" in said
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        (None, "odd"),
+        (("tokenizer.json", "model.safetensors"), "config.json"),
+        (("config.json", "tokenizer.json", "pytorch_model.bin"), "safetensors"),
+        (("config.json", "tokenizer.json", "model.ckpt"), "safetensors"),
+    ],
+    ids=["missing", "no config", "pickle only", "checkpoint only"],
+)
+def test_a_folder_without_what_it_needs_is_refused_before_torch_starts(
+    tmp_path: Path, files: tuple[str, ...] | None, words: str
+) -> None:
+    """The message stands at the policy's line and names the file that is missing."""
+    if files is not None:
+        (tmp_path / "odd").mkdir()
+        for name in files:
+            (tmp_path / "odd" / name).write_text("{}")
+    code, said = refused(tmp_path, "./odd")
+    assert code != 0
+    assert "policy.yaml:3:" in said
+    assert words in said
