@@ -23,7 +23,7 @@ from command.machine import free_ports
 ROOT = Path(__file__).parents[2]
 START_S = 90.0
 STOP_S = 20.0
-BODY_TIMEOUT_S = 1.0
+BODY_TIMEOUT_S = 1.5
 PROBE = httpx.Client(timeout=10)  # one for all: a client's making costs more than its request
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
