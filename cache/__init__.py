@@ -1,1 +1,1 @@
-"""What a prompt is, and who already has it: tokens, blocks, indexes. Knows no service and no torch."""
+"""What a prompt is, and who already has it: templates, tokens, text. Knows no service, no torch."""
