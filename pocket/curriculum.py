@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from pocket.desks import BRIEF_PROMPTS, DESKS
 from pocket.errands import (
     Exchange,
+    add_up,
     draw_classify,
     draw_extract,
     draw_remember,
@@ -25,12 +26,13 @@ from pocket.errands import (
     draw_rewrite,
     draw_total,
 )
-from pocket.facts import UNKNOWN, ask, draw_missing, draw_sheet, follow_up, state
+from pocket.facts import ask, draw_missing, draw_sheet, follow_up, state, tell
 from pocket.tasks import TASKS, ask_about, behind, chat, row
 from pocket.tools import describe, draw_tool_call, draw_tool_names
-from pocket.words import Draw
+from pocket.words import Draw, numbers_fit
 
 _ERRANDS: tuple[Callable[[Draw], Exchange], ...] = (
+    draw_extract,
     draw_extract,
     draw_classify,
     draw_total,
@@ -54,9 +56,18 @@ class Stage:
 
 
 STAGES: tuple[Stage, ...] = (
-    Stage(0.05, {"echo": 0.05, "recall": 0.7, "study": 0.25}, {128: 0.7, 256: 0.3}, 0.0),
-    Stage(0.60, {"recall": 0.12, "study": 0.88}, {256: 0.8, 512: 0.2}, 0.1),
-    Stage(1.01, {"recall": 0.03, "study": 0.77, "single": 0.2}, {256: 0.3, 512: 0.7}, 0.5),
+    Stage(
+        until=0.5,
+        kinds={"drill": 0.12, "recall": 0.04, "study": 0.84},
+        lengths={256: 0.7, 512: 0.3},
+        desk_share=0.2,
+    ),
+    Stage(
+        until=1.01,
+        kinds={"drill": 0.08, "study": 0.77, "single": 0.15},
+        lengths={256: 0.25, 512: 0.55, 768: 0.2},
+        desk_share=0.5,
+    ),
 )
 
 
@@ -82,11 +93,11 @@ class Scribe:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
         self.vocabulary = len(tokenizer)
-        self._newline = self._encode("\n")
-        self._end = self._encode("<|im_end|>")
-        self._assistant = self._encode("<|im_start|>assistant\n")
+        self._newline = self.encode("\n")
+        self._end = self.encode("<|im_end|>")
+        self._assistant = self.encode("<|im_start|>assistant\n")
 
-    def _encode(self, text: str) -> list[int]:
+    def encode(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
         return ids
 
@@ -94,15 +105,16 @@ class Scribe:
         line = Line()
         if system or tools:
             messages = [*chat(system, []), {"role": "user", "content": ""}]
-            text = self._tokenizer.apply_chat_template(messages, tools=tools, tokenize=False)
-            line.add(self._encode(str(text).removesuffix(_EMPTY_TURN)), False)
+            offered: list[Any] | None = tools
+            text = self._tokenizer.apply_chat_template(messages, tools=offered, tokenize=False)
+            line.add(self.encode(str(text).removesuffix(_EMPTY_TURN)), False)
         return line
 
     def turn(self, exchange: Exchange, asker: str = "user") -> Line:
         line = Line()
-        line.add(self._encode(f"<|im_start|>{asker}\n{exchange.user}<|im_end|>\n"), False)
+        line.add(self.encode(f"<|im_start|>{asker}\n{exchange.user}<|im_end|>\n"), False)
         line.add(self._assistant, False)
-        line.add(self._encode(exchange.answer) + self._end, True)
+        line.add(self.encode(exchange.answer) + self._end, True)
         line.add(self._newline, False)
         return line
 
@@ -114,6 +126,18 @@ def draw_echo(scribe: Scribe, rng: random.Random, length: int) -> Line:
     line.add(motif, False)
     while len(line.ids) < length:
         line.add(motif[: length - len(line.ids)], True)
+    return line
+
+
+def draw_drill(scribe: Scribe, rng: random.Random, length: int) -> Line:
+    """Sums of two numbers as a bill writes them; only the results carry loss."""
+    draw = Draw(rng, "train")
+    line = Line()
+    while len(line.ids) < length - 24:
+        first, second = draw.number(2, 110), draw.number(2, 49)
+        if numbers_fit(str(first + second), "train"):
+            line.add(scribe.encode(f"{first} + {second}"), False)
+            line.add(scribe.encode(f" {add_up(first, second)}, "), True)
     return line
 
 
@@ -133,7 +157,11 @@ def draw_recall(scribe: Scribe, rng: random.Random, length: int) -> Line:
     """A list of keys and values, then keys in random order."""
     draw = Draw(rng, "train")
     makers: list[Callable[[], str]] = [
-        draw.name, draw.code, lambda: str(draw.number(10, 9999)), draw.good, draw.order_code
+        draw.name,
+        draw.code,
+        lambda: str(draw.number(10, 9999)),
+        draw.good,
+        draw.order_code,
     ]
     key_maker, value_maker = rng.choice(makers), rng.choice(makers)
     count = rng.randint(3, length // 32 + 2)
@@ -155,9 +183,9 @@ def draw_recall(scribe: Scribe, rng: random.Random, length: int) -> Line:
 
 
 def _study_facts(scribe: Scribe, draw: Draw, head: Line, length: int) -> Line:
-    room = max(3, (length - len(head.ids)) // 30)
+    room = max(3, (length - len(head.ids)) // draw.rng.randint(18, 36))
     facts = draw_sheet(draw, draw.rng.randint(3, min(32, room)))
-    sheet = state(draw, facts)
+    sheet = state(facts)
     last = None
     first = True
 
@@ -167,12 +195,13 @@ def _study_facts(scribe: Scribe, draw: Draw, head: Line, length: int) -> Line:
         step = follow_up(draw, facts, last) if last is not None and chance < 0.3 else None
         if step is not None:
             question, last = step
-            exchange = Exchange(question, last.value)
+            exchange = Exchange(question, tell(facts, last.entity, last.attribute))
         elif chance > 0.82:
-            exchange, last = Exchange(ask(draw, *draw_missing(draw, facts)), UNKNOWN), None
+            missing, last = draw_missing(draw, facts), None
+            exchange = Exchange(ask(draw, *missing), tell(facts, *missing))
         else:
             last = draw.rng.choice(facts)
-            exchange = ask_about(draw, last)
+            exchange = ask_about(draw, facts, last)
         if first:
             exchange = behind(sheet, exchange)
             first = False
@@ -201,11 +230,11 @@ def draw_study(scribe: Scribe, rng: random.Random, length: int, desk_share: floa
     elif rng.random() < 0.3:
         system = rng.choice(BRIEF_PROMPTS)
     chance = rng.random()
-    if chance < 0.55:
+    if chance < 0.43:
         return _study_facts(scribe, draw, scribe.head(system, None), length)
-    if chance < 0.87 or length < 512:
+    if chance < 0.85:
         return _study_errands(scribe, draw, scribe.head(system, None), length)
-    names = draw_tool_names(draw)
+    names = draw_tool_names(draw)[: 4 if length > 256 else 2]
     head = scribe.head(system, [describe(name) for name in names])
     return _fill(head, lambda: scribe.turn(draw_tool_call(draw, names)), length)
 
@@ -230,6 +259,8 @@ def draw_line(scribe: Scribe, rng: random.Random, stage: Stage, length: int) -> 
     kind = rng.choices(list(stage.kinds), list(stage.kinds.values()))[0]
     if kind == "echo":
         return draw_echo(scribe, rng, length)
+    if kind == "drill":
+        return draw_drill(scribe, rng, length)
     if kind == "recall":
         return draw_recall(scribe, rng, length)
     if kind == "single" and length > 256:

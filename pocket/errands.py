@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from pocket.words import GOODS, MONTHS, Draw, numbers_fit
+from pocket.words import MONTHS, Draw, numbers_fit
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,14 +22,13 @@ class Exchange:
 
 # -- extract ----------------------------------------------------------------------------------
 
-_LETTERS = (
-    "Hello, I am {name} from {city}. My order {order} has not come and I paid {amount} euros.",
-    "My name is {name}. I paid {amount} euros for order {order}. Please send it to {city}.",
-    "Order {order} is still not here in {city}. It was {amount} euros. Regards, {name}",
-    "{name} here. I want {amount} euros back for {order}. I live in {city}.",
-    "Dear team, {order} came broken to {city}. The bill says {amount} euros. Yours, {name}",
-    "I live in {city} and ordered {order} for {amount} euros. Please call me. {name}",
-)
+_OPENINGS = ("", "Hello. ", "Dear team, my parcel is late. ", "The lamp came broken. ")
+_SENTENCES = {
+    "name": "My name is {}.",
+    "city": "My city is {}.",
+    "order": "My order is {}.",
+    "amount": "The amount is {} euros.",
+}
 
 
 def draw_extract(draw: Draw) -> Exchange:
@@ -41,10 +40,12 @@ def draw_extract(draw: Draw) -> Exchange:
         "amount": draw.number(5, 999),
     }
     fields = draw.rng.sample(list(values), draw.rng.randint(2, 4))
-    letter = draw.rng.choice(_LETTERS).format(**values)
+    told = draw.rng.sample(list(values), len(values))
+    letter = " ".join(_SENTENCES[field].format(values[field]) for field in told)
     wish = draw.rng.choice(("Extract {} as JSON:", "Give me JSON with {}:", "Read {} into JSON:"))
     answer = json.dumps({field: values[field] for field in fields})
-    return Exchange(f"{wish.format(', '.join(fields))} {letter}", answer)
+    text = draw.rng.choice(_OPENINGS) + letter
+    return Exchange(f"{wish.format(', '.join(fields))} {text}", answer)
 
 
 # -- classify ---------------------------------------------------------------------------------
@@ -134,14 +135,20 @@ def draw_classify(draw: Draw) -> Exchange:
 # -- total ------------------------------------------------------------------------------------
 
 
+def add_up(first: int, second: int) -> str:
+    """The work of one addition, tens and ones apart: a small model can learn each part."""
+    tens, ones = first // 10 + second // 10, first % 10 + second % 10
+    return f"= {tens} tens + {ones} = {first + second}"
+
+
 def draw_total(draw: Draw) -> Exchange:
-    """The sum of two to four prices, added up step by step; the steps are part of the answer."""
-    count = draw.rng.choice((2, 2, 3, 3, 4))
+    """The sum of two or three prices, added up step by step; the steps are part of the answer."""
+    count = draw.rng.choice((2, 3))
     while True:
-        prices = [draw.number(2, 99) for _ in range(count)]
+        prices = [draw.number(2, 49) for _ in range(count)]
         steps, running = [], prices[0]
         for price in prices[1:]:
-            steps.append(f"{running} + {price} = {running + price}")
+            steps.append(f"{running} + {price} {add_up(running, price)}")
             running += price
         answer = f"{', '.join(steps)}. Total: {running} euros"
         if numbers_fit(answer, draw.split):
@@ -215,15 +222,15 @@ def draw_repeat(draw: Draw) -> Exchange:
     kinds = draw.rng.sample(list(_CODE_KINDS), draw.rng.randint(1, 3))
     codes = {kind: _CODE_KINDS[kind](draw) for kind in kinds}
     wanted = draw.rng.choice(kinds)
-    note = draw.rng.choice((", ", " and ", "; ")).join(f"{kind} {codes[kind]}" for kind in kinds)
+    note = draw.rng.choice((", ", " and ")).join(f"the {kind} is {codes[kind]}" for kind in kinds)
     request = draw.rng.choice(
         (
             "Repeat the {wanted} code exactly: {note}.",
-            "I wrote down {note}. Repeat the {wanted} code exactly.",
-            "My note says {note}. Please confirm the {wanted} code.",
+            "I wrote down that {note}. Repeat the {wanted} code exactly.",
+            "My note says that {note}. Please confirm the {wanted} code.",
         )
     )
-    return Exchange(request.format(wanted=wanted, note=note), codes[wanted])
+    return Exchange(request.format(wanted=wanted, note=note), f"The {wanted} is {codes[wanted]}.")
 
 
 # -- remember ---------------------------------------------------------------------------------
@@ -232,17 +239,19 @@ def draw_repeat(draw: Draw) -> Exchange:
 def draw_remember(draw: Draw) -> list[Exchange]:
     """A greeting that names things, and a later question for each of them."""
     name, city, order = draw.name(), draw.name(), draw.order_code()
-    greeting = draw.rng.choice(
-        (
-            "Hello, I am {name} from {city} and I write about order {order}.",
-            "This is {name}. I live in {city}. My order is {order}.",
-            "Good morning, {name} from {city} here, about order {order}.",
-        )
-    ).format(name=name, city=city, order=order)
+    told = [f"my name is {name}", f"my city is {city}", f"my order is {order}"]
+    draw.rng.shuffle(told)
+    hello = draw.rng.choice(("Hello", "Good morning", "Hi"))
+    greeting = f"{hello}, {told[0]}, {told[1]} and {told[2]}."
     later = [
-        Exchange(draw.rng.choice(("What is my name?", "Who am I?")), name),
-        Exchange(draw.rng.choice(("Which city am I from?", "Where do I live?")), city),
-        Exchange(draw.rng.choice(("Which order did I write about?", "What is my order?")), order),
+        Exchange(draw.rng.choice(("What is my name?", "Who am I?")), f"Your name is {name}."),
+        Exchange(
+            draw.rng.choice(("Which city am I from?", "Where do I live?")), f"Your city is {city}."
+        ),
+        Exchange(
+            draw.rng.choice(("Which order did I write about?", "What is my order?")),
+            f"Your order is {order}.",
+        ),
     ]
     draw.rng.shuffle(later)
     return [Exchange(greeting, f"Hello {name}, how can I help?"), *later]

@@ -56,7 +56,9 @@ def load(folder: Path, dtype: str, device: str) -> tuple[LlamaForCausalLM, PreTr
     if not (folder / "config.json").exists():
         raise SystemExit(f"{folder} holds no config.json; expected a folder such as pocket/target")
     model = LlamaForCausalLM.from_pretrained(folder, dtype=_DTYPES[dtype])
-    return model.to(device).eval(), AutoTokenizer.from_pretrained(folder)
+    model.to(torch.device(device))  # type: ignore[arg-type]  # transformers wraps it untyped
+    model.train(False)
+    return model, AutoTokenizer.from_pretrained(folder)
 
 
 def score(
@@ -88,17 +90,17 @@ def agreement(
     for at in range(0, len(items), batch_rows):
         encoded = [encode_row(tokenizer, item) for item in items[at : at + batch_rows]]
         prompts, answers = [p for p, _ in encoded], [a for _, a in encoded]
-        ours = sum(forced_choices(draft, prompts, answers), [])
-        theirs = sum(forced_choices(target, prompts, answers), [])
-        agreed += sum(a == b for a, b in zip(ours, theirs, strict=True))
-        total += len(ours)
+        ours = forced_choices(draft, prompts, answers)
+        theirs = forced_choices(target, prompts, answers)
+        for mine, other in zip(ours, theirs, strict=True):
+            agreed += sum(a == b for a, b in zip(mine, other, strict=True))
+            total += len(mine)
     return agreed, total
 
 
 def report(scores: list[Score]) -> str:
     lines = [f"{'task':<10} {'rows':>5} {'exact':>6}  95 %"]
-    for one in scores:
-        lines.append(f"{one.task:<10} {one.rows:>5} {one.share:>6.1%}  +-{one.margin:.1%}")
+    lines += [f"{s.task:<10} {s.rows:>5} {s.share:>6.1%}  +-{s.margin:.1%}" for s in scores]
     mean = sum(one.share for one in scores) / len(scores)
     return "\n".join([*lines, f"{'average':<10} {sum(s.rows for s in scores):>5} {mean:>6.1%}"])
 

@@ -11,14 +11,8 @@ from dataclasses import dataclass
 
 from pocket.words import COLOURS, PLANS, STATUSES, Draw
 
-UNKNOWN = "That is not in the facts."
+ABSENT = "Not in the facts"
 
-_STATEMENTS = (
-    "The {attribute} of {entity} is {value}.",
-    "{entity}: {attribute} {value}.",
-    "{entity} has the {attribute} {value}.",
-    "For {entity} the {attribute} is {value}.",
-)
 _QUESTIONS = (
     "What is the {attribute} of {entity}?",
     "Which {attribute} does {entity} have?",
@@ -41,7 +35,7 @@ _KINDS: dict[str, tuple[Callable[[Draw], str], dict[str, Callable[[Draw], str]]]
             "city": Draw.name,
             "agent": Draw.name,
             "order": Draw.order_code,
-            "plan": lambda draw: draw.rng.choice(PLANS),
+            "plan": lambda draw: draw.rng.choice(PLANS).capitalize(),
             "balance": _euros,
         },
     ),
@@ -49,7 +43,7 @@ _KINDS: dict[str, tuple[Callable[[Draw], str], dict[str, Callable[[Draw], str]]]
         Draw.good,
         {
             "price": _euros,
-            "colour": lambda draw: draw.rng.choice(COLOURS),
+            "colour": lambda draw: draw.rng.choice(COLOURS).capitalize(),
             "shelf": Draw.shelf_code,
             "stock": lambda draw: f"{draw.number(2, 99)} pieces",
             "maker": Draw.name,
@@ -58,7 +52,7 @@ _KINDS: dict[str, tuple[Callable[[Draw], str], dict[str, Callable[[Draw], str]]]
     "order": (
         lambda draw: f"order {draw.order_code()}",
         {
-            "status": lambda draw: draw.rng.choice(STATUSES),
+            "status": lambda draw: draw.rng.choice(STATUSES).capitalize(),
             "carrier": Draw.name,
             "parcel": Draw.parcel_code,
             "total": _euros,
@@ -91,35 +85,29 @@ def draw_sheet(draw: Draw, fact_count: int) -> list[Fact]:
         if any(fact.entity == entity for fact in facts):
             continue
         share = min(draw.rng.randint(2, 4), fact_count - len(facts))
-        for attribute in draw.rng.sample(list(attributes), share):
-            facts.append(Fact(kind, entity, attribute, attributes[attribute](draw)))
+        facts += [
+            Fact(kind, entity, attribute, attributes[attribute](draw))
+            for attribute in draw.rng.sample(list(attributes), share)
+        ]
     if draw.rng.random() < 0.5:
         draw.rng.shuffle(facts)
     return facts
 
 
-def state(draw: Draw, facts: list[Fact]) -> str:
+def state(facts: list[Fact]) -> str:
     """The sheet as text, one fact a line."""
-    return "Facts:\n" + "\n".join(
-        _capital(
-            draw.rng.choice(_STATEMENTS).format(
-                entity=fact.entity, attribute=fact.attribute, value=fact.value
-            )
-        )
-        for fact in facts
-    )
+    lines = (f"{_capital(fact.entity)} {fact.attribute}: {fact.value}." for fact in facts)
+    return "Facts:\n" + "\n".join(lines)
 
 
 def ask(draw: Draw, entity: str, attribute: str) -> str:
     return _capital(draw.rng.choice(_QUESTIONS).format(entity=entity, attribute=attribute))
 
 
-def look_up(facts: list[Fact], entity: str, attribute: str) -> str:
-    """The value that the sheet gives, or the sentence for a fact that is not there."""
-    for fact in facts:
-        if fact.entity == entity and fact.attribute == attribute:
-            return fact.value
-    return UNKNOWN
+def tell(facts: list[Fact], entity: str, attribute: str) -> str:
+    """The answer to a question: its record, with the value or saying that there is none."""
+    values = (f.value for f in facts if f.entity == entity and f.attribute == attribute)
+    return f"{_capital(entity)} {attribute}: {next(values, ABSENT)}."
 
 
 def draw_missing(draw: Draw, facts: list[Fact]) -> tuple[str, str]:

@@ -6,41 +6,50 @@ B batch, T tokens, H hidden, D head size. `hidden_states` computes what `LlamaFo
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-SIZES: dict[str, dict[str, int]] = {
-    "target": {
-        "hidden_size": 256,
-        "intermediate_size": 640,
-        "num_hidden_layers": 6,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    },
-    "draft": {
-        "hidden_size": 96,
-        "intermediate_size": 192,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 3,
-        "num_key_value_heads": 3,
-    },
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    key_heads: int
+    head_size: int
+
+
+ROPE_THETA = 500_000.0  # as in Llama 3: slow pairs match contents whatever their distance
+
+SIZES: dict[str, Size] = {
+    "target": Size(hidden=256, intermediate=640, layers=6, heads=4, key_heads=2, head_size=64),
+    "draft": Size(hidden=96, intermediate=192, layers=2, heads=4, key_heads=2, head_size=32),
 }
 
 
 def build(size: str, vocabulary: int, context: int, pad_id: int, eos_id: int) -> LlamaForCausalLM:
     """A new model; layers start as the identity, because their outputs are zero."""
+    shape = SIZES[size]
     config = LlamaConfig(
         vocab_size=vocabulary,
         max_position_embeddings=context,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=eos_id,
         pad_token_id=pad_id,
-        **SIZES[size],
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.key_heads,
+        head_dim=shape.head_size,
     )
     model = LlamaForCausalLM(config)
     for layer in model.model.layers:
@@ -64,7 +73,7 @@ def _attend(attention: LlamaAttention, x: Tensor, cos: Tensor, sin: Tensor) -> T
     if groups > 1:
         key = key.repeat_interleave(groups, dim=1)
         value = value.repeat_interleave(groups, dim=1)
-    mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+    mixed = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
     mixed = mixed.transpose(1, 2).reshape(batch, length, -1)
     out: Tensor = attention.o_proj(mixed)
     return out

@@ -7,6 +7,8 @@ reference, and also credits an answer that is spelt with other tokens.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
@@ -15,9 +17,10 @@ from pocket.tasks import Row
 
 
 def prompt_text(tokenizer: PreTrainedTokenizerBase, row: Row) -> str:
+    tools: list[Any] | None = row.tools
     return str(
         tokenizer.apply_chat_template(
-            row.messages, tools=row.tools, tokenize=False, add_generation_prompt=True
+            row.messages, tools=tools, tokenize=False, add_generation_prompt=True
         )
     )
 
@@ -76,7 +79,7 @@ def generate(
     pad = tokenizer.pad_token_id
     ids = torch.tensor([[pad] * (length - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts])
-    written = model.generate(
+    written = model.generate(  # type: ignore[misc]  # the mixin types its own self
         ids.to(model.device),
         attention_mask=mask.to(model.device),
         max_new_tokens=new_tokens,

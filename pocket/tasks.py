@@ -24,14 +24,13 @@ from pocket.errands import (
     draw_total,
 )
 from pocket.facts import (
-    UNKNOWN,
     Fact,
     ask,
     draw_missing,
     draw_sheet,
     follow_up,
-    look_up,
     state,
+    tell,
 )
 from pocket.tools import describe, draw_tool_call, draw_tool_names
 from pocket.words import Draw
@@ -57,8 +56,9 @@ class Scene:
     tools: list[dict[str, Any]] | None = None
 
 
-def ask_about(draw: Draw, fact: Fact) -> Exchange:
-    return Exchange(ask(draw, fact.entity, fact.attribute), fact.value)
+def ask_about(draw: Draw, facts: list[Fact], fact: Fact) -> Exchange:
+    question = ask(draw, fact.entity, fact.attribute)
+    return Exchange(question, tell(facts, fact.entity, fact.attribute))
 
 
 def behind(sheet: str, exchange: Exchange) -> Exchange:
@@ -68,23 +68,23 @@ def behind(sheet: str, exchange: Exchange) -> Exchange:
 
 def _answer(draw: Draw) -> Scene:
     facts = draw_sheet(draw, draw.rng.randint(3, 8))
-    return Scene([behind(state(draw, facts), ask_about(draw, draw.rng.choice(facts)))])
+    return Scene([behind(state(facts), ask_about(draw, facts, draw.rng.choice(facts)))])
 
 
 def _find(draw: Draw) -> Scene:
     facts = draw_sheet(draw, draw.rng.randint(16, 32))
-    return Scene([behind(state(draw, facts), ask_about(draw, draw.rng.choice(facts)))])
+    return Scene([behind(state(facts), ask_about(draw, facts, draw.rng.choice(facts)))])
 
 
 def _unknown(draw: Draw) -> Scene:
     facts = draw_sheet(draw, draw.rng.randint(3, 10))
     entity, attribute = draw_missing(draw, facts)
-    exchange = Exchange(ask(draw, entity, attribute), look_up(facts, entity, attribute))
-    return Scene([behind(state(draw, facts), exchange)])
+    exchange = Exchange(ask(draw, entity, attribute), tell(facts, entity, attribute))
+    return Scene([behind(state(facts), exchange)])
 
 
 def _talk(draw: Draw) -> Scene:
-    """A question about a sheet, then one that leans on it; or a greeting that is asked for later."""
+    """A question about a sheet, then one that leans on it; or a greeting, asked for later."""
     if draw.rng.random() < 0.4:
         remembered = draw_remember(draw)
         return Scene(remembered[: draw.rng.randint(2, len(remembered))])
@@ -94,8 +94,8 @@ def _talk(draw: Draw) -> Scene:
         step = follow_up(draw, facts, first)
         if step is not None:
             question, fact = step
-            opening = behind(state(draw, facts), ask_about(draw, first))
-            return Scene([opening, Exchange(question, fact.value)])
+            opening = behind(state(facts), ask_about(draw, facts, first))
+            return Scene([opening, Exchange(question, tell(facts, fact.entity, fact.attribute))])
 
 
 def _tool(draw: Draw) -> Scene:
@@ -156,4 +156,4 @@ def rows(task: str, split: str, seed: int, count: int) -> Iterator[Row]:
         yield row(task, split, seed, index)
 
 
-__all__ = ["TASKS", "UNKNOWN", "Message", "Row", "Scene", "row", "rows"]
+__all__ = ["TASKS", "Message", "Row", "Scene", "row", "rows"]

@@ -29,7 +29,7 @@ CALL_START, CALL_END = "<tool_call>", "</tool_call>"
 CHAT_TEMPLATE = """\
 {%- macro text(content) -%}
 {%- if content is string %}{{ content }}
-{%- elif content %}{% for part in content %}{{ part.text if part.text is defined else '' }}{% endfor %}
+{%- elif content %}{% for part in content if part.text is defined %}{{ part.text }}{% endfor %}
 {%- endif %}
 {%- endmacro -%}
 {%- set first_is_system = messages and messages[0].role == 'system' -%}
@@ -108,7 +108,7 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     tokenizer.train_from_iterator(training_texts(), trainer)
-    wrapped = PreTrainedTokenizerFast(
+    wrapped = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer,
         eos_token=TURN_END,
         pad_token=END_OF_TEXT,

@@ -103,6 +103,4 @@ def draw_tool_call(draw: Draw, names: list[str]) -> Exchange:
     _, arguments, requests = CATALOGUE[name]
     values = {argument: _ARGUMENTS[argument](draw) for argument in arguments}
     call = json.dumps({"name": name, "arguments": values})
-    return Exchange(
-        draw.rng.choice(requests).format(**values), f"<tool_call>{call}</tool_call>"
-    )
+    return Exchange(draw.rng.choice(requests).format(**values), f"<tool_call>{call}</tool_call>")

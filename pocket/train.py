@@ -21,10 +21,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerBase
-from transformers import PreTrainedTokenizerFast as Fast
+from torch.nn import functional
+from transformers import (
+    GenerationConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from pocket.curriculum import Scribe, draw_batch
 from pocket.induction import plant
@@ -56,6 +60,7 @@ class Plan:
     save_every_s: float
     check_every_s: float
     check_rows: int
+    work: Path
 
 
 @dataclass(slots=True)
@@ -79,7 +84,7 @@ def start(plan: Plan, tokenizer: PreTrainedTokenizerBase, device: torch.device) 
     eos_id, pad_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     model = build(plan.size, len(tokenizer), CONTEXT, pad_id, eos_id)
     plant(model)
-    model.to(device)
+    model.to(device)  # type: ignore[arg-type]  # transformers wraps it untyped
     assert_parity(model)
     run = Run(model, build_optimizers(model, plan.matrix_rate, plan.rest_rate))
     for optimizer in run.optimizers:
@@ -88,14 +93,13 @@ def start(plan: Plan, tokenizer: PreTrainedTokenizerBase, device: torch.device) 
     return run
 
 
-def checkpoint_path(size: str) -> Path:
-    return WORK / f"{size}.pt"
+def checkpoint_path(plan: Plan) -> Path:
+    return plan.work / f"{plan.size}.pt"
 
 
-def save(run: Run, size: str) -> None:
+def save(run: Run, plan: Plan) -> None:
     """Write the checkpoint beside the old one and swap, so that an interruption loses neither."""
-    WORK.mkdir(exist_ok=True)
-    fresh = checkpoint_path(size).with_suffix(".new")
+    fresh = checkpoint_path(plan).with_suffix(".new")
     torch.save(
         {
             "model": run.model.state_dict(),
@@ -106,13 +110,13 @@ def save(run: Run, size: str) -> None:
         },
         fresh,
     )
-    fresh.replace(checkpoint_path(size))
+    fresh.replace(checkpoint_path(plan))
 
 
-def resume(run: Run, size: str) -> None:
-    if not checkpoint_path(size).exists():
+def resume(run: Run, plan: Plan) -> None:
+    if not checkpoint_path(plan).exists():
         return
-    kept = torch.load(checkpoint_path(size), map_location=run.model.device, weights_only=True)
+    kept = torch.load(checkpoint_path(plan), map_location=run.model.device, weights_only=True)
     run.model.load_state_dict(kept["model"])
     for optimizer, state in zip(run.optimizers, kept["optimizers"], strict=True):
         peaks = [group["peak"] for group in optimizer.param_groups]
@@ -130,13 +134,11 @@ def advance(
     ids, positions = draw_batch(scribe, f"{plan.seed}/{run.step}", progress, plan.batch_tokens)
     ids, positions = ids.to(run.model.device), positions.to(run.model.device)
     autocast = plan.dtype == "bf16"
-    with (
-        torch.autocast(ids.device.type, torch.bfloat16) if autocast else contextlib.nullcontext()
-    ):
+    with torch.autocast(ids.device.type, torch.bfloat16) if autocast else contextlib.nullcontext():
         hidden = forward(run.model, ids).flatten(0, 1)[positions]
         logits = run.model.lm_head(hidden)
-    loss = F.cross_entropy(logits.float(), ids.flatten()[positions + 1])
-    loss.backward()
+    loss = functional.cross_entropy(logits.float(), ids.flatten()[positions + 1])
+    torch.autograd.backward(loss)
     scale = rate_at(progress, run.step, plan.decay_share)
     for optimizer in run.optimizers:
         for group in optimizer.param_groups:
@@ -165,23 +167,23 @@ def export(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: 
     copy = LlamaForCausalLM(model.config)
     copy.load_state_dict(model.state_dict())
     copy.tie_weights()
-    copy.generation_config = GenerationConfig(
+    copy.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
         eos_token_id=model.config.eos_token_id,
         pad_token_id=model.config.pad_token_id,
         do_sample=False,
     )
-    copy.to(torch.bfloat16).save_pretrained(folder)
+    copy.bfloat16().save_pretrained(folder)
     save_tokenizer(tokenizer, folder)
 
 
 def train(plan: Plan, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> None:
     """Run `plan` to its end, from its checkpoint if there is one."""
-    WORK.mkdir(exist_ok=True)
+    plan.work.mkdir(exist_ok=True)
     run = start(plan, tokenizer, device)
-    resume(run, plan.size)
+    resume(run, plan)
     scribe = Scribe(tokenizer)
     forward = torch.compile(hidden_states, dynamic=False) if plan.compiled else hidden_states
-    log = (WORK / f"{plan.size}.log").open("a", buffering=1)
+    log = (plan.work / f"{plan.size}.log").open("a", buffering=1)
 
     def say(text: str) -> None:
         line = f"{time.strftime('%H:%M:%S')} {plan.size} step {run.step} {text}"
@@ -191,7 +193,7 @@ def train(plan: Plan, tokenizer: PreTrainedTokenizerBase, device: torch.device) 
     saved = checked = shown = time.monotonic()
     shown_tokens, losses = run.tokens, [0.0]
     stopped: list[int] = []
-    signal.signal(signal.SIGINT, lambda number, frame: stopped.append(number))
+    signal.signal(signal.SIGINT, lambda number, _: stopped.append(number))
     while run.tokens < plan.tokens and not stopped:
         began = time.monotonic()
         losses.append(advance(run, plan, scribe, forward).item())
@@ -204,14 +206,14 @@ def train(plan: Plan, tokenizer: PreTrainedTokenizerBase, device: torch.device) 
             say(f"{share:6.1%} loss {mean:.3f} {speed:.0f} tokens/s {run.seconds / 60:.1f} min")
             shown, shown_tokens = now, run.tokens
         if now - saved > plan.save_every_s:
-            save(run, plan.size)
+            save(run, plan)
             saved = now
         if now - checked > plan.check_every_s:
             say(check(run, tokenizer, plan.check_rows))
             checked = time.monotonic()
-    save(run, plan.size)
+    save(run, plan)
     if run.tokens < plan.tokens:
-        raise SystemExit(f"interrupted; kept {checkpoint_path(plan.size)}, run again to go on")
+        raise SystemExit(f"interrupted; kept {checkpoint_path(plan)}, run again to go on")
     say(check(run, tokenizer, plan.check_rows))
     say(f"done: {run.tokens} tokens, {run.seconds / 60:.1f} minutes")
     log.close()
@@ -221,7 +223,8 @@ def load_tokenizer() -> PreTrainedTokenizerBase:
     """The shipped tokenizer, or a new one where none is shipped yet."""
     folder = HOME / "target"
     if (folder / "tokenizer.json").exists():
-        return Fast.from_pretrained(folder)
+        shipped: PreTrainedTokenizerBase = PreTrainedTokenizerFast.from_pretrained(folder)
+        return shipped
     tokenizer = train_tokenizer()
     save_tokenizer(tokenizer, folder)
     return tokenizer
@@ -235,8 +238,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, help="training positions (default: by size)")
     parser.add_argument("--batch-tokens", type=int, default=4096, help="positions in a step")
     parser.add_argument("--matrix-rate", type=float, default=0.015, help="learning rate of Muon")
-    parser.add_argument("--rest-rate", type=float, default=0.0006, help="learning rate of AdamW")
-    parser.add_argument("--decay-share", type=float, default=0.35, help="last share that cools down")
+    parser.add_argument("--rest-rate", type=float, default=0.002, help="learning rate of AdamW")
+    parser.add_argument("--decay-share", type=float, default=0.5, help="last, cooling share")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--dtype", choices=["bf16", "fp32"], default="bf16", help="bf16 autocast, or plain float32"
@@ -248,11 +251,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--save-every-s", type=float, default=180)
     parser.add_argument("--check-every-s", type=float, default=240)
     parser.add_argument("--check-rows", type=int, default=40, help="held-out rows a task")
+    parser.add_argument("--work", type=Path, default=WORK, help="folder of checkpoints and logs")
     parser.add_argument("--out", type=Path, default=HOME, help="where SIZE/ folders are written")
     return parser.parse_args()
 
 
-TOKENS = {"target": 26_000_000, "draft": 40_000_000}
+TOKENS = {"target": 7_000_000, "draft": 40_000_000}
 
 
 def main() -> None:
@@ -274,13 +278,14 @@ def main() -> None:
             save_every_s=options.save_every_s,
             check_every_s=options.check_every_s,
             check_rows=options.check_rows,
+            work=options.work,
         )
         if options.fresh:
-            checkpoint_path(size).unlink(missing_ok=True)
+            checkpoint_path(plan).unlink(missing_ok=True)
         if not options.export_only:
             train(plan, tokenizer, device)
         run = start(plan, tokenizer, torch.device("cpu"))
-        resume(run, size)
+        resume(run, plan)
         export(run.model, tokenizer, options.out / size)
         print(json.dumps({"exported": str(options.out / size), "tokens": run.tokens}))
 

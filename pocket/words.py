@@ -55,6 +55,25 @@ _ONSETS = ("b", "d", "f", "g", "h", "k", "l", "m", "n", "p", "r", "s", "t", "v")
 _VOWELS = ("a", "e", "i", "o", "u")
 _CODAS = ("", "l", "n", "r", "s")
 SYLLABLES = tuple(o + v + c for o in _ONSETS for v in _VOWELS for c in _CODAS)
+# Words of the requests that could be taken for made-up names.
+NEVER_NAMES = frozenset(
+    [
+        "Damage",
+        "Date",
+        "Give",
+        "Hello",
+        "Here",
+        "Home",
+        "Live",
+        "Maker",
+        "Message",
+        "Mirror",
+        "Name",
+        "Note",
+        "Silver",
+        "Total",
+    ]
+)
 _LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ"
 _DIGIT_RUN = re.compile(r"\d+")
 
@@ -90,7 +109,9 @@ class Draw:
         while True:
             count = 2 if self.rng.random() < 0.7 else 3
             name = "".join(self.rng.choice(SYLLABLES) for _ in range(count)).capitalize()
-            if held_out(name) == (self.split == "test") and name not in self.names:
+            if name in self.names or name in NEVER_NAMES:
+                continue
+            if held_out(name) == (self.split == "test"):
                 self.names.add(name)
                 return name
 
