@@ -106,7 +106,7 @@ def programs_of(plan: Plan) -> list[Program]:
     workers = [
         Program(
             f"worker {index}",
-            (*python, "runtime", policy, "--port", str(port), "--worker", str(index)),
+            (*python, "runtime", policy, "--port", str(port)),
             _WORKER_HOST,
             port,
             for_workers,

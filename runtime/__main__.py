@@ -24,11 +24,10 @@ EXIT_REFUSED = 3  # the model cannot be served: starting again would not help
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Serves the policy's model on one port until SIGTERM or SIGINT."""
+    """Serves the policy's model on one port until SIGTERM or SIGINT; exit code 2: a wrong policy."""
     parser = argparse.ArgumentParser(prog="python -m runtime", description=__doc__)
     parser.add_argument("policy", type=Path, help="policy file; its `runtime` part is obeyed")
     parser.add_argument("--port", type=int, required=True, help="port to listen on, loopback only")
-    parser.add_argument("--worker", type=int, default=0, help="number of this worker, for its log")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(levelname).1s %(name)s: %(message)s")
     try:
@@ -37,7 +36,8 @@ def main(argv: list[str] | None = None) -> None:
             parser.error(f"{args.policy} has no `runtime`")
         source = policy_file.resolve_model(args.policy, policy.runtime)
     except policy_file.PolicyError as error:
-        sys.exit(str(error))
+        print(error, file=sys.stderr)
+        sys.exit(2)
     serve(policy, source, args.port)
 
 
