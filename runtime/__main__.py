@@ -24,7 +24,7 @@ EXIT_REFUSED = 3  # the model cannot be served: starting again would not help
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Serves the policy's model on one port until SIGTERM or SIGINT; exit code 2: a wrong policy."""
+    """Serves the policy's model on one port until told to stop; exit code 2: a wrong policy."""
     parser = argparse.ArgumentParser(prog="python -m runtime", description=__doc__)
     parser.add_argument("policy", type=Path, help="policy file; its `runtime` part is obeyed")
     parser.add_argument("--port", type=int, required=True, help="port to listen on, loopback only")
