@@ -35,8 +35,11 @@ _ERRANDS: tuple[Callable[[Draw], Exchange], ...] = (
     draw_extract,
     draw_extract,
     draw_classify,
+    draw_classify,
     draw_total,
     draw_total,
+    draw_rewrite,
+    draw_rewrite,
     draw_rewrite,
     draw_repeat,
 )
@@ -69,6 +72,9 @@ STAGES: tuple[Stage, ...] = (
         desk_share=0.5,
     ),
 )
+
+
+LONGEST_ROW = max(length for stage in STAGES for length in stage.lengths)
 
 
 def stage_at(progress: float) -> Stage:
@@ -230,9 +236,9 @@ def draw_study(scribe: Scribe, rng: random.Random, length: int, desk_share: floa
     elif rng.random() < 0.3:
         system = rng.choice(BRIEF_PROMPTS)
     chance = rng.random()
-    if chance < 0.43:
+    if chance < 0.4:
         return _study_facts(scribe, draw, scribe.head(system, None), length)
-    if chance < 0.85:
+    if chance < 0.87:
         return _study_errands(scribe, draw, scribe.head(system, None), length)
     names = draw_tool_names(draw)[: 4 if length > 256 else 2]
     head = scribe.head(system, [describe(name) for name in names])

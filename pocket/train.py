@@ -30,7 +30,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from pocket.curriculum import Scribe, draw_batch
+from pocket.curriculum import LONGEST_ROW, Scribe, draw_batch
 from pocket.induction import plant
 from pocket.model import SIZES, assert_parity, build, hidden_states
 from pocket.muon import build_optimizers
@@ -42,6 +42,7 @@ HOME = Path(__file__).parent
 WORK = HOME.parent / ".pocket"
 STEERING_SEED = 1
 WARMUP_STEPS = 50
+TOKENS = {"target": 11_500_000, "draft": 8_000_000}
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +179,7 @@ def export(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: 
 
 def train(plan: Plan, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> None:
     """Run `plan` to its end, from its checkpoint if there is one."""
-    plan.work.mkdir(exist_ok=True)
+    plan.work.mkdir(parents=True, exist_ok=True)
     run = start(plan, tokenizer, device)
     resume(run, plan)
     scribe = Scribe(tokenizer)
@@ -191,7 +192,8 @@ def train(plan: Plan, tokenizer: PreTrainedTokenizerBase, device: torch.device) 
         log.write(line + "\n")
 
     saved = checked = shown = time.monotonic()
-    shown_tokens, losses = run.tokens, [0.0]
+    shown_tokens = run.tokens
+    losses: list[float] = []
     stopped: list[int] = []
     signal.signal(signal.SIGINT, lambda number, _: stopped.append(number))
     while run.tokens < plan.tokens and not stopped:
@@ -239,7 +241,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch-tokens", type=int, default=4096, help="positions in a step")
     parser.add_argument("--matrix-rate", type=float, default=0.015, help="learning rate of Muon")
     parser.add_argument("--rest-rate", type=float, default=0.002, help="learning rate of AdamW")
-    parser.add_argument("--decay-share", type=float, default=0.5, help="last, cooling share")
+    parser.add_argument("--decay-share", type=float, default=0.4, help="last, cooling share")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--dtype", choices=["bf16", "fp32"], default="bf16", help="bf16 autocast, or plain float32"
@@ -253,10 +255,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--check-rows", type=int, default=40, help="held-out rows a task")
     parser.add_argument("--work", type=Path, default=WORK, help="folder of checkpoints and logs")
     parser.add_argument("--out", type=Path, default=HOME, help="where SIZE/ folders are written")
-    return parser.parse_args()
-
-
-TOKENS = {"target": 7_000_000, "draft": 40_000_000}
+    options = parser.parse_args()
+    if options.batch_tokens < LONGEST_ROW:
+        parser.error(f"--batch-tokens has to hold one row, at least {LONGEST_ROW}")
+    if options.tokens is not None and options.tokens < 1:
+        parser.error("--tokens has to be at least 1")
+    if not 0 < options.decay_share <= 1:
+        parser.error("--decay-share has to be above 0 and at most 1")
+    return options
 
 
 def main() -> None:
@@ -284,6 +290,8 @@ def main() -> None:
             checkpoint_path(plan).unlink(missing_ok=True)
         if not options.export_only:
             train(plan, tokenizer, device)
+        elif not checkpoint_path(plan).exists():
+            raise SystemExit(f"nothing to export: {checkpoint_path(plan)} does not exist")
         run = start(plan, tokenizer, torch.device("cpu"))
         resume(run, plan)
         export(run.model, tokenizer, options.out / size)
