@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
+import errno
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from typing import TextIO
+
+_GONE = (errno.EPIPE, errno.EIO)  # a reader that left, a terminal that was closed
 
 
 def columns(rows: Iterable[Sequence[str]], indent: str = "  ") -> list[str]:
@@ -67,9 +70,19 @@ class Screen:
             self._put(self._out, self._progress)
 
     def _put(self, stream: TextIO, text: str) -> None:
-        with contextlib.suppress(BrokenPipeError):
+        try:
             try:
                 stream.write(text)
             except UnicodeEncodeError:  # a terminal without UTF-8
                 stream.write(text.encode("ascii", "replace").decode())
             stream.flush()
+        except OSError as error:  # what a screen cannot show must not end what is being served
+            if error.errno in _GONE:
+                _forget(stream)
+
+
+def _forget(stream: TextIO) -> None:
+    """Sends the rest nowhere: what is still buffered would spoil the exit code (library/signal)."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)

@@ -25,7 +25,7 @@ _KEPT_LINES = 40
 _SHOWN_LINES = 12
 _LINE_CHARS_MAX = 4000
 _POLL_S = 0.1
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass(slots=True)
@@ -94,20 +94,33 @@ class Supervisor:
         """Calls `announce(seconds)` when the front is ready; returns the exit code at the end."""
         with self._signals():
             keepers = [asyncio.create_task(self._keep(child)) for child in self.children]
-            waiting = asyncio.create_task(self._await_ready(announce))
-            for task in (*keepers, waiting):
-                task.add_done_callback(self._notice)
-            await self._stopping.wait()
-            waiting.cancel()
-            self._screen.settle()
-            await self._drain()
-            await asyncio.gather(*keepers)
-            with contextlib.suppress(asyncio.CancelledError):
-                await waiting
+            try:
+                await self._serve(keepers, announce)
+            finally:  # after a bug too: not every system ends children with their parent
+                self._stopping.set()
+                for child in self.children:
+                    if child.process is not None and child.process.returncode is None:
+                        child.kill_group()
+                await asyncio.gather(*keepers, return_exceptions=True)
         if self._failed is not None:
             self._tell_failure(self._failed)
             return EXIT_FAILED
         return EXIT_KILLED if self._killing.is_set() else EXIT_DRAINED
+
+    async def _serve(
+        self, keepers: Sequence[asyncio.Task[None]], announce: Callable[[float], None]
+    ) -> None:
+        """From the start to the end of the drain. Raises what went wrong in a task."""
+        waiting = asyncio.create_task(self._await_ready(announce))
+        for task in (*keepers, waiting):
+            task.add_done_callback(self._notice)
+        await self._stopping.wait()
+        waiting.cancel()
+        self._screen.settle()
+        await self._drain()
+        await asyncio.gather(*keepers)
+        with contextlib.suppress(asyncio.CancelledError):
+            await waiting
 
     # ---- one program, from start to end ----
 
@@ -220,10 +233,12 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         for number in _STOP_SIGNALS:
             loop.add_signal_handler(number, self.stop)
+        # Shell and kernel may both tell that the terminal was closed: twice is no impatience.
+        loop.add_signal_handler(signal.SIGHUP, self._stopping.set)
         try:
             yield
         finally:
-            for number in _STOP_SIGNALS:
+            for number in (*_STOP_SIGNALS, signal.SIGHUP):
                 loop.remove_signal_handler(number)
 
     def stop(self) -> None:

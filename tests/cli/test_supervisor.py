@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pty
 import re
 import signal
 import subprocess
@@ -108,12 +109,14 @@ class Supervised:
 
 
 @contextlib.contextmanager
-def supervised(folder: Path, *rows: tuple[object, ...], drain_s: float = 5) -> Iterator[Supervised]:
-    stub, driver = folder / "stub.py", folder / "driver.py"
+def supervised(
+    folder: Path, *rows: tuple[object, ...], drain_s: float = 5, driver: str = DRIVER
+) -> Iterator[Supervised]:
+    stub, file = folder / "stub.py", folder / "driver.py"
     stub.write_text(STUB)
-    driver.write_text(DRIVER)
+    file.write_text(driver)
     process = subprocess.Popen(
-        [sys.executable, driver, stub, json.dumps(rows), str(drain_s)],
+        [sys.executable, file, stub, json.dumps(rows), str(drain_s)],
         env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
@@ -168,6 +171,54 @@ def test_sigterm_drains_too(tmp_path: Path) -> None:
             running.until("READY")
             running.process.send_signal(number)
             assert running.rest() == 0
+
+
+def test_a_closed_terminal_drains_though_nothing_can_be_shown(tmp_path: Path) -> None:
+    """Writing to it fails with EIO, which once cut the streams; SIGHUP may come twice."""
+    worker, front = free_ports(2)
+    stub, driver = tmp_path / "stub.py", tmp_path / "driver.py"
+    stub.write_text(STUB.replace('print("draining"', 'open(f"{__file__}.{port}", "w"); print("d"'))
+    driver.write_text(DRIVER)
+    rows = json.dumps([("worker 0", worker, "ok", "0"), ("gateway", front, "ok", str(worker))])
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, driver, stub, rows, "5"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=theirs, stderr=theirs,
+    )  # fmt: skip
+    watchdog = threading.Timer(30, process.kill)
+    watchdog.start()
+    os.close(theirs)
+    seen = b""
+    while b"READY\r\n" not in seen:
+        seen += os.read(ours, 4096)
+    os.close(ours)
+    process.send_signal(signal.SIGHUP)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait() == 0
+    watchdog.cancel()
+    drained = {file.suffix for file in tmp_path.glob("stub.py.*")}
+    assert drained == {f".{worker}", f".{front}"}
+
+
+def test_a_bug_in_the_drain_leaves_nothing_running(tmp_path: Path) -> None:
+    """Where the kernel does not end children with their parent, somebody has to."""
+    (port,) = free_ports(1)
+    driver = DRIVER.replace(
+        "supervisor = Supervisor(programs, Screen(),",
+        "class Broken(Screen):\n"
+        "    def say(self, *lines): raise RuntimeError(lines)\n"
+        "supervisor = Supervisor(programs, Broken(),",
+    )
+    driver = driver.replace("sys.exit(asyncio", "try:\n    sys.exit(asyncio")
+    driver += (
+        "except RuntimeError:\n"
+        "    print('left', [child.process.returncode for child in supervisor.children])\n"
+    )
+    with supervised(tmp_path, ("gateway", port, "ok", "0"), driver=driver) as running:
+        running.until("READY")
+        running.process.send_signal(signal.SIGTERM)
+        assert running.rest() == 0
+        assert "left [-9]" in running.lines
 
 
 def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
