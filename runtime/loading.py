@@ -17,10 +17,18 @@ from transformers.utils import logging as transformers_logging
 
 from runtime.kv import BLOCK_TOKENS
 from runtime.model import Model, ModelRefused
-from runtime.proof import prove
+from runtime.proof import prove, refusing
 
 # Rotary scalings that look at the length of the whole packed row and so would mix sequences up.
 _ROW_DEPENDENT_ROPE = ("dynamic", "longrope")
+
+# What is fetched of a hub repository. Some hold the weights twice, the second time in the format of
+# their author.
+_FETCHED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model"]
+_NOT_FETCHED = ["consolidated*", "original/*"]
+
+# Every family has it, with every term of its attention, and it is part of transformers itself.
+_REFERENCE_ATTENTION = "eager"
 
 
 def load_model(
@@ -39,7 +47,7 @@ def load_model(
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # no hints there
     _refuse_by_config(config, folder)
-    module = _read_weights(folder, kind, where)
+    module = _read_weights(folder, config, kind, where)
     layers = prove(module, folder)
     return Model(module, layers, max(1, kv_tokens // BLOCK_TOKENS)), folder
 
@@ -47,17 +55,14 @@ def load_model(
 def _fetch(name: str, revision: str | None) -> Path:
     """A hub name's files in the local hub cache, safetensors and text files only."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model"]
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ModelRefused(
-            f"{name}: cannot be fetched from the hub ({reason}); check the name and the network, "
-            "or give a local folder"
-        ) from error
+    advice = "check the name and the network, or give a local folder"
+    with refusing(name, "cannot be fetched from the hub", advice):
+        return Path(
+            snapshot_download(
+                name, revision=revision, allow_patterns=_FETCHED, ignore_patterns=_NOT_FETCHED
+            )
+        )
 
 
 def _read_config(folder: Path) -> Any:
@@ -68,14 +73,15 @@ def _read_config(folder: Path) -> Any:
             f"{folder}: no *.safetensors; only safetensors are loaded, since pickled weights can "
             "run code: load them once with transformers and write them with save_pretrained"
         )
-    try:
+    with refusing(folder, "config.json is not understood", "mend it or fetch the folder again"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, KeyError, OSError) as error:
-        raise ModelRefused(f"{folder}: config.json is not understood: {error}") from error
+        # A config.json can name others, even kernels on the hub, which would be foreign code.
+        config._attn_implementation = _REFERENCE_ATTENTION
+        config._experts_implementation = None
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ModelRefused(
             f"{folder}: model type {config.model_type!r} is not a causal language model that "
-            "transformers knows"
+            "transformers knows; docs/models.md lists the families that run"
         )
     return config
 
@@ -105,22 +111,50 @@ def _refuse_by_config(config: Any, folder: Path) -> None:
                 "sequence, which a packed batch does not have; use a checkpoint with linear, yarn "
                 "or llama3 scaling"
             )
-    if not getattr(text, "max_position_embeddings", None):
-        raise ModelRefused(f"{folder}: config.json gives no max_position_embeddings")
 
 
-def _read_weights(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    try:
-        module = AutoModelForCausalLM.from_pretrained(
+def _read_weights(
+    folder: Path, config: Any, dtype: torch.dtype, device: torch.device
+) -> PreTrainedModel:
+    with refusing(folder, "the weights cannot be loaded", "check or fetch the folder again"):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
+            config=config,
             dtype=dtype,
             trust_remote_code=False,
             use_safetensors=True,
-            attn_implementation="eager",  # every family has it, with every term of its attention
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+            output_loading_info=True,
         )
-    except (ValueError, OSError, RuntimeError, ImportError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ModelRefused(f"{folder}: the weights cannot be loaded: {reason}") from error
-    module.to(device)  # type: ignore[arg-type]  # transformers wraps a bound method
+    module: PreTrainedModel = loaded[0]
+    _refuse_holes(loaded[1], folder)
+    used = module.config._attn_implementation
+    if used != _REFERENCE_ATTENTION:
+        raise ModelRefused(
+            f"{folder}: config.json asks for attention {used!r}, which replaces "
+            f"{_REFERENCE_ATTENTION!r}; remove _attn_implementation from it"
+        )
+    with refusing(folder, f"the weights do not fit on {device}", "choose another device or model"):
+        module.to(device)  # type: ignore[arg-type]  # transformers wraps a bound method
     module.train(False)
     return module.requires_grad_(False)
+
+
+def _refuse_holes(report: dict[str, Any], folder: Path) -> None:
+    """Transformers fills what a checkpoint lacks with random values; such a model is not served.
+
+    Tied weights and those that a model class computes are not in its report.
+    """
+    advice = "check that config.json belongs to these weights, or fetch the folder again"
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ModelRefused(
+            f"{folder}: the weights lack {missing[0]!r} ({len(missing)} missing in all); {advice}"
+        )
+    for name, found, expected in sorted(report["mismatched_keys"]):
+        raise ModelRefused(
+            f"{folder}: {name!r} has shape {tuple(found)} in the weights, but config.json asks for "
+            f"{tuple(expected)}; {advice}"
+        )
+    for line in report["error_msgs"]:
+        raise ModelRefused(f"{folder}: the weights cannot be loaded: {line}; {advice}")

@@ -2,7 +2,8 @@
 
 Knows transformers' attention interface and what a model class must do with it; knows no files. A
 model passes when each layer calls the interface exactly once, and when the logits of packed, paged,
-chunked prompts equal those of transformers' own attention.
+chunked prompts equal those of transformers' own attention. It compares the model with itself, so it
+says nothing about the weights, nor about positions beyond its longest prompt.
 """
 
 from __future__ import annotations
@@ -26,6 +27,29 @@ AttentionInterface.register(attention.NAME, paged_attention)
 # The proof's prompts: one that spans two blocks and is cut in chunks, a short one, one of a token.
 _PROOF_LENGTHS = (23, 7, 1)
 _PROOF_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.05}
+_CHECK_CONFIG = "check that config.json belongs to these weights"
+_OTHER_FAMILY = "docs/models.md lists the families that run"
+
+
+def reason_of(error: BaseException) -> str:
+    """An error as one line: its type, and the first of its lines that says something."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    lines = [line for line in lines if line and "above report" not in line]
+    if not lines:
+        return type(error).__name__
+    said = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return f"{type(error).__name__}: {said}"
+
+
+@contextlib.contextmanager
+def refusing(where: Path | str, what: str, advice: str) -> Iterator[None]:
+    """Whatever others' code raises inside becomes a ModelRefused: where, what, why, what to do."""
+    try:
+        yield
+    except ModelRefused:
+        raise
+    except Exception as error:  # model classes and file readers of others raise any type
+        raise ModelRefused(f"{where}: {what} ({reason_of(error)}); {advice}") from error
 
 
 @torch.inference_mode()
@@ -34,35 +58,37 @@ def prove(module: PreTrainedModel, folder: Path) -> list[LayerShape]:
 
     Raises ModelRefused naming the first thing that does not hold.
     """
-    config = module.config.get_text_config()
-    generator = torch.Generator().manual_seed(0)
-    prompts = [
-        torch.randint(0, config.vocab_size, (1, length), generator=generator).to(module.device)
-        for length in _PROOF_LENGTHS
-    ]
-    expected = [module(input_ids=ids, use_cache=False).logits[0, -1].float() for ids in prompts]
-    try:
+    name = type(module).__name__
+    with refusing(folder, f"{name}'s own forward pass fails", _CHECK_CONFIG):
+        config = module.config.get_text_config()
+        prompts = _prompts(config.vocab_size, module.device)
+        expected = [module(input_ids=ids, use_cache=False).logits[0, -1].float() for ids in prompts]
+    with refusing(folder, f"{name} does not take paged attention", _OTHER_FAMILY):
         module.set_attn_implementation(attention.NAME)
-    except (ValueError, KeyError) as error:
-        raise ModelRefused(
-            f"{folder}: {type(module).__name__} does not use transformers' attention interface: "
-            f"{error}"
-        ) from error
-    layers = _observe_layers(module, prompts[1], folder)
-    _refuse_odd_windows(config, layers, folder)
-    blocks = sum(blocks_for(length) for length in _PROOF_LENGTHS)
-    model = Model(module, layers, blocks)
-    found = _paged_logits(model, prompts)
+        layers = _observe_layers(module, prompts[1], folder)
+        _refuse_odd_windows(config, layers, folder)
+        _refuse_no_context(config, folder)
+        model = Model(module, layers, sum(blocks_for(length) for length in _PROOF_LENGTHS))
+        found = _paged_logits(model, prompts)
     limit = _PROOF_TOLERANCE[module.dtype]
     for one, other in zip(expected, found, strict=True):
         apart = ((one - other.float()).abs().max() / one.abs().max().clamp(min=1.0)).item()
         if not apart <= limit:
             raise ModelRefused(
-                f"{folder}: {type(module).__name__} gives other logits through paged attention "
+                f"{folder}: {name} gives other logits through paged attention "
                 f"than through its own (relative difference {apart:.2g}, limit {limit:.2g}); its "
-                "attention has a term that the attention interface does not carry"
+                f"attention has a term that the attention interface does not carry; {_OTHER_FAMILY}"
             )
     return layers
+
+
+def _prompts(vocab_size: int, device: torch.device) -> list[torch.Tensor]:
+    """The proof's prompts, [1, T] each, the same at every start."""
+    generator = torch.Generator().manual_seed(0)
+    return [
+        torch.randint(0, vocab_size, (1, length), generator=generator).to(device)
+        for length in _PROOF_LENGTHS
+    ]
 
 
 def _observe_layers(module: PreTrainedModel, ids: torch.Tensor, folder: Path) -> list[LayerShape]:
@@ -94,15 +120,32 @@ def _observe_layers(module: PreTrainedModel, ids: torch.Tensor, folder: Path) ->
 
     with _listening(listen):
         module(input_ids=ids, use_cache=False)
-    expected = module.config.get_text_config().num_hidden_layers
-    callers = {id(layer.module) for layer in seen}
-    if len(seen) != expected or len(callers) != expected:
-        raise ModelRefused(
-            f"{folder}: {name} has {expected} layers but calls the attention interface {len(seen)} "
-            f"times from {len(callers)} modules: some layers are not plain attention "
-            "(linear, recurrent or latent attention is not supported)"
-        )
+    callers = len({id(layer.module) for layer in seen})
+    _refuse_odd_counts(module, len(seen), callers, folder)
     return seen
+
+
+def _refuse_odd_counts(module: PreTrainedModel, calls: int, callers: int, folder: Path) -> None:
+    """Each layer must call the attention interface once, from a module of its own."""
+    layers = module.config.get_text_config().num_hidden_layers
+    if calls == callers == layers:
+        return
+    if calls == 0:
+        reason = (
+            "does not use transformers' attention interface, so its layers, attention or not, "
+            "cannot read the paged cache"
+        )
+    elif calls < layers:
+        reason = (
+            f"calls the attention interface {calls} times for {layers} layers: some layers are not "
+            "plain attention (linear, recurrent and convolution layers are not supported)"
+        )
+    else:
+        reason = (
+            f"calls the attention interface {calls} times from {callers} modules for {layers} "
+            "layers: only one call per layer, from a module of its own, is supported"
+        )
+    raise ModelRefused(f"{folder}: {type(module).__name__} {reason}; {_OTHER_FAMILY}")
 
 
 @contextlib.contextmanager
@@ -125,6 +168,15 @@ def _refuse_odd_windows(config: Any, layers: list[LayerShape], folder: Path) -> 
             )
         if kind not in ("full_attention", "sliding_attention"):
             raise ModelRefused(f"{folder}: layer {number} is {kind!r}, which is not supported")
+
+
+def _refuse_no_context(config: Any, folder: Path) -> None:
+    limit = getattr(config, "max_position_embeddings", None)
+    if not isinstance(limit, int) or limit < 1:
+        raise ModelRefused(
+            f"{folder}: config.json gives max_position_embeddings {limit!r}; write the number of "
+            "tokens that fit into the context there"
+        )
 
 
 def _paged_logits(model: Model, prompts: list[torch.Tensor]) -> list[torch.Tensor]:
