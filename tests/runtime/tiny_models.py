@@ -86,6 +86,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
+NO_INTERFACE = "does not use transformers' attention interface"
+NO_LIMIT = {"max_position_embeddings": None}  # their configurations have no such field
+
 # Families that are refused, and the words that say why.
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "dynamic_rope": (
@@ -114,11 +117,25 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "mamba2": (
         "Mamba2Config",
-        {"num_heads": 8, "head_dim": 16, "n_groups": 1, "state_size": 16},
-        "",
+        {"num_heads": 8, "head_dim": 16, "n_groups": 1, "state_size": 16, **NO_LIMIT},
+        NO_INTERFACE,
     ),
-    "lfm2": ("Lfm2Config", {"layer_types": ["conv", "full_attention", "conv"]}, "layer"),
-    "bloom": ("BloomConfig", {"n_head": 4, "n_layer": 3}, ""),
+    "mamba": ("MambaConfig", {"state_size": 16, **NO_LIMIT}, NO_INTERFACE),
+    "recurrent_gemma": ("RecurrentGemmaConfig", {}, "calls the attention interface 1 times"),
+    "lfm2": (
+        "Lfm2Config",
+        {"layer_types": ["conv", "full_attention", "conv"]},
+        "1 times for 3 layers: some layers are not plain attention",
+    ),
+    "bloom": ("BloomConfig", {"n_head": 4, "n_layer": 3, **NO_LIMIT}, NO_INTERFACE),
+    "gptj": (
+        "GPTJConfig",
+        {"n_embd": 64, "n_layer": 3, "n_head": 4, "rotary_dim": 8, "n_positions": 512},
+        NO_INTERFACE,
+    ),
+    "mpt": ("MptConfig", {"d_model": 64, "n_heads": 4, "n_layers": 3, **NO_LIMIT}, NO_INTERFACE),
+    "falcon": ("FalconConfig", {"alibi": False}, NO_INTERFACE),
+    "falcon_alibi": ("FalconConfig", {"alibi": True}, NO_INTERFACE),
 }
 
 
