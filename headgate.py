@@ -89,7 +89,7 @@ def chat(url: str | None, model: str | None, system: str | None, message: str | 
     \b
     Examples:
       headgate chat
-      headgate chat "Facts: order 12 is packed. What is the status of order 12?"
+      headgate chat "Repeat the parcel code exactly: parcel 7532-4199, order RE-2289."
       headgate chat --system "Answer in one word." < question.txt
 
     \b

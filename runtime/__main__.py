@@ -17,8 +17,8 @@ from policies.model_folder import served_name
 from policies.schema import Deployment, Runtime
 
 if TYPE_CHECKING:
-    from runtime.server import Served
     from runtime.streams import Streams
+    from runtime.worker import Served
 
 EXIT_REFUSED = 3  # the model cannot be served: starting again would not help
 
@@ -43,7 +43,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def serve(policy: Deployment, source: Path | str, port: int) -> None:
     """Blocks until the server has been told to stop and running answers have had their time."""
-    from runtime.server import Worker, create_app
+    from runtime.server import create_app
+    from runtime.worker import Worker
 
     assert policy.runtime is not None
     runtime = policy.runtime
@@ -72,7 +73,7 @@ def load_served(runtime: Runtime, source: Path | str, streams: Streams) -> Serve
     from cache.tokens import Tokenizer
     from runtime.engine import Engine
     from runtime.loading import load_model
-    from runtime.server import Served
+    from runtime.worker import Served
 
     started = time.perf_counter()
     if runtime.threads:  # else OMP_NUM_THREADS, which `headgate serve` sets, or all cores

@@ -1,24 +1,21 @@
-"""A parsed request -> orders for the engine; the engine's outputs -> OpenAI-shaped answers.
+"""The engine's outputs -> OpenAI-shaped answers, streamed or whole.
 
-Knows both endpoints' shapes and the tokenizer; knows no sockets and no threads.
+Knows both endpoints' shapes; knows no sockets and no threads.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from cache.template import TemplateRefusal
-from cache.tokens import NoChatTemplate, Tokenizer, TooLong
+from cache.tokens import Tokenizer
 from runtime import shapes, wire
-from runtime.engine import Order
-from runtime.sequence import Output, Sampling
+from runtime.orders import Asked, alternatives, make_orders
+from runtime.sequence import Output
 from runtime.shapes import Envelope, FinishReason, Piece, TokenLogprob, Usage
 from runtime.wire import ChatRequest, CompletionRequest, Problem
-
-Asked = ChatRequest | CompletionRequest
 
 
 @dataclass(slots=True)
@@ -30,7 +27,6 @@ class _Choice:
     text: list[str] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: FinishReason | None = None
-    sent_chars: int = 0
     opened: bool = False
 
 
@@ -38,24 +34,22 @@ class Answer:
     """What one request gets: its orders, then its chunks or its whole body."""
 
     def __init__(
-        self, asked: Asked, prompts: list[list[int]], tokenizer: Tokenizer, limit_tokens: int
+        self,
+        asked: Asked,
+        prompts: list[list[int]],
+        tokenizer: Tokenizer,
+        *,
+        limit_tokens: int,
+        vocabulary: int,
     ) -> None:
         self._asked = asked
-        self._wants_logprobs = _alternatives(asked) is not None
-        for at, prompt in enumerate(prompts):
-            room = limit_tokens if asked.max_tokens == 0 else limit_tokens - 1
-            _check_prompt(prompt, _param(asked, at), tokenizer, room)
-        per_prompt = asked.n or 1
-        self.orders = [
-            Order(prompt, _sampling(asked, len(prompt), limit_tokens, copy))
-            for prompt in prompts
-            for copy in range(per_prompt)
-        ]
+        self._wants_logprobs = alternatives(asked) is not None
+        self.orders = make_orders(asked, prompts, limit_tokens, vocabulary)
         self._choices = [_Choice(index) for index in range(len(self.orders))]
         if isinstance(asked, CompletionRequest) and asked.echo:
             texts = _echo_texts(asked, prompts, tokenizer)
             for choice in self._choices:
-                choice.echo = texts[choice.index // per_prompt]
+                choice.echo = texts[choice.index // (asked.n or 1)]
         self._by_key: dict[int, _Choice] = {}
         self._usage = Usage(prompt_tokens=sum(map(len, prompts)))
         now = int(time.time())
@@ -100,6 +94,9 @@ class Answer:
             choice.finish_reason = output.finish_reason
             if output.text or output.logprobs or output.finish_reason:
                 logprobs = output.logprobs if self._wants_logprobs else None
+                if logprobs and choice.echo and output.token_ids:
+                    behind = len(choice.echo)
+                    logprobs = tuple(replace(one, offset=one.offset + behind) for one in logprobs)
                 yield Piece(choice.index, output.text, logprobs, output.finish_reason)
 
     def echo_only(self) -> Iterator[Piece]:
@@ -144,9 +141,7 @@ class Answer:
             piece = Piece(
                 piece.index, choice.echo + piece.text, piece.logprobs, piece.finish_reason
             )
-        offset = choice.sent_chars
-        choice.sent_chars += sum(len(entry.token) for entry in piece.logprobs or ())
-        yield shapes.completion_choice(piece, offset=offset)
+        yield shapes.completion_choice(piece)
 
     # ---- whole -----------------------------------------------------------------------------------
 
@@ -175,54 +170,6 @@ class Answer:
         return self._envelope.wrap(choices, usage=self._usage.payload())
 
 
-# ---- request -> prompts and sampling -------------------------------------------------------------
-
-
-def chat_prompt(asked: ChatRequest, tokenizer: Tokenizer, limit_tokens: int) -> list[int]:
-    """Token ids of a conversation.
-
-    Raises Problem 400 when the model's template refuses it, or when it is hopelessly long.
-    """
-    try:
-        return tokenizer.encode_chat(
-            asked.turns(),
-            tools=list(asked.tools) if asked.tools and asked.tool_choice != "none" else None,
-            add_generation_prompt=asked.add_generation_prompt and not asked.continue_final_message,
-            continue_final_message=asked.continue_final_message,
-            variables=asked.chat_template_kwargs,
-            limit_tokens=limit_tokens,
-        )
-    except TooLong as error:
-        raise _too_long("messages", f"at least {error.tokens}", limit_tokens) from error
-    except NoChatTemplate as error:
-        raise Problem(400, str(error), param="messages", code="no_chat_template") from error
-    except TemplateRefusal as error:
-        message = f"this model's chat template refuses the conversation: {error}"
-        raise Problem(400, message, param="messages", code="template_refused") from error
-
-
-def completion_prompts(
-    asked: CompletionRequest, tokenizer: Tokenizer, limit_tokens: int
-) -> list[list[int]]:
-    """Token ids of each prompt; text gets the model's own beginning-of-text token.
-
-    Raises Problem 400 for a text that is hopelessly long.
-    """
-    given: list[str | list[int]] = [*asked.prompts()]
-    prompts: list[list[int]] = []
-    for at, prompt in enumerate(given):
-        if not isinstance(prompt, str):
-            prompts.append(prompt)
-            continue
-        try:
-            tokenizer.check_length(prompt, limit_tokens)
-        except TooLong as error:
-            least = f"at least {error.tokens}"
-            raise _too_long(_param(asked, at), least, limit_tokens) from error
-        prompts.append(tokenizer.encode(prompt, special=True))
-    return prompts
-
-
 def _echo_texts(
     asked: CompletionRequest, prompts: list[list[int]], tokenizer: Tokenizer
 ) -> list[str]:
@@ -230,74 +177,3 @@ def _echo_texts(
         given if isinstance(given, str) else tokenizer.decode(ids, skip_special=True)
         for given, ids in zip(asked.prompts(), prompts, strict=True)
     ]
-
-
-def _param(asked: Asked, at: int) -> str:
-    if isinstance(asked, ChatRequest):
-        return "messages"
-    return "prompt" if len(asked.prompts()) == 1 else f"prompt.{at}"
-
-
-def _check_prompt(prompt: list[int], param: str, tokenizer: Tokenizer, room: int) -> None:
-    if not prompt:
-        raise Problem(400, f"{param} is empty", param=param, code="empty_prompt")
-    for token in (min(prompt), max(prompt)):
-        if not 0 <= token < tokenizer.vocab_size:
-            raise Problem(
-                400,
-                f"{param}: token id {token} is out of range, this model's ids are 0 to "
-                f"{tokenizer.vocab_size - 1}",
-                param=param,
-                code="token_out_of_range",
-            )
-    if len(prompt) > room:
-        raise _too_long(param, str(len(prompt)), room)
-
-
-def _too_long(param: str, tokens: str, room: int) -> Problem:
-    message = (
-        f"{param}: the prompt has {tokens} tokens, and this model takes {room} before its answer: "
-        "shorten the prompt"
-    )
-    return Problem(400, message, param=param, code="context_length_exceeded")
-
-
-def _alternatives(asked: Asked) -> int | None:
-    """How many alternatives a token's logprobs list; None for no logprobs."""
-    if isinstance(asked, CompletionRequest):
-        return asked.logprobs
-    return (asked.top_logprobs or 0) if asked.logprobs else None
-
-
-def _sampling(asked: Asked, prompt_tokens: int, limit_tokens: int, copy: int) -> Sampling:
-    chat = isinstance(asked, ChatRequest)
-    limit = asked.max_completion_tokens if isinstance(asked, ChatRequest) else None
-    wanted = limit if limit is not None else asked.max_tokens
-    room = limit_tokens - prompt_tokens
-    if wanted is None:
-        wanted = room if chat else min(16, room)
-    if wanted > room:
-        param = "max_completion_tokens" if limit is not None else "max_tokens"
-        raise Problem(
-            400,
-            f"{param} is {wanted}, but after {prompt_tokens} prompt tokens this model has room for "
-            f"{room} (it holds {limit_tokens} in all)",
-            param=param,
-            code="context_length_exceeded",
-        )
-    logprobs = _alternatives(asked)
-    echo = isinstance(asked, CompletionRequest) and bool(asked.echo)
-    return Sampling(
-        temperature=1.0 if asked.temperature is None else asked.temperature,
-        top_p=1.0 if asked.top_p is None else asked.top_p,
-        top_k=max(asked.top_k or 0, 0),
-        min_p=asked.min_p or 0.0,
-        # Choices of one request differ, and each is the same again with the same seed.
-        seed=None if asked.seed is None else asked.seed * wire.CHOICES_MAX + copy,
-        max_tokens=wanted,
-        stop=asked.stop,
-        stop_ids=frozenset(asked.stop_token_ids or ()),
-        ignore_eos=bool(asked.ignore_eos),
-        logprobs=logprobs,
-        prompt_logprobs=echo and logprobs is not None,
-    )

@@ -20,6 +20,7 @@ from cache.tokens import Tokenizer
 from runtime import sample
 from runtime.attention import Span, lay_out
 from runtime.kv import BLOCK_TOKENS, BlockCounts, BlockPool
+from runtime.logprobs import token_logprob
 from runtime.model import Model
 from runtime.scheduler import Scheduler, Work
 from runtime.sequence import Output, Reply, Sampling, Sequence
@@ -76,7 +77,7 @@ class Engine:
     """Continuous batching over one model. `emit` gets each step's outputs, in the engine's thread.
 
     `limit_tokens` is the longest prompt plus answer: what the model was trained for, what the pool
-    holds and what the caller allows, whichever is least.
+    holds and what the caller allows, whichever is least. Token ids are below `vocabulary`.
     """
 
     def __init__(
@@ -101,6 +102,7 @@ class Engine:
         self._max_waiting = max_waiting
         longest = min(model.context_tokens, self._pool.total * BLOCK_TOKENS)
         self.limit_tokens = min(longest, context_tokens or longest)
+        self.vocabulary = min(tokenizer.vocab_size, model.vocab_size)
         self._inbox = _Inbox()
         self._replies: dict[int, tuple[Sequence, Reply]] = {}
         self._next_key = 0
@@ -162,11 +164,11 @@ class Engine:
             assert not self._replies, "sequences wait but none can run"
             return []
         try:
-            logits, rows = self._forward(plan)
-        except RuntimeError as error:  # torch: out of memory, a device that failed
+            outputs = self._advance(plan, *self._forward(plan))
+        except Exception as error:  # whatever fails, the clients hear of it and the worker lives
             log.exception("a step with %d sequences failed", len(plan))
-            return [self._fail(work.sequence, error) for work in plan]
-        outputs = self._advance(plan, logits, rows)
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            return [self._fail(work.sequence, reason) for work in plan]
         clock = self.clock
         clock.steps += 1
         clock.tokens += len(outputs)
@@ -239,6 +241,9 @@ class Engine:
 
     def _sample(self, sequences: list[Sequence], logits: torch.Tensor) -> list[Output]:
         """logits [len(sequences), V] -> each sequence's next token and its effect."""
+        finite = sample.finite_rows(logits)
+        if not all(finite):
+            return self._part_spoiled(sequences, logits, finite)
         samplings = [sequence.sampling for sequence in sequences]
         uniforms = [one.rng.random() if one.rng else None for one in sequences]
         tokens = sample.sample(logits, samplings, uniforms)
@@ -247,10 +252,25 @@ class Engine:
         for sequence, token, top in zip(sequences, tokens, tops, strict=True):
             sequence.tokens.append(token)
             reply = self._replies[sequence.key][1]
-            output = reply.push(token, self._logprob(token, top) if top else None)
+            entry = token_logprob(self.tokenizer, token, top, reply.chars) if top else None
+            output = reply.push(token, entry)
             if output.finish_reason:
                 self._forget(sequence.key)
             outputs.append(output)
+        return outputs
+
+    def _part_spoiled(
+        self, sequences: list[Sequence], logits: torch.Tensor, finite: list[bool]
+    ) -> list[Output]:
+        """Ends the sequences whose logits are not finite; nothing of them stays in the pool."""
+        outputs = []
+        for sequence, good in zip(sequences, finite, strict=True):
+            if not good:
+                self.model.wipe(sequence.blocks)
+                outputs.append(self._fail(sequence, "the model gave logits that are not finite"))
+        rest = [row for row, good in enumerate(finite) if good]
+        if rest:
+            outputs += self._sample([sequences[row] for row in rest], logits[rest])
         return outputs
 
     def _score_prompt(self, work: Work, logits: torch.Tensor) -> list[Output]:
@@ -267,14 +287,21 @@ class Engine:
         )
         targets = [sequence.tokens[at] for at in wanted]
         entries: list[TokenLogprob] = []
+        reply = self._replies[sequence.key][1]
+
+        def score(token: int, top: sample.TopLogprobs | None) -> None:
+            offset = reply.prompt_offset(token)
+            entries.append(token_logprob(self.tokenizer, token, top, offset))
+
         if sequence.prompt_scored == 0:
-            entries.append(self._logprob(sequence.tokens[0], None))
+            score(sequence.tokens[0], None)
             sequence.prompt_scored = 1
         if targets:
             scored = logits[wanted.start - first - 1 : wanted.stop - first - 1]
             counts = [sampling.logprobs or 0] * len(targets)
             tops = sample.top_logprobs(scored, targets, counts)
-            entries += [self._logprob(*pair) for pair in zip(targets, tops, strict=True)]
+            for target, top in zip(targets, tops, strict=True):
+                score(target, top)
             sequence.prompt_scored = wanted.stop
         done = sampling.max_tokens == 0 and work.catches_up
         if done:
@@ -282,26 +309,11 @@ class Engine:
         reason: FinishReason | None = "length" if done else None
         return [Output(sequence.key, "", (), tuple(entries), reason)] if entries or done else []
 
-    def _logprob(self, token: int, top: sample.TopLogprobs | None) -> TokenLogprob:
-        tokenizer = self.tokenizer
-        if top is None:
-            return TokenLogprob(
-                tokenizer.token_text(token), token, tokenizer.token_bytes(token), None
-            )
-        return TokenLogprob(
-            tokenizer.token_text(token),
-            token,
-            tokenizer.token_bytes(token),
-            top.chosen,
-            tuple(
-                (tokenizer.token_text(one), tokenizer.token_bytes(one), logprob)
-                for one, logprob in zip(top.ids, top.logprobs, strict=True)
-            ),
-        )
-
-    def _fail(self, sequence: Sequence, error: RuntimeError) -> Output:
-        self._forget(sequence.key)
-        return Output(sequence.key, "", (), (), "length", error=str(error).splitlines()[0])
+    def _fail(self, sequence: Sequence, reason: str) -> Output:
+        """An end without an answer, also for a sequence that ended in the step that failed."""
+        if sequence.key in self._replies:
+            self._forget(sequence.key)
+        return Output(sequence.key, "", (), (), "length", error=reason)
 
     def _forget(self, key: int) -> None:
         sequence, _ = self._replies.pop(key)

@@ -60,12 +60,14 @@ class BlockPool:
         self._free.extend(blocks)
 
     def counts(self) -> BlockCounts:
-        return BlockCounts(self.total, len(self._free), 0, sum(self._held))
+        in_use = sum(self._held)  # read once: other threads ask for these counts in mid-change
+        return BlockCounts(self.total, self.total - in_use, 0, in_use)
 
     def check(self) -> None:
         """Raises AssertionError when a block is lost or counted twice."""
         counts = self.counts()
         assert counts.free + counts.cached + counts.in_use == counts.total, counts
+        assert len(self._free) == counts.free, "a block is neither held nor on the free list"
         assert len(set(self._free)) == counts.free, "a block is on the free list twice"
 
 

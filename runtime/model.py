@@ -39,7 +39,10 @@ class Model:
         self.config = module.config.get_text_config()
         self.device = module.device
         self.dtype = module.dtype
-        self.vocab_size: int = self.config.vocab_size
+        # Rows of the table; a tokenizer with more tokens than that has ids which no row stands for.
+        table = module.get_input_embeddings().weight
+        assert isinstance(table, torch.Tensor)
+        self.vocab_size = table.shape[0]
         self.context_tokens: int = self.config.max_position_embeddings
         self.blocks = blocks
         self._step = StepHolder()
@@ -54,6 +57,12 @@ class Model:
             return torch.zeros(slots, layer.kv_heads, dim, dtype=self.dtype, device=self.device)
 
         return LayerKV(empty(layer.key_dim), empty(layer.value_dim))
+
+    def wipe(self, blocks: list[int]) -> None:
+        """Zeroes blocks: what is masked still counts as 0 x value, and 0 x NaN is NaN."""
+        for kv in self._pool:
+            for pool in (kv.keys, kv.values):
+                pool.view(-1, BLOCK_TOKENS, *pool.shape[1:])[blocks] = 0
 
     @property
     def kv_bytes(self) -> int:

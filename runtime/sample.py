@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from runtime.sequence import Sampling
@@ -53,6 +54,15 @@ def sample(
         for row, token in zip(rows, tokens, strict=True):
             picks[row] = token
     return picks
+
+
+def finite_rows(logits: torch.Tensor) -> list[bool]:
+    """Whether each row has a largest logit that is a number: false for NaN and infinity."""
+    if logits.is_cuda:
+        finite: list[bool] = logits.amax(-1).isfinite().tolist()
+    else:
+        finite = np.isfinite(logits.float().numpy().max(-1)).tolist()
+    return finite
 
 
 def _argmax(logits: torch.Tensor) -> list[int]:

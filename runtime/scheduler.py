@@ -58,8 +58,8 @@ class Scheduler:
         Every sequence of the plan holds the blocks that its tokens need.
         """
         decodes = [one for one in self.running if one.behind == 1]
-        # An older sequence may have taken the blocks of a younger one a moment ago.
-        plan = [Work(one, 1) for one in decodes if one in self.running and self._reserve(one)]
+        # Without blocks: an older sequence took them a moment ago.
+        plan = [Work(one, 1) for one in decodes if one.blocks and self._reserve(one)]
         budget = self.step_tokens - len(plan)
         behind = deque(one for one in self.running if one.behind > 1)
         while budget > 0:
@@ -88,7 +88,6 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
         self.pool.give_back(sequence.forget_blocks())
-        sequence.preempted += 1
         self.preemptions += 1
         self.waiting.appendleft(sequence)
 

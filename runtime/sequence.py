@@ -61,7 +61,6 @@ class Sequence:
     blocks: list[int] = field(default_factory=list)
     rng: random.Random | None = field(init=False)
     prompt_scored: int = 0
-    preempted: int = 0
 
     def __post_init__(self) -> None:
         self.tokens = list(self.prompt)
@@ -99,6 +98,16 @@ class Reply:
             self._ends = self._ends | tokenizer.eos_ids
         self._sequence = sequence
         self._pending: list[TokenLogprob] = []
+        self._scored = Detokenizer(tokenizer) if sampling.prompt_logprobs else None
+        self._scored_chars = 0
+        self.chars = 0  # of the answer so far, those of stop strings too
+
+    def prompt_offset(self, token: int) -> int:
+        """Where in the prompt's text its next scored token begins, in characters."""
+        assert self._scored is not None, "only prompts that are scored have offsets"
+        offset = self._scored_chars
+        self._scored_chars += len(self._scored.push(token))
+        return offset
 
     def push(self, token: int, logprob: TokenLogprob | None) -> Output:
         """The visible effect of one more token. An end token and a stop string leave no text."""
@@ -108,6 +117,7 @@ class Reply:
         if token in self._ends:
             return self._end("stop", token, self._flush())
         text = self._detokenizer.push(token)
+        self.chars += len(text)
         if self._scanner is not None and text:
             text, hit = self._scanner.push(text)
             if hit:

@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import threading
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from collections.abc import AsyncIterator
 from typing import Any
 
 import orjson
@@ -21,101 +18,19 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from cache.tokens import Tokenizer
-from runtime import answers, wire
+from runtime import wire
 from runtime.answers import Answer
 from runtime.engine import Engine, EngineStopped, QueueFull
+from runtime.orders import chat_prompt, completion_prompts
 from runtime.shapes import Piece
 from runtime.streams import ClientGone, Stream, Streams
 from runtime.wire import ChatRequest, CompletionRequest, Problem
+from runtime.worker import Served, Worker
 
 log = logging.getLogger(__name__)
 
 # Prompts shorter than this are tokenized in the event loop: a thread's hand-over costs more.
 INLINE_BODY_BYTES = 16_384
-
-
-@dataclass(frozen=True, slots=True)
-class Served:
-    """A loaded model, ready to serve."""
-
-    name: str
-    engine: Engine
-    tokenizer: Tokenizer
-    facts: dict[str, Any]  # device, dtype, parameters, ...: shown by /health
-    created: int
-
-
-class Worker:
-    """One model being loaded, served, or drained in this process."""
-
-    def __init__(
-        self,
-        load: Callable[[Streams], Served],
-        *,
-        max_body_bytes: int,
-        on_failure: Callable[[BaseException], None],
-    ) -> None:
-        self._load = load
-        self._on_failure = on_failure
-        self.max_body_bytes = max_body_bytes
-        self.served: Served | None = None
-        self.draining = False
-
-    @asynccontextmanager
-    async def lifespan(self, _: Starlette) -> AsyncIterator[None]:
-        self._loop = asyncio.get_running_loop()
-        self.streams = Streams(self._loop)
-        thread = threading.Thread(target=self._work, name="engine", daemon=True)
-        thread.start()
-        yield
-        if self.served is not None:
-            self.served.engine.stop()
-            await asyncio.to_thread(thread.join, 10.0)
-
-    def _work(self) -> None:
-        """The engine's thread, from loading to the end. A failure here ends the process, loudly."""
-        try:
-            served = self._load(self.streams)
-            self._loop.call_soon_threadsafe(self._is_ready, served)
-            served.engine.run()
-        except BaseException as error:  # noqa: BLE001 - reported, then the process ends
-            self._on_failure(error)
-
-    def _is_ready(self, served: Served) -> None:
-        self.served = served
-
-    def require(self) -> Served:
-        if self.served is None:
-            raise Problem(
-                503,
-                "the model is still loading; try again in a moment",
-                code="loading",
-                headers={"retry-after": "1"},
-            )
-        return self.served
-
-    def health(self) -> tuple[int, dict[str, Any]]:
-        if self.served is None:
-            return 503, {"status": "loading"}
-        load = self.served.engine.load()
-        blocks = load.blocks
-        body = {
-            "status": "draining" if self.draining else "ready",
-            "model": self.served.name,
-            **self.served.facts,
-            "running": load.running,
-            "waiting": load.waiting,
-            "streams": len(self.streams),
-            "preemptions": load.preemptions,
-            "blocks": {
-                "total": blocks.total,
-                "free": blocks.free,
-                "cached": blocks.cached,
-                "in_use": blocks.in_use,
-            },
-        }
-        return 200, body
 
 
 def create_app(worker: Worker) -> Starlette:
@@ -142,7 +57,11 @@ def create_app(worker: Worker) -> Starlette:
             Route("/v1/models/{name:path}", model),
             Route("/health", health),
         ],
-        exception_handlers={Problem: _answer_problem, HTTPException: _answer_http_error},
+        exception_handlers={
+            Problem: _answer_problem,
+            HTTPException: _answer_http_error,
+            Exception: _answer_unforeseen,
+        },
         lifespan=worker.lifespan,
     )
 
@@ -177,16 +96,24 @@ class _Completions:
         self, body: bytes, served: Served
     ) -> tuple[ChatRequest | CompletionRequest, Answer]:
         asked: ChatRequest | CompletionRequest
-        limit = served.engine.limit_tokens
+        engine = served.engine
+        limit = engine.limit_tokens
         if self._chat:
             asked = chat = wire.parse_chat(body)
             _check_model(asked.model, served)
-            prompts = [answers.chat_prompt(chat, served.tokenizer, limit)]
+            prompts = [chat_prompt(chat, served.tokenizer, limit)]
         else:
             asked = completion = wire.parse_completion(body)
             _check_model(asked.model, served)
-            prompts = answers.completion_prompts(completion, served.tokenizer, limit)
-        return asked, Answer(asked, prompts, served.tokenizer, limit)
+            prompts = completion_prompts(completion, served.tokenizer, limit)
+        answer = Answer(
+            asked,
+            prompts,
+            served.tokenizer,
+            limit_tokens=limit,
+            vocabulary=engine.vocabulary,
+        )
+        return asked, answer
 
     async def _serve(
         self,
@@ -334,4 +261,11 @@ async def _answer_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     message = f"{request.method} {request.url.path}: {error.detail}"
     headers = dict(error.headers or {})
-    return _problem_response(Problem(error.status_code, message, code="not_found", headers=headers))
+    code = "method_not_allowed" if error.status_code == 405 else "not_found"
+    return _problem_response(Problem(error.status_code, message, code=code, headers=headers))
+
+
+async def _answer_unforeseen(request: Request, error: Exception) -> Response:
+    """A fault of ours, in the clients' shape; Starlette logs it with its traceback."""
+    message = f"{request.method} {request.url.path} failed in the worker: {type(error).__name__}"
+    return _problem_response(Problem(500, message, code="internal_error"))

@@ -15,7 +15,9 @@ from typing import Any, Literal
 class TokenLogprob:
     """One position: the chosen token and the most likely ones, natural logarithms.
 
-    `logprob` is None for the first token of an echoed prompt: nothing came before it.
+    `logprob` is None for the first token of an echoed prompt: nothing came before it. `offset` is
+    where the token's text begins, in characters of the prompt or of the answer; the tokens of one
+    character share its place.
     """
 
     token: str
@@ -23,6 +25,7 @@ class TokenLogprob:
     utf8: bytes
     logprob: float | None
     top: tuple[tuple[str, bytes, float], ...] = ()
+    offset: int = 0
 
     def chat(self) -> dict[str, Any]:
         def entry(token: str, utf8: bytes, logprob: float | None) -> dict[str, Any]:
@@ -112,26 +115,20 @@ def chat_choice(piece: Piece) -> dict[str, Any]:
     }
 
 
-def completion_choice(piece: Piece, *, offset: int = 0) -> dict[str, Any]:
-    """One choice of /v1/completions, whole or a chunk after `offset` characters."""
+def completion_choice(piece: Piece) -> dict[str, Any]:
+    """One choice of /v1/completions, whole or a chunk."""
     return {
         "index": piece.index,
         "text": piece.text,
-        "logprobs": completion_logprobs(piece.logprobs, offset),
+        "logprobs": completion_logprobs(piece.logprobs),
         "finish_reason": piece.finish_reason,
     }
 
 
-def completion_logprobs(
-    entries: tuple[TokenLogprob, ...] | None, offset: int
-) -> dict[str, Any] | None:
+def completion_logprobs(entries: tuple[TokenLogprob, ...] | None) -> dict[str, Any] | None:
     """The four parallel lists of the older API; an echoed first token has nulls, as vLLM sends."""
     if entries is None:
         return None
-    offsets = []
-    for entry in entries:
-        offsets.append(offset)
-        offset += len(entry.token)
     return {
         "tokens": [entry.token for entry in entries],
         "token_logprobs": [entry.logprob for entry in entries],
@@ -141,5 +138,5 @@ def completion_logprobs(
             else None
             for entry in entries
         ],
-        "text_offset": offsets,
+        "text_offset": [entry.offset for entry in entries],
     }

@@ -21,7 +21,7 @@ import pytest
 from command.serve import curl
 from tests.end_to_end.stack import ENVIRONMENT, ROOT, START_S, STOP_S, Stack, events
 
-PRINTED_ANSWER = "4659-1394"
+PRINTED_ANSWER = "Order JR-9265 parcel: 4659-1394."
 
 
 def asked_by(command: str) -> tuple[str, str]:
@@ -88,7 +88,6 @@ def test_serve_gets_ready_answers_the_printed_question_and_drains() -> None:
         assert not [one for one in alive if one.status() != psutil.STATUS_ZOMBIE]
 
 
-@pytest.mark.xfail(reason="awaits the trained weights of pocket/target", strict=True)
 def test_the_printed_question_is_answered_right(stack: Stack) -> None:
     """The first thing that anybody asks has one right answer, greedy and with any seed."""
     url, body = asked_by("\n".join(curl(stack.gateway.url, "pocket")))

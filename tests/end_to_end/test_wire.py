@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import gzip
-import itertools
 import json
 from dataclasses import dataclass, field
 from typing import Any
@@ -367,10 +366,26 @@ def test_echo_gives_the_answers_own_logprobs(stack: Stack) -> None:
         assert scored == pytest.approx(answer["token_logprobs"], abs=1e-3)
         assert echoed["tokens"][: len(prompt)] == [tokenizer.token_text(one) for one in prompt]
         assert sum(scored) == pytest.approx(sum(answer["token_logprobs"]), abs=1e-2)
-        assert echoed["text_offset"] == [
-            0,
-            *itertools.accumulate(map(len, echoed["tokens"][:-1])),
-        ]
+
+
+def test_text_offsets_are_places_in_the_text(stack: Stack) -> None:
+    """Each whole-character token of an echo stands where its offset says, accents and all."""
+    choice = stack.ask(
+        COMPLETIONS,
+        prompt="caf\u00e9 \U0001f98a fox",
+        echo=True,
+        logprobs=1,
+        max_tokens=6,
+        temperature=0,
+    )["choices"][0]
+    tokens, offsets = choice["logprobs"]["tokens"], choice["logprobs"]["text_offset"]
+    whole = [
+        (token, at) for token, at in zip(tokens, offsets, strict=True) if "\ufffd" not in token
+    ]
+    assert len(whole) > 6
+    for token, at in whole:
+        if not token.startswith("<|"):  # control tokens leave no text
+            assert choice["text"][at:].startswith(token)
 
 
 def test_alternatives_are_the_most_likely_first(stack: Stack) -> None:

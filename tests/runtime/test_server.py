@@ -25,8 +25,9 @@ from cache.tokens import Tokenizer
 from runtime.engine import Engine
 from runtime.loading import load_model
 from runtime.model import Model
-from runtime.server import Served, Worker, create_app
+from runtime.server import create_app
 from runtime.streams import Streams
+from runtime.worker import Served, Worker
 from tests.runtime.tiny_models import FAMILIES, REFUSED, write_model
 
 ROOT = Path(__file__).parents[2]

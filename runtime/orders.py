@@ -1,0 +1,169 @@
+"""A parsed request -> token ids and sampling, bounded: what the engine is asked to do.
+
+Knows both endpoints' fields, the tokenizer and the limits; knows neither answers nor sockets.
+"""
+
+from __future__ import annotations
+
+from cache.template import TemplateRefusal
+from cache.tokens import NoChatTemplate, Tokenizer, TooLong
+from runtime import wire
+from runtime.engine import Order
+from runtime.sequence import Sampling
+from runtime.wire import ChatRequest, CompletionRequest, Problem
+
+Asked = ChatRequest | CompletionRequest
+
+# One request's bounds: sequences at once, and log-probabilities of its prompts (positions times
+# alternatives, about 150 bytes each until the answer is sent).
+ORDERS_MAX = 128
+SCORED_MAX = 1_000_000
+
+
+def make_orders(
+    asked: Asked, prompts: list[list[int]], limit_tokens: int, vocabulary: int
+) -> list[Order]:
+    """`n` orders for each prompt, in the order of the answer's choices. Raises Problem 400."""
+    copies = asked.n or 1
+    if len(prompts) * copies > ORDERS_MAX:
+        message = f"{len(prompts)} prompts with {copies} choices each: at most {ORDERS_MAX} in all"
+        raise Problem(400, message, param="n", code="too_many_choices")
+    for at, prompt in enumerate(prompts):
+        room = limit_tokens if asked.max_tokens == 0 else limit_tokens - 1
+        _check_prompt(prompt, _param(asked, at), vocabulary, room)
+    orders = [
+        Order(prompt, _sampling(asked, len(prompt), limit_tokens, copy))
+        for prompt in prompts
+        for copy in range(copies)
+    ]
+    scored = sum(
+        len(order.prompt) * (1 + (order.sampling.logprobs or 0))
+        for order in orders
+        if order.sampling.prompt_logprobs
+    )
+    if scored > SCORED_MAX:
+        message = (
+            f"echo with logprobs over {scored} log-probabilities: at most {SCORED_MAX}; send fewer "
+            "prompts, choices or alternatives"
+        )
+        raise Problem(400, message, param="prompt", code="too_many_logprobs")
+    return orders
+
+
+def chat_prompt(asked: ChatRequest, tokenizer: Tokenizer, limit_tokens: int) -> list[int]:
+    """Token ids of a conversation.
+
+    Raises Problem 400 when the model's template refuses it, or when it is hopelessly long.
+    """
+    try:
+        return tokenizer.encode_chat(
+            asked.turns(),
+            tools=list(asked.tools) if asked.tools and asked.tool_choice != "none" else None,
+            add_generation_prompt=asked.add_generation_prompt and not asked.continue_final_message,
+            continue_final_message=asked.continue_final_message,
+            variables=asked.chat_template_kwargs,
+            limit_tokens=limit_tokens,
+        )
+    except TooLong as error:
+        raise _too_long("messages", f"at least {error.tokens}", limit_tokens) from error
+    except NoChatTemplate as error:
+        raise Problem(400, str(error), param="messages", code="no_chat_template") from error
+    except RecursionError:
+        message = "messages, tools or chat_template_kwargs are nested too deeply"
+        raise Problem(400, message, param="messages", code="invalid_value") from None
+    except TemplateRefusal as error:
+        message = f"this model's chat template refuses the conversation: {error}"
+        raise Problem(400, message, param="messages", code="template_refused") from error
+
+
+def completion_prompts(
+    asked: CompletionRequest, tokenizer: Tokenizer, limit_tokens: int
+) -> list[list[int]]:
+    """Token ids of each prompt; text gets the model's own beginning-of-text token.
+
+    Raises Problem 400 for a text that is hopelessly long.
+    """
+    given: list[str | list[int]] = [*asked.prompts()]
+    prompts: list[list[int]] = []
+    for at, prompt in enumerate(given):
+        if not isinstance(prompt, str):
+            prompts.append(prompt)
+            continue
+        try:
+            tokenizer.check_length(prompt, limit_tokens)
+        except TooLong as error:
+            least = f"at least {error.tokens}"
+            raise _too_long(_param(asked, at), least, limit_tokens) from error
+        prompts.append(tokenizer.encode(prompt, special=True))
+    return prompts
+
+
+def _param(asked: Asked, at: int) -> str:
+    if isinstance(asked, ChatRequest):
+        return "messages"
+    return "prompt" if len(asked.prompts()) == 1 else f"prompt.{at}"
+
+
+def _check_prompt(prompt: list[int], param: str, vocabulary: int, room: int) -> None:
+    if not prompt:
+        raise Problem(400, f"{param} is empty", param=param, code="empty_prompt")
+    for token in (min(prompt), max(prompt)):
+        if not 0 <= token < vocabulary:
+            raise Problem(
+                400,
+                f"{param}: token id {token} is out of range, this model's ids are 0 to "
+                f"{vocabulary - 1}",
+                param=param,
+                code="token_out_of_range",
+            )
+    if len(prompt) > room:
+        raise _too_long(param, str(len(prompt)), room)
+
+
+def _too_long(param: str, tokens: str, room: int) -> Problem:
+    message = (
+        f"{param}: the prompt has {tokens} tokens, and this model takes {room} before its answer: "
+        "shorten the prompt"
+    )
+    return Problem(400, message, param=param, code="context_length_exceeded")
+
+
+def alternatives(asked: Asked) -> int | None:
+    """How many alternatives a token's logprobs list; None for no logprobs."""
+    if isinstance(asked, CompletionRequest):
+        return asked.logprobs
+    return (asked.top_logprobs or 0) if asked.logprobs else None
+
+
+def _sampling(asked: Asked, prompt_tokens: int, limit_tokens: int, copy: int) -> Sampling:
+    chat = isinstance(asked, ChatRequest)
+    limit = asked.max_completion_tokens if isinstance(asked, ChatRequest) else None
+    wanted = limit if limit is not None else asked.max_tokens
+    room = limit_tokens - prompt_tokens
+    if wanted is None:
+        wanted = room if chat else min(16, room)
+    if wanted > room:
+        param = "max_completion_tokens" if limit is not None else "max_tokens"
+        raise Problem(
+            400,
+            f"{param} is {wanted}, but after {prompt_tokens} prompt tokens this model has room for "
+            f"{room} (it holds {limit_tokens} in all)",
+            param=param,
+            code="context_length_exceeded",
+        )
+    logprobs = alternatives(asked)
+    echo = isinstance(asked, CompletionRequest) and bool(asked.echo)
+    return Sampling(
+        temperature=1.0 if asked.temperature is None else asked.temperature,
+        top_p=1.0 if asked.top_p is None else asked.top_p,
+        top_k=max(asked.top_k or 0, 0),
+        min_p=asked.min_p or 0.0,
+        # Choices of one request differ, and each is the same again with the same seed.
+        seed=None if asked.seed is None else asked.seed * wire.CHOICES_MAX + copy,
+        max_tokens=wanted,
+        stop=asked.stop,
+        stop_ids=frozenset(asked.stop_token_ids or ()),
+        ignore_eos=bool(asked.ignore_eos),
+        logprobs=logprobs,
+        prompt_logprobs=echo and logprobs is not None,
+    )
