@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import platform
 import re
 import shutil
@@ -20,12 +19,12 @@ from typing import Literal
 
 import click
 
-from command.machine import PortError, bind, cores, memory_bytes, processor
+from command.machine import PortError, bind, cores, graphics_cards, memory_bytes, processor
 from command.screen import columns, size
 from command.serve import threads_of, version
 from command.versions import within
 from command.weights import Weights, kv_bytes, weights_of
-from policies.load import PolicyError, load, resolve_model, with_environment
+from policies.load import PolicyError, key_problems, load, resolve_model, with_environment
 from policies.model_folder import ModelError, check_folder, pocket_folder, served_name
 from policies.schema import Deployment, Runtime
 
@@ -157,7 +156,7 @@ def _device(deep: bool) -> Iterator[Finding]:
         torch = importlib.metadata.version("torch")
     except importlib.metadata.PackageNotFoundError:
         return
-    cards = _graphics_cards()
+    cards = graphics_cards()
     if cards and "+cpu" in torch:
         advice = "this torch is built without CUDA: install a CUDA build to use the card"
         yield Finding("warn", "device", f"cpu, though there is {'; '.join(cards)}", advice)
@@ -183,24 +182,6 @@ def _device(deep: bool) -> Iterator[Finding]:
     yield Finding(
         "ok", "torch itself", f"{facts['torch']} on {devices}, {facts['threads']} threads"
     )
-
-
-def _graphics_cards() -> list[str]:
-    """Name and driver of each NVIDIA card, as the driver's own program tells them."""
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return []
-    try:
-        asked = subprocess.run(
-            [program, "--query-gpu=name,driver_version", "--format=csv,noheader"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return [line.replace(", ", ", driver ") for line in asked.stdout.splitlines() if line.strip()]
 
 
 def _disk() -> Iterator[Finding]:
@@ -251,11 +232,13 @@ def _policy(policy: Path) -> Iterator[Finding]:
             yield from _would_run(runtime, model)
         except (PolicyError, ModelError) as error:
             yield Finding("wrong", "model", str(error), "mend runtime.model, or the folder")
-    for upstream in deployment.upstreams:
-        key = upstream.api_key_env
-        unset = key is not None and not os.environ.get(key)
-        advice = f"set {key}, or no key is sent" if unset else ""
-        yield Finding("warn" if unset else "ok", "upstream", upstream.url, advice)
+    problems = key_problems(policy, deployment)
+    advice = "set it where headgate starts, or remove api_key_env: then clients' keys go on"
+    yield from (Finding("wrong", "upstream", str(problem), advice) for problem in problems)
+    wrong = {problem.path for problem in problems}
+    for index, upstream in enumerate(deployment.upstreams):
+        if f"upstreams[{index}].api_key_env" not in wrong:
+            yield Finding("ok", "upstream", upstream.url)
 
 
 def _port(deployment: Deployment) -> Finding:
@@ -296,7 +279,7 @@ def _would_run(runtime: Runtime, model: Path | str) -> Iterator[Finding]:
         "ok", "KV pool", f"{runtime.kv_tokens} tokens, {size(pool)} in {dtype} for each worker"
     )
     memory = memory_bytes()
-    if memory and need > memory[1] and not _graphics_cards():
+    if memory and need > memory[1] and not graphics_cards():
         advice = "lower runtime.kv_tokens or runtime.workers, or take a smaller model"
         found = f"{size(need)} for weights and KV, {size(memory[1])} available"
         yield Finding("wrong", "memory", found, advice)
@@ -305,5 +288,5 @@ def _would_run(runtime: Runtime, model: Path | str) -> Iterator[Finding]:
 def _dtype(runtime: Runtime) -> str:
     if runtime.dtype != "auto":
         return runtime.dtype
-    on_card = runtime.device == "cuda" or (runtime.device == "auto" and bool(_graphics_cards()))
+    on_card = runtime.device == "cuda" or (runtime.device == "auto" and bool(graphics_cards()))
     return "bf16" if on_card else "fp32"

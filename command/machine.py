@@ -1,11 +1,13 @@
-"""What this machine is: cores, memory, processor, who holds a port. Reads /proc."""
+"""What this machine is: cores, memory, processor, cards, who holds a port. Reads /proc."""
 
 from __future__ import annotations
 
 import errno
 import os
 import platform
+import shutil
 import socket
+import subprocess
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -70,6 +72,24 @@ def processor() -> tuple[str, tuple[str, ...]]:
     has = set(fields.get("flags", fields.get("Features", "")).split())
     name = fields.get("model name") or platform.processor() or platform.machine()
     return name, tuple(flag for flag in _TELLING_FLAGS if flag in has)
+
+
+def graphics_cards() -> list[str]:
+    """Name and driver of each NVIDIA card, as the driver's own program tells them."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return []
+    try:
+        asked = subprocess.run(
+            [program, "--query-gpu=name,driver_version", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [line.replace(", ", ", driver ") for line in asked.stdout.splitlines() if line.strip()]
 
 
 # ---- ports --------------------------------------------------------------------------------------

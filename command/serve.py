@@ -20,7 +20,7 @@ from command.machine import PortError, address, bind, cores, free_ports
 from command.processes import Health, Program
 from command.screen import Screen, columns
 from command.supervisor import Supervisor
-from policies.load import load, resolve_model, with_environment
+from policies.load import PolicyError, key_problems, load, resolve_model, with_environment
 from policies.model_folder import served_name
 from policies.schema import Deployment, Runtime
 
@@ -68,6 +68,8 @@ def threads_of(runtime: Runtime, environ: Mapping[str, str] = os.environ) -> int
 def plan(policy: Path) -> Plan:
     """Checks all that can be checked before anything runs. Raises PolicyError or StartError."""
     deployment = with_environment(load(policy))
+    if problems := key_problems(policy, deployment):
+        raise PolicyError(*problems)
     runtime = deployment.runtime
     model = resolve_model(policy, runtime) if runtime else None
     if runtime and not all(map(importlib.util.find_spec, ("torch", "transformers"))):

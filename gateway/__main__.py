@@ -13,7 +13,7 @@ from gateway.app import create_app
 from gateway.listener import Server, configure
 from gateway.replica import replicas_of
 from gateway.upstream import Pool
-from policies.load import PolicyError, load, with_environment
+from policies.load import PolicyError, key_problems, load, with_environment
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,12 +24,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     try:
         policy = with_environment(load(options.policy))
+        if problems := key_problems(options.policy, policy):
+            raise PolicyError(*problems)
         replicas = replicas_of(policy, options.replica, os.environ)
     except PolicyError as error:
         print(error, file=sys.stderr)
-        return 2
-    except KeyError as error:
-        print(f"{options.policy}: the environment lacks {error.args[0]}", file=sys.stderr)
         return 2
     if not replicas:
         print("no replica: give --replica URL, or upstreams in the policy", file=sys.stderr)

@@ -55,11 +55,17 @@ class Replica:
 def replicas_of(
     policy: Deployment, workers: Sequence[str], environ: Mapping[str, str]
 ) -> list[Replica]:
-    """Own workers by their URLs, then the policy's upstreams. Raises KeyError for a missing key."""
+    """Own workers by their URLs, then the policy's upstreams.
+
+    Raises KeyError for a key that is not set, or empty.
+    """
     own = [Replica(url.rstrip("/"), own=True) for url in workers]
     foreign = []
     for upstream in policy.upstreams:
-        key = environ[upstream.api_key_env].strip() if upstream.api_key_env else None
+        name = upstream.api_key_env
+        key = environ.get(name, "").strip() if name else None
+        if key == "":  # "Authorization: Bearer " with nothing behind it helps nobody
+            raise KeyError(name)
         foreign.append(Replica(upstream.url, api_key=key))
     return own + foreign
 

@@ -18,7 +18,15 @@ from policies.problems import Places, PolicyError, Problem, dotted, explain
 from policies.schema import Deployment, Runtime
 from policies.yaml_tree import parse
 
-__all__ = ["PolicyError", "Problem", "load", "port_of", "resolve_model", "with_environment"]
+__all__ = [
+    "PolicyError",
+    "Problem",
+    "key_problems",
+    "load",
+    "port_of",
+    "resolve_model",
+    "with_environment",
+]
 
 FILE_BYTES_MAX = 256 * 2**10
 PORT_VARIABLE = "HEADGATE_PORT"
@@ -48,6 +56,24 @@ def resolve_model(policy: str | Path, runtime: Runtime) -> Path | str:
         raise PolicyError(
             Problem(str(policy), str(error), place, dotted(path), error.suggestion)
         ) from None
+
+
+def key_problems(
+    policy: str | Path, deployment: Deployment, environ: Mapping[str, str] = os.environ
+) -> list[Problem]:
+    """What is wrong with the keys that `upstreams[].api_key_env` names, each at its line."""
+    found = []
+    for index, upstream in enumerate(deployment.upstreams):
+        name = upstream.api_key_env
+        key = environ.get(name, "").strip() if name else None
+        if key is None or (key and key.isascii() and key.isprintable()):
+            continue
+        why = "holds what no HTTP header can carry" if key else "is not set, or empty"
+        path = ("upstreams", index, "api_key_env")
+        _, places, _ = _read(str(policy))
+        message = f"the environment variable {name} {why}"
+        found.append(Problem(str(policy), message, places.of(path), dotted(path)))
+    return found
 
 
 def with_environment(deployment: Deployment, environ: Mapping[str, str] = os.environ) -> Deployment:

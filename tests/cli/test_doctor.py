@@ -85,6 +85,18 @@ def test_a_junk_port_is_a_finding(tmp_path: Path) -> None:
     assert "expected a port" in done.stdout
 
 
+def test_a_key_that_is_not_set_is_wrong(tmp_path: Path) -> None:
+    """`serve` would not start; an upstream without a key is fine."""
+    file = tmp_path / "policy.yaml"
+    keyed = "{url: 'http://y:1', api_key_env: NO_SUCH_KEY}"
+    file.write_text(f"version: 1\nupstreams: [{{url: 'http://x:1'}}, {keyed}]\n")
+    done = doctor(str(file), "--json", NO_SUCH_KEY="")
+    found = [row for row in json.loads(done.stdout)["findings"] if row["what"] == "upstream"]
+    assert [row["state"] for row in found] == ["wrong", "ok"]
+    assert "upstreams[1].api_key_env  the environment variable NO_SUCH_KEY" in found[0]["found"]
+    assert done.returncode == 1
+
+
 def test_weights_are_counted_from_headers(tmp_path: Path) -> None:
     tensors(tmp_path / "a.safetensors", x=[3, 5], y=[])
     tensors(tmp_path / "b.safetensors", z=[7])

@@ -88,6 +88,17 @@ def test_a_port_that_is_taken_is_told_with_its_holder_and_the_way_out(tmp_path: 
     assert re.search(r"free it or HEADGATE_PORT=\d+ headgate serve", done.stderr)
 
 
+def test_a_key_that_is_not_set_is_told_before_anything_starts(tmp_path: Path) -> None:
+    """An empty one is none; once the workers had loaded before the gateway found out."""
+    upstream = "{url: 'http://127.0.0.1:1', api_key_env: NO_SUCH_KEY}"
+    file = write(tmp_path, f"version: 1\nupstreams: [{upstream}]\n")
+    done = headgate("serve", str(file), NO_SUCH_KEY=" ")
+    assert done.returncode == 2
+    assert f"{file}:2:54  upstreams[0].api_key_env" in done.stderr
+    assert "NO_SUCH_KEY is not set, or empty" in done.stderr
+    assert done.stdout == ""
+
+
 def test_a_junk_port_in_the_environment_is_told() -> None:
     done = headgate("serve", HEADGATE_PORT="eighty")
     assert done.returncode == 2

@@ -228,5 +228,6 @@ def test_keys_of_upstreams_come_from_the_environment() -> None:
     assert (own.url, own.own, own.api_key) == ("http://127.0.0.1:9", True, None)
     assert (foreign.url, foreign.own, foreign.api_key) == ("http://x:1", False, "sk-1")
     assert "sk-1" not in repr(foreign)
-    with pytest.raises(KeyError, match="KEY"):
-        replicas_of(policy, [], {})
+    for environ in ({}, {"KEY": ""}, {"KEY": " \n"}):  # never a Bearer with nothing behind it
+        with pytest.raises(KeyError, match="KEY"):
+            replicas_of(policy, [], environ)

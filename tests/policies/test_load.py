@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from policies.load import FILE_BYTES_MAX, PolicyError, load, port_of, with_environment
+from policies.load import FILE_BYTES_MAX, PolicyError, key_problems, load, port_of, with_environment
 from policies.problems import describe, dotted
 
 VALID = """\
@@ -38,6 +38,25 @@ def problems(folder: Path, text: str | bytes) -> list[str]:
     assert len(lines) == len(caught.value.problems)
     assert all(line.startswith(str(file)) for line in lines)
     return [line.removeprefix(str(file)).lstrip(": ") for line in lines]
+
+
+def test_a_key_that_cannot_be_sent_is_told_at_its_line(tmp_path: Path) -> None:
+    """Not set, empty, or with a line end inside; keys that are fine, and none at all, are not."""
+    file = tmp_path / "policy.yaml"
+    file.write_text(
+        "version: 1\nupstreams:\n  - url: http://x:1\n  - url: http://y:1\n    api_key_env: KEY\n"
+    )
+    policy = load(file)
+    for environ in ({}, {"KEY": ""}, {"KEY": "  "}):
+        (problem,) = key_problems(file, policy, environ)
+        assert str(problem) == (
+            f"{file}:5:18  upstreams[1].api_key_env  "
+            "the environment variable KEY is not set, or empty"
+        )
+    (problem,) = key_problems(file, policy, {"KEY": "sk\n1"})
+    assert "holds what no HTTP header can carry" in str(problem)
+    assert "sk" not in problem.message
+    assert key_problems(file, policy, {"KEY": "sk-1\n"}) == []
 
 
 def test_a_valid_file_becomes_a_frozen_deployment(tmp_path: Path) -> None:
