@@ -31,7 +31,8 @@ ABOUT = About(
         "tasks one after another (greedy, natural end), and tokens a second at 1 and at 8 streams "
         "of 64 tokens each (temperature 2, so that nearly every token is text and a chunk of its "
         "own). One short question goes straight to the worker and through the gateway in turns, "
-        "which gives what the gateway adds; CPU time and resident memory are read from the "
+        "which gives what the gateway adds; clients leave in mid-answer, which gives how soon the "
+        "worker has dropped their requests; CPU time and resident memory are read from the "
         "operating system. Without a server, an engine decodes 16 sequences: what a step costs "
         "beyond the model's forward."
     ),
@@ -42,6 +43,9 @@ ABOUT = About(
             500.0,
             "at most",
             "engine overhead of at most 500 us a step at 16 sequences",
+        ),
+        Goal(
+            "cancel_ms", 50.0, "at most", "a request cancelled within 50 ms of a disconnect (p95)"
         ),
         Goal("gateway_rss_mb", 100.0, "at most", "gateway's resident memory of at most 100 MB"),
     ),
@@ -59,6 +63,7 @@ class Sizes:
     answers: int
     repeats: int  # of tokens a second, at each number of streams
     pairs: int
+    cancels: int
     cost_rounds: int
     cost_requests: int  # a round, short ones and long ones each
     engine_runs: int
@@ -70,6 +75,7 @@ _FULL = Sizes(
     answers=120,
     repeats=7,
     pairs=300,
+    cancels=40,
     cost_rounds=5,
     cost_requests=20,
     engine_runs=5,
@@ -80,6 +86,7 @@ _QUICK = Sizes(
     answers=4,
     repeats=1,
     pairs=6,
+    cancels=4,
     cost_rounds=1,
     cost_requests=4,
     engine_runs=1,
@@ -134,11 +141,13 @@ async def _measure_served(
         progress("what the gateway adds is measured")
         cost = await load.cpu_costs(sizes.cost_rounds, sizes.cost_requests)
         progress("CPU time is measured")
+        gone = await load.cancellations(sizes.cancels)
+        progress("cancellation is measured")
     memory = {
         "gateway_rss_mb": stacks.resident_mb(stack.gateway),
         "worker_rss_mb": stacks.resident_mb(stack.worker),
     }
-    return {**first, **speed, **added, **cost, **memory}
+    return {**first, **speed, **added, **cost, **gone, **memory}
 
 
 # ---- the engine alone ----------------------------------------------------------------------------

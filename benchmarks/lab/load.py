@@ -10,6 +10,7 @@ import asyncio
 import random
 from collections.abc import Iterator
 from statistics import median
+from time import perf_counter
 from typing import Any
 
 import aiohttp
@@ -22,6 +23,8 @@ from benchmarks.lab.stack import Stack
 from pocket.tasks import TASKS, Row, row
 
 _LONG_TOKENS = 64  # of each stream whose speed is measured
+_LEFT_TOKENS = 512  # of an answer that nobody waits for
+_LOST_S = 10.0
 _SHORT_TOKENS = 8  # of the answers that compare gateway and worker
 _SHORT_QUESTION = [{"role": "user", "content": "What is the status of order JR-9265?"}]
 _STREAMS = (1, 8)
@@ -125,6 +128,31 @@ class Load:
             }
             for name in watched
         }
+
+    async def cancellations(self, count: int) -> dict[str, Any]:
+        """From a client that leaves in mid-answer to a worker that no longer knows its request.
+
+        Half of them leave before the first token, half after it. Asking the worker takes a few
+        milliseconds itself, which count.
+        """
+        took_ms = []
+        for number in range(count):
+            url = f"{self._stack.url}/v1/chat/completions"
+            response = await self._session.post(url, data=self._long_body(_LEFT_TOKENS))
+            if number % 2:
+                await response.content.readany()
+            closed = perf_counter()
+            response.close()
+            while await self._streams_of_worker():
+                if perf_counter() - closed > _LOST_S:
+                    raise MeasurementFailed("the worker still answers a client that has left")
+            took_ms.append((perf_counter() - closed) * 1e3)
+        taken = spread(took_ms)
+        return {"cancel_ms": taken["p95"], "cancel_ms_p50": taken["p50"]}
+
+    async def _streams_of_worker(self) -> int:
+        async with self._session.get(f"{self._stack.worker_url}/health") as response:
+            return int((await response.json())["streams"])
 
     def _greedy_body(self) -> bytes:
         """The next row, to be answered to its natural end."""
