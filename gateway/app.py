@@ -1,6 +1,6 @@
 """The gateway as an ASGI application: routes and lifespan, nothing else.
 
-There is no middleware: a layer around `send` would cost on every chunk.
+No layer stands around `send`, where it would cost on every chunk; the doorway looks once.
 """
 
 from __future__ import annotations
@@ -9,14 +9,16 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from starlette.routing import Route, Router
+from starlette.types import ASGIApp
 
 from gateway.call import CHAT_PATH, COMPLETIONS_PATH
 from gateway.chat import Completions
+from gateway.doorway import Doorway
 from gateway.status import Allowed, health, model, models, unknown_path
 from gateway.upstream import Pool
 
 
-def create_app(pool: Pool) -> Router:
+def create_app(pool: Pool) -> ASGIApp:
     """Serves the replicas of `pool`, whose probes and connections live as long as the app."""
 
     @asynccontextmanager
@@ -31,4 +33,5 @@ def create_app(pool: Pool) -> Router:
         Route("/v1/models", Allowed("GET", models(pool))),
         Route("/v1/models/{model:path}", Allowed("GET", model(pool))),
     ]
-    return Router(routes, default=unknown_path, redirect_slashes=False, lifespan=lifespan)
+    router = Router(routes, default=unknown_path, redirect_slashes=False, lifespan=lifespan)
+    return Doorway(router, pool.settings.host)

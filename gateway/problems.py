@@ -45,6 +45,25 @@ def headers_too_large(limit_bytes: int) -> Problem:
     return Problem(431, message, code="headers_too_large")
 
 
+# ---- the door -----------------------------------------------------------------------------------
+
+
+def host_not_allowed(host: str) -> Problem:
+    message = (
+        f"the Host {quote(host)} is not this machine; ask for localhost, 127.0.0.1 or [::1] "
+        "(without keys, other names are refused, because a web page could use one)"
+    )
+    return Problem(403, message, code="host_not_allowed")
+
+
+def origin_not_allowed(origin: str) -> Problem:
+    message = (
+        f"the Origin {quote(origin)} is not this machine; without keys, only pages from localhost "
+        "may ask, and programs that send no Origin"
+    )
+    return Problem(403, message, code="origin_not_allowed")
+
+
 # ---- the route ----------------------------------------------------------------------------------
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from tests.gateway.world import HELLO, STREAMED, Edge, Peer, gateway, on_loop, until, upstream
 
-POST = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\n"
+POST = b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\n"
 
 
 def problem(response: Any, status: int) -> dict[str, Any]:
@@ -171,7 +171,7 @@ async def test_headers_that_drip_do_not_outlive_the_deadline() -> None:
     """Each further byte buys no time; on a kept-alive connection neither."""
     async with upstream() as fake, gateway(fake, body_timeout_s=0.15) as edge:
         reader, writer = await edge.connect()
-        writer.write(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
+        writer.write(b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n")
         assert (await reader.readline()).startswith(b"HTTP/1.1 200 ")
 
         async def drip() -> None:
@@ -250,7 +250,7 @@ async def test_headers_without_end_are_431() -> None:
 async def test_an_offer_to_upgrade_gets_an_answer_over_http_1() -> None:
     """Some clients offer h2c on every request; with a body, which is not read then: a refusal."""
     body = json.dumps(HELLO).encode()
-    offer = b"host: x\r\nconnection: upgrade\r\nupgrade: h2c\r\n"
+    offer = b"host: localhost\r\nconnection: upgrade\r\nupgrade: h2c\r\n"
     async with upstream() as fake, gateway(fake) as edge:
         reader, writer = await edge.connect()
         writer.write(b"GET /health HTTP/1.1\r\n" + offer + b"\r\n")
@@ -265,7 +265,7 @@ async def test_an_offer_to_upgrade_gets_an_answer_over_http_1() -> None:
 @on_loop
 async def test_pipelined_requests_are_answered_in_order() -> None:
     """Two requests in one write, the second half-sent at first: two whole answers."""
-    get = b"GET /v1/models/%s HTTP/1.1\r\nhost: x\r\n\r\n"
+    get = b"GET /v1/models/%s HTTP/1.1\r\nhost: localhost\r\n\r\n"
     async with upstream() as fake, gateway(fake) as edge:
         reader, writer = await edge.connect()
         both = get % b"m" + get % b"n"

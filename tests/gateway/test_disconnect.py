@@ -87,7 +87,7 @@ async def test_a_client_that_goes_inside_its_body_leaves_nothing() -> None:
     async with upstream() as fake, gateway(fake) as edge:
         _, writer = await edge.connect()
         writer.write(
-            b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 99\r\n\r\n{"
+            b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 99\r\n\r\n{"
         )
         await until(lambda: edge.pool.in_flight == 1)
         writer.close()

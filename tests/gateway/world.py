@@ -202,7 +202,8 @@ class Edge:
         body = json.dumps(payload).encode()
         reader, writer = await self.connect()
         head = (
-            f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
+            "POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\n"
+            f"content-length: {len(body)}\r\n\r\n"
         )
         writer.write(head.encode() + body)
         return reader, writer
