@@ -30,6 +30,8 @@ _NOT_FETCHED = ["consolidated*", "original/*"]
 # Every family has it, with every term of its attention, and it is part of transformers itself.
 _REFERENCE_ATTENTION = "eager"
 
+_CHECK_FOLDER = "check that config.json belongs to these weights, or fetch the folder again"
+
 
 def load_model(
     source: Path | str,
@@ -102,6 +104,12 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
 
 def _refuse_by_config(config: Any, folder: Path) -> None:
     text = config.get_text_config()
+    for part in (config, text):
+        if getattr(part, "quantization_config", None):
+            raise ModelRefused(
+                f"{folder}: the checkpoint is quantized, which is not supported; use one in fp32, "
+                "fp16 or bf16"
+            )
     ropes = getattr(text, "rope_parameters", None) or {}
     each = ropes.values() if all(isinstance(rope, dict) for rope in ropes.values()) else [ropes]
     for rope in each:
@@ -116,7 +124,7 @@ def _refuse_by_config(config: Any, folder: Path) -> None:
 def _read_weights(
     folder: Path, config: Any, dtype: torch.dtype, device: torch.device
 ) -> PreTrainedModel:
-    with refusing(folder, "the weights cannot be loaded", "check or fetch the folder again"):
+    with refusing(folder, "the weights cannot be loaded", _CHECK_FOLDER):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
@@ -145,16 +153,17 @@ def _refuse_holes(report: dict[str, Any], folder: Path) -> None:
 
     Tied weights and those that a model class computes are not in its report.
     """
-    advice = "check that config.json belongs to these weights, or fetch the folder again"
     missing = sorted(report["missing_keys"])
     if missing:
         raise ModelRefused(
-            f"{folder}: the weights lack {missing[0]!r} ({len(missing)} missing in all); {advice}"
+            f"{folder}: the weights lack {missing[0]!r} ({len(missing)} missing in all); "
+            f"{_CHECK_FOLDER}"
         )
     for name, found, expected in sorted(report["mismatched_keys"]):
         raise ModelRefused(
             f"{folder}: {name!r} has shape {tuple(found)} in the weights, but config.json asks for "
-            f"{tuple(expected)}; {advice}"
+            f"{tuple(expected)}; {_CHECK_FOLDER}"
         )
-    for line in report["error_msgs"]:
-        raise ModelRefused(f"{folder}: the weights cannot be loaded: {line}; {advice}")
+    for message in report["error_msgs"]:
+        said = " ".join(message.split())
+        raise ModelRefused(f"{folder}: the weights cannot be loaded: {said}; {_CHECK_FOLDER}")

@@ -131,6 +131,8 @@ def test_unreadable_weights_are_refused(folder, content):
         ({"vocab_size": -1}, "cannot be loaded"),
         ({"max_position_embeddings": -5}, "max_position_embeddings -5"),
         ({"max_position_embeddings": None}, "max_position_embeddings"),
+        ({"num_hidden_layers": 0}, "does not use transformers' attention interface"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "is quantized"),
         ({"model_type": "nothing"}, "nothing"),
         ({"model_type": "vit"}, "'vit' is not a causal language model"),
         ({"num_key_value_heads": 3, "head_dim": 16}, "k_proj"),
