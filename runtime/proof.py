@@ -105,13 +105,17 @@ def _observe_layers(module: PreTrainedModel, ids: torch.Tensor, folder: Path) ->
         **more: Any,
     ) -> tuple[torch.Tensor, None]:
         if attention_mask is not None:
-            raise ModelRefused(f"{folder}: {name} builds an attention mask of its own")
+            raise ModelRefused(
+                f"{folder}: {name} builds an attention mask of its own; {_OTHER_FAMILY}"
+            )
         if more.get("s_aux") is not None:
-            raise ModelRefused(f"{folder}: {name} has attention sinks, which are not supported")
+            raise ModelRefused(
+                f"{folder}: {name} has attention sinks, which are not supported; {_OTHER_FAMILY}"
+            )
         if key.dim() != 4 or key.shape[2] != query.shape[2] or query.shape[1] % key.shape[1]:
             raise ModelRefused(
                 f"{folder}: {name} calls attention with shapes {tuple(query.shape)} and "
-                f"{tuple(key.shape)}, not with one key per token"
+                f"{tuple(key.shape)}, not with one key per token; {_OTHER_FAMILY}"
             )
         window = more.get("sliding_window")
         seen.append(LayerShape(caller, key.shape[1], key.shape[3], value.shape[3], window))
@@ -164,10 +168,12 @@ def _refuse_odd_windows(config: Any, layers: list[LayerShape], folder: Path) -> 
         if (kind == "sliding_attention") != (layer.window is not None):
             raise ModelRefused(
                 f"{folder}: layer {number} is {kind!r} but calls attention with "
-                f"sliding_window={layer.window}"
+                f"sliding_window={layer.window}; {_CHECK_CONFIG}"
             )
         if kind not in ("full_attention", "sliding_attention"):
-            raise ModelRefused(f"{folder}: layer {number} is {kind!r}, which is not supported")
+            raise ModelRefused(
+                f"{folder}: layer {number} is {kind!r}, which is not supported; {_OTHER_FAMILY}"
+            )
 
 
 def _refuse_no_context(config: Any, folder: Path) -> None:

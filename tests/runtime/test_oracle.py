@@ -177,7 +177,7 @@ def test_a_window_is_shorter_than_the_prompts(family):
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_family_that_cannot_be_served_says_why(tmp_path, name):
-    """Refusal happens at load time, names the folder and the reason, and is no traceback."""
+    """Refusal happens at load time and names the folder, the reason and what to do."""
     config, changes, reason = REFUSED[name]
     folder = write_model(tmp_path / name, config, changes)
     with pytest.raises(ModelRefused) as refusal:
@@ -185,6 +185,7 @@ def test_a_family_that_cannot_be_served_says_why(tmp_path, name):
     assert str(folder) in str(refusal.value)
     assert reason, "a refusal without a reason to look for tests nothing"
     assert reason in str(refusal.value)
+    assert "; " in str(refusal.value), "no advice"
 
 
 def test_bf16_stays_close_to_transformers_own(family, tmp_path):
