@@ -31,6 +31,8 @@ class Program:
     environment: Mapping[str, str] = field(default_factory=dict)
     drain_s: float = 5.0  # what it has after SIGTERM to finish its requests
     grace_s: float = 0.0  # and then to end, before SIGKILL
+    refusal: int | None = None  # the exit code that says: starting again would not help
+    fact: str | None = None  # what its health always tells, so that no stranger passes for it
 
     @property
     def url(self) -> str:
@@ -111,6 +113,16 @@ async def ask_health(host: str, port: int, timeout_s: float = 2.0) -> tuple[int,
     except ValueError:
         health = None
     return int(status[0]), health if isinstance(health, dict) else {}
+
+
+def complaints(health: Health) -> list[str]:
+    """What a gateway's health says of the replicas that take no requests: `URL: why`."""
+    replicas = health.get("replicas")
+    return [
+        f"{replica.get('url')}: {replica['error']}"
+        for replica in (replicas if isinstance(replicas, list) else [])
+        if isinstance(replica, dict) and not replica.get("healthy") and replica.get("error")
+    ]
 
 
 def describe_exit(code: int) -> str:

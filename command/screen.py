@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import sys
 from collections.abc import Iterable, Sequence
 from typing import TextIO
@@ -52,8 +53,9 @@ class Screen:
     def progress(self, text: str) -> None:
         """Replaces the last progress line; nothing where nobody watches."""
         if self._alive:
-            self._progress = text
-            self._put(self._out, f"\r\x1b[K{text}")
+            # A line that wraps could not be taken back.
+            self._progress = text[: shutil.get_terminal_size().columns - 1]
+            self._put(self._out, f"\r\x1b[K{self._progress}")
 
     def settle(self) -> None:
         """Forgets the progress line."""

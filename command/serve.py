@@ -27,6 +27,7 @@ from policies.schema import Deployment, Runtime
 # Between the end of the gateway's own drain and SIGKILL.
 _GRACE_S = 5.0
 _WORKER_HOST = "127.0.0.1"
+_EXIT_REFUSED = 3  # runtime/__main__.py: the model cannot be served
 
 
 class StartError(Exception):
@@ -112,6 +113,8 @@ def programs_of(plan: Plan) -> list[Program]:
             _WORKER_HOST,
             port,
             for_workers,
+            refusal=_EXIT_REFUSED,
+            fact="blocks",
         )
         for index, port in enumerate(plan.worker_ports)
     ]
@@ -125,6 +128,7 @@ def programs_of(plan: Plan) -> list[Program]:
         environment,
         gateway.drain_s,
         _GRACE_S,
+        fact="replicas",
     )
     return [*workers, front]
 

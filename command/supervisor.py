@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from command.processes import Health, Program, ask_health, describe_exit, spawn
+from command.processes import Health, Program, ask_health, complaints, describe_exit, spawn
 from command.screen import Screen
 
 EXIT_DRAINED = 0
@@ -25,6 +25,8 @@ _KEPT_LINES = 40
 _SHOWN_LINES = 12
 _LINE_CHARS_MAX = 4000
 _POLL_S = 0.1
+_PATIENCE_S = 5.0  # before a start says what it waits for
+_LOADING_S = 30.0  # before the log says it of our own programs too, which load a model meanwhile
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -54,6 +56,7 @@ class Child:
     backoff: Backoff
     process: asyncio.subprocess.Process | None = None
     health: Health | None = None  # of this life
+    said: Health = field(default_factory=dict)  # its last answer, ready or not
     ready: asyncio.Event = field(default_factory=asyncio.Event)  # once ready, in whichever life
     lines: deque[str] = field(default_factory=lambda: deque(maxlen=_KEPT_LINES))
 
@@ -79,12 +82,15 @@ class Supervisor:
         *,
         backoff: Callable[[], Backoff] = Backoff,
         now: Callable[[], float] = time.monotonic,
+        patience_s: float = _PATIENCE_S,
     ) -> None:
         self.children = [Child(program, backoff()) for program in programs]
         self._front = self.children[-1]
         self._width = max(len(program.name) for program in programs)
         self._screen = screen
         self._now = now
+        self._patience_s = patience_s
+        self._told: set[str] = set()
         self._started_at = now()
         self._stopping = asyncio.Event()
         self._killing = asyncio.Event()
@@ -137,6 +143,10 @@ class Supervisor:
                 return
             pause_s = child.backoff.after(self._now() - started_at)
             how = describe_exit(code)
+            if code == child.program.refusal:
+                what = f"{child.program.name} {how}; starting it again would not help"
+                self._tell_last(child, what)
+                return
             self._screen.log(f"{child.program.name} {how}; it starts again in {pause_s:g} s")
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), pause_s)
@@ -184,7 +194,8 @@ class Supervisor:
         program, started_at = child.program, self._now()
         while child.health is None:
             status, health = await ask_health(program.host, program.port)
-            if status == 200:
+            child.said = health
+            if status == 200 and (program.fact is None or program.fact in health):
                 child.health = health
             else:
                 await asyncio.sleep(_POLL_S)
@@ -197,11 +208,26 @@ class Supervisor:
 
     async def _await_ready(self, announce: Callable[[float], None]) -> None:
         while not self._front.ready.is_set():
-            self._screen.progress(f"starting … {self._now() - self._started_at:.0f} s")
+            took_s = self._now() - self._started_at
+            waits = self._waits(took_s)
+            self._screen.progress("; ".join([f"starting … {took_s:.0f} s", *waits]))
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._front.ready.wait(), 1.0)
         self._screen.settle()
         announce(self._now() - self._started_at)
+
+    def _waits(self, took_s: float) -> list[str]:
+        """What the front says it waits for, once that takes long; news go to the log."""
+        if took_s < self._patience_s:
+            return []
+        own = tuple(f"{child.program.url}:" for child in self.children)
+        waits = complaints(self._front.said)
+        for wait in waits:
+            loading = wait.startswith(own) and took_s < _LOADING_S
+            if wait not in self._told and not loading:
+                self._told.add(wait)
+                self._screen.log(f"still waiting for {wait}")
+        return waits
 
     async def _drain(self) -> None:
         """The front first, while those behind it still serve it; then they."""
@@ -256,9 +282,11 @@ class Supervisor:
         process = child.process
         code = process.returncode if process is not None else None
         how = describe_exit(code) if code is not None else "could not be started"
+        self._tell_last(child, f"{child.program.name} {how} before it was ready")
+
+    def _tell_last(self, child: Child, what: str) -> None:
         last = [line for line in child.lines if line.strip()][-_SHOWN_LINES:]
         self._screen.log(
-            f"{child.program.name} {how} before it was ready"
-            + ("; its last lines:" if last else ""),
+            what + ("; its last lines:" if last else ""),
             *(f"  {line}" for line in last),
         )

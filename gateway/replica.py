@@ -30,7 +30,7 @@ class Replica:
 
     def mark_down(self, error: str) -> None:
         """Takes no more requests until a probe, which is asked for at once, finds it well."""
-        if self.healthy:
+        if self.healthy or not (self.own or self.tried):  # our own ones are refused while they load
             log.warning("replica %s is down: %s", self.url, error)
         self.healthy = False
         self.error = error

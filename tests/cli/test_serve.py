@@ -17,6 +17,7 @@ from command.serve import Plan, curl, opening, programs_of, ready, threads_of
 from policies.load import load
 from policies.model_folder import served_name
 from policies.schema import Runtime
+from runtime.__main__ import EXIT_REFUSED
 
 ROOT = Path(__file__).parents[2]
 
@@ -119,6 +120,8 @@ def test_workers_come_before_the_gateway_that_knows_them_all(tmp_path: Path) -> 
         "--replica", "http://127.0.0.1:7001", "--replica", "http://127.0.0.1:7002",
     )  # fmt: skip
     assert front.drain_s == 7
+    assert (first.refusal, front.refusal) == (EXIT_REFUSED, None)
+    assert (first.fact, front.fact) == ("blocks", "replicas")
     assert first.environment["OMP_NUM_THREADS"] == "3"
     assert first.environment["OMP_WAIT_POLICY"] == "passive"
     assert first.environment["HF_HUB_DISABLE_TELEMETRY"] == "1"

@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[2]
 
 # python stub.py PORT [BEHAVIOUR [PORT BEHIND]]
 STUB = """
-import http.server, os, signal, sys, threading, time, urllib.request
+import http.server, json, os, signal, sys, threading, time, urllib.request
 port, behaviour, behind = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 print("pid", os.getpid(), flush=True)
 if behaviour == "broken":
@@ -46,10 +46,25 @@ class Answer(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         if self.path == "/die":
             os.kill(os.getpid(), signal.SIGKILL)
-        self.send_response(200)
+        if behaviour == "stranger":
+            print("asked", flush=True)
+        waiting = behaviour == "waiting" and not os.path.exists(sys.argv[4])
+        self.send_response(503 if waiting else 200)
         self.end_headers()
-        self.wfile.write(b'{"status": "ready"}')
+        if waiting:
+            self.wfile.write(json.dumps({"replicas": [
+                {"url": "http://far", "healthy": False, "error": "refused"},
+                {"url": f"http://127.0.0.1:{behind}", "healthy": False, "error": "loading"},
+                {"url": "http://near", "healthy": True, "error": None},
+            ]}).encode())
+        else:
+            self.wfile.write(b'{"status": "ready"}')
     def log_message(self, *_): pass
+if behaviour == "refuses":  # at its second start
+    if os.path.exists(sys.argv[4]):
+        print("the model is gone", flush=True)
+        sys.exit(3)
+    open(sys.argv[4], "w")
 def drain(*_):
     print("draining", flush=True)
     if behaviour == "stubborn":
@@ -71,12 +86,14 @@ import asyncio, json, sys
 from command.processes import Program
 from command.screen import Screen
 from command.supervisor import Backoff, Supervisor
+REFUSAL, FACT = None, None
 stub, rows, drain_s = sys.argv[1], json.loads(sys.argv[2]), float(sys.argv[3])
 programs = [
-    Program(name, (sys.executable, stub, str(port), *behaviour), "127.0.0.1", port, {}, drain_s)
+    Program(name, (sys.executable, stub, str(port), *behaviour), "127.0.0.1", port, {}, drain_s,
+            refusal=REFUSAL, fact=FACT)
     for name, port, *behaviour in rows
 ]
-supervisor = Supervisor(programs, Screen(), backoff=lambda: Backoff(first_s=0.05))
+supervisor = Supervisor(programs, Screen(), backoff=lambda: Backoff(first_s=0.05), patience_s=0)
 sys.exit(asyncio.run(supervisor.run(lambda took_s: print("READY", flush=True))))
 """
 
@@ -132,6 +149,17 @@ def supervised(
         if process.stdout:
             process.stdout.close()
         gone(running.pids())
+
+
+def die(port: int) -> None:
+    """Kills the stub on a port, as soon as it listens there."""
+    while True:
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/die", timeout=5)
+        except OSError as error:
+            if isinstance(getattr(error, "reason", None), ConnectionRefusedError):
+                continue
+            return
 
 
 def gone(pids: list[int]) -> None:
@@ -249,8 +277,7 @@ def test_a_worker_that_dies_is_started_again(tmp_path: Path) -> None:
     with supervised(tmp_path, *rows) as running:
         running.until("READY")
         for pause in ("0.05", "0.1"):
-            with contextlib.suppress(OSError):
-                urllib.request.urlopen(f"http://127.0.0.1:{worker}/die", timeout=5)
+            die(worker)
             running.until(f"worker 0 was killed by SIGKILL .* starts again in {pause} s")
             running.until("worker 0 is ready again after")
         running.process.send_signal(signal.SIGINT)
@@ -263,8 +290,7 @@ def test_a_gateway_that_dies_is_started_again(tmp_path: Path) -> None:
     rows = [("worker 0", worker, "ok", "0"), ("gateway", front, "ok", "0")]
     with supervised(tmp_path, *rows) as running:
         running.until("READY")
-        with contextlib.suppress(OSError):
-            urllib.request.urlopen(f"http://127.0.0.1:{front}/die", timeout=5)
+        die(front)
         running.until("gateway is ready again after")
 
 
@@ -294,6 +320,58 @@ def test_a_worker_that_fails_while_others_already_serve_does_not_end_them(tmp_pa
         running.until("worker 1 ended with exit code 3; it starts again in 0.05 s")
         running.process.send_signal(signal.SIGINT)
         assert running.rest() == 0
+
+
+def test_a_worker_that_refuses_its_model_at_a_restart_is_left_down(tmp_path: Path) -> None:
+    """Its last words once, no loop; the gateway goes on."""
+    worker, front = free_ports(2)
+    rows = [
+        ("worker 0", worker, "refuses", "0", str(tmp_path / "once")),
+        ("gateway", front, "ok", "0"),
+    ]
+    driver = DRIVER.replace("REFUSAL, FACT = None", "REFUSAL, FACT = 3")
+    with supervised(tmp_path, *rows, driver=driver) as running:
+        running.until("READY")
+        die(worker)
+        running.until("worker 0 ended with exit code 3; starting it again would not help; its last")
+        running.until("^  the model is gone")
+        assert urllib.request.urlopen(f"http://127.0.0.1:{front}/", timeout=5).status == 200
+        running.process.send_signal(signal.SIGINT)
+        assert running.rest() == 0
+        assert sum("worker 0 | pid" in line for line in running.lines) == 2
+        assert "worker 0 ended" not in " ".join(running.lines[-3:])
+
+
+def test_a_start_that_waits_says_for_what_and_says_it_once(tmp_path: Path) -> None:
+    """An upstream out of reach is told; a worker that only loads is not, for a while."""
+    worker, front = free_ports(2)
+    gate = tmp_path / "gate"
+    rows = [
+        ("worker 0", worker, "ok", "0"),
+        ("gateway", front, "waiting", str(worker), str(gate)),
+    ]
+    with supervised(tmp_path, *rows) as running:
+        running.until("still waiting for http://far: refused")
+        gate.write_text("go")
+        running.until("READY")
+        running.process.send_signal(signal.SIGINT)
+        assert running.rest() == 0
+        assert sum("still waiting" in line for line in running.lines) == 1
+
+
+def test_a_stranger_on_the_port_does_not_pass_for_the_program(tmp_path: Path) -> None:
+    """Any server answers 200; ours also tell their facts."""
+    (port,) = free_ports(1)
+    driver = DRIVER.replace("REFUSAL, FACT = None, None", "REFUSAL, FACT = None, 'blocks'")
+    with supervised(tmp_path, ("gateway", port, "stranger", "0"), driver=driver) as running:
+        running.until("asked")
+        running.until("asked")  # again: the first answer was not believed
+        running.process.send_signal(signal.SIGINT)
+        assert running.rest() == 0
+        assert "READY" not in running.lines
+    driver = driver.replace("blocks", "status")
+    with supervised(tmp_path, ("gateway", port, "ok", "0"), driver=driver) as running:
+        running.until("READY")
 
 
 def test_a_program_that_cannot_be_started_is_no_traceback(tmp_path: Path) -> None:
@@ -333,8 +411,7 @@ def test_a_death_is_noticed_though_a_grandchild_holds_the_pipe(tmp_path: Path) -
     rows = [("worker 0", worker, "parent", "0"), ("gateway", front, "ok", "0")]
     with supervised(tmp_path, *rows) as running:
         running.until("READY")
-        with contextlib.suppress(OSError):
-            urllib.request.urlopen(f"http://127.0.0.1:{worker}/die", timeout=5)
+        die(worker)
         running.until("worker 0 was killed by SIGKILL")
         running.until("worker 0 is ready again")
         running.process.send_signal(signal.SIGINT)

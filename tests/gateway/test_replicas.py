@@ -67,6 +67,18 @@ async def test_a_replica_that_refuses_connections_is_skipped_and_marked_down() -
         assert "cannot connect" in health["replicas"][0]["error"]
 
 
+def test_an_upstream_out_of_reach_is_logged_once_though_it_never_was_well(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Our own workers are refused while they load: that is no news."""
+    for replica in (Replica("http://far"), Replica("http://own", own=True)):
+        replica.mark_down("refused")
+        replica.mark_down("refused")
+    assert [record.getMessage() for record in caplog.records] == [
+        "replica http://far is down: refused"
+    ]
+
+
 @on_loop
 async def test_a_503_is_retried_elsewhere_and_relayed_when_there_is_nowhere_else() -> None:
     """A full replica passes its request on; a full fleet's answer reaches the client."""
