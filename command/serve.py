@@ -195,8 +195,8 @@ def ready(plan: Plan, took_s: float, health: Mapping[str, Health]) -> list[str]:
 def curl(url: str, model: str) -> list[str]:
     """A streaming request that the pocket model can answer, ready to paste."""
     facts = (
-        "Facts:\\nThe status of order JR-9265 is packed.\\n"
-        "For order JR-9265 the parcel is 4659-1394.\\nOrder JR-9265: total 713 euros.\\n\\n"
+        "Facts:\\nOrder JR-9265 status: Packed.\\nOrder JR-9265 parcel: 4659-1394.\\n"
+        "Order JR-9265 total: 713 euros.\\n\\n"
         "Which parcel does order JR-9265 have?"
     )
     quoted = json.dumps(model).replace("'", "'\\''")  # inside the shell's single quotes

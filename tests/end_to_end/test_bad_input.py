@@ -251,7 +251,7 @@ def test_what_looks_odd_but_is_fine_is_answered(stack: Stack) -> None:
 # ---- below JSON ---------------------------------------------------------------------------------
 
 BODY = json.dumps(DEFAULTS[CHAT] | {"max_tokens": 1}).encode()
-HEAD = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\n".encode()
+HEAD = f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\n".encode()
 GOOD = HEAD + b"content-length: %d\r\n\r\n%s" % (len(BODY), BODY)
 HTTP_CASES = {
     "not HTTP": (b"\x16\x03\x01\x02\x00\r\n\r\n", 400, "invalid_http"),
@@ -320,7 +320,7 @@ def test_bad_http_is_answered_in_shape(stack: Stack, name: str) -> None:
 
 def test_pipelined_requests_are_answered_in_order(stack: Stack) -> None:
     """Two requests in one packet get two answers on one connection."""
-    closing = GOOD.replace(b"host: x\r\n", b"host: x\r\nconnection: close\r\n")
+    closing = GOOD.replace(b"host: localhost\r\n", b"host: localhost\r\nconnection: close\r\n")
     with socket.create_connection(("127.0.0.1", stack.port), timeout=20) as sock:
         sock.sendall(GOOD + closing)
         answers = b""

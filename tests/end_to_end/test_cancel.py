@@ -31,7 +31,7 @@ def send(stack: Stack, path: str, body: dict[str, Any]) -> socket.socket:
     """The request over a socket of its own."""
     sent = json.dumps(DEFAULTS[path] | body).encode()
     sock = socket.create_connection(("127.0.0.1", stack.port), timeout=20)
-    head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(sent)}\r\n\r\n"
+    head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(sent)}\r\n\r\n"
     sock.sendall(head.encode() + sent)
     return sock
 

@@ -39,7 +39,7 @@ def request(rng: random.Random) -> bytes:
     else:
         body["prompt"] = words
     sent = json.dumps(DEFAULTS[path] | body).encode()
-    head = f"POST {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n"
+    head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n"
     return f"{head}content-length: {len(sent)}\r\n\r\n".encode() + sent
 
 
