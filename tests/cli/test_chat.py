@@ -186,7 +186,7 @@ class Terminal:
         )  # fmt: skip
         os.close(theirs)
         self.shown = ""
-        self.watchdog = threading.Timer(20, self.process.kill)
+        self.watchdog = threading.Timer(90, self.process.kill)  # far beyond a busy machine
         self.watchdog.start()
 
     def type(self, text: str) -> None:
