@@ -6,10 +6,12 @@ import asyncio
 import contextlib
 import os
 import re
+import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -134,13 +136,32 @@ def answer(conversation: Talk, message: str) -> None:
     said: list[str] = []
     clock = Clock()
     try:
-        asyncio.run(_print_answer(conversation, said, clock))
+        asyncio.run(_interruptible(_print_answer(conversation, said, clock)))
+    except asyncio.CancelledError:
+        raise KeyboardInterrupt from None
     finally:
         if said:
             conversation.messages.append({"role": "assistant", "content": "".join(said)})
         else:
             conversation.messages.pop()
     _dim(clock.line())
+
+
+async def _interruptible(work: Coroutine[Any, Any, None]) -> None:
+    """Runs `work`; Ctrl-C cancels it, even just before the loop falls asleep.
+
+    `asyncio.run` alone sets no wake-up descriptor: a signal between its last look and the selector
+    would wait there for the next byte of the answer.
+    """
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    assert task is not None
+    with contextlib.suppress(ValueError, RuntimeError, NotImplementedError):  # not the main thread
+        loop.add_signal_handler(signal.SIGINT, task.cancel)
+    try:
+        await work
+    finally:
+        with contextlib.suppress(ValueError, RuntimeError, NotImplementedError):
+            loop.remove_signal_handler(signal.SIGINT)
 
 
 async def _print_answer(conversation: Talk, said: list[str], clock: Clock) -> None:
