@@ -66,10 +66,16 @@ STAGES: tuple[Stage, ...] = (
         desk_share=0.2,
     ),
     Stage(
-        until=1.01,
+        until=0.85,
         kinds={"drill": 0.08, "study": 0.77, "single": 0.15},
         lengths={256: 0.25, 512: 0.55, 768: 0.2},
         desk_share=0.5,
+    ),
+    Stage(
+        until=1.01,
+        kinds={"drill": 0.04, "sheet": 0.5, "study": 0.36, "single": 0.1},
+        lengths={256: 0.15, 512: 0.4, 1024: 0.45},
+        desk_share=0.4,
     ),
 )
 
@@ -227,8 +233,10 @@ def _study_errands(scribe: Scribe, draw: Draw, head: Line, length: int) -> Line:
     return _fill(head, turn, length)
 
 
-def draw_study(scribe: Scribe, rng: random.Random, length: int, desk_share: float) -> Line:
-    """The product tasks, several turns behind one prompt."""
+def draw_study(
+    scribe: Scribe, rng: random.Random, length: int, desk_share: float, sheet: bool = False
+) -> Line:
+    """The product tasks, several turns behind one prompt; questions about facts with `sheet`."""
     draw = Draw(rng, "train")
     system = None
     if rng.random() < desk_share and length > 256:
@@ -236,7 +244,7 @@ def draw_study(scribe: Scribe, rng: random.Random, length: int, desk_share: floa
     elif rng.random() < 0.3:
         system = rng.choice(BRIEF_PROMPTS)
     chance = rng.random()
-    if chance < 0.4:
+    if sheet or chance < 0.4:
         return _study_facts(scribe, draw, scribe.head(system, None), length)
     if chance < 0.87:
         return _study_errands(scribe, draw, scribe.head(system, None), length)
@@ -271,7 +279,7 @@ def draw_line(scribe: Scribe, rng: random.Random, stage: Stage, length: int) -> 
         return draw_recall(scribe, rng, length)
     if kind == "single" and length > 256:
         return draw_single(scribe, rng, length)
-    return draw_study(scribe, rng, length, stage.desk_share)
+    return draw_study(scribe, rng, length, stage.desk_share, sheet=kind == "sheet")
 
 
 def draw_batch(

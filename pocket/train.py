@@ -42,7 +42,7 @@ HOME = Path(__file__).parent
 WORK = HOME.parent / ".pocket"
 STEERING_SEED = 1
 WARMUP_STEPS = 50
-TOKENS = {"target": 11_500_000, "draft": 8_000_000}
+TOKENS = {"target": 13_500_000, "draft": 8_000_000}
 
 
 @dataclass(frozen=True, slots=True)
