@@ -202,7 +202,7 @@ def curl(url: str, model: str) -> list[str]:
     quoted = json.dumps(model).replace("'", "'\\''")  # inside the shell's single quotes
     return [
         f"curl -N {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{{",
-        f'  "model": {quoted}, "stream": true, "messages": [',
+        f'  "model": {quoted}, "temperature": 0, "stream": true, "messages": [',
         '    {"role": "system", "content": "Answer from the facts. Be exact and brief."},',
         f'    {{"role": "user", "content": "{facts}"}}]}}\'',
     ]
