@@ -21,7 +21,8 @@ import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from runtime.kv import BLOCK_TOKENS, LayerKV, blocks_for
+from runtime.kv import BLOCK_TOKENS, blocks_for
+from runtime.layer_kv import LayerKV
 
 NAME = "headgate_paged"
 

@@ -1,18 +1,14 @@
-"""Blocks of the KV pool: who holds which, and the tensors that they stand for.
+"""Blocks of the KV pool: who holds which.
 
-Knows counts and identities, nothing of models, requests or policy. A block is `BLOCK_TOKENS`
-consecutive positions of one sequence in every layer. Invariant, checked by `BlockPool.check`:
-free + cached + in use = total.
+Knows counts and identities, nothing of tensors, models, requests or policy. A block is
+`BLOCK_TOKENS` consecutive positions of one sequence in every layer. Invariant, checked by
+`BlockPool.check`: free + cached + in use = total.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    import torch
 
 BLOCK_TOKENS = 16
 
@@ -74,11 +70,3 @@ class BlockPool:
 def blocks_for(tokens: int) -> int:
     """Blocks that `tokens` positions need."""
     return -(-tokens // BLOCK_TOKENS)
-
-
-@dataclass(frozen=True, slots=True)
-class LayerKV:
-    """Keys and values of one layer, each [blocks * BLOCK_TOKENS, kv_heads, head_dim]."""
-
-    keys: torch.Tensor
-    values: torch.Tensor

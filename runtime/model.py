@@ -6,6 +6,7 @@ Knows tensors and the pool; knows neither files nor requests. `runtime.loading` 
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Many
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from runtime.attention import PagedLayer, StepHolder, StepLayout
-from runtime.kv import BLOCK_TOKENS, LayerKV
+from runtime.kv import BLOCK_TOKENS
+from runtime.layer_kv import LayerKV, read_blocks, write_blocks
 
 
 class ModelRefused(Exception):
@@ -61,12 +63,24 @@ class Model:
     def wipe(self, blocks: list[int]) -> None:
         """Zeroes blocks: what is masked still counts as 0 x value, and 0 x NaN is NaN."""
         for kv in self._pool:
-            for pool in (kv.keys, kv.values):
-                pool.view(-1, BLOCK_TOKENS, *pool.shape[1:])[blocks] = 0
+            for part in kv.parts():
+                part[blocks] = 0
+
+    def read_blocks(self, blocks: Many[int]) -> list[torch.Tensor]:
+        """A copy of each block in host memory, `block_bytes` uint8 each: layer after layer."""
+        return read_blocks(self._pool, blocks)
+
+    def write_blocks(self, blocks: Many[int], buffers: Many[torch.Tensor]) -> None:
+        """Puts buffers of `read_blocks` into these blocks. Raises ValueError on another size."""
+        write_blocks(self._pool, blocks, buffers)
+
+    @property
+    def block_bytes(self) -> int:
+        return sum(part.shape[1] for kv in self._pool for part in kv.parts())
 
     @property
     def kv_bytes(self) -> int:
-        return sum(kv.keys.nbytes + kv.values.nbytes for kv in self._pool)
+        return sum(part.nbytes for kv in self._pool for part in kv.parts())
 
     @property
     def parameters(self) -> int:
