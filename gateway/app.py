@@ -14,7 +14,7 @@ from starlette.types import ASGIApp
 from gateway.call import CHAT_PATH, COMPLETIONS_PATH
 from gateway.chat import Completions
 from gateway.doorway import Doorway
-from gateway.status import Allowed, health, model, models, unknown_path
+from gateway.status import Allowed, fingerprints, health, model, models, unknown_path
 from gateway.upstream import Pool
 
 
@@ -30,6 +30,7 @@ def create_app(pool: Pool) -> ASGIApp:
         Route(CHAT_PATH, Allowed("POST", Completions(CHAT_PATH, pool))),
         Route(COMPLETIONS_PATH, Allowed("POST", Completions(COMPLETIONS_PATH, pool))),
         Route("/health", Allowed("GET", health(pool))),
+        Route("/v1/fingerprint", Allowed("GET", fingerprints(pool))),
         Route("/v1/models", Allowed("GET", models(pool))),
         Route("/v1/models/{model:path}", Allowed("GET", model(pool))),
     ]

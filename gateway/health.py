@@ -92,7 +92,7 @@ class Watch:
         self._models_at = float("-inf")  # whatever comes back may serve something else
 
     async def _ask_health(self) -> bool:
-        status, body = await self._get("/health")
+        status, body = await fetch(self._session, self._replica, "/health")
         if 200 <= status < 300:
             return True
         if 400 <= status < 500:
@@ -103,7 +103,7 @@ class Watch:
         now = asyncio.get_running_loop().time()
         if has_health and now - self._models_at < MODELS_S:
             return
-        status, body = await self._get("/v1/models")
+        status, body = await fetch(self._session, self._replica, "/v1/models")
         if status in (401, 403):
             raise Unwell(f"/v1/models answered {status}: check api_key_env of this upstream")
         if status != 200:
@@ -111,19 +111,29 @@ class Watch:
         self._replica.models = models_of(parse_object(body))
         self._models_at = now
 
-    async def _get(self, path: str) -> tuple[int, bytes]:
-        """Status and body. Raises Unwell for a body that is too large for an answer to a probe."""
-        key = self._replica.api_key
-        headers = {"authorization": f"Bearer {key}"} if key is not None else {}
-        headers["accept-encoding"] = "identity"
-        url = self._replica.url + path
-        async with self._session.get(url, headers=headers, allow_redirects=False) as response:
-            body = bytearray()
-            async for piece in response.content.iter_any():
-                body += piece
-                if len(body) > ANSWER_MAX_BYTES:
-                    raise Unwell(f"{path} answered more than {ANSWER_MAX_BYTES} bytes")
-            return response.status, bytes(body)
+
+async def fetch(session: aiohttp.ClientSession, replica: Replica, path: str) -> tuple[int, bytes]:
+    """Status and body of a short answer. Raises Unwell for a body that is too large for one."""
+    headers = {"authorization": f"Bearer {replica.api_key}"} if replica.api_key is not None else {}
+    headers["accept-encoding"] = "identity"
+    url = replica.url + path
+    async with session.get(url, headers=headers, allow_redirects=False) as response:
+        body = bytearray()
+        async for piece in response.content.iter_any():
+            body += piece
+            if len(body) > ANSWER_MAX_BYTES:
+                raise Unwell(f"{path} answered more than {ANSWER_MAX_BYTES} bytes")
+        return response.status, bytes(body)
+
+
+async def ask(session: aiohttp.ClientSession, replica: Replica, path: str) -> dict[str, Any] | None:
+    """The JSON object that a replica answers with 200; None for anything else."""
+    try:
+        async with asyncio.timeout(PROBE_TIMEOUT_S):
+            status, body = await fetch(session, replica, path)
+        return parse_object(body) if status == 200 else None
+    except (Unwell, Problem, TimeoutError, aiohttp.ClientError, OSError):
+        return None
 
 
 def models_of(listing: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

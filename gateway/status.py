@@ -1,4 +1,4 @@
-"""What the gateway answers by itself: its health, its models, and that a path leads nowhere."""
+"""What the gateway answers by itself: health, models, fingerprints, that a path leads nowhere."""
 
 from __future__ import annotations
 
@@ -87,6 +87,22 @@ def model(pool: Pool) -> ASGIApp:
         return 200, served[name]
 
     return _as_json(answer)
+
+
+def fingerprints(pool: Pool) -> ASGIApp:
+    """What each replica answers at the same path; null for one that is down or has none."""
+
+    async def app(scope: Scope, _receive: Receive, send: Send) -> None:
+        found = await pool.ask_all("/v1/fingerprint")
+        data = [
+            {"url": replica.url, "fingerprint": fingerprint}
+            for replica, fingerprint in zip(pool.replicas, found, strict=True)
+        ]
+        body = orjson.dumps({"object": "list", "data": data})
+        reply = Reply(send, request_id(scope["headers"]))
+        await reply.whole(200, [(b"content-type", b"application/json")], body)
+
+    return app
 
 
 def _served(pool: Pool) -> dict[str, Mapping[str, Any]]:

@@ -12,12 +12,13 @@ import random
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from types import SimpleNamespace, TracebackType
+from typing import Any
 
 import aiohttp
 
 from gateway import problems, route
 from gateway.call import Call
-from gateway.health import Watch
+from gateway.health import Watch, ask
 from gateway.replica import Replica, describe
 from policies.schema import Gateway
 
@@ -119,6 +120,12 @@ class Pool:
                 replica.in_flight -= 1
                 if response is not None:
                     response.close()
+
+    async def ask_all(self, path: str) -> list[dict[str, Any] | None]:
+        """What each replica answers to a GET, in their order; None where that is no JSON object."""
+        assert self._session is not None, "the pool is used outside of its lifespan"
+        session = self._session
+        return await asyncio.gather(*(ask(session, replica, path) for replica in self.replicas))
 
     def _choose(self, model: str, passed: set[Replica]) -> Replica:
         rest = [replica for replica in self.replicas if replica not in passed]

@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -71,6 +72,7 @@ def load_served(runtime: Runtime, source: Path | str, streams: Streams) -> Serve
     import torch
 
     from cache.tokens import Tokenizer
+    from runtime import fingerprint
     from runtime.engine import Engine
     from runtime.loading import load_model
     from runtime.worker import Served
@@ -78,14 +80,18 @@ def load_served(runtime: Runtime, source: Path | str, streams: Streams) -> Serve
     started = time.perf_counter()
     if runtime.threads:  # else OMP_NUM_THREADS, which `headgate serve` sets, or all cores
         torch.set_num_threads(runtime.threads)
-    model, folder = load_model(
-        source,
-        kv_tokens=runtime.kv_tokens,
-        device=runtime.device,
-        dtype=runtime.dtype,
-        revision=runtime.revision,
-    )
+    with ThreadPoolExecutor(1, "digests") as beside:  # hashing lets the interpreter go on
+        digests = isinstance(source, Path) and beside.submit(fingerprint.read_weights, source)
+        model, folder = load_model(
+            source,
+            kv_tokens=runtime.kv_tokens,
+            device=runtime.device,
+            dtype=runtime.dtype,
+            revision=runtime.revision,
+        )
+        weights = digests.result() if digests else fingerprint.read_weights(folder)
     tokenizer = Tokenizer.load(folder)
+    identity = fingerprint.take(folder, weights, runtime, model.device)
     engine = Engine(
         model,
         tokenizer,
@@ -102,9 +108,11 @@ def load_served(runtime: Runtime, source: Path | str, streams: Streams) -> Serve
         "parameters": model.parameters,
         "kv_bytes": model.kv_bytes,
         "load_s": round(time.perf_counter() - started, 2),
+        "fingerprint": identity.short,
     }
     logging.getLogger("runtime").info("%s is loaded: %s", source, facts)
-    return Served(served_name(runtime, source), engine, tokenizer, facts, int(time.time()))
+    name = served_name(runtime, source)
+    return Served(name, engine, tokenizer, facts, int(time.time()), identity)
 
 
 def give_up(error: BaseException) -> None:

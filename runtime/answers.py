@@ -41,6 +41,7 @@ class Answer:
         *,
         limit_tokens: int,
         vocabulary: int,
+        fingerprint: str,
     ) -> None:
         self._asked = asked
         self._wants_logprobs = alternatives(asked) is not None
@@ -55,9 +56,9 @@ class Answer:
         now = int(time.time())
         chat = isinstance(asked, ChatRequest)
         self._envelope = (
-            Envelope.chat(asked.model, now, stream=bool(asked.stream))
+            Envelope.chat(asked.model, now, fingerprint, stream=bool(asked.stream))
             if chat
-            else Envelope.completion(asked.model, now)
+            else Envelope.completion(asked.model, now, fingerprint)
         )
         self._chunks: Callable[[_Choice, Piece], Iterator[dict[str, Any]]] = (
             self._chat_chunks if chat else self._completion_chunks

@@ -1,4 +1,5 @@
-"""The runtime's HTTP server: /v1/chat/completions, /v1/completions, /v1/models, /health.
+"""The runtime's HTTP server: /v1/chat/completions, /v1/completions, /v1/models,
+/v1/fingerprint, /health.
 
 Knows the life of a request inside one worker; knows neither policy files nor other workers.
 """
@@ -49,12 +50,17 @@ def create_app(worker: Worker) -> Starlette:
         _check_model(request.path_params["name"], served)
         return _json(_model(served))
 
+    async def fingerprint(_: Request) -> Response:
+        served = worker.require()
+        return _json({"model": served.name, **served.fingerprint.payload()})
+
     return Starlette(
         routes=[
             Route("/v1/chat/completions", _Completions(worker, chat=True), methods=["POST"]),
             Route("/v1/completions", _Completions(worker, chat=False), methods=["POST"]),
             Route("/v1/models", models),
             Route("/v1/models/{name:path}", model),
+            Route("/v1/fingerprint", fingerprint),
             Route("/health", health),
         ],
         exception_handlers={
@@ -112,6 +118,7 @@ class _Completions:
             served.tokenizer,
             limit_tokens=limit,
             vocabulary=engine.vocabulary,
+            fingerprint=served.fingerprint.short,
         )
         return asked, answer
 

@@ -71,19 +71,28 @@ class Envelope:
     created: int
     model: str
     object: str
+    fingerprint: str
 
     @classmethod
-    def chat(cls, model: str, created: int, *, stream: bool) -> Envelope:
+    def chat(cls, model: str, created: int, fingerprint: str, *, stream: bool) -> Envelope:
         name = "chat.completion.chunk" if stream else "chat.completion"
-        return cls(f"chatcmpl-{secrets.token_hex(12)}", created, model, name)
+        return cls(f"chatcmpl-{secrets.token_hex(12)}", created, model, name, fingerprint)
 
     @classmethod
-    def completion(cls, model: str, created: int) -> Envelope:
-        return cls(f"cmpl-{secrets.token_hex(12)}", created, model, "text_completion")
+    def completion(cls, model: str, created: int, fingerprint: str) -> Envelope:
+        name = "text_completion"
+        return cls(f"cmpl-{secrets.token_hex(12)}", created, model, name, fingerprint)
 
     def wrap(self, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
-        head = {"id": self.id, "object": self.object, "created": self.created, "model": self.model}
-        return head | {"choices": choices} | more
+        return {
+            "id": self.id,
+            "object": self.object,
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": self.fingerprint,
+            "choices": choices,
+            **more,
+        }
 
 
 def chat_logprobs(entries: Iterable[TokenLogprob] | None) -> dict[str, Any] | None:

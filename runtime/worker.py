@@ -16,6 +16,7 @@ from starlette.applications import Starlette
 
 from cache.tokens import Tokenizer
 from runtime.engine import Engine
+from runtime.fingerprint import Fingerprint
 from runtime.streams import Streams
 from runtime.wire import Problem
 
@@ -29,6 +30,7 @@ class Served:
     tokenizer: Tokenizer
     facts: dict[str, Any]  # device, dtype, parameters, ...: shown by /health
     created: int
+    fingerprint: Fingerprint
 
 
 class Worker:

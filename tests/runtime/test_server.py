@@ -23,6 +23,7 @@ import uvicorn
 
 from cache.tokens import Tokenizer
 from runtime.engine import Engine
+from runtime.fingerprint import LEAVES, combine
 from runtime.loading import load_model
 from runtime.model import Model
 from runtime.server import create_app
@@ -102,11 +103,12 @@ def serving(
     """A worker on a free port; its loading waits for `wait`."""
     model = Gated(load_model(folder, kv_tokens=1024)[0])
     tokenizer = Tokenizer.load(folder)
+    identity = combine(dict.fromkeys(LEAVES))
 
     def load(streams: Streams) -> Served:
         assert wait is None or wait.wait(LIMIT_S)
         made = Engine(model, tokenizer, emit=streams.emit, **engine)  # type: ignore[arg-type]
-        return Served("tiny", made, tokenizer, {"device": "cpu"}, 0)
+        return Served("tiny", made, tokenizer, {"device": "cpu"}, 0, identity)
 
     died_of: list[BaseException] = []
     worker = Worker(load, max_body_bytes=2**16, on_failure=died_of.append)
@@ -146,6 +148,23 @@ def test_while_the_model_loads_the_worker_says_so(folder: Path) -> None:
         loaded.set()
         world.until(lambda: world.client.get("/health").status_code == 200)
         assert world.post().status_code == 200
+
+
+def test_every_answer_carries_the_fingerprint_that_the_worker_tells(folder: Path) -> None:
+    """Whole and streamed, chat and text: what GET /v1/fingerprint says, on every chunk."""
+    with serving(folder) as world:
+        told = world.client.get("/v1/fingerprint").json()
+        assert told["model"] == "tiny"
+        assert told["leaves"].keys() == set(LEAVES)
+        bodies = [world.post().json()]
+        text = HELLO | {"prompt": "hi", "stream": False}
+        bodies.append(world.client.post("/v1/completions", json=text).json())
+        for path in (CHAT, "/v1/completions"):
+            body = text | {"stream": True, "stream_options": {"include_usage": True}}
+            lines = world.client.post(path, json=body).text.split("\n\n")
+            bodies += [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+        assert len(bodies) > 8
+        assert {body["system_fingerprint"] for body in bodies} == {told["system_fingerprint"]}
 
 
 def test_a_full_queue_is_503_with_retry_after_and_takes_nothing(folder: Path) -> None:
