@@ -1,0 +1,304 @@
+"""What an answer must look like (JSON schema, regex, choice, grammar) -> which tokens may come.
+
+Knows llguidance, as its sole importer, and one model's vocabulary; knows no requests, no tensors.
+Tokens are matched by their exact bytes, so every tokenizer that this project reads will do.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any, Literal
+
+import llguidance
+import numpy as np
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
+from llguidance.gbnf_to_lark import gbnf_to_lark, is_lark_syntax
+from numpy.typing import NDArray
+
+from cache.tokens import Tokenizer
+
+TEXT_MAX = 65_536  # characters of a schema, regex, list of choices or grammar
+GBNF_MAX = 16_384  # its conversion takes time with the square of the length
+CACHED_MAX = 32  # compiled grammars; the worst of them holds about 20 MB
+RENEW_MAX_S = 0.05  # what compiled slower is not compiled again between two tokens
+REASON_CHARS_MAX = 400
+UNSATISFIABLE = "nothing that this model can write satisfies it"
+
+# Measured on 2 cores: a hostile schema compiles in 1.5 s at most, a hostile regex costs 40 ms a
+# token at most; both are then refused.
+LIMITS = LLParserLimits(
+    initial_lexer_fuel=200_000,
+    step_lexer_fuel=100_000,
+    step_max_items=20_000,
+    max_lexer_states=20_000,
+    max_grammar_size=100_000,
+    verbose_errors=False,
+)
+# Forcing would tokenize bytes that can only come out one way, all of them at once, by calling back
+# into Python: a regex like a{1000}{1000} then takes 8 s for its first token.
+UNFORCED = '\n%llguidance {"no_forcing": true}\n'
+# Whitespace without an end is a favourite of small models.
+WHITESPACE = r"[ \n\r\t]{1,40}"
+
+Kind = Literal["json_schema", "regex", "choice", "grammar"]
+
+
+class GrammarRefused(Exception):
+    """A grammar that cannot be enforced; says why, in words for whoever wrote it."""
+
+
+class GrammarFailed(Exception):
+    """An answer cannot go on in its grammar, which had compiled well."""
+
+
+@dataclass(frozen=True, slots=True)
+class GrammarSpec:
+    """What an answer must look like, as a request says it; compiled by `Grammars.compile`.
+
+    `text` is, by kind: a JSON schema; a regular expression for the whole answer (Rust's syntax,
+    no look-around); a JSON list of strings; a grammar in Lark's syntax or in GBNF. In Lark text,
+    `json_rule` gives a rule for JSON, quoted strings are text, and `<[7]>` is the token of id 7:
+    special tokens match by id only, never as text. A call of a tool in tags of plain text is thus
+    `GrammarSpec("grammar", f'start: "<tool_call>" {json_rule(schema)} "</tool_call>"')`.
+
+    `lenient` leaves out the keywords of a JSON schema that cannot be enforced, instead of refusing
+    the schema. `param` is the request's field, for refusals.
+    """
+
+    kind: Kind
+    text: str
+    lenient: bool = False
+    param: str | None = field(default=None, compare=False)
+
+
+def json_rule(schema: Mapping[str, Any], *, lenient: bool = False) -> str:
+    """A JSON schema as an expression of a Lark grammar. Properties come in the schema's order."""
+    options = {"whitespace_pattern": WHITESPACE, "lenient": lenient}
+    return "%json " + json.dumps({**schema, "x-guidance": options})
+
+
+class Grammar:
+    """Where one answer stands in its grammar. For one thread at a time."""
+
+    __slots__ = ("_compiled", "_ended", "_matcher", "_tokens")
+
+    def __init__(self, compiled: CompiledGrammar, matcher: LLMatcher) -> None:
+        self._compiled = compiled
+        self._matcher = matcher
+        self._tokens: list[int] = []  # accepted so far, without the end
+        self._ended = 0  # end tokens accepted
+
+    @property
+    def may_end(self) -> bool:
+        """True when the answer is complete as it stands; an end token is allowed then."""
+        return self._matcher.is_accepting()
+
+    @property
+    def is_terminated(self) -> bool:
+        """True when the answer has ended, or when nothing but its end may follow."""
+        return self._ended > 0 or (self._matcher.is_stopped() and not self._matcher.is_error())
+
+    def fill(self, row: NDArray[np.int32]) -> None:
+        """Writes the mask of the next token: bit `id % 32` of word `id // 32`, 1 for allowed.
+
+        `row` has `mask_words(vocabulary)` words. Raises GrammarFailed.
+        """
+        self._matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
+        if self._matcher.is_error():
+            self._renew()
+            self._matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
+            self._check()
+
+    def accept(self, token: int) -> None:
+        """Takes a token that the mask allowed. Raises GrammarFailed for any other."""
+        if token in self._compiled.end_ids:
+            if not (self._ended or self.may_end):
+                raise GrammarFailed("the answer may not end here")
+            self._ended += 1
+            return
+        if self._ended:
+            raise GrammarFailed(f"token {token} comes after the end")
+        if not self._matcher.consume_token(token):
+            self._renew()
+            if not self._matcher.consume_token(token):
+                raise GrammarFailed(f"token {token} may not come here")
+        self._tokens.append(token)
+
+    def rollback(self, count: int) -> None:
+        """Takes back the last `count` accepted tokens."""
+        ends = min(count, self._ended)
+        self._ended -= ends
+        count -= ends
+        if count:
+            self._matcher.rollback(count)
+            del self._tokens[-count:]
+            self._check()
+
+    def _renew(self) -> None:
+        """Another matcher at the same place: answers share a table of states, which can be full."""
+        try:
+            matcher = self._compiled.renew()
+        except GrammarRefused as error:
+            raise GrammarFailed(str(error)) from error
+        if matcher is not None and matcher.consume_tokens(self._tokens):
+            self._matcher = matcher
+        self._check()
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise GrammarFailed(_reason(self._matcher.get_error()))
+
+
+class CompiledGrammar:
+    """A grammar over one vocabulary, shared by the answers that follow it. From any thread."""
+
+    def __init__(self, tokens: LLTokenizer, lark: str, end_ids: frozenset[int]) -> None:
+        """Raises GrammarRefused."""
+        self.end_ids = end_ids
+        self._tokens = tokens
+        self._lark = lark
+        started = perf_counter()
+        self._first = self._compile()
+        self._compile_s = perf_counter() - started
+
+    def begin(self) -> Grammar:
+        """The grammar at its start, for one answer."""
+        return Grammar(self, self._first.deep_copy())
+
+    def renew(self) -> LLMatcher | None:
+        """A matcher that shares nothing with earlier ones; None where that takes too long."""
+        if self._compile_s > RENEW_MAX_S:
+            return None
+        self._first = self._compile()
+        return self._first.deep_copy()
+
+    def _compile(self) -> LLMatcher:
+        matcher = LLMatcher(self._tokens, self._lark, log_level=0, limits=LIMITS)
+        # What is too complex often shows at the first token only; empty grammars always do.
+        mask = b"" if matcher.is_error() else matcher.compute_bitmask()
+        if matcher.is_error():
+            raise GrammarRefused(_reason(matcher.get_error()))
+        if not any(mask):
+            raise GrammarRefused(UNSATISFIABLE)
+        return matcher
+
+
+def mask_words(vocabulary: int) -> int:
+    """How many 32-bit words hold one bit a token."""
+    return (vocabulary + 31) // 32
+
+
+class Grammars:
+    """Compiles grammars for one model, and remembers the last ones. From any thread."""
+
+    def __init__(self, tokenizer: Tokenizer, vocabulary: int) -> None:
+        """`vocabulary` is how many token ids both the tokenizer and the model have."""
+        self._end_ids = frozenset(one for one in tokenizer.eos_ids if one < vocabulary)
+        self._tokens = _read_vocabulary(tokenizer, vocabulary, self._end_ids)
+        self._known: OrderedDict[GrammarSpec, CompiledGrammar] = OrderedDict()
+        self._compiling = threading.Lock()  # one at a time: the other cores have streams to feed
+
+    def known(self, spec: GrammarSpec) -> CompiledGrammar | None:
+        """At no cost, what was compiled before."""
+        return self._known.get(spec)
+
+    def compile(self, spec: GrammarSpec) -> CompiledGrammar:
+        """Takes 1 to 10 ms mostly, for a hostile grammar 2 s: keep it out of the event loop.
+
+        Raises GrammarRefused.
+        """
+        with self._compiling:
+            compiled = self._known.pop(spec, None)
+            if compiled is None:
+                if self._tokens is None:
+                    raise GrammarRefused("this model has no end token, so no grammar could end")
+                compiled = CompiledGrammar(self._tokens, _lark(spec), self._end_ids)
+            self._known[spec] = compiled
+            while len(self._known) > CACHED_MAX:
+                self._known.popitem(last=False)
+        return compiled
+
+
+class _Vocabulary:
+    """Token ids and their bytes, as llguidance asks for them."""
+
+    bos_token_id = None
+
+    def __init__(self, tokens: Sequence[bytes], special: Sequence[int], end: int) -> None:
+        self.tokens = tokens
+        self.special_token_ids = special
+        self.eos_token_id = end
+
+    def __call__(self, text: str) -> list[int]:
+        raise AssertionError(f"no grammar here forces text, but {text[:20]!r} was forced")
+
+
+def _read_vocabulary(
+    tokenizer: Tokenizer, vocabulary: int, end_ids: frozenset[int]
+) -> LLTokenizer | None:
+    """Holds the interpreter's lock for half a second with 150,000 tokens: done while loading."""
+    if not end_ids:
+        return None
+    tokens = [tokenizer.token_bytes(one) for one in range(vocabulary)]
+    special = sorted(one for one in tokenizer.special_ids if one < vocabulary)
+    ends = sorted(end_ids)
+    words = _Vocabulary(tokens, special, ends[0])
+    return LLTokenizer(TokenizerWrapper(words), eos_token=ends)
+
+
+def _lark(spec: GrammarSpec) -> str:
+    """The grammar in llguidance's own syntax. Raises GrammarRefused."""
+    if not spec.text:
+        raise GrammarRefused("it is empty")
+    if len(spec.text) > TEXT_MAX:
+        raise GrammarRefused(f"it has {len(spec.text)} characters, at most {TEXT_MAX} are accepted")
+    if spec.kind == "json_schema":
+        return "start: " + json_rule(_schema(spec.text), lenient=spec.lenient) + UNFORCED
+    if spec.kind == "regex":
+        # \d as ASCII digits: what counts as a digit in Unicode differs from library to library.
+        return f"start: /{llguidance.regex_to_lark(spec.text, use_ascii='d')}/" + UNFORCED
+    if spec.kind == "choice":
+        return "start: " + " | ".join(map(json.dumps, json.loads(spec.text))) + UNFORCED
+    return (spec.text if is_lark_syntax(spec.text) else _from_gbnf(spec.text)) + UNFORCED
+
+
+def _schema(text: str) -> dict[str, Any]:
+    try:
+        schema = json.loads(text)
+    except ValueError as error:
+        raise GrammarRefused(f"it is not valid JSON: {error}") from None
+    except RecursionError:
+        raise GrammarRefused("it is nested too deeply") from None
+    if not isinstance(schema, dict):
+        raise GrammarRefused("a JSON schema must be an object here")
+    return schema
+
+
+def _from_gbnf(text: str) -> str:
+    if len(text) > GBNF_MAX:
+        raise GrammarRefused(f"in GBNF at most {GBNF_MAX} characters are accepted; use Lark syntax")
+    try:
+        return gbnf_to_lark(text)
+    except RecursionError:
+        raise GrammarRefused("it is nested too deeply") from None
+    except Exception as error:  # noqa: BLE001 - it raises bare Exception for whatever is wrong
+        raise GrammarRefused(f"it is neither Lark (no `start:` rule) nor GBNF: {error}") from None
+
+
+def _reason(error: str) -> str:
+    """llguidance's words, without its dumps of grammar and state."""
+    text = error.partition("\n<")[0].partition("\n   1 |")[0].strip()
+    where, colon, rest = text.partition("): ")
+    if colon and where.startswith("at "):
+        text = rest
+    text = text.removeprefix("failed to compile JSON schema: ")
+    if text.startswith("NoExtension"):
+        return UNSATISFIABLE
+    if len(text) > REASON_CHARS_MAX:  # a regex that it quotes; the trouble is told at the end
+        text = f"{text[: REASON_CHARS_MAX // 4]} ... {text[-REASON_CHARS_MAX // 2 :]}"
+    return text
