@@ -140,10 +140,19 @@ class Runtime(_Policy):
         32768, ge=64, le=2**28, description="Tokens that the paged KV pool holds, in blocks of 16."
     )
     step_tokens: int = Field(
-        512,
+        2048,
         ge=16,
         le=2**20,
-        description="Token budget of one step, decode and prefill chunks together.",
+        description="Most tokens of one step, decode and prefill chunks together; `tpot_ms` cuts "
+        "it further while answers run.",
+    )
+    tpot_ms: float | None = Field(
+        100.0,
+        gt=0,
+        le=3_600_000,
+        description="Target for the time of one output token, where a request names none "
+        "(`x-slo-tpot-ms`): prefill chunks are cut so that running answers keep it. null: no "
+        "target, chunks fill `step_tokens`.",
     )
     max_sequences: int = Field(
         64, ge=1, le=4096, description="Sequences in one batch; more wait in arrival order."

@@ -100,7 +100,10 @@ def load_served(runtime: Runtime, source: Path | str, streams: Streams) -> Serve
         max_sequences=runtime.max_sequences,
         max_waiting=runtime.max_waiting,
         context_tokens=runtime.context_tokens,
+        tpot_s=runtime.tpot_ms / 1000 if runtime.tpot_ms else None,
+        identity=f"{identity.leaves['weights']} {model.dtype}",
     )
+    engine.calibrate()
     facts = {
         "device": str(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),

@@ -13,7 +13,7 @@ from typing import Any
 from cache.tokens import Tokenizer
 from runtime import shapes, wire
 from runtime.orders import Asked, alternatives, make_orders
-from runtime.sequence import Output
+from runtime.sequence import Output, Service
 from runtime.shapes import Envelope, FinishReason, Piece, TokenLogprob, Usage
 from runtime.wire import ChatRequest, CompletionRequest, Problem
 
@@ -28,6 +28,7 @@ class _Choice:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     opened: bool = False
+    cached_tokens: int = 0
 
 
 class Answer:
@@ -42,10 +43,11 @@ class Answer:
         limit_tokens: int,
         vocabulary: int,
         fingerprint: str,
+        service: Service,
     ) -> None:
         self._asked = asked
         self._wants_logprobs = alternatives(asked) is not None
-        self.orders = make_orders(asked, prompts, limit_tokens, vocabulary)
+        self.orders = make_orders(asked, prompts, limit_tokens, vocabulary, service)
         self._choices = [_Choice(index) for index in range(len(self.orders))]
         if isinstance(asked, CompletionRequest) and asked.echo:
             texts = _echo_texts(asked, prompts, tokenizer)
@@ -89,9 +91,11 @@ class Answer:
         """
         for output in outputs:
             if output.error is not None:
-                raise Problem(500, f"the engine failed: {output.error}", code="engine_error")
+                raise _failure(output)
             choice = self._by_key[output.key]
             self._usage.completion_tokens += len(output.token_ids)
+            self._usage.cached_tokens += output.cached_tokens - choice.cached_tokens
+            choice.cached_tokens = output.cached_tokens
             choice.finish_reason = output.finish_reason
             if output.text or output.logprobs or output.finish_reason:
                 logprobs = output.logprobs if self._wants_logprobs else None
@@ -169,6 +173,12 @@ class Answer:
             for choice in self._choices
         ]
         return self._envelope.wrap(choices, usage=self._usage.payload())
+
+
+def _failure(output: Output) -> Problem:
+    if output.error_code == "deadline_exceeded":
+        return Problem(504, str(output.error), code=output.error_code)
+    return Problem(500, f"the engine failed: {output.error}", code=output.error_code)
 
 
 def _echo_texts(

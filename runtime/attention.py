@@ -29,11 +29,15 @@ NAME = "headgate_paged"
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """`count` tokens of one sequence that end at its token number `context`, kept in `blocks`."""
+    """`count` tokens of one sequence that end at its token number `context`, kept in `blocks`.
+
+    Others may read the first `sealed` positions: what is computed there again is not written.
+    """
 
     context: int
     count: int
     blocks: list[int]
+    sealed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +97,11 @@ class StepLayout:
         return mask
 
 
-def lay_out(spans: Many[Span], device: torch.device) -> StepLayout:
-    """The layout of a step from its spans, those of one token first."""
+def lay_out(spans: Many[Span], device: torch.device, scratch_slot: int = 0) -> StepLayout:
+    """The layout of a step from its spans, those of one token first.
+
+    Keys and values that are not to be written go to `scratch_slot`, which nobody reads.
+    """
     decodes = [span for span in spans if span.count == 1]
     width = max((len(span.blocks) for span in decodes), default=0)
     tables = np.zeros((len(decodes), width), dtype=np.int64)
@@ -106,12 +113,13 @@ def lay_out(spans: Many[Span], device: torch.device) -> StepLayout:
         if number < len(decodes):
             tables[number, : len(span.blocks)] = span.blocks
             last = span.context - 1
-            slots.append(span.blocks[last // BLOCK_TOKENS] * BLOCK_TOKENS + last % BLOCK_TOKENS)
+            slot = span.blocks[last // BLOCK_TOKENS] * BLOCK_TOKENS + last % BLOCK_TOKENS
+            slots.append(scratch_slot if last < span.sealed else slot)
             continue
         assert span.count > 1, "spans of one token stand before the longer ones"
         held = torch.tensor(span.blocks[: blocks_for(span.context)], device=device)
         chunks.append(Chunk(len(slots), span.count, span.context, held))
-        slots += _slots(span)
+        slots += _slots(span, scratch_slot)
     contexts = np.array([span.context for span in decodes], dtype=np.int64)
     return StepLayout(
         starts=starts,
@@ -122,12 +130,16 @@ def lay_out(spans: Many[Span], device: torch.device) -> StepLayout:
     )
 
 
-def _slots(span: Span) -> list[int]:
+def _slots(span: Span, scratch_slot: int) -> list[int]:
     """The pool positions that a span's tokens are written to."""
-    at = np.arange(span.context - span.count, span.context)
+    first = span.context - span.count
+    at = np.arange(first, span.context)
     blocks = np.array(span.blocks, dtype=np.int64)[at // BLOCK_TOKENS]
-    slots: list[int] = (blocks * BLOCK_TOKENS + at % BLOCK_TOKENS).tolist()
-    return slots
+    slots = blocks * BLOCK_TOKENS + at % BLOCK_TOKENS
+    if first < span.sealed:
+        slots[at < span.sealed] = scratch_slot
+    listed: list[int] = slots.tolist()
+    return listed
 
 
 class PagedLayer:

@@ -2,35 +2,51 @@
 
 Knows the scheduler, the model, the sampler and the tokenizer; knows no HTTP and no event loop.
 Others talk to it through `submit`, `cancel` and `stop`, which any thread may call, and hear from it
-through `emit`, which the engine's thread calls once a step.
+through `emit`, which the engine's thread calls once a step, and through a `Listener`.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence as Many
 from dataclasses import dataclass, field
-from time import perf_counter
+from heapq import heappop, heappush
+from time import monotonic, perf_counter
+from typing import Protocol
 
 import torch
 
+from cache.blocks import root_hash
 from cache.tokens import Tokenizer
 from runtime import sample
 from runtime.attention import Span, lay_out
-from runtime.kv import BLOCK_TOKENS, BlockCounts, BlockPool
+from runtime.calibrate import measure_costs
+from runtime.costs import StepCosts, StepSize
+from runtime.kv import BLOCK_TOKENS, BlockCounts, BlockPool, PoolWatcher
 from runtime.logprobs import token_logprob
 from runtime.model import Model
-from runtime.scheduler import Scheduler, Work
-from runtime.sequence import Output, Reply, Sampling, Sequence
+from runtime.scheduler import Scheduler, Work, step_size
+from runtime.sequence import Output, Reply, Sampling, Sequence, Service, Times
 from runtime.shapes import FinishReason, TokenLogprob
 
 log = logging.getLogger(__name__)
 
 
+# An empty plan while sequences wait means that something else has to come first.
+_IDLE_WAIT_S = 0.002
+# The logits of scored prompts take this much memory at most in one step.
+_SCORED_BYTES = 256 * 2**20
+
+
 class QueueFull(Exception):
-    """As many sequences wait as the policy allows; nothing was taken."""
+    """As many sequences wait as the policy allows; nothing was taken. `retry_s`: when to retry."""
+
+    def __init__(self, message: str, retry_s: float) -> None:
+        super().__init__(message)
+        self.retry_s = retry_s
 
 
 class EngineStopped(Exception):
@@ -39,10 +55,16 @@ class EngineStopped(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """A prompt to continue; several of one request are submitted together."""
+    """A prompt to continue; several of one request are submitted together.
+
+    Only prompts with the same `salt` share cached blocks.
+    """
 
     prompt: Many[int]
     sampling: Sampling
+    service: Service = Service()
+    salt: str | None = None
+    adapter: str | None = None
 
 
 @dataclass(slots=True)
@@ -56,11 +78,36 @@ class StepClock:
 
 
 @dataclass(frozen=True, slots=True)
+class StepRecord:
+    """One step, for those who count: sizes, seconds, and what it left behind."""
+
+    size: StepSize
+    sequences: int
+    sampled: int
+    seconds: float
+    forward_s: float
+    running: int
+    waiting: int
+
+
+class Listener(Protocol):
+    """Hears what happens, in the engine's thread: it has to be quick."""
+
+    def stepped(self, record: StepRecord) -> None: ...
+
+    def ended(self, sequence: Sequence, reason: str, now: float) -> None:
+        """`reason` is a finish reason, "abort" for a cancelled one, "error" or "deadline"."""
+
+
+@dataclass(frozen=True, slots=True)
 class Load:
     running: int
     waiting: int
     blocks: BlockCounts
     preemptions: int
+    prompt_tokens: int = 0  # of all admitted prompts so far
+    cached_tokens: int = 0  # of these, found instead of computed
+    evictions: int = 0
 
 
 @dataclass(slots=True)
@@ -70,6 +117,7 @@ class _Inbox:
     ready: threading.Condition = field(default_factory=threading.Condition)
     orders: deque[Sequence] = field(default_factory=deque)
     cancels: deque[int] = field(default_factory=deque)
+    clear: bool = False
     open: bool = True
 
 
@@ -90,41 +138,96 @@ class Engine:
         max_sequences: int = 64,
         max_waiting: int = 1024,
         context_tokens: int | None = None,
+        tpot_s: float | None = None,
+        identity: str = "",
+        watchers: Many[PoolWatcher] = (),
+        listener: Listener | None = None,
+        now: Callable[[], float] = monotonic,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.clock = StepClock()
+        self.identity = identity  # of weights and their format: cached blocks are only theirs
+        self.now = now
         self._emit = emit
-        self._pool = BlockPool(model.blocks)
+        self._listener = listener
+        self._pool = BlockPool(model.blocks, watchers)
+        self.vocabulary = min(tokenizer.vocab_size, model.vocab_size)
         self._scheduler = Scheduler(
-            self._pool, step_tokens=step_tokens, max_sequences=max_sequences
+            self._pool,
+            step_tokens=step_tokens,
+            max_sequences=max_sequences,
+            scored_rows=max(BLOCK_TOKENS, _SCORED_BYTES // (4 * model.vocab_size)),
+            tpot_s=tpot_s,
         )
         self._max_waiting = max_waiting
         longest = min(model.context_tokens, self._pool.total * BLOCK_TOKENS)
         self.limit_tokens = min(longest, context_tokens or longest)
-        self.vocabulary = min(tokenizer.vocab_size, model.vocab_size)
         self._inbox = _Inbox()
+        self._deadlines: list[tuple[float, int]] = []  # a heap: when, key
+        self._prompt_tokens = self._cached_tokens = 0
         self._replies: dict[int, tuple[Sequence, Reply]] = {}
         self._next_key = 0
+
+    def calibrate(self, budget_s: float = 1.0) -> StepCosts:
+        """Measures what steps cost, before the first one: chunks are then cut to their targets."""
+        assert not self._replies, "steps are measured before there is work"
+        scheduler = self._scheduler
+        costs = measure_costs(
+            self.model, scheduler.step_tokens, scheduler.max_sequences, budget_s=budget_s
+        )
+        scheduler.costs = costs
+        return costs
 
     # ---- any thread ------------------------------------------------------------------------------
 
     def submit(self, orders: Many[Order]) -> list[int]:
         """A key per order, in order. Raises QueueFull or EngineStopped, taking none."""
-        inbox = self._inbox
+        inbox, arrived = self._inbox, self.now()
+        made = [self._sequence(order, arrived) for order in orders]
         with inbox.ready:
             if not inbox.open:
                 raise EngineStopped("the engine is stopping")
             waiting = len(inbox.orders) + len(self._scheduler.waiting)
             if waiting and waiting + len(orders) > self._max_waiting:
-                raise QueueFull(f"{waiting} requests wait already")
-            keys = []
-            for order in orders:
-                keys.append(self._next_key)
-                inbox.orders.append(Sequence(self._next_key, order.prompt, order.sampling))
+                raise QueueFull(f"{waiting} requests wait already", self._drain_s(waiting))
+            for sequence in made:
+                sequence.key = self._next_key
                 self._next_key += 1
+            inbox.orders += made
             inbox.ready.notify()
-        return keys
+        return [sequence.key for sequence in made]
+
+    def _sequence(self, order: Order, arrived: float) -> Sequence:
+        """Hashing a long prompt takes a while: it is done before anything is locked."""
+        root = root_hash(model=self.identity, adapter=order.adapter, salt=order.salt)
+        return Sequence(
+            -1,
+            order.prompt,
+            order.sampling,
+            order.service,
+            root,
+            order.adapter,
+            order.salt,
+            Times(arrived),
+        )
+
+    def _drain_s(self, waiting: int) -> float:
+        """About when a place of the full queue is free: the prompts before it, as they come."""
+        costs, running = self._scheduler.costs, len(self._scheduler.running)
+        if costs is None:
+            return 1.0
+        queue = list(self._scheduler.waiting)[:64]
+        average = sum(one.prompt_tokens for one in queue) / max(1, len(queue))
+        batch = max(1, running)
+        answer_s = costs.estimate(StepSize(batch)) * 64 / batch  # a place costs its answer, too
+        return (costs.prefill_s(math.ceil(average)) + answer_s) * max(1, waiting // 8)
+
+    def forget_cached(self) -> None:
+        """Before the next step, everything cached can no longer be found."""
+        with self._inbox.ready:
+            self._inbox.clear = True
+            self._inbox.ready.notify()
 
     def cancel(self, keys: Many[int]) -> None:
         """Frees these sequences before the next step; unknown or ended ones are ignored."""
@@ -138,11 +241,23 @@ class Engine:
             self._inbox.open = False
             self._inbox.ready.notify()
 
+    def check(self) -> None:
+        """Raises AssertionError when a block is lost; call it while no step runs."""
+        self._pool.check()
+
     def load(self) -> Load:
         """A snapshot for health answers; may be one step old."""
         scheduler = self._scheduler
         waiting = len(scheduler.waiting) + len(self._inbox.orders)
-        return Load(len(scheduler.running), waiting, self._pool.counts(), scheduler.preemptions)
+        return Load(
+            len(scheduler.running),
+            waiting,
+            self._pool.counts(),
+            scheduler.preemptions,
+            self._prompt_tokens,
+            self._cached_tokens,
+            self._pool.evictions,
+        )
 
     # ---- the engine's thread ---------------------------------------------------------------------
 
@@ -153,45 +268,89 @@ class Engine:
             if outputs:
                 self._emit(outputs)
         for key in list(self._replies):
-            self._forget(key)
+            self._forget(key, "abort")
         self._pool.check()
 
     def step(self) -> list[Output]:
         """One packed forward: what each sequence gained from it."""
-        started = perf_counter()
-        plan = self._scheduler.plan()
+        started, now = perf_counter(), self.now()
+        late = self._past_deadline(now)
+        plan = self._scheduler.plan(now)
         if not plan:
-            assert not self._replies, "sequences wait but none can run"
-            return []
+            if self._replies:
+                self._wait_for_others()
+            return late
+        size, forward_s = step_size(plan), self.clock.forward_s
         try:
             outputs = self._advance(plan, *self._forward(plan))
         except Exception as error:  # whatever fails, the clients hear of it and the worker lives
             log.exception("a step with %d sequences failed", len(plan))
             reason = (str(error) or type(error).__name__).splitlines()[0]
-            return [self._fail(work.sequence, reason) for work in plan]
-        clock = self.clock
+            return late + [self._fail(work.sequence, reason) for work in plan]
+        self._account(plan, size, len(outputs), perf_counter() - started, forward_s)
+        return late + outputs
+
+    def _account(
+        self, plan: list[Work], size: StepSize, sampled: int, seconds: float, forward_before: float
+    ) -> None:
+        """What the step took, for the clock, the cost table and whoever listens."""
+        clock, scheduler = self.clock, self._scheduler
         clock.steps += 1
-        clock.tokens += len(outputs)
-        clock.step_s += perf_counter() - started
+        clock.tokens += sampled
+        clock.step_s += seconds
+        if scheduler.costs is not None:
+            scheduler.costs.observe(size, seconds)
+        if self._listener is not None:
+            forward_s = clock.forward_s - forward_before
+            running, waiting = len(scheduler.running), len(scheduler.waiting)
+            record = StepRecord(size, len(plan), sampled, seconds, forward_s, running, waiting)
+            self._listener.stepped(record)
+
+    def _wait_for_others(self) -> None:
+        """Sequences wait but none can run yet: gives way until something comes in, or a moment."""
+        inbox = self._inbox
+        with inbox.ready:
+            if inbox.open and not (inbox.orders or inbox.cancels):
+                inbox.ready.wait(_IDLE_WAIT_S)
+
+    def _past_deadline(self, now: float) -> list[Output]:
+        """Gives up what has run out of its time."""
+        outputs = []
+        while self._deadlines and self._deadlines[0][0] <= now:
+            _, key = heappop(self._deadlines)
+            if key in self._replies:
+                sequence, _ = self._replies[key]
+                reason = f"the deadline of {sequence.service.deadline_s} s has passed"
+                outputs.append(self._fail(sequence, reason, code="deadline_exceeded"))
         return outputs
 
     def take_orders(self, *, wait: bool) -> bool:
         """Moves what came in to the scheduler. False once the engine is to stop."""
         inbox = self._inbox
         with inbox.ready:
-            while wait and inbox.open and not (inbox.orders or inbox.cancels or self._replies):
+            while wait and inbox.open and not self._has_news():
                 inbox.ready.wait()
             orders, cancels = list(inbox.orders), list(inbox.cancels)
             inbox.orders.clear()
             inbox.cancels.clear()
+            clear, inbox.clear = inbox.clear, False
             going_on = inbox.open
         for sequence in orders:
             self._replies[sequence.key] = (sequence, Reply(self.tokenizer, sequence))
             self._scheduler.add(sequence)
+            if sequence.service.deadline_s is not None:
+                due = sequence.times.arrived + sequence.service.deadline_s
+                heappush(self._deadlines, (due, sequence.key))
         for key in cancels:
             if key in self._replies:
-                self._forget(key)
+                self._forget(key, "abort")
+        if clear:
+            self._pool.clear()
         return going_on
+
+    def _has_news(self) -> bool:
+        inbox = self._inbox
+        return bool(inbox.orders or inbox.cancels or inbox.clear or self._replies)
 
     def _forward(self, plan: list[Work]) -> tuple[torch.Tensor, list[int]]:
         """Logits of the rows that are read, and per work the first of its rows in them."""
@@ -204,7 +363,7 @@ class Engine:
             sequence, first = work.sequence, work.sequence.computed
             end = first + work.count
             start = len(ids)
-            spans.append(Span(end, work.count, sequence.blocks))
+            spans.append(Span(end, work.count, sequence.blocks, sequence.sealed * BLOCK_TOKENS))
             ids += sequence.tokens[first:end]
             positions += range(first, end)
             rows.append(len(keep))
@@ -212,7 +371,7 @@ class Engine:
                 keep += range(start, start + work.count)
             else:
                 keep.append(start + work.count - 1)
-        layout = lay_out(spans, self.model.device)
+        layout = lay_out(spans, self.model.device, self.model.scratch_slot)
         started = perf_counter()
         logits = self.model.forward(ids, positions, layout, keep)
         self.clock.forward_s += perf_counter() - started
@@ -230,7 +389,10 @@ class Engine:
                 outputs += self._score_prompt(work, logits[row : row + work.count])
                 row += work.count - 1
             sequence.computed += work.count
-            if catches_up and sequence.key in self._replies:
+            if sequence.key not in self._replies:
+                continue  # a prompt that was only to be scored
+            self._scheduler.seal(sequence)
+            if catches_up:
                 sampled.append(work)
                 last_rows.append(row)
         if sampled:
@@ -249,13 +411,20 @@ class Engine:
         tokens = sample.sample(logits, samplings, uniforms)
         tops = sample.top_logprobs(logits, tokens, [one.logprobs for one in samplings])
         outputs = []
+        now = self.now()
         for sequence, token, top in zip(sequences, tokens, tops, strict=True):
             sequence.tokens.append(token)
+            times = sequence.times
+            times.last_token = now
+            if times.first_token is None:
+                times.first_token = now
+                self._prompt_tokens += sequence.prompt_tokens
+                self._cached_tokens += sequence.cached
             reply = self._replies[sequence.key][1]
             entry = token_logprob(self.tokenizer, token, top, reply.chars) if top else None
             output = reply.push(token, entry)
             if output.finish_reason:
-                self._forget(sequence.key)
+                self._forget(sequence.key, output.finish_reason)
             outputs.append(output)
         return outputs
 
@@ -266,7 +435,7 @@ class Engine:
         outputs = []
         for sequence, good in zip(sequences, finite, strict=True):
             if not good:
-                self.model.wipe(sequence.blocks)
+                self.model.wipe(self._scheduler.distrust(sequence))
                 outputs.append(self._fail(sequence, "the model gave logits that are not finite"))
         rest = [row for row, good in enumerate(finite) if good]
         if rest:
@@ -305,19 +474,24 @@ class Engine:
             sequence.prompt_scored = wanted.stop
         done = sampling.max_tokens == 0 and work.catches_up
         if done:
-            self._forget(sequence.key)
+            self._forget(sequence.key, "length")
+        if not entries and not done:
+            return []
         reason: FinishReason | None = "length" if done else None
-        return [Output(sequence.key, "", (), tuple(entries), reason)] if entries or done else []
+        cached = sequence.cached
+        return [Output(sequence.key, "", (), tuple(entries), reason, cached_tokens=cached)]
 
-    def _fail(self, sequence: Sequence, reason: str) -> Output:
+    def _fail(self, sequence: Sequence, reason: str, code: str = "engine_error") -> Output:
         """An end without an answer, also for a sequence that ended in the step that failed."""
         if sequence.key in self._replies:
-            self._forget(sequence.key)
-        return Output(sequence.key, "", (), (), "length", error=reason)
+            self._forget(sequence.key, "deadline" if code == "deadline_exceeded" else "error")
+        return Output(sequence.key, "", (), (), "length", error=reason, error_code=code)
 
-    def _forget(self, key: int) -> None:
+    def _forget(self, key: int, why: str) -> None:
         sequence, _ = self._replies.pop(key)
         self._scheduler.remove(sequence)
+        if self._listener is not None:
+            self._listener.ended(sequence, why, self.now())
 
 
 def _scores_prompt(sequence: Sequence) -> bool:

@@ -47,13 +47,14 @@ class Model:
         self.vocab_size = table.shape[0]
         self.context_tokens: int = self.config.max_position_embeddings
         self.blocks = blocks
+        self.scratch_slot = blocks * BLOCK_TOKENS  # in one more block, which no sequence holds
         self._step = StepHolder()
         self._pool = [self._pool_of(layer) for layer in layers]
         for layer, kv in zip(layers, self._pool, strict=True):
             layer.module.paged_layer = PagedLayer(kv, self._step)  # type: ignore[assignment]
 
     def _pool_of(self, layer: LayerShape) -> LayerKV:
-        slots = self.blocks * BLOCK_TOKENS
+        slots = self.scratch_slot + BLOCK_TOKENS
 
         def empty(dim: int) -> torch.Tensor:
             return torch.zeros(slots, layer.kv_heads, dim, dtype=self.dtype, device=self.device)

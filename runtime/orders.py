@@ -5,11 +5,14 @@ Knows both endpoints' fields, the tokenizer and the limits; knows neither answer
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
+
 from cache.template import TemplateRefusal
 from cache.tokens import NoChatTemplate, Tokenizer, TooLong
 from runtime import wire
 from runtime.engine import Order
-from runtime.sequence import Sampling
+from runtime.sequence import Sampling, Service
 from runtime.wire import ChatRequest, CompletionRequest, Problem
 
 Asked = ChatRequest | CompletionRequest
@@ -19,9 +22,46 @@ Asked = ChatRequest | CompletionRequest
 ORDERS_MAX = 128
 SCORED_MAX = 1_000_000
 
+# Headers with targets and a deadline in milliseconds, as gateways and load generators send them.
+TTFT_HEADER = b"x-slo-ttft-ms"
+TPOT_HEADER = b"x-slo-tpot-ms"
+DEADLINE_HEADER = b"x-slo-deadline-ms"
+_TARGET_MS_MAX = 86_400_000.0
+
+
+def service_of(asked: Asked, headers: Iterable[tuple[bytes, bytes]]) -> Service:
+    """What the request asks of the scheduler: its `priority`, and the targets in its headers.
+
+    Raises Problem 400 for a target that is not a number of milliseconds.
+    """
+    given = {name: value for name, value in headers if name in _SERVICE_HEADERS}
+    ttft_s, tpot_s, deadline_s = (_seconds(name, given.get(name)) for name in _SERVICE_HEADERS)
+    return Service(asked.priority or 0, ttft_s, tpot_s, deadline_s)
+
+
+_SERVICE_HEADERS = (TTFT_HEADER, TPOT_HEADER, DEADLINE_HEADER)
+
+
+def _seconds(name: bytes, value: bytes | None) -> float | None:
+    if value is None:
+        return None
+    try:
+        given_ms = float(value)
+    except ValueError:
+        given_ms = math.nan
+    if not 0 < given_ms <= _TARGET_MS_MAX:
+        header, got = name.decode(), value[:40].decode("latin-1")
+        message = f"header {header}: expected milliseconds above 0, got {got!r}"
+        raise Problem(400, message, param=header, code="invalid_value")
+    return given_ms / 1000
+
 
 def make_orders(
-    asked: Asked, prompts: list[list[int]], limit_tokens: int, vocabulary: int
+    asked: Asked,
+    prompts: list[list[int]],
+    limit_tokens: int,
+    vocabulary: int,
+    service: Service,
 ) -> list[Order]:
     """`n` orders for each prompt, in the order of the answer's choices. Raises Problem 400."""
     copies = asked.n or 1
@@ -32,7 +72,12 @@ def make_orders(
         room = limit_tokens if asked.max_tokens == 0 else limit_tokens - 1
         _check_prompt(prompt, _param(asked, at), vocabulary, room)
     orders = [
-        Order(prompt, _sampling(asked, len(prompt), limit_tokens, copy))
+        Order(
+            prompt,
+            _sampling(asked, len(prompt), limit_tokens, copy),
+            service,
+            asked.cache_salt,
+        )
         for prompt in prompts
         for copy in range(copies)
     ]

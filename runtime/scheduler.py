@@ -1,19 +1,27 @@
 """Which tokens are computed next: one token budget a step, for decodes and prefill together.
 
-Knows sequences and the block pool; knows no model, no sampling and no clock. One rule: every
-sequence catches up with its own tokens. Decodes come first, then prompts in the order of arrival,
-cut to what is left of the budget. When blocks run out, the youngest sequence gives its blocks back
-and is computed again later.
+Knows sequences, the block pool and what steps cost; knows no model and no sampling. One rule: every
+sequence catches up with its own tokens. Decodes come first, then prompts in chunks, in the order of
+`Sequence.rank`: priority, due time, age. What is known already is not computed: a prompt begins
+with the blocks that the pool finds, and waits for those that another one is just computing. When
+blocks run out, whoever comes last gives up as much of its tail as is needed, and catches up later.
 """
 
 from __future__ import annotations
 
 from bisect import insort
-from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
+from heapq import merge
 
-from runtime.kv import BlockPool, OutOfBlocks, blocks_for
+from runtime.costs import StepCosts, StepSize, pairs
+from runtime.kv import BLOCK_TOKENS, BlockPool, blocks_for
 from runtime.sequence import Sequence
+
+# A chunk is never cut smaller than this for the sake of running answers, or a prompt would starve.
+CHUNK_TOKENS_MIN = 16
+# How much longer than its target one token may take when the answer is ahead of its targets.
+GAP_TARGETS = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,80 +37,254 @@ class Work:
         return self.sequence.computed + self.count == len(self.sequence.tokens)
 
 
-class Scheduler:
-    """Waiting and running sequences, both in the order of arrival."""
+def step_size(plan: list[Work]) -> StepSize:
+    """What a plan costs by: see `runtime.costs`."""
+    tokens = decode_context = chunk_pairs = 0
+    for work in plan:
+        tokens += work.count
+        if work.count == 1:
+            decode_context += work.sequence.computed + 1
+        else:
+            chunk_pairs += pairs(work.count, work.sequence.computed)
+    return StepSize(tokens, decode_context, chunk_pairs)
 
-    def __init__(self, pool: BlockPool, *, step_tokens: int, max_sequences: int) -> None:
+
+def _rank(sequence: Sequence) -> tuple[float, int]:
+    return sequence.rank
+
+
+class Scheduler:
+    """Waiting and running sequences, both by rank. A waiting one may hold blocks: it ran before."""
+
+    def __init__(
+        self,
+        pool: BlockPool,
+        *,
+        step_tokens: int,
+        max_sequences: int,
+        scored_rows: int | None = None,
+        costs: StepCosts | None = None,
+        tpot_s: float | None = None,
+    ) -> None:
         self.pool = pool
         self.step_tokens = step_tokens
         # A batch of decodes alone has to fit the budget, or the youngest would wait in mid-answer.
         self.max_sequences = min(max_sequences, step_tokens)
-        self.waiting: deque[Sequence] = deque()
+        self.scored_rows = scored_rows or step_tokens
+        self.costs = costs
+        self.tpot_s = tpot_s  # of answers that name no target of their own
+        self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.preemptions = 0
+        self._making: dict[bytes, Sequence] = {}  # hash -> who is about to compute that block
+        self._on: set[int] = set()  # keys of the running ones
 
     def add(self, sequence: Sequence) -> None:
-        self.waiting.append(sequence)
+        insort(self.waiting, sequence, key=_rank)
 
     def remove(self, sequence: Sequence) -> None:
         """Forgets a sequence that has ended or was cancelled; its blocks are free at once."""
-        if sequence in self.running:
-            self.running.remove(sequence)
+        if self._runs(sequence):
+            self._leave(sequence)
         else:
             self.waiting.remove(sequence)
-        self.pool.give_back(sequence.forget_blocks())
+        self.pool.give_back(sequence.cut_blocks(0))
 
-    def plan(self) -> list[Work]:
+    def plan(self, now: float = 0.0) -> list[Work]:
         """The next step's work, decodes first; empty when there is nothing to do.
 
         Every sequence of the plan holds the blocks that its tokens need.
         """
+        # Whoever is reserved for can push out those that come after it, so each is asked again.
         decodes = [one for one in self.running if one.behind == 1]
-        # Without blocks: an older sequence took them a moment ago.
-        plan = [Work(one, 1) for one in decodes if one.blocks and self._reserve(one)]
+        plan = [Work(one, 1) for one in decodes if self._runs(one) and self._reserve(one)]
         budget = self.step_tokens - len(plan)
-        behind = deque(one for one in self.running if one.behind > 1)
-        while budget > 0:
-            late = behind.popleft() if behind else self._admit()
-            if late is None:
-                break
-            plan.append(Work(late, min(late.behind, budget)))
-            budget -= plan[-1].count
+        if budget > 0:
+            self._plan_chunks(plan, budget, now)
+        # Who was admitted may have pushed out a decode of a lower class.
+        plan = [work for work in plan if self._runs(work.sequence)]
         # A prompt of one token, or a chunk cut to one, is a decode to the attention kernel.
         return sorted(plan, key=lambda work: work.count > 1)
+
+    def seal(self, sequence: Sequence) -> None:
+        """Lets others find the blocks that the last step has filled."""
+        blocks, keys = sequence.newly_full()
+        if blocks:
+            self.pool.seal(blocks, keys)
+            for key in keys:
+                if self._making.get(key.hash) is sequence:
+                    del self._making[key.hash]
+
+    def distrust(self, sequence: Sequence) -> list[int]:
+        """Blocks of a sequence whose values went wrong: unfindable now; those that are its own."""
+        self.pool.unseal(sequence.blocks)
+        return [block for block in sequence.blocks if not self.pool.shared(block)]
+
+    # ---- how much --------------------------------------------------------------------------------
+
+    def _plan_chunks(self, plan: list[Work], budget: int, now: float) -> None:
+        """Adds chunks by rank until the step is full, by tokens or by the time that it may take."""
+        allowed_s = self._allowed_s(now) if self.costs is not None else None
+        least = CHUNK_TOKENS_MIN
+        for late in self._behind(now):
+            count = min(late.behind, budget)
+            if late.needed_from < late.prompt_tokens - 1:
+                count = min(count, self.scored_rows)
+            if allowed_s is not None and self.costs is not None:
+                beside = step_size(plan)
+                fits = self.costs.largest_chunk(allowed_s, beside, late.computed, count)
+                count = max(fits, min(least, count))
+            if count == 0:
+                return
+            plan.append(Work(late, count))
+            budget -= count
+            least = 0
+            if budget <= 0:
+                return
+
+    def _allowed_s(self, now: float) -> float | None:
+        """How long this step may take for the answers that run; None when none has a target.
+
+        An answer that is ahead of its targets lends that time, up to a gap of `GAP_TARGETS`.
+        """
+        tightest = None
+        for one in self.running:
+            target = one.service.tpot_s or self.tpot_s
+            times = one.times
+            if target is None or times.first_token is None or times.last_token is None:
+                continue
+            due = times.first_token + target * one.answer_tokens
+            since = now - times.last_token
+            allowed = min(max(due - now, target - since), GAP_TARGETS * target - since)
+            tightest = allowed if tightest is None else min(tightest, allowed)
+        return tightest
+
+    # ---- who -------------------------------------------------------------------------------------
+
+    def _behind(self, now: float) -> Iterator[Sequence]:
+        """Running and waiting sequences that are behind, by rank; a waiting one is admitted first.
+
+        Where one finds no room, nobody who comes later may take what it waits for.
+        """
+        behind = [one for one in self.running if one.behind > 1]
+        left, full = len(behind), False
+        for one in merge(behind, list(self.waiting), key=_rank):
+            if self._runs(one):
+                left -= 1
+                yield one
+            elif not full:
+                admitted = self._admit(one, now)
+                full = admitted is None
+                if admitted:
+                    yield one
+            if full and left <= 0:
+                return
+
+    def _admit(self, sequence: Sequence, now: float) -> bool | None:
+        """Moves a waiting sequence to the running ones, with the blocks of all its tokens.
+
+        False when it had better wait for another one's blocks, None when there is no room. One
+        block for each running sequence stays free, so that decodes do not push it out again.
+        """
+        if len(self.running) >= self.max_sequences and not self._pause_for(sequence):
+            return None
+        held = len(sequence.blocks)
+        found: list[int] = []
+        if held == sequence.sealed:  # a block that is begun but not full goes on where it stands
+            found = self.pool.match(sequence.hashes[held : blocks_for(sequence.needed_from + 1)])
+            if self._is_made_by_another(sequence, held + len(found)):
+                return False
+        self.pool.hold(found)
+        sequence.blocks += found
+        missing = blocks_for(len(sequence.tokens)) - len(sequence.blocks)
+        if not self._make_room(missing + len(self.running), sequence, of_all=False):
+            self.pool.give_back(sequence.cut_blocks(held))
+            return None
+        if found:
+            sequence.sealed = len(sequence.blocks)
+            sequence.computed = min(sequence.sealed * BLOCK_TOKENS, sequence.needed_from)
+        sequence.blocks += self.pool.take(missing)
+        if sequence.times.admitted is None:
+            sequence.times.admitted = now
+            sequence.cached = sequence.computed
+        for one in sequence.hashes[sequence.sealed :]:
+            self._making.setdefault(one, sequence)
+        self.waiting.remove(sequence)
+        insort(self.running, sequence, key=_rank)
+        self._on.add(sequence.key)
+        return True
+
+    def _is_made_by_another(self, sequence: Sequence, at: int) -> bool:
+        """True when somebody who comes first is computing block `at` of this sequence."""
+        if at >= len(sequence.hashes) or sequence.needed_from < at * BLOCK_TOKENS:
+            return False
+        maker = self._making.get(sequence.hashes[at])
+        return maker is not None and maker.rank < sequence.rank
+
+    def _stop_making(self, sequence: Sequence) -> None:
+        for one in sequence.hashes:
+            if self._making.get(one) is sequence:
+                del self._making[one]
+
+    # ---- making room -----------------------------------------------------------------------------
+
+    def _runs(self, sequence: Sequence) -> bool:
+        """False for one that waits, perhaps since a moment ago."""
+        return sequence.key in self._on
 
     def _reserve(self, sequence: Sequence) -> bool:
         """Makes room for one more token. False when the sequence itself had to give way."""
         missing = blocks_for(len(sequence.tokens)) - len(sequence.blocks)
-        while missing > 0:
-            try:
-                sequence.blocks += self.pool.take(missing)
-                return True
-            except OutOfBlocks:
-                youngest = self.running[-1]
-                self._preempt(youngest)
-                if youngest is sequence:
-                    return False
+        if missing <= 0:
+            return True
+        if not self._make_room(missing, sequence, of_all=True):
+            self._preempt(sequence)
+            return False
+        sequence.blocks += self.pool.take(missing)
+        return True
+
+    def _make_room(self, wanted: int, sequence: Sequence, *, of_all: bool) -> bool:
+        """True when `wanted` blocks are to be had, if need be from those that come last.
+
+        A running answer takes them `of_all` that come after it. One that is to begin takes them of
+        those that wait, and of running ones of a lower class: in its own, who runs goes on.
+        """
+        if self.pool.available >= wanted:
+            return True
+        victims = [one for one in self.waiting if one.blocks] + [
+            one
+            for one in self.running
+            if of_all or one.service.priority > sequence.service.priority
+        ]
+        victims = sorted((one for one in victims if one.rank > sequence.rank), key=_rank)
+        if self.pool.available + sum(len(one.blocks) for one in victims) < wanted:
+            return False
+        while victims and self.pool.available < wanted:
+            self._give_up_tail(victims.pop(), wanted)
+        return self.pool.available >= wanted
+
+    def _give_up_tail(self, victim: Sequence, wanted: int) -> None:
+        """Takes blocks off the end of a sequence until `wanted` are available."""
+        if self._runs(victim):
+            self._preempt(victim)
+        while victim.blocks and self.pool.available < wanted:
+            self.pool.give_back(victim.cut_blocks(len(victim.blocks) - 1))
+
+    def _pause_for(self, sequence: Sequence) -> bool:
+        """Makes the last of a lower class wait, with its blocks, when the batch is full."""
+        last = self.running[-1]
+        if last.service.priority <= sequence.service.priority or last.rank < sequence.rank:
+            return False
+        self._preempt(last)
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
-        self.running.remove(sequence)
-        self.pool.give_back(sequence.forget_blocks())
+        self._leave(sequence)
         self.preemptions += 1
-        self.waiting.appendleft(sequence)
+        sequence.preemptions += 1
+        insort(self.waiting, sequence, key=_rank)
 
-    def _admit(self) -> Sequence | None:
-        """Moves the sequence that has waited longest to the running ones, if it fits whole.
-
-        One block for each running sequence stays free, so that decodes do not push it out again.
-        """
-        if not self.waiting or len(self.running) >= self.max_sequences:
-            return None
-        sequence = self.waiting[0]
-        needed = blocks_for(len(sequence.tokens))
-        if needed + len(self.running) > self.pool.free:
-            return None
-        sequence.blocks = self.pool.take(needed)
-        self.waiting.popleft()
-        insort(self.running, sequence, key=lambda one: one.key)
-        return sequence
+    def _leave(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self._on.discard(sequence.key)
+        self._stop_making(sequence)

@@ -9,9 +9,16 @@ import random
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field
 
+from cache.blocks import BLOCK_TOKENS, chain_hashes
 from cache.text import Detokenizer, StopScanner
 from cache.tokens import Tokenizer
+from runtime.kv import BlockKey
 from runtime.shapes import FinishReason, TokenLogprob
+
+# How long a request of one priority class waits before it overtakes newer ones of the class above.
+AGING_S = 30.0
+# Within one priority, requests are due this long after they came, unless they say otherwise.
+DEFAULT_TTFT_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +45,20 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True)
+class Service:
+    """What a request asks of the scheduler. Lower priorities come first, 0 is usual, as in vLLM.
+
+    `ttft_s` and `tpot_s` are targets that chunking and order aim at; after `deadline_s` the request
+    is given up.
+    """
+
+    priority: int = 0
+    ttft_s: float | None = None
+    tpot_s: float | None = None
+    deadline_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Output:
     """What one step adds to one sequence, in the order of steps."""
 
@@ -47,24 +68,60 @@ class Output:
     logprobs: tuple[TokenLogprob, ...]
     finish_reason: FinishReason | None
     error: str | None = None
+    error_code: str = "engine_error"
+    cached_tokens: int = 0  # of the prompt, found instead of computed; the same in every output
+
+
+@dataclass(slots=True)
+class Times:
+    """Seconds on the engine's clock; None for what has not happened yet."""
+
+    arrived: float = 0.0
+    admitted: float | None = None
+    first_token: float | None = None
+    last_token: float | None = None
 
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """`tokens` is prompt then answer; `computed` of them have their keys and values in `blocks`."""
+    """`tokens` is prompt then answer; `computed` of them have their keys and values in `blocks`.
+
+    `hashes` has one for each full block of `tokens`, as far as they are known yet; the first
+    `sealed` blocks can be found by others and are never written again.
+    """
 
     key: int
     prompt: Ids[int]
     sampling: Sampling
+    service: Service = Service()
+    root: bytes = b""
+    adapter: str | None = None
+    salt: str | None = None
+    times: Times = field(default_factory=Times)
     tokens: list[int] = field(init=False)
+    hashes: list[bytes] = field(init=False)
     computed: int = 0
+    cached: int = 0  # prompt tokens that were found when the sequence was first admitted
+    sealed: int = 0
     blocks: list[int] = field(default_factory=list)
     rng: random.Random | None = field(init=False)
     prompt_scored: int = 0
+    preemptions: int = 0
 
     def __post_init__(self) -> None:
         self.tokens = list(self.prompt)
+        self.hashes = chain_hashes(self.root, self.prompt)
         self.rng = None if self.sampling.greedy else random.Random(self.sampling.seed)  # noqa: S311 - sampling, not secrets
+
+    @property
+    def rank(self) -> tuple[float, int]:
+        """Who comes first: the lower one. It never changes, so waiting alone brings one forward.
+
+        Priority counts as `AGING_S` a class, so that nobody is overtaken for ever; within a class
+        the one whose first token is due first, then the one that came first.
+        """
+        due = self.times.arrived + (self.service.ttft_s or DEFAULT_TTFT_S)
+        return due + self.service.priority * AGING_S, self.key
 
     @property
     def prompt_tokens(self) -> int:
@@ -75,15 +132,43 @@ class Sequence:
         return len(self.tokens) - len(self.prompt)
 
     @property
+    def needed_from(self) -> int:
+        """The first position that has to be computed, however much is found: the last token, whose
+        row gives the next one, or the first whose row scores a prompt token."""
+        if self.sampling.prompt_logprobs and self.prompt_scored < self.prompt_tokens:
+            return max(0, self.prompt_scored - 1)
+        return len(self.tokens) - 1
+
+    @property
     def behind(self) -> int:
         """Tokens whose keys and values are still to be computed; 1 for a plain decode."""
         return len(self.tokens) - self.computed
 
-    def forget_blocks(self) -> list[int]:
-        """The blocks, no longer this sequence's; it will be computed again from the start."""
-        blocks, self.blocks = self.blocks, []
-        self.computed = 0
-        return blocks
+    def cut_blocks(self, keep: int) -> list[int]:
+        """The blocks behind the first `keep`, no longer this sequence's."""
+        gone = self.blocks[keep:]
+        del self.blocks[keep:]
+        self.computed = min(self.computed, keep * BLOCK_TOKENS)
+        self.sealed = min(self.sealed, keep)
+        return gone
+
+    def newly_full(self) -> tuple[list[int], list[BlockKey]]:
+        """Blocks that are full and computed but not sealed yet, with what they are known by."""
+        first, full = self.sealed, self.computed // BLOCK_TOKENS
+        if first >= full:
+            return [], []
+        self.sealed = full
+        known = len(self.hashes)
+        if known < full:
+            parent = self.hashes[-1] if known else self.root
+            behind = self.tokens[known * BLOCK_TOKENS : full * BLOCK_TOKENS]
+            self.hashes += chain_hashes(parent, behind)
+        return self.blocks[first:full], [self._key(at) for at in range(first, full)]
+
+    def _key(self, at: int) -> BlockKey:
+        tokens = tuple(self.tokens[at * BLOCK_TOKENS : (at + 1) * BLOCK_TOKENS])
+        parent = self.hashes[at - 1] if at else None
+        return BlockKey(self.hashes[at], parent, tokens, self.adapter, self.salt)
 
 
 class Reply:
@@ -142,4 +227,5 @@ class Reply:
         if self._pending and (text or reason):
             logprobs = tuple(self._pending)
             self._pending.clear()
-        return Output(self._sequence.key, text, (token,), logprobs, reason)
+        cached = self._sequence.cached
+        return Output(self._sequence.key, text, (token,), logprobs, reason, cached_tokens=cached)

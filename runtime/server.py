@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+import math
+from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
 import orjson
@@ -22,13 +23,15 @@ from starlette.types import Receive, Scope, Send
 from runtime import wire
 from runtime.answers import Answer
 from runtime.engine import Engine, EngineStopped, QueueFull
-from runtime.orders import chat_prompt, completion_prompts
+from runtime.orders import chat_prompt, completion_prompts, service_of
 from runtime.shapes import Piece
 from runtime.streams import ClientGone, Stream, Streams
 from runtime.wire import ChatRequest, CompletionRequest, Problem
 from runtime.worker import Served, Worker
 
 log = logging.getLogger(__name__)
+
+Headers = Iterable[tuple[bytes, bytes]]
 
 # Prompts shorter than this are tokenized in the event loop: a thread's hand-over costs more.
 INLINE_BODY_BYTES = 16_384
@@ -54,6 +57,11 @@ def create_app(worker: Worker) -> Starlette:
         served = worker.require()
         return _json({"model": served.name, **served.fingerprint.payload()})
 
+    async def reset_prefix_cache(_: Request) -> Response:
+        """As in vLLM: what is cached is not found any more; running answers go on."""
+        worker.require().engine.forget_cached()
+        return Response(status_code=200)
+
     return Starlette(
         routes=[
             Route("/v1/chat/completions", _Completions(worker, chat=True), methods=["POST"]),
@@ -62,6 +70,7 @@ def create_app(worker: Worker) -> Starlette:
             Route("/v1/models/{name:path}", model),
             Route("/v1/fingerprint", fingerprint),
             Route("/health", health),
+            Route("/reset_prefix_cache", reset_prefix_cache, methods=["POST"]),
         ],
         exception_handlers={
             Problem: _answer_problem,
@@ -83,7 +92,7 @@ class _Completions:
         try:
             body = await _read_body(scope, receive, self._worker.max_body_bytes)
             served = self._worker.require()
-            asked, answer = await self._understand(body, served)
+            asked, answer = await self._understand(body, served, scope["headers"])
             await self._serve(served, asked, answer, receive, send)
         except Problem as problem:
             await _problem_response(problem)(scope, receive, send)
@@ -91,15 +100,15 @@ class _Completions:
             return
 
     async def _understand(
-        self, body: bytes, served: Served
+        self, body: bytes, served: Served, headers: Headers
     ) -> tuple[ChatRequest | CompletionRequest, Answer]:
         """Parses, renders and tokenizes; long bodies in a thread, so that streams flow on."""
         if len(body) > INLINE_BODY_BYTES:
-            return await asyncio.to_thread(self._understand_now, body, served)
-        return self._understand_now(body, served)
+            return await asyncio.to_thread(self._understand_now, body, served, headers)
+        return self._understand_now(body, served, headers)
 
     def _understand_now(
-        self, body: bytes, served: Served
+        self, body: bytes, served: Served, headers: Headers
     ) -> tuple[ChatRequest | CompletionRequest, Answer]:
         asked: ChatRequest | CompletionRequest
         engine = served.engine
@@ -119,6 +128,7 @@ class _Completions:
             limit_tokens=limit,
             vocabulary=engine.vocabulary,
             fingerprint=served.fingerprint.short,
+            service=service_of(asked, headers),
         )
         return asked, answer
 
@@ -148,7 +158,7 @@ def _open(streams: Streams, engine: Engine, answer: Answer) -> Stream:
     try:
         stream = streams.open(engine, answer.orders)
     except QueueFull as error:
-        headers = {"retry-after": "1"}
+        headers = {"retry-after": str(max(1, math.ceil(error.retry_s)))}
         message = f"the queue is full: {error}; try again"
         raise Problem(503, message, code="queue_full", headers=headers) from error
     except EngineStopped as error:

@@ -30,6 +30,8 @@ CHOICES_MAX = 16
 PROMPTS_MAX = 128
 MESSAGES_MAX = 4096
 TOP_LOGPROBS_MAX = 20
+PRIORITY_MAX = 1000
+SALT_CHARS_MAX = 256
 
 
 class Problem(Exception):
@@ -121,6 +123,8 @@ class _Sampled(_Wire):
     n: Annotated[StrictInt, Field(ge=1, le=CHOICES_MAX)] | None = None
     stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
+    priority: Annotated[StrictInt, Field(ge=-PRIORITY_MAX, le=PRIORITY_MAX)] | None = None
+    cache_salt: Annotated[str, Field(min_length=1, max_length=SALT_CHARS_MAX)] | None = None
 
     # Accepted only at values that change nothing; anything else is refused by `refuse_unsupported`.
     presence_penalty: Number | None = None

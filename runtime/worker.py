@@ -94,6 +94,8 @@ class Worker:
             "waiting": load.waiting,
             "streams": len(self.streams),
             "preemptions": load.preemptions,
+            "prompt_tokens": load.prompt_tokens,
+            "cached_tokens": load.cached_tokens,
             "blocks": {
                 "total": blocks.total,
                 "free": blocks.free,

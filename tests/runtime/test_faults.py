@@ -13,7 +13,7 @@ from runtime import wire
 from runtime.engine import Engine, Order
 from runtime.loading import load_model
 from runtime.orders import chat_prompt, make_orders
-from runtime.sequence import Output, Sampling
+from runtime.sequence import Output, Sampling, Service
 from tests.runtime.tiny_models import FAMILIES, write_model
 
 SAMPLING = Sampling(temperature=0, max_tokens=6, ignore_eos=True)
@@ -125,7 +125,7 @@ def test_a_request_is_bounded_before_it_reaches_the_engine(fields, code):
     """Ids beyond the model's table, too many choices and too many scores are refused with 400."""
     asked = completion(**fields)
     with pytest.raises(wire.Problem) as refusal:
-        make_orders(asked, asked.prompts(), limit_tokens=1000, vocabulary=200)
+        make_orders(asked, asked.prompts(), limit_tokens=1000, vocabulary=200, service=Service())
     assert (refusal.value.status, refusal.value.code) == (400, code)
     assert refusal.value.param
 

@@ -17,13 +17,15 @@ from cache.tokens import Tokenizer
 from runtime.engine import Engine, Order
 from runtime.loading import load_model
 from runtime.model import Model, ModelRefused
-from runtime.sequence import Output, Sampling
+from runtime.sequence import Output, Sampling, Service
 from tests.runtime.tiny_models import FAMILIES, REFUSED, VOCAB, WINDOW, write_model
 
 ANSWER = 28
 # More of them, newly drawn, for a thorough run: HEADGATE_ORACLE_EXAMPLES=100 pytest tests/runtime.
 EXAMPLES = int(os.environ.get("HEADGATE_ORACLE_EXAMPLES", "0"))
-LENGTHS = (1, 2, 15, 16, 17, 30, 33, 47, 70)
+# (tokens of its own, tokens that it shares with others before them)
+SHAPES = ((1, 0), (2, 0), (15, 0), (16, 0), (17, 0), (0, 32), (1, 32), (0, 47), (38, 32), (6, 64))
+LENGTHS = tuple(own + shared for own, shared in SHAPES)
 torch.set_num_threads(1)
 
 
@@ -46,7 +48,10 @@ def family(tmp_path_factory):
     def build(name: str) -> Family:
         folder = write_model(tmp_path_factory.mktemp(name), *FAMILIES[name])
         rng = random.Random(name)
-        prompts = [[rng.randrange(VOCAB) for _ in range(length)] for length in LENGTHS]
+        common = [rng.randrange(VOCAB) for _ in range(64)]
+        prompts = [
+            common[:shared] + [rng.randrange(VOCAB) for _ in range(own)] for own, shared in SHAPES
+        ]
         reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         expected = [generate(reference, prompt) for prompt in prompts]
         model, _ = load_model(folder, kv_tokens=4096)
@@ -75,6 +80,8 @@ class Arrival:
     step: int
     tokens: int
     cancel_step: int | None
+    priority: int = 0
+    salt: str | None = None
 
 
 schedules = st.fixed_dictionaries(
@@ -89,15 +96,23 @@ schedules = st.fixed_dictionaries(
                 step=st.integers(0, 30),
                 tokens=st.integers(1, ANSWER),
                 cancel_step=st.one_of(st.none(), st.none(), st.integers(0, 50)),
+                priority=st.sampled_from([0, 0, 0, -1, 2]),
+                salt=st.sampled_from([None, None, "tenant"]),
             ),
             min_size=1,
             max_size=10,
         ),
+        "forget_step": st.one_of(st.none(), st.integers(0, 40)),
     }
 )
 
 
-def play(engine: Engine, prompts: list[list[int]], arrivals: list[Arrival]) -> list[list[int]]:
+def play(
+    engine: Engine,
+    prompts: list[list[int]],
+    arrivals: list[Arrival],
+    forget_step: int | None = None,
+) -> list[list[int]]:
     """Runs a schedule step by step; the tokens that each arrival got."""
     keys: dict[int, int] = {}
     got: list[list[int]] = [[] for _ in arrivals]
@@ -106,9 +121,13 @@ def play(engine: Engine, prompts: list[list[int]], arrivals: list[Arrival]) -> l
         for at, arrival in enumerate(arrivals):
             if arrival.step == step:
                 sampling = Sampling(temperature=0, max_tokens=arrival.tokens, ignore_eos=True)
-                keys[engine.submit([Order(prompts[arrival.prompt], sampling)])[0]] = at
+                service = Service(arrival.priority)
+                order = Order(prompts[arrival.prompt], sampling, service, arrival.salt)
+                keys[engine.submit([order])[0]] = at
             if arrival.cancel_step == step:
                 engine.cancel([key for key, number in keys.items() if number == at])
+        if step == forget_step:
+            engine.forget_cached()
         engine.take_orders(wait=False)
         collect(engine.step(), keys, got)
         step += 1
@@ -138,11 +157,12 @@ def engine_on(one: Family, **limits: int) -> Engine:
 )
 @given(schedule=schedules)
 def test_any_schedule_gives_what_generate_gives(family, name, schedule):
-    """Arrivals, chunk sizes, batch mixes, preemption and cancels never change a greedy answer."""
+    """Arrivals, classes, chunk sizes, batch mixes, preemption, cancels, found prefixes and a cache
+    that is forgotten in between never change a greedy answer."""
     one = family(name)
-    arrivals = schedule.pop("arrivals")
+    arrivals, forget_step = schedule.pop("arrivals"), schedule.pop("forget_step")
     engine = engine_on(one, **schedule)
-    got = play(engine, one.prompts, arrivals)
+    got = play(engine, one.prompts, arrivals, forget_step)
     for arrival, tokens in zip(arrivals, got, strict=True):
         expected = one.expected[arrival.prompt][: arrival.tokens]
         if arrival.cancel_step is None:
@@ -150,18 +170,42 @@ def test_any_schedule_gives_what_generate_gives(family, name, schedule):
         else:
             assert tokens == expected[: len(tokens)]
     counts = engine.load().blocks
-    assert (counts.free, counts.in_use) == (counts.total, 0)
+    assert (counts.free + counts.cached, counts.in_use) == (counts.total, 0)
+    engine.check()
 
 
 def test_the_schedules_reach_preemption_and_chunking(family):
     """The property above is not vacuous: a small pool preempts, a small budget cuts prompts."""
     one = family("llama")
     engine = engine_on(one, blocks=8, step_tokens=16, max_sequences=12)
-    arrivals = [Arrival(prompt=4, step=0, tokens=ANSWER, cancel_step=None) for _ in range(3)]
+    own = [at for at, (own, _) in enumerate(SHAPES) if own > 14]
+    arrivals = [Arrival(prompt=at, step=0, tokens=ANSWER, cancel_step=None) for at in own]
     got = play(engine, one.prompts, arrivals)
     assert engine.load().preemptions > 0
-    assert engine.clock.steps > ANSWER + 3 * LENGTHS[4] // 16
-    assert got == [one.expected[4]] * 3
+    assert engine.clock.steps > ANSWER + sum(LENGTHS[at] for at in own) // 16
+    assert got == [one.expected[at] for at in own]
+
+
+def test_the_schedules_reach_prefix_hits(family):
+    """What came before is found, but for a last token to compute; the answers stay the same."""
+    one = family("llama")
+    engine = engine_on(one)
+    for prompt, found in ((9, 0), (5, 31), (6, 32), (8, 32), (9, 64)):
+        before = engine.load().cached_tokens
+        arrival = Arrival(prompt=prompt, step=0, tokens=ANSWER, cancel_step=None)
+        assert play(engine, one.prompts, [arrival]) == [one.expected[prompt]]
+        assert engine.load().cached_tokens - before == found
+
+
+def test_another_tenant_finds_nothing(family):
+    """The salt keeps equal prompts of two tenants apart."""
+    one = family("llama")
+    engine = engine_on(one)
+    for salt, found in (("a", 0), ("b", 0), ("a", 64)):
+        before = engine.load().cached_tokens
+        arrival = Arrival(prompt=9, step=0, tokens=4, cancel_step=None, salt=salt)
+        assert play(engine, one.prompts, [arrival]) == [one.expected[9][:4]]
+        assert engine.load().cached_tokens - before == found
 
 
 def test_a_window_is_shorter_than_the_prompts(family):
