@@ -7,10 +7,8 @@ is the replica's to judge.
 from __future__ import annotations
 
 import asyncio
-import gc
 import secrets
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +16,7 @@ from starlette.types import Receive
 
 from gateway import problems
 from policies.schema import Gateway
-from runtime.wire import parse_object
+from runtime.wire import collector_off, parse_object
 
 CHAT_PATH = "/v1/chat/completions"
 COMPLETIONS_PATH = "/v1/completions"
@@ -30,7 +28,6 @@ FORWARDED_PREFIX = b"x-slo-"
 FORWARDED_MAX = 32  # headers
 HEADER_VALUE_MAX_BYTES = 4096
 REQUEST_ID_MAX_BYTES = 128
-LARGE_BODY_BYTES = 2**18
 
 RawHeaders = Sequence[tuple[bytes, bytes]]
 
@@ -89,27 +86,13 @@ async def _collect(receive: Receive, limit_bytes: int) -> bytes:
 
 
 def parse_call(path: str, body: bytes, headers: RawHeaders, request_id: str) -> Call:
-    """Raises Problem 400 that names the field."""
-    if len(body) <= LARGE_BODY_BYTES:
-        return _parse(path, body, headers, request_id)
-    with _no_collection():
-        return _parse(path, body, headers, request_id)
+    """Raises Problem 400 that names the field.
 
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """The collector would walk a fresh JSON tree again and again, and there is no cycle in one.
-
-    Eight MiB of empty lists would hold the loop about five times as long. A thread does not help:
-    orjson keeps the interpreter's lock, so that the loop waits all the same.
+    A long body is not parsed in a thread: orjson keeps the interpreter's lock, so that the loop
+    would wait all the same.
     """
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
+    with collector_off(body):
+        return _parse(path, body, headers, request_id)
 
 
 def _parse(path: str, body: bytes, headers: RawHeaders, request_id: str) -> Call:

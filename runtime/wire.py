@@ -7,7 +7,9 @@ ignored here and stay untouched in the bytes that the gateway relays.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import gc
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Annotated, Any, Literal, TypeVar
 
 import orjson
@@ -23,6 +25,7 @@ from pydantic import (
     ValidationError,
 )
 
+LARGE_BODY_BYTES = 2**18
 STOP_STRINGS_MAX = 16
 STOP_CHARS_MAX = 512
 STOP_IDS_MAX = 64
@@ -316,6 +319,23 @@ def parse_object(body: bytes) -> dict[str, Any]:
     return data
 
 
+@contextmanager
+def collector_off(body: bytes) -> Iterator[None]:
+    """Around the life of a large body's JSON tree, which the collector would walk in vain.
+
+    There is no cycle in one, and eight MiB of empty lists would take three to five times as long,
+    while streams and engine wait for the interpreter's lock.
+    """
+    if len(body) <= LARGE_BODY_BYTES or not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
 JSON_NAMES = {list: "list", str: "string", bool: "boolean"}
 # pydantic speaks of Python; clients speak JSON.
 PLAIN_WORDS = {
@@ -344,7 +364,8 @@ Model = TypeVar("Model", bound=BaseModel)
 
 def _parse(model: type[Model], body: bytes) -> Model:
     try:
-        return model.model_validate(parse_object(body))
+        with collector_off(body):
+            return model.model_validate(parse_object(body))
     except ValidationError as error:
         raise problem_of(error) from None
 

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
-from gateway.call import COMPLETIONS_PATH, LARGE_BODY_BYTES, parse_call
-from runtime.wire import Problem
+from gateway.call import COMPLETIONS_PATH, Call, parse_call
+from runtime.wire import LARGE_BODY_BYTES, Problem, parse_completion
 
 
+def gateway_parse(body: bytes) -> Call:
+    return parse_call(COMPLETIONS_PATH, body, [], "r")
+
+
+@pytest.mark.parametrize("parse", [gateway_parse, parse_completion])
 @pytest.mark.parametrize("end", [b'"model": "m"}', b'"model": 7}', b""])
-def test_a_large_body_is_parsed_without_a_collection(end: bytes) -> None:
+def test_a_large_body_is_parsed_without_a_collection(
+    parse: Callable[[bytes], Any], end: bytes
+) -> None:
     """Each once walked the tree that was being built; the collector is back on afterwards."""
-    body = b'{"prompt": [' + b"[]," * (LARGE_BODY_BYTES // 3) + b"[]], " + end
+    more = b"[]," * (LARGE_BODY_BYTES // 3)
+    body = b'{"prompt": "x", "more": [' + more + b"[]], " + end
     seen: list[str] = []
 
     def note(phase: str, _info: dict[str, int]) -> None:
@@ -23,11 +33,11 @@ def test_a_large_body_is_parsed_without_a_collection(end: bytes) -> None:
     gc.callbacks.append(note)
     try:
         if end == b'"model": "m"}':
-            assert parse_call(COMPLETIONS_PATH, body, [], "r").model == "m"
+            assert parse(body).model == "m"
             assert seen == []
         else:
             with pytest.raises(Problem):
-                parse_call(COMPLETIONS_PATH, body, [], "r")
+                parse(body)
     finally:
         gc.callbacks.remove(note)
     assert gc.isenabled()
