@@ -15,7 +15,7 @@ from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from gateway import problems
 from gateway.call import request_id
@@ -26,6 +26,7 @@ from runtime.wire import Problem
 HEADERS_MAX_BYTES = 2**16
 IDLE_CONNECTION_S = 60  # a kept-alive connection without a request is closed after this long
 BACKLOG = 2048
+LINGER_S = 2.0  # the rest of a refused body is read away for so long before its connection closes
 
 
 class ClientConnection(HttpToolsProtocol):
@@ -36,8 +37,10 @@ class ClientConnection(HttpToolsProtocol):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._in_headers = False
+        self._in_body = False
         self._header_bytes = 0
         self._deadline: asyncio.TimerHandle | None = None
+        self._lingering: asyncio.TimerHandle | None = None
         self._unread: asyncio.TimerHandle | None = None
 
     # ---- headers in time ------------------------------------------------------------------------
@@ -48,6 +51,8 @@ class ClientConnection(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._disarm()
+        if self._lingering is not None:
+            self._lingering.cancel()
         self.resume_writing()
         super().connection_lost(exc)
 
@@ -77,6 +82,26 @@ class ClientConnection(HttpToolsProtocol):
         if self.parser.should_upgrade():
             # No upgrade is offered, and after such a request the parser reads nothing more.
             self.cycle.keep_alive = False
+        else:
+            self._in_body = True
+            self.cycle.transport = _Outgoing(self, self.cycle)  # type: ignore[assignment]  # what a cycle uses of one
+
+    def on_message_complete(self) -> None:
+        self._in_body = False
+        super().on_message_complete()
+        if self._lingering is not None:
+            self.transport.close()
+
+    def close_after(self, cycle: RequestResponseCycle) -> None:
+        """Closes behind an answer, once its request is read or has had its time.
+
+        Were it closed with a body still coming, the client would get a reset instead of the answer
+        (RFC 9112, section 9.6).
+        """
+        if not (self._in_body and cycle is self.cycle and cycle.response_complete):
+            self.transport.close()
+        elif self._lingering is None:
+            self._lingering = self.loop.call_later(LINGER_S, self.transport.close)
 
     def _answering(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
@@ -107,10 +132,19 @@ class ClientConnection(HttpToolsProtocol):
     def _refuse(self, problem: Problem) -> None:
         """Answers and closes; inside another answer it only closes, for that would corrupt it."""
         if not self.transport.is_closing():
-            if not self._answering():
+            if self._broken_body():
+                self.cycle.disconnected = True  # what is at work on it may stop, and say nothing
+                self.cycle.message_event.set()
+                self.transport.write(plain_answer(problem))
+            elif not self._answering():
                 self.transport.write(plain_answer(problem))
             self.transport.close()
         self._disarm()
+
+    def _broken_body(self) -> bool:
+        """Whether what came last belongs to a request that nothing has been answered yet."""
+        unanswered = self._answering() and not self.cycle.response_started
+        return unanswered and self._in_body and not self.pipeline
 
     def _unsupported_upgrade_warning(self) -> None:
         """A client that offers h2c is not worth a line in the log: it gets HTTP/1.1."""
@@ -127,6 +161,19 @@ class ClientConnection(HttpToolsProtocol):
         if self._unread is not None:
             self._unread.cancel()
             self._unread = None
+
+
+class _Outgoing:
+    """A connection's transport as one request's answer uses it."""
+
+    def __init__(self, connection: ClientConnection, cycle: RequestResponseCycle) -> None:
+        self._connection = connection
+        self._cycle = cycle
+        self.write = connection.transport.write
+        self.is_closing = connection.transport.is_closing
+
+    def close(self) -> None:
+        self._connection.close_after(self._cycle)
 
 
 def plain_answer(problem: Problem) -> bytes:

@@ -187,7 +187,8 @@ async def test_comments_come_between_events_and_never_inside_one() -> None:
 
     async with upstream(answer) as fake, gateway(fake, keep_alive_s=0.04) as edge:
         body = (await edge.post(STREAMED)).content
-        assert body.startswith(CHUNK + b": keep-alive\n\n")
+        # On a busy machine the wait for the first event is a silence too.
+        assert CHUNK + b": keep-alive\n\n" in body
         assert body.endswith(b"\n\n" + CHUNK + DONE)
         assert body.replace(b": keep-alive\n\n", b"") == CHUNK + CHUNK + DONE
 
