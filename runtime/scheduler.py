@@ -99,8 +99,10 @@ class Scheduler:
         decodes = [one for one in self.running if one.behind == 1]
         plan = [Work(one, 1) for one in decodes if self._runs(one) and self._reserve(one)]
         budget = self.step_tokens - len(plan)
-        if budget > 0:
-            self._plan_chunks(plan, budget, now)
+        nobody_behind = not self.waiting and len(decodes) == len(self.running)
+        if budget <= 0 or nobody_behind:
+            return plan
+        self._plan_chunks(plan, budget, now)
         # Who was admitted may have pushed out a decode of a lower class.
         plan = [work for work in plan if self._runs(work.sequence)]
         # A prompt of one token, or a chunk cut to one, is a decode to the attention kernel.
@@ -234,9 +236,9 @@ class Scheduler:
 
     def _reserve(self, sequence: Sequence) -> bool:
         """Makes room for one more token. False when the sequence itself had to give way."""
-        missing = blocks_for(len(sequence.tokens)) - len(sequence.blocks)
-        if missing <= 0:
+        if len(sequence.tokens) <= len(sequence.blocks) * BLOCK_TOKENS:
             return True
+        missing = blocks_for(len(sequence.tokens)) - len(sequence.blocks)
         if not self._make_room(missing, sequence, of_all=True):
             self._preempt(sequence)
             return False
