@@ -24,7 +24,14 @@ from command.screen import columns, size
 from command.serve import threads_of, version
 from command.versions import within
 from command.weights import Weights, kv_bytes, weights_of
-from policies.load import PolicyError, key_problems, load, resolve_model, with_environment
+from policies.load import (
+    PolicyError,
+    key_problems,
+    load,
+    resolve_adapters,
+    resolve_model,
+    with_environment,
+)
 from policies.model_folder import ModelError, check_folder, pocket_folder, served_name
 from policies.schema import Deployment, Runtime
 
@@ -232,6 +239,10 @@ def _policy(policy: Path) -> Iterator[Finding]:
             yield from _would_run(runtime, model)
         except (PolicyError, ModelError) as error:
             yield Finding("wrong", "model", str(error), "mend runtime.model, or the folder")
+        try:
+            resolve_adapters(policy, runtime)
+        except PolicyError as error:
+            yield Finding("wrong", "adapters", str(error), "mend runtime.adapters, or the folder")
     problems = key_problems(policy, deployment)
     advice = "set it where headgate starts, or remove api_key_env: then clients' keys go on"
     yield from (Finding("wrong", "upstream", str(problem), advice) for problem in problems)

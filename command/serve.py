@@ -20,7 +20,14 @@ from command.machine import PortError, address, bind, cores, free_ports
 from command.processes import Health, Program
 from command.screen import Screen, columns
 from command.supervisor import Supervisor
-from policies.load import PolicyError, key_problems, load, resolve_model, with_environment
+from policies.load import (
+    PolicyError,
+    key_problems,
+    load,
+    resolve_adapters,
+    resolve_model,
+    with_environment,
+)
 from policies.model_folder import served_name
 from policies.schema import Deployment, Runtime
 
@@ -73,6 +80,8 @@ def plan(policy: Path) -> Plan:
         raise PolicyError(*problems)
     runtime = deployment.runtime
     model = resolve_model(policy, runtime) if runtime else None
+    if runtime:
+        resolve_adapters(policy, runtime)
     if runtime and not all(map(importlib.util.find_spec, ("torch", "transformers"))):
         raise StartError(
             "the runtime needs torch and transformers, which are not installed: "

@@ -24,6 +24,7 @@ __all__ = [
     "key_problems",
     "load",
     "port_of",
+    "resolve_adapters",
     "resolve_model",
     "with_environment",
 ]
@@ -56,6 +57,19 @@ def resolve_model(policy: str | Path, runtime: Runtime) -> Path | str:
         raise PolicyError(
             Problem(str(policy), str(error), place, dotted(path), error.suggestion)
         ) from None
+
+
+def resolve_adapters(policy: str | Path, runtime: Runtime) -> Path | None:
+    """The folder of `runtime.adapters`, None without one. Raises PolicyError at its line."""
+    if runtime.adapters is None:
+        return None
+    folder = Path(policy).absolute().parent / Path(runtime.adapters).expanduser()
+    if folder.is_dir():
+        return folder
+    _, places, _ = _read(str(policy))
+    path = ("runtime", "adapters")
+    message = f"there is no folder {str(folder)!r}; give one with a subfolder for each adapter"
+    raise PolicyError(Problem(str(policy), message, places.of(path), dotted(path)))
 
 
 def key_problems(

@@ -130,6 +130,12 @@ class Runtime(_Policy):
     threads: int | None = Field(
         None, ge=1, le=1024, description="CPU threads a worker; default: cores divided by workers."
     )
+    adapters: str | None = Field(
+        None,
+        min_length=1,
+        description="Folder of LoRA adapters (relative to the policy file), each a PEFT folder "
+        "that is served as a model of its own under the folder's name.",
+    )
     context_tokens: int | None = Field(
         None,
         ge=16,

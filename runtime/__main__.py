@@ -36,13 +36,14 @@ def main(argv: list[str] | None = None) -> None:
         if policy.runtime is None:
             parser.error(f"{args.policy} has no `runtime`")
         source = policy_file.resolve_model(args.policy, policy.runtime)
+        adapters = policy_file.resolve_adapters(args.policy, policy.runtime)
     except policy_file.PolicyError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
-    serve(policy, source, args.port)
+    serve(policy, source, adapters, args.port)
 
 
-def serve(policy: Deployment, source: Path | str, port: int) -> None:
+def serve(policy: Deployment, source: Path | str, adapters: Path | None, port: int) -> None:
     """Blocks until the server has been told to stop and running answers have had their time."""
     from runtime.server import create_app
     from runtime.worker import Worker
@@ -50,7 +51,7 @@ def serve(policy: Deployment, source: Path | str, port: int) -> None:
     assert policy.runtime is not None
     runtime = policy.runtime
     worker = Worker(
-        lambda streams: load_served(runtime, source, streams),
+        lambda streams: load_served(runtime, source, adapters, streams),
         max_body_bytes=policy.gateway.max_body_bytes,
         on_failure=give_up,
     )
@@ -67,12 +68,15 @@ def serve(policy: Deployment, source: Path | str, port: int) -> None:
     uvicorn.Server(config).run()
 
 
-def load_served(runtime: Runtime, source: Path | str, streams: Streams) -> Served:
-    """Loads model and tokenizer and builds the engine; runs in the engine's thread."""
+def load_served(
+    runtime: Runtime, source: Path | str, adapters: Path | None, streams: Streams
+) -> Served:
+    """Loads model, adapters and tokenizer and builds the engine; runs in the engine's thread."""
     import torch
 
     from cache.tokens import Tokenizer
     from runtime import fingerprint
+    from runtime.adapters import load_adapters
     from runtime.engine import Engine
     from runtime.loading import load_model
     from runtime.worker import Served
@@ -91,7 +95,9 @@ def load_served(runtime: Runtime, source: Path | str, streams: Streams) -> Serve
         )
         weights = digests.result() if digests else fingerprint.read_weights(folder)
     tokenizer = Tokenizer.load(folder)
-    identity = fingerprint.take(folder, weights, runtime, model.device)
+    adapted = load_adapters(model, adapters) if adapters else {}
+    digests_of = {name: one.identity for name, one in adapted.items()}
+    identity = fingerprint.take(folder, weights, runtime, model.device, adapters=digests_of)
     engine = Engine(
         model,
         tokenizer,
@@ -101,6 +107,7 @@ def load_served(runtime: Runtime, source: Path | str, streams: Streams) -> Serve
         max_waiting=runtime.max_waiting,
         context_tokens=runtime.context_tokens,
         tpot_s=runtime.tpot_ms / 1000 if runtime.tpot_ms else None,
+        adapters=adapted,
         identity=f"{identity.leaves['weights']} {model.dtype}",
     )
     engine.calibrate()

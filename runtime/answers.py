@@ -44,10 +44,11 @@ class Answer:
         vocabulary: int,
         fingerprint: str,
         service: Service,
+        adapter: str | None,
     ) -> None:
         self._asked = asked
         self._wants_logprobs = alternatives(asked) is not None
-        self.orders = make_orders(asked, prompts, limit_tokens, vocabulary, service)
+        self.orders = make_orders(asked, prompts, limit_tokens, vocabulary, service, adapter)
         self._choices = [_Choice(index) for index in range(len(self.orders))]
         if isinstance(asked, CompletionRequest) and asked.echo:
             texts = _echo_texts(asked, prompts, tokenizer)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,6 +23,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from runtime.kv import BLOCK_TOKENS, blocks_for
 from runtime.layer_kv import LayerKV
+
+if TYPE_CHECKING:
+    from runtime.adapters import AdapterRows
 
 NAME = "headgate_paged"
 
@@ -59,6 +62,7 @@ class StepLayout:
     decode_blocks: torch.Tensor  # [B * N] block numbers, short tables padded with block 0
     decode_contexts: torch.Tensor  # [B]
     chunks: list[Chunk]
+    adapters: Many[AdapterRows] = ()
     _masks: dict[tuple[int, int | None], torch.Tensor | None] = field(default_factory=dict)
 
     @property

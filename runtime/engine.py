@@ -11,10 +11,11 @@ import logging
 import math
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence as Many
+from collections.abc import Callable, Mapping, Sequence as Many
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from time import monotonic, perf_counter
+from types import MappingProxyType
 from typing import Protocol
 
 import torch
@@ -22,6 +23,7 @@ import torch
 from cache.blocks import root_hash
 from cache.tokens import Tokenizer
 from runtime import sample
+from runtime.adapters import Adapter, adapter_rows
 from runtime.attention import Span, lay_out
 from runtime.calibrate import measure_costs
 from runtime.costs import StepCosts, StepSize
@@ -57,7 +59,7 @@ class EngineStopped(Exception):
 class Order:
     """A prompt to continue; several of one request are submitted together.
 
-    Only prompts with the same `salt` share cached blocks.
+    Only prompts with the same `salt` and `adapter` share cached blocks.
     """
 
     prompt: Many[int]
@@ -140,6 +142,7 @@ class Engine:
         context_tokens: int | None = None,
         tpot_s: float | None = None,
         identity: str = "",
+        adapters: Mapping[str, Adapter] = MappingProxyType({}),
         watchers: Many[PoolWatcher] = (),
         listener: Listener | None = None,
         now: Callable[[], float] = monotonic,
@@ -148,6 +151,7 @@ class Engine:
         self.tokenizer = tokenizer
         self.clock = StepClock()
         self.identity = identity  # of weights and their format: cached blocks are only theirs
+        self.adapters = adapters
         self.now = now
         self._emit = emit
         self._listener = listener
@@ -200,7 +204,8 @@ class Engine:
 
     def _sequence(self, order: Order, arrived: float) -> Sequence:
         """Hashing a long prompt takes a while: it is done before anything is locked."""
-        root = root_hash(model=self.identity, adapter=order.adapter, salt=order.salt)
+        adapter = self.adapters[order.adapter].identity if order.adapter else None
+        root = root_hash(model=self.identity, adapter=adapter, salt=order.salt)
         return Sequence(
             -1,
             order.prompt,
@@ -372,6 +377,10 @@ class Engine:
             else:
                 keep.append(start + work.count - 1)
         layout = lay_out(spans, self.model.device, self.model.scratch_slot)
+        if self.adapters:
+            named = [work.sequence.adapter for work in plan]
+            mine = [self.adapters[name] if name else None for name in named]
+            layout.adapters = adapter_rows(mine, [work.count for work in plan], self.model.device)
         started = perf_counter()
         logits = self.model.forward(ids, positions, layout, keep)
         self.clock.forward_s += perf_counter() - started

@@ -16,6 +16,7 @@ import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -85,7 +86,14 @@ def canonical(value: Any) -> bytes:
     return text.encode("utf-8", "surrogatepass")
 
 
-def take(folder: Path, weights: Facts, runtime: Runtime, device: torch.device) -> Fingerprint:
+def take(
+    folder: Path,
+    weights: Facts,
+    runtime: Runtime,
+    device: torch.device,
+    *,
+    adapters: Mapping[str, str] = MappingProxyType({}),
+) -> Fingerprint:
     """The fingerprint of a model folder as this policy serves it here; `weights` of `read_weights`.
 
     Raises TokenizerUnusable for files that do not parse.
@@ -95,6 +103,7 @@ def take(folder: Path, weights: Facts, runtime: Runtime, device: torch.device) -
         for name, value in runtime.model_dump(mode="json").items()
         if name not in _PLACES
     }
+    configuration["adapters"] = dict(adapters)  # what they are, not where they lie
     return combine(
         {
             "weights": weights,

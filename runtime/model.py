@@ -48,10 +48,10 @@ class Model:
         self.context_tokens: int = self.config.max_position_embeddings
         self.blocks = blocks
         self.scratch_slot = blocks * BLOCK_TOKENS  # in one more block, which no sequence holds
-        self._step = StepHolder()
+        self.step = StepHolder()
         self._pool = [self._pool_of(layer) for layer in layers]
         for layer, kv in zip(layers, self._pool, strict=True):
-            layer.module.paged_layer = PagedLayer(kv, self._step)  # type: ignore[assignment]
+            layer.module.paged_layer = PagedLayer(kv, self.step)  # type: ignore[assignment]
 
     def _pool_of(self, layer: LayerShape) -> LayerKV:
         slots = self.scratch_slot + BLOCK_TOKENS
@@ -92,7 +92,7 @@ class Model:
         self, ids: list[int], positions: list[int], layout: StepLayout, keep: list[int]
     ) -> torch.Tensor:
         """ids, positions [T] of the packed step -> logits [len(keep), V] of the rows in `keep`."""
-        self._step.layout = layout
+        self.step.layout = layout
         try:
             row = torch.tensor([ids, positions], dtype=torch.long).to(self.device)
             logits: torch.Tensor = self.module(
@@ -102,5 +102,5 @@ class Model:
                 logits_to_keep=torch.tensor(keep, dtype=torch.long, device=self.device),
             ).logits
         finally:
-            self._step.layout = None
+            self.step.layout = None
         return logits[0]

@@ -62,6 +62,7 @@ def make_orders(
     limit_tokens: int,
     vocabulary: int,
     service: Service,
+    adapter: str | None = None,
 ) -> list[Order]:
     """`n` orders for each prompt, in the order of the answer's choices. Raises Problem 400."""
     copies = asked.n or 1
@@ -77,6 +78,7 @@ def make_orders(
             _sampling(asked, len(prompt), limit_tokens, copy),
             service,
             asked.cache_salt,
+            adapter,
         )
         for prompt in prompts
         for copy in range(copies)

@@ -46,12 +46,14 @@ def create_app(worker: Worker) -> Starlette:
 
     async def models(_: Request) -> Response:
         served = worker.require()
-        return _json({"object": "list", "data": [_model(served)]})
+        names = [served.name, *served.engine.adapters]
+        return _json({"object": "list", "data": [_model(served, name) for name in names]})
 
     async def model(request: Request) -> Response:
         served = worker.require()
-        _check_model(request.path_params["name"], served)
-        return _json(_model(served))
+        name = request.path_params["name"]
+        _check_model(name, served)
+        return _json(_model(served, name))
 
     async def fingerprint(_: Request) -> Response:
         served = worker.require()
@@ -129,6 +131,7 @@ class _Completions:
             vocabulary=engine.vocabulary,
             fingerprint=served.fingerprint.short,
             service=service_of(asked, headers),
+            adapter=asked.model if asked.model in engine.adapters else None,
         )
         return asked, answer
 
@@ -240,22 +243,25 @@ async def _read_body(scope: Scope, receive: Receive, limit_bytes: int) -> bytes:
 
 
 def _check_model(name: str, served: Served) -> None:
-    if name != served.name:
+    if name != served.name and name not in served.engine.adapters:
+        names = ", ".join(map(repr, [served.name, *served.engine.adapters]))
         raise Problem(
             404,
-            f"the model {name!r} is not served here; served: {served.name!r}",
+            f"the model {name!r} is not served here; served: {names}",
             param="model",
             code="model_not_found",
         )
 
 
-def _model(served: Served) -> dict[str, Any]:
+def _model(served: Served, name: str) -> dict[str, Any]:
+    """An adapter is a model of its own, with the base model as its parent, as in vLLM."""
     return {
-        "id": served.name,
+        "id": name,
         "object": "model",
         "created": served.created,
         "owned_by": "headgate",
         "max_model_len": served.engine.limit_tokens,
+        "parent": None if name == served.name else served.name,
     }
 
 

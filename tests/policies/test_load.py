@@ -6,7 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from policies.load import FILE_BYTES_MAX, PolicyError, key_problems, load, port_of, with_environment
+from policies.load import (
+    FILE_BYTES_MAX,
+    PolicyError,
+    key_problems,
+    load,
+    port_of,
+    resolve_adapters,
+    with_environment,
+)
 from policies.problems import describe, dotted
 
 VALID = """\
@@ -233,3 +241,18 @@ def test_values_and_paths_are_named_as_a_reader_of_yaml_names_them() -> None:
     ]  # fmt: skip
     assert dotted(("upstreams", 0, "url")) == "upstreams[0].url"
     assert dotted(("a", "", "b\n")) == "a.''.'b\\n'"
+
+
+def test_a_missing_folder_of_adapters_is_told_at_its_line(tmp_path: Path) -> None:
+    """Relative to the policy file; what is there is found, what is not is named with its place."""
+    (tmp_path / "mine").mkdir()
+    file = write(tmp_path, "version: 1\nruntime:\n  adapters: mine\n")
+    runtime = load(file).runtime
+    assert runtime is not None
+    assert resolve_adapters(file, runtime) == tmp_path / "mine"
+    file = write(tmp_path, "version: 1\nruntime:\n  adapters: theirs\n")
+    runtime = load(file).runtime
+    assert runtime is not None
+    with pytest.raises(PolicyError) as caught:
+        resolve_adapters(file, runtime)
+    assert str(caught.value).startswith(f"{file}:3:13  runtime.adapters")

@@ -22,6 +22,7 @@ import torch
 import uvicorn
 
 from cache.tokens import Tokenizer
+from runtime.adapters import load_adapters
 from runtime.engine import Engine
 from runtime.fingerprint import LEAVES, combine
 from runtime.loading import load_model
@@ -98,10 +99,17 @@ class World:
 
 @contextmanager
 def serving(
-    folder: Path, *, wait: threading.Event | None = None, ready: bool = True, **engine: Any
+    folder: Path,
+    *,
+    wait: threading.Event | None = None,
+    ready: bool = True,
+    adapters: Path | None = None,
+    **engine: Any,
 ) -> Iterator[World]:
     """A worker on a free port; its loading waits for `wait`."""
     model = Gated(load_model(folder, kv_tokens=1024)[0])
+    if adapters is not None:
+        engine["adapters"] = load_adapters(model.model, adapters)
     tokenizer = Tokenizer.load(folder)
     identity = combine(dict.fromkeys(LEAVES))
 
