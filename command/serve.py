@@ -10,6 +10,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import secrets
 import site
 import sys
 from collections.abc import Mapping
@@ -30,6 +31,7 @@ from policies.load import (
 )
 from policies.model_folder import served_name
 from policies.schema import Deployment, Runtime
+from runtime.wire import RUN_TOKEN_ENV
 
 # Between the end of the gateway's own drain and SIGKILL.
 _GRACE_S = 5.0
@@ -143,9 +145,9 @@ def programs_of(plan: Plan) -> list[Program]:
 
 
 def _environment() -> dict[str, str]:
-    """Children find our packages wherever they start, in a checkout as in an installation."""
+    """Children find our packages wherever they start, and know each other by a token."""
     root = str(Path(__file__).resolve().parent.parent)
-    environment = {"PYTHONUNBUFFERED": "1"}
+    environment = {"PYTHONUNBUFFERED": "1", RUN_TOKEN_ENV: secrets.token_hex(16)}
     if root not in (*site.getsitepackages(), site.getusersitepackages()):
         paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
         environment["PYTHONPATH"] = os.pathsep.join(paths)

@@ -8,15 +8,18 @@ worker answers late.
 from __future__ import annotations
 
 import asyncio
+import hmac
 import logging
+import secrets
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import aiohttp
 
 from gateway.problems import quote
 from gateway.replica import Replica, describe
-from runtime.wire import Problem, parse_object
+from runtime.wire import CHALLENGE_HEADER, Problem, parse_object, run_proof
 
 log = logging.getLogger("headgate.gateway")
 
@@ -29,6 +32,7 @@ PROBE_TIMEOUT_S = 5.0
 SLOW_MAX = 3  # unanswered probes in a row that take a ready replica out
 ANSWER_MAX_BYTES = 2**20
 MODELS_MAX = 4096
+NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 
 
 class Unwell(Exception):
@@ -92,12 +96,23 @@ class Watch:
         self._models_at = float("-inf")  # whatever comes back may serve something else
 
     async def _ask_health(self) -> bool:
-        status, body = await fetch(self._session, self._replica, "/health")
+        challenge = secrets.token_hex(16)
+        more = {CHALLENGE_HEADER: challenge}
+        status, body = await fetch(self._session, self._replica, "/health", more)
         if 200 <= status < 300:
+            self._check_proof(challenge, body)
             return True
         if 400 <= status < 500:
             return False
         raise Unwell(f"/health answered {status}: {quote(body.decode('utf-8', 'replace'))}")
+
+    def _check_proof(self, challenge: str, body: bytes) -> None:
+        """A dead worker's port may have been taken by whatever asked for a free one."""
+        token = self._replica.run_token
+        if token is not None:
+            proof = str(parse_object(body).get("proof")).encode("utf-8", "replace")
+            if not hmac.compare_digest(proof, run_proof(token, challenge).encode()):
+                raise Unwell("another program answers at the port of this worker")
 
     async def _learn_models(self, has_health: bool) -> None:
         now = asyncio.get_running_loop().time()
@@ -112,10 +127,16 @@ class Watch:
         self._models_at = now
 
 
-async def fetch(session: aiohttp.ClientSession, replica: Replica, path: str) -> tuple[int, bytes]:
+async def fetch(
+    session: aiohttp.ClientSession,
+    replica: Replica,
+    path: str,
+    more: Mapping[str, str] = NO_HEADERS,
+) -> tuple[int, bytes]:
     """Status and body of a short answer. Raises Unwell for a body that is too large for one."""
-    headers = {"authorization": f"Bearer {replica.api_key}"} if replica.api_key is not None else {}
-    headers["accept-encoding"] = "identity"
+    headers = {"accept-encoding": "identity", **more}
+    if replica.api_key is not None:
+        headers["authorization"] = f"Bearer {replica.api_key}"
     url = replica.url + path
     async with session.get(url, headers=headers, allow_redirects=False) as response:
         body = bytearray()

@@ -10,6 +10,7 @@ from typing import Any
 
 from gateway.problems import listing, quote
 from policies.schema import Deployment
+from runtime.wire import RUN_TOKEN_ENV
 
 log = logging.getLogger("headgate.gateway")
 
@@ -21,6 +22,7 @@ class Replica:
     url: str
     own: bool = False
     api_key: str | None = field(default=None, repr=False)
+    run_token: str | None = field(default=None, repr=False)  # which our own workers must know
     models: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     healthy: bool = False
     in_flight: int = 0
@@ -59,7 +61,8 @@ def replicas_of(
 
     Raises KeyError for a key that is not set, or empty.
     """
-    own = [Replica(url.rstrip("/"), own=True) for url in workers]
+    token = environ.get(RUN_TOKEN_ENV)
+    own = [Replica(url.rstrip("/"), own=True, run_token=token) for url in workers]
     foreign = []
     for upstream in policy.upstreams:
         name = upstream.api_key_env

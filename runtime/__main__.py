@@ -46,6 +46,7 @@ def main(argv: list[str] | None = None) -> None:
 def serve(policy: Deployment, source: Path | str, adapters: Path | None, port: int) -> None:
     """Blocks until the server has been told to stop and running answers have had their time."""
     from runtime.server import create_app
+    from runtime.wire import RUN_TOKEN_ENV
     from runtime.worker import Worker
 
     assert policy.runtime is not None
@@ -54,6 +55,7 @@ def serve(policy: Deployment, source: Path | str, adapters: Path | None, port: i
         lambda streams: load_served(runtime, source, adapters, streams),
         max_body_bytes=policy.gateway.max_body_bytes,
         on_failure=give_up,
+        run_token=os.environ.get(RUN_TOKEN_ENV),
     )
     config = uvicorn.Config(
         create_app(worker),

@@ -40,8 +40,11 @@ INLINE_BODY_BYTES = 16_384
 def create_app(worker: Worker) -> Starlette:
     """The ASGI application of one worker."""
 
-    async def health(_: Request) -> Response:
+    async def health(request: Request) -> Response:
         status, body = worker.health()
+        challenge = request.headers.get(wire.CHALLENGE_HEADER)
+        if worker.run_token and challenge:
+            body["proof"] = wire.run_proof(worker.run_token, challenge)
         return _json(body, status)
 
     async def models(_: Request) -> Response:

@@ -8,6 +8,7 @@ ignored here and stay untouched in the bytes that the gateway relays.
 from __future__ import annotations
 
 import gc
+import hmac
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Annotated, Any, Literal, TypeVar
@@ -317,6 +318,16 @@ def parse_object(body: bytes) -> dict[str, Any]:
         got = "null" if data is None else f"a {JSON_NAMES.get(type(data), 'number')}"
         raise Problem(400, f"the body must be a JSON object, got {got}", code="invalid_json")
     return data
+
+
+# `headgate serve` gives one to all it starts, so that no stranger on a worker's port passes for it.
+RUN_TOKEN_ENV = "HEADGATE_RUN_TOKEN"  # noqa: S105  # the variable's name
+CHALLENGE_HEADER = "x-headgate-challenge"  # of a GET /health, whose answer then has `proof`
+
+
+def run_proof(token: str, challenge: str) -> str:
+    """What only a program with the same token can answer to a challenge: HMAC-SHA-256, as hex."""
+    return hmac.digest(token.encode(), challenge.encode(), "sha256").hex()
 
 
 @contextmanager

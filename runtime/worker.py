@@ -42,10 +42,12 @@ class Worker:
         *,
         max_body_bytes: int,
         on_failure: Callable[[BaseException], None],
+        run_token: str | None = None,
     ) -> None:
         self._load = load
         self._on_failure = on_failure
         self.max_body_bytes = max_body_bytes
+        self.run_token = run_token
         self.served: Served | None = None
 
     @asynccontextmanager

@@ -18,6 +18,7 @@ from policies.load import load
 from policies.model_folder import served_name
 from policies.schema import Runtime
 from runtime.__main__ import EXIT_REFUSED
+from runtime.wire import RUN_TOKEN_ENV
 
 ROOT = Path(__file__).parents[2]
 
@@ -126,6 +127,10 @@ def test_workers_come_before_the_gateway_that_knows_them_all(tmp_path: Path) -> 
     assert first.environment["OMP_WAIT_POLICY"] == "passive"
     assert first.environment["HF_HUB_DISABLE_TELEMETRY"] == "1"
     assert "OMP_NUM_THREADS" not in front.environment
+    tokens = {program.environment[RUN_TOKEN_ENV] for program in (first, second, front)}
+    (token,) = tokens
+    assert len(token) == 32
+    assert token not in str(programs_of(plan)[0].environment)  # each run has its own
 
 
 def test_upstreams_alone_need_no_worker(tmp_path: Path) -> None:

@@ -200,6 +200,25 @@ async def test_a_replica_that_went_down_is_probed_back() -> None:
     assert fake.requests == []
 
 
+@pytest.mark.parametrize("stranger", [None, "another run"])
+@on_loop
+async def test_a_stranger_on_a_workers_port_gets_no_request(stranger: str | None) -> None:
+    """After a worker died, another program, a worker of another `serve` too, can have its port."""
+    async with upstream(run_token="ours") as own, upstream(run_token=stranger) as other:
+        replica = Replica(own.url, own=True, run_token="ours")
+        async with gateway(replica) as edge:
+            assert (await edge.post(HELLO)).status_code == 200
+            replica.url = other.url
+            replica.doubt.set()
+            await until(lambda: not replica.healthy)
+            response = await edge.post(HELLO)
+            assert response.status_code == 503
+            assert "another program answers" in response.json()["error"]["message"]
+            assert other.requests == []
+            replica.url = own.url
+            await until(lambda: replica.healthy)
+
+
 @on_loop
 async def test_a_foreign_server_without_health_is_known_by_its_models() -> None:
     """/health 404 is no illness; a refused key is, and says so."""

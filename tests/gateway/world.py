@@ -21,6 +21,7 @@ from gateway.listener import configure
 from gateway.replica import Replica
 from gateway.upstream import Pool
 from policies.schema import Gateway
+from runtime.wire import CHALLENGE_HEADER, run_proof
 
 LIMIT_S = 20.0
 DONE = b"data: [DONE]\n\n"
@@ -110,6 +111,7 @@ class Fake:
     answer: Answer = pong
     models: tuple[str, ...] = ("m",)
     health: int = 200
+    run_token: str | None = None  # as a worker of ours has it from `headgate serve`
     requests: list[Request] = field(default_factory=list)
     running: int = 0
     left_at: float | None = None  # when the gateway closed a connection on which an answer ran
@@ -142,7 +144,10 @@ class Fake:
     async def _answer(self, peer: Peer, reader: asyncio.StreamReader) -> bytes:
         """Runs the answer, watches for the gateway to leave; the next request's first byte."""
         if peer.request.path == "/health":
-            await peer.json({"status": "?"}, status=self.health)
+            state = {"status": "?"}
+            if self.run_token is not None:
+                state["proof"] = run_proof(self.run_token, peer.request.headers[CHALLENGE_HEADER])
+            await peer.json(state, status=self.health)
             return b""
         if peer.request.path == "/v1/models":
             data = [{"id": name, "max_model_len": 64} for name in self.models]
