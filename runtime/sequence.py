@@ -37,6 +37,7 @@ class Sampling:
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: bool = False
+    shown_ids: frozenset[int] = frozenset()  # special tokens that leave their text all the same
 
     @property
     def greedy(self) -> bool:
@@ -176,7 +177,7 @@ class Reply:
 
     def __init__(self, tokenizer: Tokenizer, sequence: Sequence) -> None:
         sampling = sequence.sampling
-        self._detokenizer = Detokenizer(tokenizer, sequence.prompt)
+        self._detokenizer = Detokenizer(tokenizer, sequence.prompt, shown=sampling.shown_ids)
         self._scanner = StopScanner(sampling.stop) if sampling.stop else None
         self._ends = sampling.stop_ids
         if not sampling.ignore_eos:
