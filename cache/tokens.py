@@ -204,7 +204,7 @@ class Tokenizer:
         return encode_quoted(text, usual, self._encode_plain) if quoted else usual(text)
 
     def template(self, tools: Sequence[Mapping[str, Any]] | None) -> ChatTemplate:
-        """The chat template for a request with these tools. Raises NoChatTemplate, TemplateRefusal."""
+        """The one for requests with these tools. Raises NoChatTemplate, TemplateRefusal."""
         if not self._templates:
             raise NoChatTemplate(
                 f"{self.folder.name} has no chat template, so it takes no messages; "

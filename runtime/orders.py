@@ -5,14 +5,18 @@ Knows both endpoints' fields, the tokenizer and the limits; knows neither answer
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterable
+from typing import Any
 
-from cache.template import TemplateRefusal
+from cache.template import TemplateFailure, TemplateRefusal
 from cache.tokens import NoChatTemplate, Tokenizer, TooLong
 from runtime import wire
 from runtime.engine import Order
 from runtime.sequence import Sampling, Service
+from runtime.tool_request import ToolUse, argument_forms, offered
+from runtime.tools import dialect_of
 from runtime.wire import ChatRequest, CompletionRequest, Problem
 
 Asked = ChatRequest | CompletionRequest
@@ -63,6 +67,7 @@ def make_orders(
     vocabulary: int,
     service: Service,
     adapter: str | None = None,
+    use: ToolUse | None = None,
 ) -> list[Order]:
     """`n` orders for each prompt, in the order of the answer's choices. Raises Problem 400."""
     copies = asked.n or 1
@@ -75,7 +80,7 @@ def make_orders(
     orders = [
         Order(
             prompt,
-            _sampling(asked, len(prompt), limit_tokens, copy),
+            _sampling(asked, len(prompt), limit_tokens, copy, use),
             service,
             asked.cache_salt,
             adapter,
@@ -103,14 +108,11 @@ def chat_prompt(asked: ChatRequest, tokenizer: Tokenizer, limit_tokens: int) -> 
     Raises Problem 400 when the model's template refuses it, or when it is hopelessly long.
     """
     try:
-        return tokenizer.encode_chat(
-            asked.turns(),
-            tools=list(asked.tools) if asked.tools and asked.tool_choice != "none" else None,
-            add_generation_prompt=asked.add_generation_prompt and not asked.continue_final_message,
-            continue_final_message=asked.continue_final_message,
-            variables=asked.chat_template_kwargs,
-            limit_tokens=limit_tokens,
-        )
+        forms = _forms(asked, tokenizer)
+        for form in forms[:-1]:
+            with contextlib.suppress(TemplateFailure):  # it may take past calls in the other form
+                return _encode(asked, form, tokenizer, limit_tokens)
+        return _encode(asked, forms[-1], tokenizer, limit_tokens)
     except TooLong as error:
         raise _too_long("messages", f"at least {error.tokens}", limit_tokens) from error
     except NoChatTemplate as error:
@@ -121,6 +123,26 @@ def chat_prompt(asked: ChatRequest, tokenizer: Tokenizer, limit_tokens: int) -> 
     except TemplateRefusal as error:
         message = f"this model's chat template refuses the conversation: {error}"
         raise Problem(400, message, param="messages", code="template_refused") from error
+
+
+def _forms(asked: ChatRequest, tokenizer: Tokenizer) -> list[list[dict[str, Any]]]:
+    """The conversation in the forms that the template may take."""
+    template = tokenizer.template(offered(asked))
+    dialect = dialect_of(template.literals)
+    return argument_forms(asked.turns(), dialect=dialect, reads_text=template.reads_argument_text)
+
+
+def _encode(
+    asked: ChatRequest, turns: list[dict[str, Any]], tokenizer: Tokenizer, limit_tokens: int
+) -> list[int]:
+    return tokenizer.encode_chat(
+        turns,
+        tools=offered(asked),
+        add_generation_prompt=asked.add_generation_prompt and not asked.continue_final_message,
+        continue_final_message=asked.continue_final_message,
+        variables=asked.chat_template_kwargs,
+        limit_tokens=limit_tokens,
+    )
 
 
 def completion_prompts(
@@ -182,7 +204,9 @@ def alternatives(asked: Asked) -> int | None:
     return (asked.top_logprobs or 0) if asked.logprobs else None
 
 
-def _sampling(asked: Asked, prompt_tokens: int, limit_tokens: int, copy: int) -> Sampling:
+def _sampling(
+    asked: Asked, prompt_tokens: int, limit_tokens: int, copy: int, use: ToolUse | None
+) -> Sampling:
     chat = isinstance(asked, ChatRequest)
     limit = asked.max_completion_tokens if isinstance(asked, ChatRequest) else None
     wanted = limit if limit is not None else asked.max_tokens
@@ -213,4 +237,5 @@ def _sampling(asked: Asked, prompt_tokens: int, limit_tokens: int, copy: int) ->
         ignore_eos=bool(asked.ignore_eos),
         logprobs=logprobs,
         prompt_logprobs=echo and logprobs is not None,
+        shown_ids=use.shown_ids if use else frozenset(),
     )

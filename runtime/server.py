@@ -26,6 +26,7 @@ from runtime.engine import Engine, EngineStopped, QueueFull
 from runtime.orders import chat_prompt, completion_prompts, service_of
 from runtime.shapes import Piece
 from runtime.streams import ClientGone, Stream, Streams
+from runtime.tool_request import tool_use
 from runtime.wire import ChatRequest, CompletionRequest, Problem
 from runtime.worker import Served, Worker
 
@@ -118,9 +119,11 @@ class _Completions:
         asked: ChatRequest | CompletionRequest
         engine = served.engine
         limit = engine.limit_tokens
+        tools = None
         if self._chat:
             asked = chat = wire.parse_chat(body)
             _check_model(asked.model, served)
+            tools = tool_use(chat, served.tokenizer)
             prompts = [chat_prompt(chat, served.tokenizer, limit)]
         else:
             asked = completion = wire.parse_completion(body)
@@ -135,6 +138,7 @@ class _Completions:
             fingerprint=served.fingerprint.short,
             service=service_of(asked, headers),
             adapter=asked.model if asked.model in engine.adapters else None,
+            tools=tools,
         )
         return asked, answer
 

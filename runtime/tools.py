@@ -4,6 +4,7 @@ Knows the dialects by the marks in the models' own chat templates; knows neither
 answers. How each group of dialects is read is in tool_json.py, tool_xml.py and tool_python.py.
 """
 
+# ruff: noqa: RUF001 - DeepSeek's tokens are spelled with a wide bar
 from __future__ import annotations
 
 import re
@@ -101,16 +102,16 @@ PHI = Dialect(
 )
 DEEPSEEK = Dialect(
     "deepseek",
-    marks=(("<｜tool▁calls▁begin｜>",),),  # noqa: RUF001 - the token's own characters
-    openers=("<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>"),  # noqa: RUF001
+    marks=(("<｜tool▁calls▁begin｜>",),),
+    openers=("<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>"),
     calls=NamedCalls(
         header=re.compile(
-            r"\s*(?:function<｜tool▁sep｜>)?(?P<name>[^\s<{]+)"  # noqa: RUF001
-            r"(?:<｜tool▁sep｜>|\s*```json)\s*"  # noqa: RUF001
+            r"\s*(?:function<｜tool▁sep｜>)?(?P<name>[^\s<{]+)"
+            r"(?:<｜tool▁sep｜>|\s*```json)\s*"
         ),
-        again=("<｜tool▁call▁begin｜>",),  # noqa: RUF001
-        inner=("<｜tool▁sep｜>",),  # noqa: RUF001
-        closers=("```", "<｜tool▁call▁end｜>", "<｜tool▁calls▁end｜>"),  # noqa: RUF001
+        again=("<｜tool▁call▁begin｜>",),
+        inner=("<｜tool▁sep｜>",),
+        closers=("```", "<｜tool▁call▁end｜>", "<｜tool▁calls▁end｜>"),
     ),
     objects=False,
 )

@@ -181,6 +181,7 @@ class ChatRequest(_Sampled):
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=TOP_LOGPROBS_MAX)] | None = None
     tools: tuple[dict[str, Any], ...] | None = None
     tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: StrictBool | None = None
     response_format: dict[str, Any] | None = None
     add_generation_prompt: StrictBool = True
     continue_final_message: StrictBool = False
@@ -193,8 +194,10 @@ class ChatRequest(_Sampled):
             turn = message.model_dump(exclude_none=True)
             if message.content is not None:
                 turn["content"] = message.text(f"messages.{at}")
-            elif "content" in message.model_fields_set and not turn.get("tool_calls"):
-                turn["content"] = ""
+            elif "content" in message.model_fields_set or turn.get("tool_calls"):
+                turn["content"] = ""  # templates join it to the calls
+            if not turn.get("tool_calls", True):
+                del turn["tool_calls"]  # templates ask only whether it is there
             turns.append(turn)
         return turns
 
@@ -252,13 +255,6 @@ def parse_chat(body: bytes) -> ChatRequest:
             400,
             "response_format other than text is not supported by this runtime",
             param="response_format",
-            code="unsupported_parameter",
-        )
-    if request.tool_choice not in (None, "auto", "none"):
-        raise Problem(
-            400,
-            "tool_choice other than auto or none is not supported by this runtime",
-            param="tool_choice",
             code="unsupported_parameter",
         )
     return request

@@ -57,6 +57,62 @@ def with_field(field: bytes) -> bytes:
     return b"{" + field + b"," + json.dumps(DEFAULTS[CHAT]).encode()[1:]
 
 
+def tool_cases() -> list[Case]:
+    """Tools, tool_choice and past calls."""
+    at = "tools.0.function"
+
+    def tool(case: str, param: str, says: str, **function: Any) -> Case:
+        given = [{"type": "function", "function": {"name": "f"} | function}]
+        return chat(f"tool {case}", param, INVALID, says, tools=given)
+
+    def choice(name: str, param: str, says: str, choice: Any, tools: Any = ()) -> Case:
+        return chat(f"choice {name}", param, INVALID, says, tool_choice=choice, tools=[*tools])
+
+    def past(name: str, param: str, says: str, calls: Any, code: str = INVALID) -> Case:
+        turn = {"role": "assistant", "tool_calls": calls}
+        messages = [{"role": "user", "content": "hi"}, turn]
+        param = f"messages.1.tool_calls{param}"
+        return chat(f"past {name}", param, code, says, messages=messages)
+
+    good = [{"type": "function", "function": {"name": "f"}}]
+    named = {"type": "function", "function": {"name": "g"}}
+    return [
+        chat("tool without function", "tools.0.function", MISSING, tools=[{"type": "function"}]),
+        chat("tool without type", "tools.0.type", MISSING, tools=[{"function": {"name": "f"}}]),
+        chat("tool custom", "tools.0.type", UNSUPPORTED, "custom", tools=[{"type": "custom"}]),
+        chat("tools twice", "tools.1.function.name", INVALID, "another tool", tools=good * 2),
+        chat("129 tools", "tools", INVALID, "128", tools=good * 129),
+        tool("name", f"{at}.name", "characters", name="get weather"),
+        tool("long name", f"{at}.name", "64", name="f" * 65),
+        tool("name with an end of line", f"{at}.name", "characters", name="f\n"),
+        tool("name number", f"{at}.name", "string", name=5),
+        tool("description", f"{at}.description", "string", description=5),
+        tool("strict", f"{at}.strict", "true or false", strict="yes"),
+        tool("parameters", f"{at}.parameters", "object", parameters=[]),
+        tool("parameters type", f"{at}.parameters.type", "'array'", parameters={"type": "array"}),
+        tool("properties", f"{at}.parameters.properties", "object", parameters={"properties": 1}),
+        tool(
+            "property",
+            f"{at}.parameters.properties.a",
+            "schema",
+            parameters={"properties": {"a": 1}},
+        ),
+        tool("required", f"{at}.parameters.required", "names", parameters={"required": "a"}),
+        choice("word", "tool_choice", "'required'", "sometimes"),
+        choice("object", "tool_choice", "'required'", {"type": "function"}, good),
+        choice("required", "tool_choice", "tools are given", "required"),
+        choice("unknown", "tool_choice.function.name", "given: f", named, good),
+        chat("parallel", "parallel_tool_calls", INVALID, "true", parallel_tool_calls="no"),
+        past("calls", "", "list", {"name": "f"}),
+        past("call", ".0", "object", ["f"]),
+        past("function", ".0.function", "required", [{"type": "function"}], MISSING),
+        past("name", ".0.function.name", "required", [{"function": {}}], MISSING),
+        past(
+            "arguments", ".0.function.arguments", "", [{"function": {"name": "f", "arguments": 5}}]
+        ),
+    ]
+
+
 HALF = json.dumps(DEFAULTS[CHAT]).encode()[:-9]
 IMAGE = [{"type": "image_url", "image_url": {"url": "data:image/png;base64,xx"}}]
 LONG = "hello world " * 3000
@@ -149,7 +205,7 @@ CHAT_CASES = [
     chat("top_logprobs 21", "top_logprobs", INVALID, "20", logprobs=True, top_logprobs=21),
     chat("tools text", "tools", INVALID, "list", tools="weather"),
     chat("tools of numbers", "tools.0", INVALID, "object", tools=[1]),
-    chat("tool required", "tool_choice", UNSUPPORTED, "auto", tool_choice="required"),
+    *tool_cases(),
     chat("logit_bias", "logit_bias", UNSUPPORTED, "leave it out", logit_bias={"1": 5}),
     chat("presence", "presence_penalty", UNSUPPORTED, "send 0", presence_penalty=1),
     chat("frequency", "frequency_penalty", UNSUPPORTED, "send 0", frequency_penalty=0.5),

@@ -148,7 +148,7 @@ def of_whole(answer: dict[str, Any]) -> list[Choice]:
     choices = []
     for at, given in enumerate(answer["choices"]):
         assert given["index"] == at
-        text = given["message"]["content"] if "message" in given else given["text"]
+        text = (given["message"]["content"] or "") if "message" in given else given["text"]
         choice = Choice(text, given["finish_reason"])
         choice.add(given["logprobs"])
         choices.append(choice)

@@ -1,7 +1,6 @@
-"""How each dialect's models write calls: what the parsers are tested with, written from the formats.
+"""How each dialect's models write calls, from their templates; knows nothing of the parsers."""
 
-Knows nothing of the parsers.
-"""
+# ruff: noqa: RUF001 - DeepSeek's tokens are spelled with a wide bar
 
 from __future__ import annotations
 
@@ -24,17 +23,15 @@ def text(value: Any) -> str:
 
 
 def hermes(calls: list[Call]) -> str:
-    return "\n".join(
-        f'<tool_call>\n{{"name": {text(one.name)}, "arguments": {text(one.arguments)}}}\n</tool_call>'
-        for one in calls
-    )
+    return "\n".join(f"<tool_call>\n{named(one)}\n</tool_call>" for one in calls)
+
+
+def named(one: Call) -> str:
+    return f'{{"name": {text(one.name)}, "arguments": {text(one.arguments)}}}'
 
 
 def pocket(calls: list[Call]) -> str:
-    return "".join(
-        f'<tool_call>{{"name": {text(one.name)}, "arguments": {text(one.arguments)}}}</tool_call>'
-        for one in calls
-    )
+    return "".join(f"<tool_call>{named(one)}</tool_call>" for one in calls)
 
 
 def arguments_first(calls: list[Call]) -> str:

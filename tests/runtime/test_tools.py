@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from typing import Any
 
@@ -45,7 +46,7 @@ def put_together(events: list[Event]) -> tuple[str, list[tuple[str, str, bool]]]
 
 def cut(text: str, places: list[int]) -> list[str]:
     at = sorted({place % (len(text) + 1) for place in places} | {0, len(text)})
-    return [text[one:other] for one, other in zip(at, at[1:], strict=False)] or [""]
+    return [text[one:other] for one, other in itertools.pairwise(at)] or [""]
 
 
 def adapted(dialect: str, calls: list[Call]) -> list[Call]:
