@@ -53,6 +53,7 @@ class Answer:
     ) -> None:
         self._asked = asked
         self._wants_logprobs = alternatives(asked) is not None
+        self._copies = asked.n or 1
         self.orders = make_orders(asked, prompts, limit_tokens, vocabulary, service, adapter, tools)
         self._choices = [
             _Choice(index, tools=ToolReply(tools, index) if tools else None)
@@ -61,7 +62,7 @@ class Answer:
         if isinstance(asked, CompletionRequest) and asked.echo:
             texts = _echo_texts(asked, prompts, tokenizer)
             for choice in self._choices:
-                choice.echo = texts[choice.index // (asked.n or 1)]
+                choice.echo = texts[choice.index // self._copies]
         self._by_key: dict[int, _Choice] = {}
         self._usage = Usage(prompt_tokens=sum(map(len, prompts)))
         now = int(time.time())
@@ -99,14 +100,15 @@ class Answer:
         Raises Problem 500 when the engine failed on one of them.
         """
         for output in outputs:
-            if output.error is not None:
-                raise _failure(output)
             choice = self._by_key[output.key]
             if choice.finish_reason:
                 continue  # it ended before its sequence: behind the only call that it may make
+            if output.error is not None:
+                raise _failure(output)
             self._usage.completion_tokens += len(output.token_ids)
-            self._usage.cached_tokens += output.cached_tokens - choice.cached_tokens
-            choice.cached_tokens = output.cached_tokens
+            if choice.index % self._copies == 0:  # a prompt counts once, and so what is known of it
+                self._usage.cached_tokens += output.cached_tokens - choice.cached_tokens
+                choice.cached_tokens = output.cached_tokens
             if output.text or output.logprobs or output.finish_reason:
                 logprobs = output.logprobs if self._wants_logprobs else None
                 if logprobs and choice.echo and output.token_ids:
