@@ -149,7 +149,8 @@ class Supervisor:
                 return
             self._screen.log(f"{child.program.name} {how}; it starts again in {pause_s:g} s")
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stopping.wait(), pause_s)
+                async with asyncio.timeout(pause_s):
+                    await self._stopping.wait()
 
     async def _live(self, child: Child) -> int:
         """One life of a program; the exit code, negative for a signal."""
@@ -212,7 +213,8 @@ class Supervisor:
             waits = self._waits(took_s)
             self._screen.progress("; ".join([f"starting … {took_s:.0f} s", *waits]))
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._front.ready.wait(), 1.0)
+                async with asyncio.timeout(1.0):
+                    await self._front.ready.wait()
         self._screen.settle()
         announce(self._now() - self._started_at)
 

@@ -12,6 +12,7 @@ import hmac
 import logging
 import secrets
 from collections.abc import Mapping
+from contextlib import suppress
 from types import MappingProxyType
 from typing import Any
 
@@ -65,10 +66,11 @@ class Watch:
         pause_s = ready_s
         if not self._replica.healthy:
             pause_s = STARTING_S if self._replica.own else FOREIGN_DOWN_S
-        try:
-            await asyncio.wait_for(self._replica.doubt.wait(), pause_s)
-        except TimeoutError:
-            return
+        # Not wait_for: up to Python 3.11 it swallows a cancellation that comes with the event, and
+        # the shutdown would wait for ever.
+        with suppress(TimeoutError):
+            async with asyncio.timeout(pause_s):
+                await self._replica.doubt.wait()
 
     async def probe(self) -> bool:
         """Asks once and notes the result; False when the replica has no /health."""

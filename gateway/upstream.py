@@ -66,7 +66,8 @@ class Pool:
         self.draining = True
         if self.in_flight:
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._empty.wait(), GOODBYE_S)
+                async with asyncio.timeout(GOODBYE_S):
+                    await self._empty.wait()
         for probe in self._probes:
             probe.cancel()
         await asyncio.gather(*self._probes, return_exceptions=True)

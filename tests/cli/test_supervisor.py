@@ -26,6 +26,7 @@ from command.processes import describe_exit
 from command.supervisor import Backoff
 
 ROOT = Path(__file__).parents[2]
+WATCHDOG_S = 120  # against hanging: on a machine busy with other work processes start slowly
 
 # python stub.py PORT [BEHAVIOUR [PORT BEHIND]]
 STUB = """
@@ -137,7 +138,7 @@ def supervised(
         env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
-    watchdog = threading.Timer(30, process.kill)
+    watchdog = threading.Timer(WATCHDOG_S, process.kill)
     watchdog.start()
     running = Supervised(process)
     try:
@@ -213,7 +214,7 @@ def test_a_closed_terminal_drains_though_nothing_can_be_shown(tmp_path: Path) ->
         [sys.executable, driver, stub, rows, "5"],
         env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=theirs, stderr=theirs,
     )  # fmt: skip
-    watchdog = threading.Timer(30, process.kill)
+    watchdog = threading.Timer(WATCHDOG_S, process.kill)
     watchdog.start()
     os.close(theirs)
     seen = b""
