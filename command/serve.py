@@ -120,7 +120,7 @@ def programs_of(plan: Plan) -> list[Program]:
     workers = [
         Program(
             f"worker {index}",
-            (*python, "runtime", policy, "--port", str(port)),
+            (*python, "runtime", policy, "--port", str(port), "--rank", str(index)),
             _WORKER_HOST,
             port,
             for_workers,

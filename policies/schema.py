@@ -6,6 +6,7 @@ Every field has a description; `docs/policy.md` is tested to name each of them.
 from __future__ import annotations
 
 import ipaddress
+import re
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
@@ -17,6 +18,9 @@ from pydantic import (
     Field,
     model_validator,
 )
+
+# What a path of a local socket may have, less what the number of a worker adds.
+_IPC_BYTES_MAX = 96
 
 
 class _Policy(BaseModel):
@@ -52,6 +56,22 @@ def _base_url(url: str) -> str:
     if parts.query or parts.fragment:
         raise ValueError(f"{url!r} has a query or a fragment, which a base URL cannot have")
     return url.rstrip("/").removesuffix("/v1")
+
+
+def _event_endpoint(endpoint: str) -> str:
+    """Where block events leave. They name tokens of prompts, so only this machine may listen."""
+    wrong = ValueError(
+        f"{endpoint!r} is not an endpoint such as tcp://127.0.0.1:5557 or ipc:///run/headgate"
+    )
+    if endpoint.startswith("ipc://"):
+        if not endpoint.isprintable() or not 0 < len(endpoint[6:].encode()) <= _IPC_BYTES_MAX:
+            raise wrong
+        return endpoint
+    match = re.fullmatch(r"tcp://(\[[^\]]+\]|[^\[\]:]+):([0-9]{1,5})", endpoint)
+    if match is None or int(match[2]) > 65535:
+        raise wrong
+    _loopback(match[1].strip("[]"))
+    return endpoint
 
 
 def _integer(value: object) -> object:
@@ -106,6 +126,49 @@ class Gateway(_Policy):
         le=10**6,
         description="Requests at once; more are refused with 503 and Retry-After.",
     )
+
+
+class KvEvents(_Policy):
+    """Which blocks the KV pool can find, told over ZMQ in vLLM's format: see docs/events.md."""
+
+    endpoint: Annotated[str, AfterValidator(_event_endpoint)] = Field(
+        "tcp://127.0.0.1:5557",
+        description="Where events are published: `tcp://` on loopback or `ipc://`. Worker n takes "
+        "the port n above; 0 takes a free one, which /health tells.",
+    )
+    replay_endpoint: Annotated[str, AfterValidator(_event_endpoint)] | None = Field(
+        "tcp://127.0.0.1:5657",
+        description="Where missed events are asked for, by the same rules; null: no replay.",
+    )
+    topic: str = Field("", max_length=256, description="First frame of each event; any text.")
+    buffer_steps: int = Field(
+        10_000,
+        ge=1,
+        le=10**6,
+        description="Batches kept for replay; older ones are folded into a snapshot.",
+    )
+    hwm: int = Field(
+        10_000,
+        ge=1,
+        le=10**6,
+        description="Batches queued for one subscriber; a slower one misses what comes, and sees "
+        "a gap.",
+    )
+
+    def port_clash(self, workers: int) -> str | None:
+        """Why the ports of several workers would meet, or None."""
+        ports = [
+            int(one.rpartition(":")[2])
+            for one in (self.endpoint, self.replay_endpoint)
+            if one is not None and one.startswith("tcp:")
+        ]
+        if any(port and port + workers - 1 > 65535 for port in ports):
+            return f"the ports of {workers} workers end beyond 65535"
+        if len(ports) == 2 and all(ports) and abs(ports[0] - ports[1]) < workers:
+            return f"{workers} workers need ports of kv_events that are {workers} apart or more"
+        if self.endpoint == self.replay_endpoint and not (ports and not ports[0]):
+            return "kv_events.endpoint and kv_events.replay_endpoint are the same"
+        return None
 
 
 class Runtime(_Policy):
@@ -169,6 +232,16 @@ class Runtime(_Policy):
         le=10**6,
         description="Waiting requests; more are refused with 503 and Retry-After.",
     )
+    kv_events: KvEvents | None = Field(
+        None, description="Publishes which blocks are cached, for prefix-aware routing; off."
+    )
+
+    @model_validator(mode="after")
+    def _event_ports_are_apart(self) -> Runtime:
+        clash = self.kv_events.port_clash(self.workers) if self.kv_events else None
+        if clash:
+            raise ValueError(clash)
+        return self
 
 
 class Upstream(_Policy):

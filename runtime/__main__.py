@@ -29,6 +29,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m runtime", description=__doc__)
     parser.add_argument("policy", type=Path, help="policy file; its `runtime` part is obeyed")
     parser.add_argument("--port", type=int, required=True, help="port to listen on, loopback only")
+    parser.add_argument("--rank", type=int, default=0, help="this worker's number, from 0")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(levelname).1s %(name)s: %(message)s")
     try:
@@ -40,10 +41,12 @@ def main(argv: list[str] | None = None) -> None:
     except policy_file.PolicyError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
-    serve(policy, source, adapters, args.port)
+    serve(policy, source, adapters, args.port, args.rank)
 
 
-def serve(policy: Deployment, source: Path | str, adapters: Path | None, port: int) -> None:
+def serve(
+    policy: Deployment, source: Path | str, adapters: Path | None, port: int, rank: int
+) -> None:
     """Blocks until the server has been told to stop and running answers have had their time."""
     from runtime.server import create_app
     from runtime.wire import RUN_TOKEN_ENV
@@ -52,7 +55,7 @@ def serve(policy: Deployment, source: Path | str, adapters: Path | None, port: i
     assert policy.runtime is not None
     runtime = policy.runtime
     worker = Worker(
-        lambda streams: load_served(runtime, source, adapters, streams),
+        lambda streams: load_served(runtime, source, adapters, streams, rank),
         max_body_bytes=policy.gateway.max_body_bytes,
         on_failure=give_up,
         run_token=os.environ.get(RUN_TOKEN_ENV),
@@ -71,7 +74,7 @@ def serve(policy: Deployment, source: Path | str, adapters: Path | None, port: i
 
 
 def load_served(
-    runtime: Runtime, source: Path | str, adapters: Path | None, streams: Streams
+    runtime: Runtime, source: Path | str, adapters: Path | None, streams: Streams, rank: int
 ) -> Served:
     """Loads model, adapters and tokenizer and builds the engine; runs in the engine's thread."""
     import torch
@@ -80,10 +83,12 @@ def load_served(
     from runtime import fingerprint
     from runtime.adapters import load_adapters
     from runtime.engine import Engine
+    from runtime.events import BlockEvents
     from runtime.loading import load_model
     from runtime.worker import Served
 
     started = time.perf_counter()
+    events = BlockEvents(runtime.kv_events, rank) if runtime.kv_events else None
     if runtime.threads:  # else OMP_NUM_THREADS, which `headgate serve` sets, or all cores
         torch.set_num_threads(runtime.threads)
     with ThreadPoolExecutor(1, "digests") as beside:  # hashing lets the interpreter go on
@@ -111,6 +116,8 @@ def load_served(
         tpot_s=runtime.tpot_ms / 1000 if runtime.tpot_ms else None,
         adapters=adapted,
         identity=f"{identity.leaves['weights']} {model.dtype}",
+        watchers=[events] if events else (),
+        listeners=[events] if events else (),
     )
     engine.calibrate()
     facts = {
@@ -124,22 +131,23 @@ def load_served(
     }
     logging.getLogger("runtime").info("%s is loaded: %s", source, facts)
     name = served_name(runtime, source)
-    return Served(name, engine, tokenizer, facts, int(time.time()), identity)
+    return Served(name, engine, tokenizer, facts, int(time.time()), identity, events)
 
 
 def give_up(error: BaseException) -> None:
     """A worker without an engine is of no use: say why and let the supervisor decide."""
     from cache.template import TemplateProblem
     from cache.tokens import TokenizerUnusable
+    from runtime.events import EventsRefused
     from runtime.model import ModelRefused
 
-    known = isinstance(error, ModelRefused | TokenizerUnusable | TemplateProblem)
-    if known:
+    hopeless = isinstance(error, ModelRefused | TokenizerUnusable | TemplateProblem)
+    if hopeless or isinstance(error, EventsRefused):
         logging.getLogger("runtime").error("%s", error)
     else:
         logging.getLogger("runtime").critical("the engine's thread died", exc_info=error)
     logging.shutdown()
-    os._exit(EXIT_REFUSED if known else 1)
+    os._exit(EXIT_REFUSED if hopeless else 1)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 Knows the scheduler, the model, the sampler and the tokenizer; knows no HTTP and no event loop.
 Others talk to it through `submit`, `cancel` and `stop`, which any thread may call, and hear from it
-through `emit`, which the engine's thread calls once a step, and through a `Listener`.
+through `emit`, which the engine's thread calls once a step, and through `Listener`s.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ class Engine:
         identity: str = "",
         adapters: Mapping[str, Adapter] = MappingProxyType({}),
         watchers: Many[PoolWatcher] = (),
-        listener: Listener | None = None,
+        listeners: Many[Listener] = (),
         now: Callable[[], float] = monotonic,
     ) -> None:
         self.model = model
@@ -154,7 +154,7 @@ class Engine:
         self.adapters = adapters
         self.now = now
         self._emit = emit
-        self._listener = listener
+        self._listeners = tuple(listeners)
         self._pool = BlockPool(model.blocks, watchers)
         self.vocabulary = min(tokenizer.vocab_size, model.vocab_size)
         self._scheduler = Scheduler(
@@ -305,11 +305,12 @@ class Engine:
         clock.step_s += seconds
         if scheduler.costs is not None:
             scheduler.costs.observe(size, seconds)
-        if self._listener is not None:
+        if self._listeners:
             forward_s = clock.forward_s - forward_before
             running, waiting = len(scheduler.running), len(scheduler.waiting)
             record = StepRecord(size, len(plan), sampled, seconds, forward_s, running, waiting)
-            self._listener.stepped(record)
+            for listener in self._listeners:
+                listener.stepped(record)
 
     def _wait_for_others(self) -> None:
         """Sequences wait but none can run yet: gives way until something comes in, or a moment."""
@@ -499,8 +500,8 @@ class Engine:
     def _forget(self, key: int, why: str) -> None:
         sequence, _ = self._replies.pop(key)
         self._scheduler.remove(sequence)
-        if self._listener is not None:
-            self._listener.ended(sequence, why, self.now())
+        for listener in self._listeners:
+            listener.ended(sequence, why, self.now())
 
 
 def _scores_prompt(sequence: Sequence) -> bool:

@@ -16,6 +16,7 @@ from starlette.applications import Starlette
 
 from cache.tokens import Tokenizer
 from runtime.engine import Engine
+from runtime.events import BlockEvents
 from runtime.fingerprint import Fingerprint
 from runtime.streams import Streams
 from runtime.wire import Problem
@@ -31,6 +32,7 @@ class Served:
     facts: dict[str, Any]  # device, dtype, parameters, ...: shown by /health
     created: int
     fingerprint: Fingerprint
+    events: BlockEvents | None = None
 
 
 class Worker:
@@ -67,6 +69,8 @@ class Worker:
             served = self._load(self.streams)
             self._loop.call_soon_threadsafe(self._is_ready, served)
             served.engine.run()
+            if served.events is not None:
+                served.events.close()
         except BaseException as error:  # noqa: BLE001 - reported, then the process ends
             self._on_failure(error)
 
@@ -105,4 +109,6 @@ class Worker:
                 "in_use": blocks.in_use,
             },
         }
+        if self.served.events is not None:
+            body["kv_events"] = self.served.events.facts()
         return 200, body

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 WHOLE = """\
 version: 1
 gateway: {port: 9000}
-runtime: {model: ../tiny, served_name: "tiny: 1", threads: 3}
+runtime: {model: ../tiny, served_name: "tiny: 1", threads: 3, kv_events: {topic: kv}}
 upstreams:
 - url: http://127.0.0.1:8000
   api_key_env: KEY

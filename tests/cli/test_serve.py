@@ -113,9 +113,9 @@ def test_workers_come_before_the_gateway_that_knows_them_all(tmp_path: Path) -> 
     first, second, front = programs_of(plan)
     policy = str(plan.policy)
     assert first.argv[1:] == (
-        "-P", "-m", "runtime", policy, "--port", "7001",
+        "-P", "-m", "runtime", policy, "--port", "7001", "--rank", "0",
     )  # fmt: skip
-    assert second.argv[-2:] == ("--port", "7002")
+    assert second.argv[-4:] == ("--port", "7002", "--rank", "1")
     assert front.argv[3:] == (
         "gateway", policy, "--port", "7000",
         "--replica", "http://127.0.0.1:7001", "--replica", "http://127.0.0.1:7002",
