@@ -6,6 +6,7 @@ those of transformers 5.23, `render_jinja_template`; a test renders 71 public te
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
@@ -36,7 +37,7 @@ RESERVED = {"messages", "tools", "add_generation_prompt", "raise_exception", "st
 class ChatTemplate:
     """One chat template, compiled once; render it from any thread. See Program for its bounds."""
 
-    __slots__ = ("_program", "special_tokens")
+    __slots__ = ("_program", "reads_argument_text", "special_tokens")
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
         """`special_tokens` are names that the template may use: bos_token, eos_token, ...
@@ -45,6 +46,8 @@ class ChatTemplate:
         """
         self._program = Program(source)
         self.special_tokens = dict(special_tokens)
+        # Such a template takes a past call's arguments as text too, and writes them as they are.
+        self.reads_argument_text = bool(re.search(r"arguments\s+is\s+string", source))
 
     @property
     def literals(self) -> str:

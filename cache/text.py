@@ -123,10 +123,18 @@ class Detokenizer:
     __slots__ = ("_decoder", "_skipped", "_start", "_strip", "_vocabulary")
 
     def __init__(
-        self, vocabulary: Vocabulary, prompt_ids: Sequence[int] = (), *, skip_special: bool = True
+        self,
+        vocabulary: Vocabulary,
+        prompt_ids: Sequence[int] = (),
+        *,
+        skip_special: bool = True,
+        shown: Collection[int] = (),
     ) -> None:
+        """`shown` are special ids that are not skipped."""
         self._vocabulary = vocabulary
         self._skipped: Collection[int] = vocabulary.special_ids if skip_special else ()
+        if shown:
+            self._skipped = frozenset(self._skipped).difference(shown)
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._start = True  # nothing has been said yet, so the rules for a text's start hold
         self._strip = vocabulary.spelling.strip

@@ -9,7 +9,7 @@ control.py.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
@@ -149,7 +149,7 @@ class Tokenizer:
 
         Raises NoChatTemplate, TemplateRefusal; see ChatTemplate.render.
         """
-        return self._template(tools).render(
+        return self.template(tools).render(
             _without_nulls(messages),
             tools=tools,
             add_generation_prompt=add_generation_prompt,
@@ -183,7 +183,7 @@ class Tokenizer:
         Raises NoChatTemplate, TemplateRefusal (see ChatTemplate.render), and TooLong where the text
         cannot have as few as `limit_tokens`.
         """
-        template = self._template(tools)
+        template = self.template(tools)
         turns: list[Any] = _without_nulls(messages)
         control = self._control[template]
         quoted = not trust_text and control.spelled_in(turns, tools, variables)
@@ -203,7 +203,8 @@ class Tokenizer:
         usual = partial(self.encode, special=False)
         return encode_quoted(text, usual, self._encode_plain) if quoted else usual(text)
 
-    def _template(self, tools: Sequence[Mapping[str, Any]] | None) -> ChatTemplate:
+    def template(self, tools: Sequence[Mapping[str, Any]] | None) -> ChatTemplate:
+        """The one for requests with these tools. Raises NoChatTemplate, TemplateRefusal."""
         if not self._templates:
             raise NoChatTemplate(
                 f"{self.folder.name} has no chat template, so it takes no messages; "
@@ -231,6 +232,10 @@ class Tokenizer:
         return [token.id for word in words for token in self._tokens.model.tokenize(word)]
 
     # ---- ids -> text
+
+    def special_ids_of(self, texts: Iterable[str]) -> frozenset[int]:
+        """The ids of those texts that are special tokens."""
+        return self.special_ids & {self._tokens.token_to_id(text) for text in texts}
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """Text of a whole sequence, as transformers decodes it. For a growing one: Detokenizer."""

@@ -12,10 +12,11 @@ from typing import Any
 
 from cache.tokens import Tokenizer
 from runtime import shapes, wire
-from runtime.grammar import CompiledGrammar
 from runtime.orders import Asked, alternatives, make_orders
 from runtime.sequence import Output, Service
-from runtime.shapes import Envelope, FinishReason, Piece, TokenLogprob, Usage
+from runtime.shapes import CallDelta, Envelope, FinishReason, Piece, TokenLogprob, Usage
+from runtime.tool_answers import ToolReply
+from runtime.tool_request import ToolUse
 from runtime.wire import ChatRequest, CompletionRequest, Problem
 
 
@@ -27,9 +28,11 @@ class _Choice:
     echo: str = ""
     text: list[str] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    calls: list[CallDelta] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     opened: bool = False
     cached_tokens: int = 0
+    tools: ToolReply | None = None
 
 
 class Answer:
@@ -46,18 +49,20 @@ class Answer:
         fingerprint: str,
         service: Service,
         adapter: str | None,
-        grammar: CompiledGrammar | None = None,
+        tools: ToolUse | None = None,
     ) -> None:
         self._asked = asked
         self._wants_logprobs = alternatives(asked) is not None
-        self.orders = make_orders(
-            asked, prompts, limit_tokens, vocabulary, service, adapter, grammar
-        )
-        self._choices = [_Choice(index) for index in range(len(self.orders))]
+        self._copies = asked.n or 1
+        self.orders = make_orders(asked, prompts, limit_tokens, vocabulary, service, adapter, tools)
+        self._choices = [
+            _Choice(index, tools=ToolReply(tools, index) if tools else None)
+            for index in range(len(self.orders))
+        ]
         if isinstance(asked, CompletionRequest) and asked.echo:
             texts = _echo_texts(asked, prompts, tokenizer)
             for choice in self._choices:
-                choice.echo = texts[choice.index // (asked.n or 1)]
+                choice.echo = texts[choice.index // self._copies]
         self._by_key: dict[int, _Choice] = {}
         self._usage = Usage(prompt_tokens=sum(map(len, prompts)))
         now = int(time.time())
@@ -95,19 +100,24 @@ class Answer:
         Raises Problem 500 when the engine failed on one of them.
         """
         for output in outputs:
+            choice = self._by_key[output.key]
+            if choice.finish_reason:
+                continue  # it ended before its sequence: behind the only call that it may make
             if output.error is not None:
                 raise _failure(output)
-            choice = self._by_key[output.key]
             self._usage.completion_tokens += len(output.token_ids)
-            self._usage.cached_tokens += output.cached_tokens - choice.cached_tokens
-            choice.cached_tokens = output.cached_tokens
-            choice.finish_reason = output.finish_reason
+            if choice.index % self._copies == 0:  # a prompt counts once, and so what is known of it
+                self._usage.cached_tokens += output.cached_tokens - choice.cached_tokens
+                choice.cached_tokens = output.cached_tokens
             if output.text or output.logprobs or output.finish_reason:
                 logprobs = output.logprobs if self._wants_logprobs else None
                 if logprobs and choice.echo and output.token_ids:
                     behind = len(choice.echo)
                     logprobs = tuple(replace(one, offset=one.offset + behind) for one in logprobs)
-                yield Piece(choice.index, output.text, logprobs, output.finish_reason)
+                piece = Piece(choice.index, output.text, logprobs, output.finish_reason)
+                for one in choice.tools.read(piece) if choice.tools else [piece]:
+                    choice.finish_reason = one.finish_reason
+                    yield one
 
     def echo_only(self) -> Iterator[Piece]:
         """The pieces of an answer that needs no engine."""
@@ -137,13 +147,14 @@ class Answer:
         return {"usage": None} if self._usage_at_end else {}
 
     def _chat_chunks(self, choice: _Choice, piece: Piece) -> Iterator[dict[str, Any]]:
-        first, choice.opened = not choice.opened, True
-        if first and piece.logprobs:
+        role = None if choice.opened else shapes.chat_role(piece)
+        choice.opened = True
+        if role and piece.logprobs:
             # Role alone, as OpenAI sends it: the openai package (3.54, `stream`) counts the
             # logprobs of a further choice's first chunk twice.
-            yield shapes.chat_delta(Piece(piece.index, ""), first=True)
-            first = False
-        yield shapes.chat_delta(piece, first=first)
+            yield shapes.chat_delta(Piece(piece.index, ""), role)
+            role = None
+        yield shapes.chat_delta(piece, role)
 
     def _completion_chunks(self, choice: _Choice, piece: Piece) -> Iterator[dict[str, Any]]:
         if not choice.opened:
@@ -159,25 +170,25 @@ class Answer:
         for piece in pieces:
             choice = self._choices[piece.index]
             choice.text.append(piece.text)
+            if piece.call:
+                choice.calls.append(piece.call)
             choice.logprobs += piece.logprobs or ()
 
     def whole(self) -> dict[str, Any]:
         """The body of an answer that is not streamed."""
-        shape = (
-            shapes.chat_choice if isinstance(self._asked, ChatRequest) else shapes.completion_choice
-        )
-        choices = [
-            shape(
-                Piece(
-                    choice.index,
-                    choice.echo + "".join(choice.text),
-                    tuple(choice.logprobs) if self._wants_logprobs else None,
-                    choice.finish_reason,
-                )
-            )
-            for choice in self._choices
-        ]
+        choices = [self._whole_choice(choice) for choice in self._choices]
         return self._envelope.wrap(choices, usage=self._usage.payload())
+
+    def _whole_choice(self, choice: _Choice) -> dict[str, Any]:
+        piece = Piece(
+            choice.index,
+            choice.echo + "".join(choice.text),
+            tuple(choice.logprobs) if self._wants_logprobs else None,
+            choice.finish_reason,
+        )
+        if isinstance(self._asked, ChatRequest):
+            return shapes.chat_choice(piece, shapes.whole_calls(choice.calls))
+        return shapes.completion_choice(piece)
 
 
 def _failure(output: Output) -> Problem:

@@ -5,16 +5,18 @@ Knows both endpoints' fields, the tokenizer and the limits; knows neither answer
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterable
-from dataclasses import replace
+from typing import Any
 
-from cache.template import TemplateRefusal
+from cache.template import TemplateFailure, TemplateRefusal
 from cache.tokens import NoChatTemplate, Tokenizer, TooLong
 from runtime import wire
 from runtime.engine import Order
-from runtime.grammar import CompiledGrammar, GrammarRefused, Grammars, GrammarSpec
 from runtime.sequence import Sampling, Service
+from runtime.tool_request import ToolUse, argument_forms, offered
+from runtime.tools import dialect_of
 from runtime.wire import ChatRequest, CompletionRequest, Problem
 
 Asked = ChatRequest | CompletionRequest
@@ -65,7 +67,7 @@ def make_orders(
     vocabulary: int,
     service: Service,
     adapter: str | None = None,
-    grammar: CompiledGrammar | None = None,
+    use: ToolUse | None = None,
 ) -> list[Order]:
     """`n` orders for each prompt, in the order of the answer's choices. Raises Problem 400."""
     copies = asked.n or 1
@@ -75,13 +77,10 @@ def make_orders(
     for at, prompt in enumerate(prompts):
         room = limit_tokens if asked.max_tokens == 0 else limit_tokens - 1
         _check_prompt(prompt, _param(asked, at), vocabulary, room)
-    bias = _bias(asked, vocabulary)
     orders = [
         Order(
             prompt,
-            replace(
-                _sampling(asked, len(prompt), limit_tokens, copy), logit_bias=bias, grammar=grammar
-            ),
+            _sampling(asked, len(prompt), limit_tokens, copy, use),
             service,
             asked.cache_salt,
             adapter,
@@ -103,53 +102,17 @@ def make_orders(
     return orders
 
 
-def grammar_spec(asked: Asked) -> GrammarSpec | None:
-    """The grammar that an answer has to follow."""
-    form = asked.form
-    return None if form is None else GrammarSpec(form.kind, form.text, form.lenient, form.param)
-
-
-def compile_grammar(spec: GrammarSpec, grammars: Grammars) -> CompiledGrammar:
-    """May take a second, see `Grammars.compile`. Raises Problem 400."""
-    try:
-        return grammars.compile(spec)
-    except GrammarRefused as error:
-        raise Problem(
-            400,
-            f"{spec.param}: {error}",
-            param=spec.param,
-            code="unsupported_grammar",
-        ) from error
-
-
-def _bias(asked: Asked, vocabulary: int) -> tuple[tuple[int, float], ...]:
-    bias = tuple((int(token), amount) for token, amount in (asked.logit_bias or {}).items())
-    for token, _ in bias:
-        if token >= vocabulary:
-            raise Problem(
-                400,
-                f"logit_bias: token id {token} is out of range, this model's ids are 0 to "
-                f"{vocabulary - 1}",
-                param=f"logit_bias.{token}",
-                code="token_out_of_range",
-            )
-    return bias
-
-
 def chat_prompt(asked: ChatRequest, tokenizer: Tokenizer, limit_tokens: int) -> list[int]:
     """Token ids of a conversation.
 
     Raises Problem 400 when the model's template refuses it, or when it is hopelessly long.
     """
     try:
-        return tokenizer.encode_chat(
-            asked.turns(),
-            tools=list(asked.tools) if asked.tools and asked.tool_choice != "none" else None,
-            add_generation_prompt=asked.add_generation_prompt and not asked.continue_final_message,
-            continue_final_message=asked.continue_final_message,
-            variables=asked.chat_template_kwargs,
-            limit_tokens=limit_tokens,
-        )
+        forms = _forms(asked, tokenizer)
+        for form in forms[:-1]:
+            with contextlib.suppress(TemplateFailure):  # it may take past calls in the other form
+                return _encode(asked, form, tokenizer, limit_tokens)
+        return _encode(asked, forms[-1], tokenizer, limit_tokens)
     except TooLong as error:
         raise _too_long("messages", f"at least {error.tokens}", limit_tokens) from error
     except NoChatTemplate as error:
@@ -160,6 +123,26 @@ def chat_prompt(asked: ChatRequest, tokenizer: Tokenizer, limit_tokens: int) -> 
     except TemplateRefusal as error:
         message = f"this model's chat template refuses the conversation: {error}"
         raise Problem(400, message, param="messages", code="template_refused") from error
+
+
+def _forms(asked: ChatRequest, tokenizer: Tokenizer) -> list[list[dict[str, Any]]]:
+    """The conversation in the forms that the template may take."""
+    template = tokenizer.template(offered(asked))
+    dialect = dialect_of(template.literals)
+    return argument_forms(asked.turns(), dialect=dialect, reads_text=template.reads_argument_text)
+
+
+def _encode(
+    asked: ChatRequest, turns: list[dict[str, Any]], tokenizer: Tokenizer, limit_tokens: int
+) -> list[int]:
+    return tokenizer.encode_chat(
+        turns,
+        tools=offered(asked),
+        add_generation_prompt=asked.add_generation_prompt and not asked.continue_final_message,
+        continue_final_message=asked.continue_final_message,
+        variables=asked.chat_template_kwargs,
+        limit_tokens=limit_tokens,
+    )
 
 
 def completion_prompts(
@@ -221,7 +204,9 @@ def alternatives(asked: Asked) -> int | None:
     return (asked.top_logprobs or 0) if asked.logprobs else None
 
 
-def _sampling(asked: Asked, prompt_tokens: int, limit_tokens: int, copy: int) -> Sampling:
+def _sampling(
+    asked: Asked, prompt_tokens: int, limit_tokens: int, copy: int, use: ToolUse | None
+) -> Sampling:
     chat = isinstance(asked, ChatRequest)
     limit = asked.max_completion_tokens if isinstance(asked, ChatRequest) else None
     wanted = limit if limit is not None else asked.max_tokens
@@ -252,7 +237,5 @@ def _sampling(asked: Asked, prompt_tokens: int, limit_tokens: int, copy: int) ->
         ignore_eos=bool(asked.ignore_eos),
         logprobs=logprobs,
         prompt_logprobs=echo and logprobs is not None,
-        presence_penalty=asked.presence_penalty or 0.0,
-        frequency_penalty=asked.frequency_penalty or 0.0,
-        repetition_penalty=asked.repetition_penalty or 1.0,
+        shown_ids=use.shown_ids if use else frozenset(),
     )

@@ -50,17 +50,35 @@ class Usage:
         }
 
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "tool_calls"]
+
+
+@dataclass(frozen=True, slots=True)
+class CallDelta:
+    """A piece of the tool call at place `at`: id and name come first, then arguments."""
+
+    at: int
+    arguments: str = ""
+    id: str | None = None
+    name: str | None = None
+
+    def payload(self) -> dict[str, Any]:
+        if self.id is None:
+            return {"index": self.at, "function": {"arguments": self.arguments}}
+        function = {"name": self.name, "arguments": self.arguments}
+        return {"index": self.at, "id": self.id, "type": "function", "function": function}
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A step's new text of one choice; `logprobs` has one entry a token when asked for."""
+    """A step's new text of one choice, or a piece of a call instead; `logprobs` has one entry a
+    token when asked for."""
 
     index: int
     text: str
     logprobs: tuple[TokenLogprob, ...] | None = None
     finish_reason: FinishReason | None = None
+    call: CallDelta | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,9 +119,16 @@ def chat_logprobs(entries: Iterable[TokenLogprob] | None) -> dict[str, Any] | No
     return {"content": [entry.chat() for entry in entries], "refusal": None}
 
 
-def chat_delta(piece: Piece, *, first: bool = False) -> dict[str, Any]:
-    """One choice of a chat chunk; the first of an answer carries the role."""
-    delta: dict[str, Any] = {"role": "assistant", "content": ""} if first else {}
+def chat_role(piece: Piece) -> dict[str, Any]:
+    """What an answer that begins with this piece begins with: a call has null content before it."""
+    return {"role": "assistant", "content": "" if piece.call is None else None}
+
+
+def chat_delta(piece: Piece, role: dict[str, Any] | None = None) -> dict[str, Any]:
+    """One choice of a chat chunk; the first of an answer carries its role."""
+    delta = dict(role or {})
+    if piece.call:
+        delta["tool_calls"] = [piece.call.payload()]
     if piece.text:
         delta["content"] = piece.text
     return {
@@ -114,11 +139,27 @@ def chat_delta(piece: Piece, *, first: bool = False) -> dict[str, Any]:
     }
 
 
-def chat_choice(piece: Piece) -> dict[str, Any]:
-    """One choice of a whole chat answer."""
+def whole_calls(deltas: Iterable[CallDelta]) -> list[dict[str, Any]]:
+    """The calls that these pieces make up, as a whole answer lists them."""
+    calls: list[dict[str, Any]] = []
+    for delta in deltas:
+        if delta.id is not None:
+            function = {"name": delta.name, "arguments": delta.arguments}
+            calls.append({"id": delta.id, "type": "function", "function": function})
+        else:
+            calls[delta.at]["function"]["arguments"] += delta.arguments
+    return calls
+
+
+def chat_choice(piece: Piece, calls: list[dict[str, Any]]) -> dict[str, Any]:
+    """One choice of a whole chat answer; null content when there are only calls."""
+    content = piece.text if piece.text or not calls else None
+    message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+    if calls:
+        message["tool_calls"] = calls
     return {
         "index": piece.index,
-        "message": {"role": "assistant", "content": piece.text, "refusal": None},
+        "message": message,
         "logprobs": chat_logprobs(piece.logprobs),
         "finish_reason": piece.finish_reason,
     }

@@ -1,0 +1,249 @@
+"""What a request says about tools: checked, and what it means for its prompt and its answer.
+
+Knows the fields (OpenAI's specification 2.3.0) and which dialect the model's template speaks;
+knows neither how calls are read nor how answers look.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError
+
+from cache.template import TemplateRefusal
+from cache.tokens import NoChatTemplate, Tokenizer
+from runtime.tools import Dialect, dialect_of
+from runtime.wire import ChatRequest, Problem, problem_of
+
+TOOLS_MAX = 128
+NAME = r"^[a-zA-Z0-9_-]{1,64}$"
+
+
+class _Given(BaseModel):
+    """Fields that are not checked here belong to the chat template."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, hide_input_in_errors=True)
+
+
+class _Function(_Given):
+    name: Annotated[str, Field(strict=True)]
+    description: Annotated[str, Field(strict=True)] | None = None
+    parameters: dict[str, Any] | None = None
+    strict: StrictBool | None = None
+
+
+class _Tool(_Given):
+    type: Literal["function"]
+    function: _Function
+
+
+class _CalledFunction(_Given):
+    name: Annotated[str, Field(strict=True)]
+    arguments: Annotated[str, Field(strict=True)] | dict[str, Any] | None = None
+
+
+class _ToolCall(_Given):
+    id: Annotated[str, Field(strict=True)] | None = None
+    type: Literal["function"] = "function"
+    function: _CalledFunction
+
+
+@dataclass(frozen=True, slots=True)
+class ToolUse:
+    """Tools that an answer may call: each function's parameters by its name.
+
+    `shown_ids` are the special tokens that are marks of the dialect; with `parallel` False an
+    answer ends behind its first call.
+    """
+
+    dialect: Dialect
+    functions: Mapping[str, Mapping[str, Any]]
+    parallel: bool
+    shown_ids: frozenset[int]
+
+
+def tool_use(asked: ChatRequest, tokenizer: Tokenizer) -> ToolUse | None:
+    """None when an answer cannot call tools: none are offered, or the template's way is not known.
+
+    Raises Problem 400 for tools, tool_choice or past calls that are not what they should be.
+    """
+    functions = _check_tools(asked.tools or ())
+    _check_choice(asked, functions)
+    for at, message in enumerate(asked.messages):
+        _check_calls((message.model_extra or {}).get("tool_calls"), f"messages.{at}.tool_calls")
+    if not functions or asked.tool_choice == "none":
+        return None
+    dialect = _dialect(asked, tokenizer)
+    if dialect is None:
+        return None
+    return ToolUse(
+        dialect,
+        functions,
+        parallel=asked.parallel_tool_calls is not False,
+        shown_ids=tokenizer.special_ids_of(dialect.markers),
+    )
+
+
+def offered(asked: ChatRequest) -> list[dict[str, Any]] | None:
+    """The tools that the template is to show."""
+    return list(asked.tools) if asked.tools and asked.tool_choice != "none" else None
+
+
+# ---- checks -------------------------------------------------------------------------------------
+
+
+def _check_tools(tools: Sequence[dict[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    if len(tools) > TOOLS_MAX:
+        raise _problem("tools", f"at most {TOOLS_MAX} tools are accepted, got {len(tools)}")
+    functions: dict[str, Mapping[str, Any]] = {}
+    for at, given in enumerate(tools):
+        where = f"tools.{at}"
+        if given.get("type", "function") != "function":
+            message = f"a tool of type {given['type']!r} is not supported; send function tools"
+            raise _problem(f"{where}.type", message, "unsupported_parameter")
+        function = _valid(_Tool, given, where).function
+        if not re.fullmatch(NAME, function.name):
+            message = "expected 1 to 64 of the characters a-z, A-Z, 0-9, _ and -"
+            raise _problem(f"{where}.function.name", message)
+        if function.name in functions:
+            message = f"there is another tool with the name {function.name!r}"
+            raise _problem(f"{where}.function.name", message)
+        functions[function.name] = _check_parameters(
+            function.parameters or {}, f"{where}.function.parameters"
+        )
+    return functions
+
+
+def _check_parameters(schema: dict[str, Any], where: str) -> Mapping[str, Any]:
+    """Parameters are the JSON schema of an object; what is within it, a grammar will find out."""
+    if schema.get("type", "object") != "object":
+        message = f"expected the JSON schema of an object, got one of type {schema['type']!r}"
+        raise _problem(f"{where}.type", message)
+    properties = schema.get("properties", {})
+    if not isinstance(properties, dict):
+        raise _problem(f"{where}.properties", "expected an object of JSON schemas")
+    for name, one in properties.items():
+        if not isinstance(one, dict | bool):
+            raise _problem(f"{where}.properties.{name}", "expected a JSON schema")
+    required = schema.get("required", [])
+    if not isinstance(required, list) or not all(isinstance(one, str) for one in required):
+        raise _problem(f"{where}.required", "expected a list of names")
+    return schema
+
+
+def _check_choice(asked: ChatRequest, functions: Mapping[str, Any]) -> None:
+    choice = asked.tool_choice
+    if choice in (None, "auto", "none"):
+        return
+    named = _named(choice)
+    if choice != "required" and named is None:
+        message = (
+            "expected 'none', 'auto', 'required' or {'type': 'function', 'function': {'name': ...}}"
+        )
+        raise _problem("tool_choice", message)
+    if not functions:
+        raise _problem("tool_choice", "a tool can be asked for only where tools are given")
+    if named is not None and named not in functions:
+        message = f"there is no tool with the name {named!r}; given: {', '.join(functions)}"
+        raise _problem("tool_choice.function.name", message)
+    raise _problem(
+        "tool_choice",
+        "tool_choice other than auto or none is not supported by this runtime yet",
+        "unsupported_parameter",
+    )
+
+
+def _named(choice: Any) -> str | None:
+    """The function that a tool_choice names; None when it names none, or is not well-formed."""
+    if not isinstance(choice, dict) or choice.get("type") != "function":
+        return None
+    function = choice.get("function")
+    name = function.get("name") if isinstance(function, dict) else None
+    return name if isinstance(name, str) else None
+
+
+def _check_calls(calls: Any, where: str) -> None:
+    if calls is None:
+        return
+    if not isinstance(calls, list):
+        raise _problem(where, "expected a list of calls")
+    for at, call in enumerate(calls):
+        if not isinstance(call, dict):
+            raise _problem(f"{where}.{at}", "expected an object")
+        _valid(_ToolCall, call, f"{where}.{at}")
+
+
+Checked = TypeVar("Checked", bound=BaseModel)
+
+
+def _valid(model: type[Checked], given: dict[str, Any], where: str) -> Checked:
+    try:
+        return model.model_validate(given)
+    except ValidationError as error:
+        problem = problem_of(error)
+        param = f"{where}.{problem.param}" if problem.param else where
+        message = problem.message.removeprefix(f"{problem.param}: ")
+        raise _problem(param, message, problem.code or "invalid_value") from None
+
+
+def _problem(param: str, message: str, code: str = "invalid_value") -> Problem:
+    return Problem(400, f"{param}: {message}", param=param, code=code)
+
+
+def _dialect(asked: ChatRequest, tokenizer: Tokenizer) -> Dialect | None:
+    try:
+        return dialect_of(tokenizer.template(offered(asked)).literals)
+    except (NoChatTemplate, TemplateRefusal):
+        return None  # rendering the prompt says so
+
+
+# ---- past calls ---------------------------------------------------------------------------------
+
+
+def argument_forms(
+    turns: list[dict[str, Any]], *, dialect: Dialect | None, reads_text: bool
+) -> list[list[dict[str, Any]]]:
+    """The conversation with its past calls' arguments as the template takes them, the likelier form
+    first; just the conversation when no call is in it.
+
+    Clients send the text that the model wrote. Most templates want an object, as transformers
+    documents; some only text; those that `reads_text` write text as it is, to the character.
+    """
+    if not any(turn.get("tool_calls") for turn in turns):
+        return [turns]
+    objects = [_with_arguments(turn, _as_object) for turn in turns]
+    texts = [_with_arguments(turn, _as_text) for turn in turns]
+    if reads_text or (dialect is not None and not dialect.objects):
+        return [texts, objects]
+    return [objects, texts]
+
+
+def _with_arguments(turn: dict[str, Any], form: Callable[[Any], Any]) -> dict[str, Any]:
+    if not turn.get("tool_calls"):
+        return turn
+    calls = [
+        call | {"function": call["function"] | {"arguments": form(call["function"]["arguments"])}}
+        if "arguments" in call["function"]
+        else call
+        for call in turn["tool_calls"]
+    ]
+    return turn | {"tool_calls": calls}
+
+
+def _as_object(arguments: Any) -> Any:
+    """An object where the text is one; the model may have written something else."""
+    try:
+        value = json.loads(arguments) if isinstance(arguments, str) else arguments
+    except (ValueError, RecursionError):
+        return arguments
+    return value if isinstance(value, dict) else arguments
+
+
+def _as_text(arguments: Any) -> Any:
+    if not isinstance(arguments, dict):
+        return arguments
+    return json.dumps(arguments, ensure_ascii=False)
