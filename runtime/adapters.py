@@ -87,7 +87,7 @@ class AdaptedLinear(nn.Module):
         layout = self._step.layout
         if layout is None or not layout.adapters:
             return y
-        if x.shape[:-1] != (1, layout.write_slots.shape[0]):
+        if x.shape[:-1] != (1, layout.slots.shape[0]):
             raise ModelRefused(
                 f"an adapter changes {self._name}, which does not see all rows of a step (it sees "
                 f"{tuple(x.shape[:-1])}); leave that layer out of target_modules"

@@ -3,7 +3,7 @@
 Knows layouts and bytes; knows no sequences and no attention. Every tensor begins with the block
 number, so that a block is one run of bytes in each of them.
 
-Legend: N blocks, KV key-value heads, D head dimension.
+Legend: N blocks, KV key-value heads, D head dimension, T tokens of a step.
 """
 
 from __future__ import annotations
@@ -14,21 +14,40 @@ from dataclasses import dataclass
 import torch
 
 from runtime.kv import BLOCK_TOKENS
+from runtime.step_layout import StepLayout
 
 
 @dataclass(frozen=True, slots=True)
 class LayerKV:
-    """Keys and values of one layer, each [N * BLOCK_TOKENS, KV, D]."""
+    """Keys and values of one layer, each [N, KV, 16, D]: a head's part of a block is one run."""
 
     keys: torch.Tensor
     values: torch.Tensor
 
     def parts(self) -> list[torch.Tensor]:
         """Views [N, bytes] of everything that a block holds here, always in the same order."""
-        return [
-            part.view(-1, BLOCK_TOKENS * part[0].numel()).view(torch.uint8)
-            for part in (self.keys, self.values)
-        ]
+        return [part.view(len(part), -1).view(torch.uint8) for part in (self.keys, self.values)]
+
+    @property
+    def kv_heads(self) -> int:
+        return self.keys.shape[1]
+
+    def write(self, layout: StepLayout, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Puts a step's keys and values, [1, KV, T, D] each, where the layout says."""
+        rows = layout.write_rows(self.kv_heads)
+        for pool, new in ((self.keys, key), (self.values, value)):
+            dim = pool.shape[3]
+            pool.view(-1, dim).index_copy_(0, rows, new[0].transpose(0, 1).reshape(-1, dim))
+
+    def gather(self, rows: torch.Tensor, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Blocks at `rows` of [N * KV] (see `rows_of`) -> keys and values [batch, KV, 16 n, D]."""
+        keys, values = (
+            pool.view(-1, BLOCK_TOKENS * pool.shape[3])
+            .index_select(0, rows)
+            .view(batch, self.kv_heads, -1, pool.shape[3])
+            for pool in (self.keys, self.values)
+        )
+        return keys, values
 
 
 def read_blocks(pool: Many[LayerKV], blocks: Many[int]) -> list[torch.Tensor]:

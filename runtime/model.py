@@ -54,10 +54,9 @@ class Model:
             layer.module.paged_layer = PagedLayer(kv, self.step)  # type: ignore[assignment]
 
     def _pool_of(self, layer: LayerShape) -> LayerKV:
-        slots = self.scratch_slot + BLOCK_TOKENS
-
         def empty(dim: int) -> torch.Tensor:
-            return torch.zeros(slots, layer.kv_heads, dim, dtype=self.dtype, device=self.device)
+            shape = (self.blocks + 1, layer.kv_heads, BLOCK_TOKENS, dim)
+            return torch.zeros(shape, dtype=self.dtype, device=self.device)
 
         return LayerKV(empty(layer.key_dim), empty(layer.value_dim))
 
