@@ -22,6 +22,8 @@ from runtime.sequence import Sequence
 CHUNK_TOKENS_MIN = 16
 # How much longer than its target one token may take when the answer is ahead of its targets.
 GAP_TARGETS = 2.0
+# No step is planned to take longer, also where nothing runs: who comes or leaves waits for its end.
+STEP_S_MAX = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,13 +128,13 @@ class Scheduler:
 
     def _plan_chunks(self, plan: list[Work], budget: int, now: float) -> None:
         """Adds chunks by rank until the step is full, by tokens or by the time that it may take."""
-        allowed_s = self._allowed_s(now) if self.costs is not None else None
+        allowed_s = self._allowed_s(now)
         least = CHUNK_TOKENS_MIN
         for late in self._behind(now):
             count = min(late.behind, budget)
             if late.needed_from < late.prompt_tokens - 1:
                 count = min(count, self.scored_rows)
-            if allowed_s is not None and self.costs is not None:
+            if self.costs is not None:
                 beside = step_size(plan)
                 fits = self.costs.largest_chunk(allowed_s, beside, late.computed, count)
                 count = max(fits, min(least, count))
@@ -144,12 +146,12 @@ class Scheduler:
             if budget <= 0:
                 return
 
-    def _allowed_s(self, now: float) -> float | None:
-        """How long this step may take for the answers that run; None when none has a target.
+    def _allowed_s(self, now: float) -> float:
+        """How long this step may take for the answers that run.
 
         An answer that is ahead of its targets lends that time, up to a gap of `GAP_TARGETS`.
         """
-        tightest = None
+        tightest = STEP_S_MAX
         for one in self.running:
             target = one.service.tpot_s or self.tpot_s
             times = one.times
@@ -158,7 +160,7 @@ class Scheduler:
             due = times.first_token + target * one.answer_tokens
             since = now - times.last_token
             allowed = min(max(due - now, target - since), GAP_TARGETS * target - since)
-            tightest = allowed if tightest is None else min(tightest, allowed)
+            tightest = min(tightest, allowed)
         return tightest
 
     # ---- who -------------------------------------------------------------------------------------

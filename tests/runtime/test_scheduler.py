@@ -276,6 +276,16 @@ def test_chunks_are_cut_to_what_running_answers_allow(target, expected):
     assert chunk == expected
 
 
+def test_a_step_stays_short_also_where_nothing_runs():
+    """Who arrives or leaves waits for the running step, so no prompt makes it last for seconds."""
+    costs = StepCosts([1, 16, 128, 4096], [0.010, 0.030, 0.200, 6.400])
+    scheduler = Scheduler(BlockPool(300), step_tokens=4096, max_sequences=8, costs=costs)
+    scheduler.add(sequence(0, 4000))
+    (work,) = scheduler.plan()
+    assert 128 < work.count < 330
+    assert costs.prefill_s(work.count) <= 0.5
+
+
 def test_an_answer_that_is_ahead_lends_its_time_but_no_long_gap():
     """Mean speed is what the target is about; a single gap stays below three targets."""
     scheduler = Scheduler(BlockPool(99), step_tokens=1024, max_sequences=8, costs=COSTS)
