@@ -12,6 +12,7 @@ from typing import Any
 
 from cache.tokens import Tokenizer
 from runtime import shapes, wire
+from runtime.grammar import CompiledGrammar
 from runtime.orders import Asked, alternatives, make_orders
 from runtime.sequence import Output, Service
 from runtime.shapes import CallDelta, Envelope, FinishReason, Piece, TokenLogprob, Usage
@@ -50,11 +51,14 @@ class Answer:
         service: Service,
         adapter: str | None,
         tools: ToolUse | None = None,
+        grammar: CompiledGrammar | None = None,
     ) -> None:
         self._asked = asked
         self._wants_logprobs = alternatives(asked) is not None
         self._copies = asked.n or 1
-        self.orders = make_orders(asked, prompts, limit_tokens, vocabulary, service, adapter, tools)
+        self.orders = make_orders(
+            asked, prompts, limit_tokens, vocabulary, service, adapter, tools, grammar
+        )
         self._choices = [
             _Choice(index, tools=ToolReply(tools, index) if tools else None)
             for index in range(len(self.orders))

@@ -24,9 +24,11 @@ from cache.blocks import root_hash
 from cache.tokens import Tokenizer
 from runtime import sample
 from runtime.adapters import Adapter, adapter_rows
+from runtime.adjust import adjusted
 from runtime.attention import Span, lay_out
 from runtime.calibrate import measure_costs
 from runtime.costs import StepCosts, StepSize
+from runtime.grammar import Grammars
 from runtime.kv import BLOCK_TOKENS, BlockCounts, BlockPool, PoolWatcher
 from runtime.logprobs import token_logprob
 from runtime.model import Model
@@ -157,6 +159,7 @@ class Engine:
         self._listeners = tuple(listeners)
         self._pool = BlockPool(model.blocks, watchers)
         self.vocabulary = min(tokenizer.vocab_size, model.vocab_size)
+        self.grammars = Grammars(tokenizer, self.vocabulary)
         self._scheduler = Scheduler(
             self._pool,
             step_tokens=step_tokens,
@@ -416,9 +419,12 @@ class Engine:
         finite = sample.finite_rows(logits)
         if not all(finite):
             return self._part_spoiled(sequences, logits, finite)
+        changed, dead = adjusted(logits, [sequence.adjustment for sequence in sequences])
+        if dead:
+            return self._part_dead(sequences, logits, dead)
         samplings = [sequence.sampling for sequence in sequences]
         uniforms = [one.rng.random() if one.rng else None for one in sequences]
-        tokens = sample.sample(logits, samplings, uniforms)
+        tokens = sample.sample(changed, samplings, uniforms)
         tops = sample.top_logprobs(logits, tokens, [one.logprobs for one in samplings])
         outputs = []
         now = self.now()
@@ -430,6 +436,8 @@ class Engine:
                 times.first_token = now
                 self._prompt_tokens += sequence.prompt_tokens
                 self._cached_tokens += sequence.cached
+            if sequence.adjustment is not None:
+                sequence.adjustment.push(token)
             reply = self._replies[sequence.key][1]
             entry = token_logprob(self.tokenizer, token, top, reply.chars) if top else None
             output = reply.push(token, entry)
@@ -448,6 +456,17 @@ class Engine:
                 self.model.wipe(self._scheduler.distrust(sequence))
                 outputs.append(self._fail(sequence, "the model gave logits that are not finite"))
         rest = [row for row, good in enumerate(finite) if good]
+        if rest:
+            outputs += self._sample([sequences[row] for row in rest], logits[rest])
+        return outputs
+
+    def _part_dead(
+        self, sequences: list[Sequence], logits: torch.Tensor, dead: dict[int, str]
+    ) -> list[Output]:
+        """Ends the sequences whose grammar allows no token; samples the others."""
+        code = "grammar_failed"
+        outputs = [self._fail(sequences[row], why, code) for row, why in dead.items()]
+        rest = [row for row in range(len(sequences)) if row not in dead]
         if rest:
             outputs += self._sample([sequences[row] for row in rest], logits[rest])
         return outputs

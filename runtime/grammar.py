@@ -25,6 +25,7 @@ from cache.tokens import Tokenizer
 TEXT_MAX = 65_536  # characters of a schema, regex, list of choices or grammar
 GBNF_MAX = 16_384  # its conversion takes time with the square of the length
 CACHED_MAX = 32  # compiled grammars; the worst of them holds about 20 MB
+PROBED_TOKENS = 3
 RENEW_MAX_S = 0.05  # what compiled slower is not compiled again between two tokens
 REASON_CHARS_MAX = 400
 UNSATISFIABLE = "nothing that this model can write satisfies it"
@@ -42,8 +43,8 @@ LIMITS = LLParserLimits(
 # Forcing would tokenize bytes that can only come out one way, all of them at once, by calling back
 # into Python: a regex like a{1000}{1000} then takes 8 s for its first token.
 UNFORCED = '\n%llguidance {"no_forcing": true}\n'
-# Whitespace without an end is a favourite of small models.
-WHITESPACE = r"[ \n\r\t]{1,40}"
+# Whitespace without an end is a favourite of small models: one blank, or a new line's indentation.
+WHITESPACE = r" |\n[ \t]{0,20}"
 
 Kind = Literal["json_schema", "regex", "choice", "grammar"]
 
@@ -94,6 +95,11 @@ class Grammar:
         self._ended = 0  # end tokens accepted
 
     @property
+    def words(self) -> int:
+        """How many words a mask has."""
+        return self._compiled.words
+
+    @property
     def may_end(self) -> bool:
         """True when the answer is complete as it stands; an end token is allowed then."""
         return self._matcher.is_accepting()
@@ -106,7 +112,7 @@ class Grammar:
     def fill(self, row: NDArray[np.int32]) -> None:
         """Writes the mask of the next token: bit `id % 32` of word `id // 32`, 1 for allowed.
 
-        `row` has `mask_words(vocabulary)` words. Raises GrammarFailed.
+        `row` has `words` words. Raises GrammarFailed.
         """
         self._matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
         if self._matcher.is_error():
@@ -160,6 +166,7 @@ class CompiledGrammar:
     def __init__(self, tokens: LLTokenizer, lark: str, end_ids: frozenset[int]) -> None:
         """Raises GrammarRefused."""
         self.end_ids = end_ids
+        self.words = (tokens.vocab_size + 31) // 32
         self._tokens = tokens
         self._lark = lark
         started = perf_counter()
@@ -179,18 +186,25 @@ class CompiledGrammar:
 
     def _compile(self) -> LLMatcher:
         matcher = LLMatcher(self._tokens, self._lark, log_level=0, limits=LIMITS)
-        # What is too complex often shows at the first token only; empty grammars always do.
-        mask = b"" if matcher.is_error() else matcher.compute_bitmask()
-        if matcher.is_error():
-            raise GrammarRefused(_reason(matcher.get_error()))
-        if not any(mask):
-            raise GrammarRefused(UNSATISFIABLE)
+        # What is too complex, or empty, shows at the first tokens only.
+        ahead = matcher.deep_copy()
+        for _ in range(PROBED_TOKENS):
+            mask = b"" if ahead.is_error() else ahead.compute_bitmask()
+            if ahead.is_error():
+                raise GrammarRefused(_reason(ahead.get_error()))
+            if not any(mask):
+                raise GrammarRefused(UNSATISFIABLE)
+            token = _lowest(mask)
+            if token in self.end_ids:
+                break
+            ahead.consume_token(token)
         return matcher
 
 
-def mask_words(vocabulary: int) -> int:
-    """How many 32-bit words hold one bit a token."""
-    return (vocabulary + 31) // 32
+def _lowest(mask: bytes) -> int:
+    """The lowest id in a mask that is not empty."""
+    number = int.from_bytes(mask, "little")
+    return (number & -number).bit_length() - 1
 
 
 class Grammars:

@@ -8,12 +8,14 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from cache.template import TemplateFailure, TemplateRefusal
 from cache.tokens import NoChatTemplate, Tokenizer, TooLong
 from runtime import wire
 from runtime.engine import Order
+from runtime.grammar import CompiledGrammar, GrammarRefused, Grammars, GrammarSpec
 from runtime.sequence import Sampling, Service
 from runtime.tool_request import ToolUse, argument_forms, offered
 from runtime.tools import dialect_of
@@ -68,6 +70,7 @@ def make_orders(
     service: Service,
     adapter: str | None = None,
     use: ToolUse | None = None,
+    grammar: CompiledGrammar | None = None,
 ) -> list[Order]:
     """`n` orders for each prompt, in the order of the answer's choices. Raises Problem 400."""
     copies = asked.n or 1
@@ -77,10 +80,15 @@ def make_orders(
     for at, prompt in enumerate(prompts):
         room = limit_tokens if asked.max_tokens == 0 else limit_tokens - 1
         _check_prompt(prompt, _param(asked, at), vocabulary, room)
+    bias = _bias(asked, vocabulary)
     orders = [
         Order(
             prompt,
-            _sampling(asked, len(prompt), limit_tokens, copy, use),
+            replace(
+                _sampling(asked, len(prompt), limit_tokens, copy, use),
+                logit_bias=bias,
+                grammar=grammar,
+            ),
             service,
             asked.cache_salt,
             adapter,
@@ -100,6 +108,39 @@ def make_orders(
         )
         raise Problem(400, message, param="prompt", code="too_many_logprobs")
     return orders
+
+
+def grammar_spec(asked: Asked) -> GrammarSpec | None:
+    """The grammar that an answer has to follow."""
+    form = asked.form
+    return None if form is None else GrammarSpec(form.kind, form.text, form.lenient, form.param)
+
+
+def compile_grammar(spec: GrammarSpec, grammars: Grammars) -> CompiledGrammar:
+    """May take a second, see `Grammars.compile`. Raises Problem 400."""
+    try:
+        return grammars.compile(spec)
+    except GrammarRefused as error:
+        raise Problem(
+            400,
+            f"{spec.param}: {error}",
+            param=spec.param,
+            code="unsupported_grammar",
+        ) from error
+
+
+def _bias(asked: Asked, vocabulary: int) -> tuple[tuple[int, float], ...]:
+    bias = tuple((int(token), amount) for token, amount in (asked.logit_bias or {}).items())
+    for token, _ in bias:
+        if token >= vocabulary:
+            raise Problem(
+                400,
+                f"logit_bias: token id {token} is out of range, this model's ids are 0 to "
+                f"{vocabulary - 1}",
+                param=f"logit_bias.{token}",
+                code="token_out_of_range",
+            )
+    return bias
 
 
 def chat_prompt(asked: ChatRequest, tokenizer: Tokenizer, limit_tokens: int) -> list[int]:
@@ -238,4 +279,7 @@ def _sampling(
         logprobs=logprobs,
         prompt_logprobs=echo and logprobs is not None,
         shown_ids=use.shown_ids if use else frozenset(),
+        presence_penalty=asked.presence_penalty or 0.0,
+        frequency_penalty=asked.frequency_penalty or 0.0,
+        repetition_penalty=asked.repetition_penalty or 1.0,
     )

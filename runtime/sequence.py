@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from cache.blocks import BLOCK_TOKENS, chain_hashes
 from cache.text import Detokenizer, StopScanner
 from cache.tokens import Tokenizer
+from runtime.adjust import Adjustment, adjustment
+from runtime.grammar import CompiledGrammar
 from runtime.kv import BlockKey
 from runtime.shapes import FinishReason, TokenLogprob
 
@@ -24,7 +26,7 @@ DEFAULT_TTFT_S = 2.0
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """How tokens are chosen and when to stop. `temperature` 0 is greedy; `logprobs` counts
-    alternatives per token, None for no logprobs at all."""
+    alternatives per token, None for no logprobs at all. What changes the logits is in adjust.py."""
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -38,6 +40,17 @@ class Sampling:
     logprobs: int | None = None
     prompt_logprobs: bool = False
     shown_ids: frozenset[int] = frozenset()  # special tokens that leave their text all the same
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    grammar: CompiledGrammar | None = None
+
+    @property
+    def adjusts(self) -> bool:
+        """True when the logits are to be changed before a token is chosen."""
+        penalized = self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1
+        return bool(penalized or self.logit_bias or self.grammar)
 
     @property
     def greedy(self) -> bool:
@@ -106,12 +119,14 @@ class Sequence:
     sealed: int = 0
     blocks: list[int] = field(default_factory=list)
     rng: random.Random | None = field(init=False)
+    adjustment: Adjustment | None = field(init=False)
     prompt_scored: int = 0
     preemptions: int = 0
 
     def __post_init__(self) -> None:
         self.tokens = list(self.prompt)
         self.hashes = chain_hashes(self.root, self.prompt)
+        self.adjustment = adjustment(self.sampling, self.prompt)
         self.rng = None if self.sampling.greedy else random.Random(self.sampling.seed)  # noqa: S311 - sampling, not secrets
 
     @property

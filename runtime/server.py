@@ -23,11 +23,19 @@ from starlette.types import Receive, Scope, Send
 from runtime import wire
 from runtime.answers import Answer
 from runtime.engine import Engine, EngineStopped, QueueFull
-from runtime.orders import chat_prompt, completion_prompts, service_of
+from runtime.grammar import GrammarSpec
+from runtime.orders import (
+    Asked,
+    chat_prompt,
+    compile_grammar,
+    completion_prompts,
+    grammar_spec,
+    service_of,
+)
 from runtime.shapes import Piece
 from runtime.streams import ClientGone, Stream, Streams
 from runtime.tool_request import tool_use
-from runtime.wire import ChatRequest, CompletionRequest, Problem
+from runtime.wire import ChatRequest, Problem
 from runtime.worker import Served, Worker
 
 log = logging.getLogger(__name__)
@@ -107,45 +115,31 @@ class _Completions:
 
     async def _understand(
         self, body: bytes, served: Served, headers: Headers
-    ) -> tuple[ChatRequest | CompletionRequest, Answer]:
-        """Parses, renders and tokenizes; long bodies in a thread, so that streams flow on."""
+    ) -> tuple[Asked, Answer]:
+        """Parses, renders and tokenizes, in a thread what takes long, so that streams flow on."""
         if len(body) > INLINE_BODY_BYTES:
             return await asyncio.to_thread(self._understand_now, body, served, headers)
-        return self._understand_now(body, served, headers)
+        asked = self._parse(body, served)
+        spec = grammar_spec(asked)
+        if spec is not None and served.engine.grammars.known(spec) is None:
+            return asked, await asyncio.to_thread(_answer, asked, spec, served, headers)
+        return asked, _answer(asked, spec, served, headers)
 
     def _understand_now(
         self, body: bytes, served: Served, headers: Headers
-    ) -> tuple[ChatRequest | CompletionRequest, Answer]:
-        asked: ChatRequest | CompletionRequest
-        engine = served.engine
-        limit = engine.limit_tokens
-        tools = None
-        if self._chat:
-            asked = chat = wire.parse_chat(body)
-            _check_model(asked.model, served)
-            tools = tool_use(chat, served.tokenizer)
-            prompts = [chat_prompt(chat, served.tokenizer, limit)]
-        else:
-            asked = completion = wire.parse_completion(body)
-            _check_model(asked.model, served)
-            prompts = completion_prompts(completion, served.tokenizer, limit)
-        answer = Answer(
-            asked,
-            prompts,
-            served.tokenizer,
-            limit_tokens=limit,
-            vocabulary=engine.vocabulary,
-            fingerprint=served.fingerprint.short,
-            service=service_of(asked, headers),
-            adapter=asked.model if asked.model in engine.adapters else None,
-            tools=tools,
-        )
-        return asked, answer
+    ) -> tuple[Asked, Answer]:
+        asked = self._parse(body, served)
+        return asked, _answer(asked, grammar_spec(asked), served, headers)
+
+    def _parse(self, body: bytes, served: Served) -> Asked:
+        asked = wire.parse_chat(body) if self._chat else wire.parse_completion(body)
+        _check_model(asked.model, served)
+        return asked
 
     async def _serve(
         self,
         served: Served,
-        asked: ChatRequest | CompletionRequest,
+        asked: Asked,
         answer: Answer,
         receive: Receive,
         send: Send,
@@ -162,6 +156,29 @@ class _Completions:
         finally:
             watcher.cancel()
             self._worker.streams.close(served.engine, stream)
+
+
+def _answer(asked: Asked, spec: GrammarSpec | None, served: Served, headers: Headers) -> Answer:
+    engine, tokenizer = served.engine, served.tokenizer
+    limit = engine.limit_tokens
+    tools = None
+    if isinstance(asked, ChatRequest):
+        tools = tool_use(asked, tokenizer)
+        prompts = [chat_prompt(asked, tokenizer, limit)]
+    else:
+        prompts = completion_prompts(asked, tokenizer, limit)
+    return Answer(
+        asked,
+        prompts,
+        tokenizer,
+        limit_tokens=limit,
+        vocabulary=engine.vocabulary,
+        fingerprint=served.fingerprint.short,
+        service=service_of(asked, headers),
+        adapter=asked.model if asked.model in engine.adapters else None,
+        tools=None if asked.form else tools,  # what has another form is no call
+        grammar=compile_grammar(spec, engine.grammars) if spec else None,
+    )
 
 
 def _open(streams: Streams, engine: Engine, answer: Answer) -> Stream:

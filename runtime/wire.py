@@ -26,6 +26,8 @@ from pydantic import (
     ValidationError,
 )
 
+from runtime.wire_format import Form, Formed
+
 LARGE_BODY_BYTES = 2**18
 STOP_STRINGS_MAX = 16
 STOP_CHARS_MAX = 512
@@ -36,6 +38,8 @@ MESSAGES_MAX = 4096
 TOP_LOGPROBS_MAX = 20
 PRIORITY_MAX = 1000
 SALT_CHARS_MAX = 256
+BIASES_MAX = 1024
+REPETITION_MAX = 100.0
 
 
 class Problem(Exception):
@@ -101,6 +105,21 @@ StopIds = Annotated[tuple[Annotated[StrictInt, Field(ge=0)], ...], Field(max_len
 Number = Annotated[float, Field(allow_inf_nan=False, strict=True)]
 
 
+def _check_ids(value: Any) -> Any:
+    for key in value if isinstance(value, dict) else ():
+        if not (key.isascii() and key.isdigit() and len(key) < 10 and str(int(key)) == key):
+            raise ValueError('expected token ids as keys, in decimal digits: {"464": -100}')
+    return value
+
+
+Penalty = Annotated[Number, Field(ge=-2, le=2)]
+Biases = Annotated[
+    dict[str, Annotated[Number, Field(ge=-100, le=100)]],
+    Field(max_length=BIASES_MAX),
+    BeforeValidator(_check_ids),
+]
+
+
 class _Wire(BaseModel):
     """Frozen, and tolerant of fields that it does not know: clients send many."""
 
@@ -112,7 +131,7 @@ class StreamOptions(_Wire):
     continuous_usage_stats: StrictBool = False
 
 
-class _Sampled(_Wire):
+class _Sampled(Formed):
     """What chat and completions share. Null means the default, as in OpenAI's specification."""
 
     model: Annotated[str, Field(min_length=1, max_length=512)]
@@ -129,12 +148,15 @@ class _Sampled(_Wire):
     stream_options: StreamOptions | None = None
     priority: Annotated[StrictInt, Field(ge=-PRIORITY_MAX, le=PRIORITY_MAX)] | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=SALT_CHARS_MAX)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    repetition_penalty: Annotated[Number, Field(gt=0, le=REPETITION_MAX)] | None = None
+    logit_bias: Biases | None = None
 
-    # Accepted only at values that change nothing; anything else is refused by `refuse_unsupported`.
-    presence_penalty: Number | None = None
-    frequency_penalty: Number | None = None
-    repetition_penalty: Number | None = None
-    logit_bias: dict[str, Any] | None = None
+    @property
+    def form(self) -> Form | None:
+        """The form that the answer must have, if one is asked for."""
+        return next(self.forms(), None)
 
 
 def _content(value: Any) -> Any:
@@ -182,7 +204,6 @@ class ChatRequest(_Sampled):
     tools: tuple[dict[str, Any], ...] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: StrictBool | None = None
-    response_format: dict[str, Any] | None = None
     add_generation_prompt: StrictBool = True
     continue_final_message: StrictBool = False
     chat_template_kwargs: dict[str, Any] | None = None
@@ -245,17 +266,10 @@ class CompletionRequest(_Sampled):
 def parse_chat(body: bytes) -> ChatRequest:
     """Raises Problem 400 that names the field, what was expected and what came."""
     request = _parse(ChatRequest, body)
-    refuse_unsupported(request)
+    refuse_contradictions(request)
     if request.top_logprobs and not request.logprobs:
         raise Problem(
             400, "top_logprobs needs logprobs: true", param="top_logprobs", code="invalid_value"
-        )
-    if (request.response_format or {}).get("type", "text") != "text":
-        raise Problem(
-            400,
-            "response_format other than text is not supported by this runtime",
-            param="response_format",
-            code="unsupported_parameter",
         )
     return request
 
@@ -263,7 +277,7 @@ def parse_chat(body: bytes) -> ChatRequest:
 def parse_completion(body: bytes) -> CompletionRequest:
     """Raises Problem 400 that names the field, what was expected and what came."""
     request = _parse(CompletionRequest, body)
-    refuse_unsupported(request)
+    refuse_contradictions(request)
     if request.best_of not in (None, 1):
         raise Problem(
             400,
@@ -280,24 +294,15 @@ def parse_completion(body: bytes) -> CompletionRequest:
     return request
 
 
-def refuse_unsupported(request: _Sampled) -> None:
-    """A parameter that would change the answer is refused, never silently ignored."""
-    neutral = {"presence_penalty": 0, "frequency_penalty": 0, "repetition_penalty": 1}
-    for name, value in neutral.items():
-        if getattr(request, name) not in (None, value):
-            raise Problem(
-                400,
-                f"{name} is not supported by this runtime yet; leave it out or send {value}",
-                param=name,
-                code="unsupported_parameter",
-            )
-    if request.logit_bias:
-        raise Problem(
-            400,
-            "logit_bias is not supported by this runtime yet; leave it out",
-            param="logit_bias",
-            code="unsupported_parameter",
-        )
+def refuse_contradictions(request: _Sampled) -> None:
+    """An answer can have one form, and ends where that form ends."""
+    params = [form.param for form in request.forms()]
+    if len(params) > 1:
+        message = f"{params[1]} and {params[0]} each ask for a form of the answer: send one of them"
+        raise Problem(400, message, param=params[1], code="invalid_value")
+    if params and request.ignore_eos:
+        message = f"ignore_eos contradicts {params[0]}: an answer of that form has an end"
+        raise Problem(400, message, param="ignore_eos", code="invalid_value")
 
 
 def parse_object(body: bytes) -> dict[str, Any]:
@@ -359,6 +364,7 @@ PLAIN_WORDS = {
     "too_long": "expected at most {max_length} items, got more",
     "string_too_short": "expected a text that is not empty",
     "string_too_long": "expected at most {max_length} characters",
+    "extra_forbidden": "this field is not supported",
     "literal_error": "expected one of {expected}",
     "greater_than": "expected a number greater than {gt}",
     "greater_than_equal": "expected at least {ge}",

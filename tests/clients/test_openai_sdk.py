@@ -108,10 +108,10 @@ def test_unknown_fields_and_headers_do_no_harm(client: openai.OpenAI) -> None:
             "context_length_exceeded",
         ),
         (
-            {"presence_penalty": 1},
+            {"presence_penalty": 3},
             openai.BadRequestError,
             "presence_penalty",
-            "unsupported_parameter",
+            "invalid_value",
         ),
     ],
 )

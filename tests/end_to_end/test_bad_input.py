@@ -17,6 +17,7 @@ from tests.end_to_end.stack import BODY_TIMEOUT_S, CHAT, COMPLETIONS, DEFAULTS, 
 
 INVALID, MISSING = "invalid_value", "missing_required_parameter"
 UNSUPPORTED, TOO_LONG = "unsupported_parameter", "context_length_exceeded"
+BAD_GRAMMAR, NO_TOKEN = "unsupported_grammar", "token_out_of_range"
 BAD_JSON, BAD_CONTENT = "invalid_json", "unsupported_content"
 PYTHON_WORDS = ("tuple", "dictionary", "NoneType", "Traceback", "instance of", "object at 0x")
 
@@ -113,9 +114,33 @@ def tool_cases() -> list[Case]:
     ]
 
 
+def formed(name: str, field: str, code: str, json_schema: Any, says: str = "") -> Case:
+    asked = {"type": "json_schema", "json_schema": json_schema}
+    param = f"response_format.json_schema.{field}"
+    return chat(f"format: {name}", param, code, says, response_format=asked)
+
+
+def schema(name: str, content: dict[str, Any], says: str) -> Case:
+    json_schema = {"name": "x", "schema": content, "strict": True}
+    return formed(name, "schema", BAD_GRAMMAR, json_schema, says)
+
+
+def outputs(
+    name: str, field: str | None, content: dict[str, Any], says: str, code: str = INVALID
+) -> Case:
+    param = "structured_outputs" + (f".{field}" if field else "")
+    return chat(f"outputs: {name}", param, code, says, structured_outputs=content)
+
+
 HALF = json.dumps(DEFAULTS[CHAT]).encode()[:-9]
 IMAGE = [{"type": "image_url", "image_url": {"url": "data:image/png;base64,xx"}}]
 LONG = "hello world " * 3000
+SCHEMALESS = {"type": "json_schema"}
+FREE = {"type": "object", "properties": {f"p{n}": {"type": "string"} for n in range(2000)}}
+NESTED: dict[str, Any] = {}
+for _ in range(300):
+    NESTED = {"items": NESTED}
+WILD = "(" * 3000 + "a" + ")" * 3000
 
 JSON_CASES = [
     raw("no body", b"", "empty"),
@@ -206,13 +231,64 @@ CHAT_CASES = [
     chat("tools text", "tools", INVALID, "list", tools="weather"),
     chat("tools of numbers", "tools.0", INVALID, "object", tools=[1]),
     *tool_cases(),
-    chat("logit_bias", "logit_bias", UNSUPPORTED, "leave it out", logit_bias={"1": 5}),
-    chat("presence", "presence_penalty", UNSUPPORTED, "send 0", presence_penalty=1),
-    chat("frequency", "frequency_penalty", UNSUPPORTED, "send 0", frequency_penalty=0.5),
-    chat("repetition", "repetition_penalty", UNSUPPORTED, "send 1", repetition_penalty=1.2),
-    chat("JSON schema", "response_format", UNSUPPORTED, response_format={"type": "json_schema"}),
-    chat("JSON object", "response_format", UNSUPPORTED, response_format={"type": "json_object"}),
+    chat("bias list", "logit_bias", INVALID, "object", logit_bias=[1]),
+    chat("bias of a text", "logit_bias", INVALID, "decimal", logit_bias={"the": 1}),
+    chat("bias of -1", "logit_bias", INVALID, "decimal", logit_bias={"-1": 1}),
+    chat("bias of 01", "logit_bias", INVALID, "decimal", logit_bias={"01": 1}),
+    chat("bias of 5000 digits", "logit_bias", INVALID, "decimal", logit_bias={"9" * 5000: 1}),
+    chat("bias beyond", "logit_bias.4096", NO_TOKEN, "0 to 4095", logit_bias={"4096": 1}),
+    chat("bias 101", "logit_bias.5", INVALID, "at most 100", logit_bias={"5": 101}),
+    chat("bias text", "logit_bias.5", INVALID, "number", logit_bias={"5": "more"}),
+    chat("1025 biases", "logit_bias", INVALID, "1024", logit_bias={str(n): 1 for n in range(1025)}),
+    chat("presence 3", "presence_penalty", INVALID, "at most 2", presence_penalty=3),
+    chat("frequency -3", "frequency_penalty", INVALID, "at least -2", frequency_penalty=-3),
+    chat("presence text", "presence_penalty", INVALID, "number", presence_penalty="much"),
+    chat("repetition 0", "repetition_penalty", INVALID, "greater than 0", repetition_penalty=0),
+    chat("repetition 1e9", "repetition_penalty", INVALID, "at most 100", repetition_penalty=1e9),
     chat("format text", "response_format", INVALID, "object", response_format="json"),
+    chat(
+        "format unknown", "response_format.type", INVALID, "'text'", response_format={"type": "x"}
+    ),
+    chat("format empty", "response_format.type", MISSING, response_format={}),
+    chat("no schema", "response_format", INVALID, "json_schema", response_format=SCHEMALESS),
+    formed("no name", "name", MISSING, {"schema": {}}),
+    formed("schema text", "schema", INVALID, {"name": "x", "schema": "{"}, "JSON"),
+    formed("schema number", "schema", INVALID, {"name": "x", "schema": 5}, "schema"),
+    formed("strict text", "strict", INVALID, {"name": "x", "strict": "yes"}, "true"),
+    schema("broken type", {"type": "strin"}, "strin"),
+    schema("unsupported keyword", {"type": "array", "uniqueItems": True}, "uniqueItems"),
+    schema("reference out", {"$ref": "https://example.com/a.json"}, "example.com"),
+    schema("reference into nothing", {"$ref": "#/$defs/a"}, "does not exist"),
+    schema("endless", {"$ref": "#"}, "nothing"),
+    schema("impossible", {"allOf": [{"type": "string"}, {"type": "null"}]}, "Unsatisfiable"),
+    schema("look-ahead", {"type": "string", "pattern": "(?=a)b"}, "look-around"),
+    schema("enormous", {"enum": ["x" * 70_000]}, "at most"),
+    schema("2000 free properties", FREE, "items"),
+    schema("deep", NESTED, "recursion"),
+    outputs("empty", None, {}, "one of"),
+    outputs("unknown", "whitespace_pattern", {"regex": "a", "whitespace_pattern": "x"}, "support"),
+    outputs("regex number", "regex", {"regex": 5}, "string"),
+    outputs("regex empty", "regex", {"regex": ""}, "empty"),
+    outputs("regex open", "regex", {"regex": "("}, "unclosed", BAD_GRAMMAR),
+    outputs("regex huge", "regex", {"regex": "a" * 70_000}, "at most", BAD_GRAMMAR),
+    outputs("regex wild", "regex", {"regex": WILD}, "nest", BAD_GRAMMAR),
+    outputs("choice text", "choice", {"choice": "yes"}, "list"),
+    outputs("choice empty", "choice", {"choice": []}, "at least"),
+    outputs("choice of numbers", "choice.0", {"choice": [1]}, "string"),
+    outputs("grammar open", "grammar", {"grammar": "start: a"}, "a", BAD_GRAMMAR),
+    outputs("no grammar", "grammar", {"grammar": "whatever"}, "Lark", BAD_GRAMMAR),
+    outputs("grammar loop", "grammar", {"grammar": 'start: start "a"'}, "nothing", BAD_GRAMMAR),
+    outputs("two forms", "choice", {"choice": ["a"], "regex": "b"}, "structured_outputs.regex"),
+    chat("guided twice", "guided_regex", INVALID, "send one", guided_regex="a", guided_json={}),
+    chat(
+        "format and guided",
+        "guided_choice",
+        INVALID,
+        "response_format",
+        guided_choice=["a"],
+        response_format={"type": "json_object"},
+    ),
+    chat("no end", "ignore_eos", INVALID, "guided_regex", guided_regex="a", ignore_eos=True),
     chat("template variable", "messages", "template_refused", chat_template_kwargs={"messages": 1}),
 ]
 TEXT_CASES = [
