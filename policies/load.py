@@ -25,6 +25,7 @@ __all__ = [
     "load",
     "port_of",
     "resolve_adapters",
+    "resolve_folders",
     "resolve_model",
     "with_environment",
 ]
@@ -70,6 +71,27 @@ def resolve_adapters(policy: str | Path, runtime: Runtime) -> Path | None:
     path = ("runtime", "adapters")
     message = f"there is no folder {str(folder)!r}; give one with a subfolder for each adapter"
     raise PolicyError(Problem(str(policy), message, places.of(path), dotted(path)))
+
+
+def resolve_folders(policy: str | Path, deployment: Deployment) -> Deployment:
+    """The policy with `runtime.tiers.disk.path` absolute: it is relative to the file.
+
+    Raises PolicyError at its line.
+    """
+    runtime = deployment.runtime
+    tiers = runtime.tiers if runtime is not None else None
+    if runtime is None or tiers is None or tiers.disk is None:
+        return deployment
+    try:
+        folder = Path(policy).absolute().parent / Path(tiers.disk.path).expanduser()
+    except RuntimeError as error:  # ~nobody
+        _, places, _ = _read(str(policy))
+        path = ("runtime", "tiers", "disk", "path")
+        raise PolicyError(Problem(str(policy), f"{error}", places.of(path), dotted(path))) from None
+    disk = tiers.disk.model_copy(update={"path": str(folder)})
+    tiers = tiers.model_copy(update={"disk": disk})
+    runtime = runtime.model_copy(update={"tiers": tiers})
+    return deployment.model_copy(update={"runtime": runtime})
 
 
 def key_problems(

@@ -171,6 +171,60 @@ class KvEvents(_Policy):
         return None
 
 
+_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?(?:([kMGT])B|([KMGT])iB)")
+
+
+def _size(value: object) -> object:
+    """`2 GiB` and `500 MB` are bytes; anything but a size is left to the field's own type."""
+    if not isinstance(value, str):
+        return value
+    match = _SIZE.fullmatch(value.strip())
+    if match is None:
+        raise ValueError(
+            f"expected a number of bytes, or a size such as 500 MB or 2 GiB, got {value[:40]!r}"
+        )
+    number, decimal, binary = match.groups()
+    unit = 1000 ** " kMGT".index(decimal) if decimal else 1024 ** " KMGT".index(binary)
+    return int(float(number) * unit)
+
+
+Size = Annotated[int, BeforeValidator(_size)]
+
+
+class DiskTier(_Policy):
+    """A folder that evicted KV blocks are kept in, and found in again after a restart."""
+
+    path: str = Field(
+        min_length=1,
+        description="Folder, relative to the policy file; made when missing, readable by its owner "
+        "only.",
+    )
+    max_bytes: Size = Field(
+        ge=2**24,
+        le=2**50,
+        description="Most that one worker keeps there; a size such as `20 GiB`.",
+    )
+
+
+class Tiers(_Policy):
+    """Where KV blocks go that the pool has no room for. They come back when that is faster than
+    computing them again."""
+
+    host_bytes: Size = Field(
+        0,
+        ge=0,
+        le=2**50,
+        description="Host memory for them in one worker; a size such as `2 GiB`. 0: none.",
+    )
+    disk: DiskTier | None = Field(None, description="A folder for them, below host memory.")
+
+    @model_validator(mode="after")
+    def _keeps_something(self) -> Tiers:
+        if not self.host_bytes and self.disk is None:
+            raise ValueError("nowhere to keep blocks: give `host_bytes`, `disk`, or both")
+        return self
+
+
 class Runtime(_Policy):
     """Our own engine: one model, one or several worker processes."""
 
@@ -207,6 +261,9 @@ class Runtime(_Policy):
     )
     kv_tokens: int = Field(
         32768, ge=64, le=2**28, description="Tokens that the paged KV pool holds, in blocks of 16."
+    )
+    tiers: Tiers | None = Field(
+        None, description="Where KV blocks go that the pool has no room for."
     )
     step_tokens: int = Field(
         2048,

@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(levelname).1s %(name)s: %(message)s")
     try:
-        policy = policy_file.load(args.policy)
+        policy = policy_file.resolve_folders(args.policy, policy_file.load(args.policy))
         if policy.runtime is None:
             parser.error(f"{args.policy} has no `runtime`")
         source = policy_file.resolve_model(args.policy, policy.runtime)
@@ -85,6 +85,7 @@ def load_served(
     from runtime.engine import Engine
     from runtime.events import BlockEvents
     from runtime.loading import load_model
+    from runtime.swap import open_swap
     from runtime.worker import Served
 
     started = time.perf_counter()
@@ -105,6 +106,7 @@ def load_served(
     adapted = load_adapters(model, adapters) if adapters else {}
     digests_of = {name: one.identity for name, one in adapted.items()}
     identity = fingerprint.take(folder, weights, runtime, model.device, adapters=digests_of)
+    content = f"{identity.leaves['weights']} {model.dtype}"
     engine = Engine(
         model,
         tokenizer,
@@ -115,9 +117,10 @@ def load_served(
         context_tokens=runtime.context_tokens,
         tpot_s=runtime.tpot_ms / 1000 if runtime.tpot_ms else None,
         adapters=adapted,
-        identity=f"{identity.leaves['weights']} {model.dtype}",
         watchers=[events] if events else (),
         listeners=[events] if events else (),
+        identity=content,
+        swap=open_swap(model, runtime.tiers, content) if runtime.tiers is not None else None,
     )
     engine.calibrate()
     facts = {

@@ -35,6 +35,7 @@ from runtime.model import Model
 from runtime.scheduler import Scheduler, Work, step_size
 from runtime.sequence import Output, Reply, Sampling, Sequence, Service, Times
 from runtime.shapes import FinishReason, TokenLogprob
+from runtime.swap import Swap
 
 log = logging.getLogger(__name__)
 
@@ -147,6 +148,7 @@ class Engine:
         adapters: Mapping[str, Adapter] = MappingProxyType({}),
         watchers: Many[PoolWatcher] = (),
         listeners: Many[Listener] = (),
+        swap: Swap | None = None,
         now: Callable[[], float] = monotonic,
     ) -> None:
         self.model = model
@@ -157,7 +159,8 @@ class Engine:
         self.now = now
         self._emit = emit
         self._listeners = tuple(listeners)
-        self._pool = BlockPool(model.blocks, watchers)
+        self.swap = swap  # ours to close
+        self._pool = BlockPool(model.blocks, [*watchers, *([swap] if swap is not None else [])])
         self.vocabulary = min(tokenizer.vocab_size, model.vocab_size)
         self.grammars = Grammars(tokenizer, self.vocabulary)
         self._scheduler = Scheduler(
@@ -166,7 +169,10 @@ class Engine:
             max_sequences=max_sequences,
             scored_rows=max(BLOCK_TOKENS, _SCORED_BYTES // (4 * model.vocab_size)),
             tpot_s=tpot_s,
+            below=swap,
         )
+        if swap is not None:
+            swap.attach(self._pool, self._look_again)
         self._max_waiting = max_waiting
         longest = min(model.context_tokens, self._pool.total * BLOCK_TOKENS)
         self.limit_tokens = min(longest, context_tokens or longest)
@@ -184,6 +190,9 @@ class Engine:
             self.model, scheduler.step_tokens, scheduler.max_sequences, budget_s=budget_s
         )
         scheduler.costs = costs
+        if self.swap is not None:
+            self.swap.costs = costs
+            self.swap.measure()
         return costs
 
     # ---- any thread ------------------------------------------------------------------------------
@@ -278,6 +287,8 @@ class Engine:
         for key in list(self._replies):
             self._forget(key, "abort")
         self._pool.check()
+        if self.swap is not None:
+            self.swap.close()
 
     def step(self) -> list[Output]:
         """One packed forward: what each sequence gained from it."""
@@ -321,6 +332,11 @@ class Engine:
         with inbox.ready:
             if inbox.open and not (inbox.orders or inbox.cancels):
                 inbox.ready.wait(_IDLE_WAIT_S)
+
+    def _look_again(self) -> None:
+        """From another thread: somebody who waited can go on."""
+        with self._inbox.ready:
+            self._inbox.ready.notify()
 
     def _past_deadline(self, now: float) -> list[Output]:
         """Gives up what has run out of its time."""

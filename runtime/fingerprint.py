@@ -103,6 +103,8 @@ def take(
         for name, value in runtime.model_dump(mode="json").items()
         if name not in _PLACES
     }
+    if runtime.tiers is not None and runtime.tiers.disk is not None:
+        del configuration["tiers"]["disk"]["path"]
     configuration["adapters"] = dict(adapters)  # what they are, not where they lie
     return combine(
         {

@@ -9,7 +9,8 @@ Legend: N blocks, KV key-value heads, D head dimension, T tokens of a step.
 from __future__ import annotations
 
 from collections.abc import Sequence as Many
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from itertools import groupby
 
 import torch
 
@@ -48,6 +49,17 @@ class LayerKV:
             for pool in (self.keys, self.values)
         )
         return keys, values
+
+
+def block_format(pool: Many[LayerKV]) -> str:
+    """What a block's bytes mean: types and shapes of every tensor, equal layers counted."""
+    layers = []
+    for kv in pool:
+        tensors = [(field.name, getattr(kv, field.name)) for field in fields(kv)]
+        layers.append(
+            " ".join(f"{name} {one.dtype} {tuple(one.shape[1:])}" for name, one in tensors)
+        )
+    return "; ".join(f"{len(list(same))} x {layer}" for layer, same in groupby(layers))
 
 
 def read_blocks(pool: Many[LayerKV], blocks: Many[int]) -> list[torch.Tensor]:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from runtime.attention import PagedLayer, StepHolder, StepLayout
 from runtime.kv import BLOCK_TOKENS
-from runtime.layer_kv import LayerKV, read_blocks, write_blocks
+from runtime.layer_kv import LayerKV, block_format, read_blocks, write_blocks
 
 
 class ModelRefused(Exception):
@@ -77,6 +77,11 @@ class Model:
     @property
     def block_bytes(self) -> int:
         return sum(part.shape[1] for kv in self._pool for part in kv.parts())
+
+    @property
+    def block_format(self) -> str:
+        """Blocks of equal format mean the same; others cannot be exchanged."""
+        return block_format(self._pool)
 
     @property
     def kv_bytes(self) -> int:

@@ -13,7 +13,9 @@ from bisect import insort
 from collections.abc import Iterator
 from dataclasses import dataclass
 from heapq import merge
+from typing import Protocol
 
+from cache.tiers import Data
 from runtime.costs import StepCosts, StepSize, pairs
 from runtime.kv import BLOCK_TOKENS, BlockPool, blocks_for
 from runtime.sequence import Sequence
@@ -51,6 +53,17 @@ def step_size(plan: list[Work]) -> StepSize:
     return StepSize(tokens, decode_context, chunk_pairs)
 
 
+class Below(Protocol):
+    """What the pool once had and may have again: see `runtime.swap`."""
+
+    def ready(self, sequence: Sequence, first: int, end: int) -> int | None: ...
+    def fetch(self, sequence: Sequence, first: int, count: int) -> list[Data]: ...
+    def load(self, blocks: list[int], data: list[Data]) -> None: ...
+    def admitted(self, sequence: Sequence, held: int, found: int, loaded: int) -> None: ...
+    def leave(self, key: int) -> None: ...
+    def distrust(self, hashes: list[bytes]) -> None: ...
+
+
 def _rank(sequence: Sequence) -> tuple[float, int]:
     return sequence.rank
 
@@ -67,8 +80,10 @@ class Scheduler:
         scored_rows: int | None = None,
         costs: StepCosts | None = None,
         tpot_s: float | None = None,
+        below: Below | None = None,
     ) -> None:
         self.pool = pool
+        self.below = below
         self.step_tokens = step_tokens
         # A batch of decodes alone has to fit the budget, or the youngest would wait in mid-answer.
         self.max_sequences = min(max_sequences, step_tokens)
@@ -90,6 +105,8 @@ class Scheduler:
             self._leave(sequence)
         else:
             self.waiting.remove(sequence)
+        if self.below is not None:
+            self.below.leave(sequence.key)
         self.pool.give_back(sequence.cut_blocks(0))
 
     def plan(self, now: float = 0.0) -> list[Work]:
@@ -121,6 +138,8 @@ class Scheduler:
 
     def distrust(self, sequence: Sequence) -> list[int]:
         """Blocks of a sequence whose values went wrong: unfindable now; those that are its own."""
+        if self.below is not None:
+            self.below.distrust([one for one in map(self.pool.hash_of, sequence.blocks) if one])
         self.pool.unseal(sequence.blocks)
         return [block for block in sequence.blocks if not self.pool.shared(block)]
 
@@ -187,17 +206,25 @@ class Scheduler:
     def _admit(self, sequence: Sequence, now: float) -> bool | None:
         """Moves a waiting sequence to the running ones, with the blocks of all its tokens.
 
-        False when it had better wait for another one's blocks, None when there is no room. One
+        False when it had better wait for blocks that another one is computing or that are being
+        loaded, None when there is no room. One
         block for each running sequence stays free, so that decodes do not push it out again.
         """
         if len(self.running) >= self.max_sequences and not self._pause_for(sequence):
             return None
         held = len(sequence.blocks)
         found: list[int] = []
+        below = 0
         if held == sequence.sealed:  # a block that is begun but not full goes on where it stands
-            found = self.pool.match(sequence.hashes[held : blocks_for(sequence.needed_from + 1)])
+            end = min(len(sequence.hashes), blocks_for(sequence.needed_from + 1))
+            found = self.pool.match(sequence.hashes[held:end])
             if self._is_made_by_another(sequence, held + len(found)):
                 return False
+            if self.below is not None:
+                ready = self.below.ready(sequence, held + len(found), end)
+                if ready is None:
+                    return False
+                below = ready
         self.pool.hold(found)
         sequence.blocks += found
         missing = blocks_for(len(sequence.tokens)) - len(sequence.blocks)
@@ -207,7 +234,10 @@ class Scheduler:
         if found:
             sequence.sealed = len(sequence.blocks)
             sequence.computed = min(sequence.sealed * BLOCK_TOKENS, sequence.needed_from)
+        # What it is loaded from may have to give way to what the pool evicts: first come, then go.
+        data = self.below.fetch(sequence, held + len(found), below) if self.below and below else []
         sequence.blocks += self.pool.take(missing)
+        self._load(sequence, held, len(found), data)
         if sequence.times.admitted is None:
             sequence.times.admitted = now
             sequence.cached = sequence.computed
@@ -217,6 +247,19 @@ class Scheduler:
         insort(self.running, sequence, key=_rank)
         self._on.add(sequence.key)
         return True
+
+    def _load(self, sequence: Sequence, held: int, found: int, data: list[Data]) -> None:
+        """Fills blocks of a sequence behind those that the pool had, and lets others find them."""
+        if self.below is None:
+            return
+        if data:
+            first = held + found
+            blocks = sequence.blocks[first : first + len(data)]
+            self.below.load(blocks, data)
+            self.pool.seal(blocks, sequence.keys(first, first + len(data)))
+            sequence.sealed = first + len(data)
+            sequence.computed = min(sequence.sealed * BLOCK_TOKENS, sequence.needed_from)
+        self.below.admitted(sequence, held, found, len(data))
 
     def _is_made_by_another(self, sequence: Sequence, at: int) -> bool:
         """True when somebody who comes first is computing block `at` of this sequence."""

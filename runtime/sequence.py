@@ -179,7 +179,11 @@ class Sequence:
             parent = self.hashes[-1] if known else self.root
             behind = self.tokens[known * BLOCK_TOKENS : full * BLOCK_TOKENS]
             self.hashes += chain_hashes(parent, behind)
-        return self.blocks[first:full], [self._key(at) for at in range(first, full)]
+        return self.blocks[first:full], self.keys(first, full)
+
+    def keys(self, first: int, end: int) -> list[BlockKey]:
+        """What blocks `first` to `end` are known by; their hashes are known."""
+        return [self._key(at) for at in range(first, end)]
 
     def _key(self, at: int) -> BlockKey:
         tokens = tuple(self.tokens[at * BLOCK_TOKENS : (at + 1) * BLOCK_TOKENS])

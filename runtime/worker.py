@@ -90,7 +90,7 @@ class Worker:
     def health(self) -> tuple[int, dict[str, Any]]:
         if self.served is None:
             return 503, {"status": "loading"}
-        load = self.served.engine.load()
+        load, swap = self.served.engine.load(), self.served.engine.swap
         blocks = load.blocks
         body = {
             "status": "ready",
@@ -108,6 +108,7 @@ class Worker:
                 "cached": blocks.cached,
                 "in_use": blocks.in_use,
             },
+            "tiers": None if swap is None else swap.report(),
         }
         if self.served.events is not None:
             body["kv_events"] = self.served.events.facts()

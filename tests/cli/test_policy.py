@@ -20,7 +20,12 @@ ROOT = Path(__file__).parents[2]
 WHOLE = """\
 version: 1
 gateway: {port: 9000}
-runtime: {model: ../tiny, served_name: "tiny: 1", threads: 3, kv_events: {topic: kv}}
+runtime:
+  model: ../tiny
+  served_name: "tiny: 1"
+  threads: 3
+  kv_events: {topic: kv}
+  tiers: {host_bytes: 2 GiB, disk: {path: kv, max_bytes: 20 GiB}}
 upstreams:
 - url: http://127.0.0.1:8000
   api_key_env: KEY
@@ -84,7 +89,7 @@ def test_show_prints_a_file_that_check_takes_and_that_means_the_same(tmp_path: P
     marked = [line.strip() for line in shown.stdout.splitlines() if line.endswith("  # set")]
     assert "port: 9000  # set" in marked
     assert 'served_name: "tiny: 1"  # set' in marked
-    assert not any(line.startswith("host") for line in marked)
+    assert not any(line.startswith("host:") for line in marked)
 
 
 def test_show_without_a_file_shows_the_policy_that_ships(tmp_path: Path) -> None:

@@ -256,3 +256,28 @@ def test_a_missing_folder_of_adapters_is_told_at_its_line(tmp_path: Path) -> Non
     with pytest.raises(PolicyError) as caught:
         resolve_adapters(file, runtime)
     assert str(caught.value).startswith(f"{file}:3:13  runtime.adapters")
+
+
+@pytest.mark.parametrize(
+    ("written", "size"),
+    [("0", 0), ("1000", 1000), ("2 GiB", 2**31), ("1.5kB", 1500), ("500 MB", 5 * 10**8)],
+)
+def test_a_size_is_a_number_of_bytes_or_has_a_unit(tmp_path: Path, written: str, size: int) -> None:
+    text = (
+        f"version: 1\nruntime:\n  tiers:\n    host_bytes: {written}\n"
+        "    disk: {path: kv, max_bytes: 1 GiB}\n"
+    )
+    runtime = load(write(tmp_path, text)).runtime
+    assert runtime is not None and runtime.tiers is not None
+    assert runtime.tiers.host_bytes == size
+
+
+def test_a_size_without_sense_says_how_it_is_written(tmp_path: Path) -> None:
+    """Also one in bits, one below zero, and tiers that would keep nothing."""
+    for written in ("2 Gb", "'1000'", "-1 GiB", "lots"):
+        text = f"version: 1\nruntime:\n  tiers:\n    host_bytes: {written}\n"
+        (line,) = problems(tmp_path, text)
+        assert line.startswith("4:17  runtime.tiers.host_bytes")
+        assert "such as 500 MB or 2 GiB" in line
+    (line,) = problems(tmp_path, "version: 1\nruntime:\n  tiers: {}\n")
+    assert "give `host_bytes`, `disk`, or both" in line

@@ -1,0 +1,340 @@
+"""Between the KV pool and the tiers below: evicted blocks go down, and come up when asked for.
+
+Knows when loading beats computing again: both are estimated from what this machine has shown. What
+lies in host memory is copied at admission; what lies deeper is staged into memory by a thread while
+its sequence waits and others go on, and never longer than computing it would take: so waiting in
+vain at most doubles the time. Runs in the engine's thread.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence as Many
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cache.blocks import BLOCK_TOKENS
+from cache.disk import DiskTier
+from cache.tiers import NEWEST, Data, MemoryTier, Promotion, Rate, Tier, Tiers
+from policies import schema as policy
+from runtime.costs import StepCosts
+from runtime.kv import BlockKey, BlockPool
+from runtime.model import Model
+from runtime.sequence import Sequence
+
+# How long a sequence waits for a lower tier where the costs of computing are not known.
+PATIENCE_S = 1.0
+# On their way up at the same time, beyond what the memory tier may hold; one run may exceed it.
+STAGING_BYTES = 256 * 2**20
+_PROBE_BLOCKS = 8
+# A tier that seems too slow is tried again with this many blocks, at most this often.
+_SAMPLE_BLOCKS, _SAMPLE_EVERY_S = 8, 1.0
+_SAVE_S = 3.0  # at most this long for what the pool holds at the end
+
+
+@dataclass(slots=True)
+class SwapCounts:
+    """Full blocks that admitted sequences lacked, by where they came from, and what was decided."""
+
+    pool_hits: int = 0
+    host_hits: int = 0
+    lower_hits: int = 0  # staged from the tier below memory
+    misses: int = 0  # computed
+    declined: int = 0  # of these, what a tier had but computing seemed cheaper
+    waits: int = 0  # times that a sequence waited for a lower tier
+    timeouts: int = 0  # of these, given up before everything had come
+    read_s: float = 0.0  # copying out of the pool
+    write_s: float = 0.0  # copying into it
+
+
+@dataclass(slots=True, eq=False)
+class _Staging:
+    """A run on its way to memory, and who waits for it: all whose next block is its first."""
+
+    promotion: Promotion
+    began: float
+    users: set[int] = field(default_factory=set)
+
+
+@dataclass(slots=True)
+class _Plan:
+    """What a waiting sequence is going to load: its blocks up to `end`, counted from its start."""
+
+    end: int
+    near: int  # up to here they were in memory from the beginning
+    stagings: list[_Staging] = field(default_factory=list)  # only the last one may be under way
+    give_up: float = 0.0
+    settled: bool = False
+
+
+class Swap:
+    """A pool's watcher that stores what is evicted, and the scheduler's source of it."""
+
+    def __init__(
+        self,
+        model: Model,
+        tiers: Tiers,
+        *,
+        costs: StepCosts | None = None,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.tiers = tiers
+        self.costs = costs
+        self.counts = SwapCounts()
+        self.wake: Callable[[], None] = lambda: (
+            None
+        )  # in another thread: somebody need wait no more
+        self._model = model
+        self._block_bytes = model.block_bytes
+        self._now = now
+        self._copy = Rate()  # from memory into the pool
+        self._handover_s = 0.0  # what a staging takes beyond the reading itself
+        self._sample_at = 0.0
+        self._parents: dict[bytes, bytes | None] = {}  # of the blocks that the pool can find
+        self._ancestors: deque[bytes] = deque()  # to be kept below
+        self._seen: set[bytes] = set()  # ancestors that were kept a short while ago
+        self._young = 0  # evictions since then
+        self._plans: dict[int, _Plan] = {}
+        self._stagings: dict[bytes, _Staging] = {}
+
+    def measure(self) -> None:
+        """Copies a few blocks out of the pool and in again, before it holds anything."""
+        blocks = list(range(min(_PROBE_BLOCKS, self._model.blocks)))
+        for _ in range(2):  # the first time pays for fresh memory
+            data = self._read(blocks)
+            began = time.perf_counter()
+            self._write(blocks, data)
+            seconds = time.perf_counter() - began
+        self._copy.saw(len(blocks) * self._block_bytes, seconds)
+
+    def attach(self, pool: BlockPool, wake: Callable[[], None]) -> None:
+        """The pool that is watched; `wake` is called in another thread when waiting may end."""
+        self._pool = pool
+        self._wake = wake
+
+    def close(self) -> None:
+        """Stores what the pool can still find, so that a restart finds it, and ends the tiers."""
+        for key in list(self._plans):
+            self.leave(key)
+        self._save(time.monotonic() + _SAVE_S)
+        self.tiers.close()
+
+    def report(self) -> dict[str, Any]:
+        """For health answers, from any thread: every tier's counts, and what became of lookups."""
+        tiers = {name: asdict(counts) for name, counts in self.tiers.counts().items()}
+        return {**tiers, "blocks": asdict(self.counts)}
+
+    # ---- down: what the pool tells ---------------------------------------------------------------
+
+    def stored(self, keys: Many[BlockKey]) -> None:
+        for key in keys:
+            self._parents[key.hash] = key.parent
+
+    def evicting(self, blocks: Many[tuple[int, bytes]]) -> None:
+        wanted = self.tiers.wants([key for _, key in blocks])
+        down = [one for one, missing in zip(blocks, wanted, strict=True) if missing]
+        began = time.perf_counter()
+        if down:
+            data = self._read([block for block, _ in down])
+            for (_, key), one in zip(down, data, strict=True):
+                self.tiers.put(key, one)
+        if self.tiers.lower is not None:
+            self._keep_ancestors(self.tiers.lower, [key for _, key in blocks])
+        self.counts.read_s += time.perf_counter() - began
+
+    def removed(self, hashes: Many[bytes]) -> None:
+        for key in hashes:
+            self._parents.pop(key, None)
+
+    def cleared(self) -> None:
+        self._parents.clear()
+        self.tiers.forget()
+
+    def distrust(self, hashes: Many[bytes]) -> None:
+        """Values that went wrong are not to come back."""
+        self.tiers.forget(hashes)
+
+    def _keep_ancestors(self, lower: Tier, keys: Many[bytes]) -> None:
+        """Below memory a block is of use only with all before it, and what is used most never
+        leaves the pool: so a process that is killed would lose the beginnings of everything.
+
+        They are copied down while they are in use, a few at a time, and kept from growing old.
+        """
+        self._young += len(keys)
+        if self._young > lower.counts.limit_bytes // self._block_bytes // 4:
+            self._young = 0
+            self._seen.clear()
+        for key in keys:
+            run = []
+            at = self._parents.get(key)
+            while at is not None and at in self._parents and at not in self._seen:
+                self._seen.add(at)
+                run.append(at)
+                at = self._parents[at]
+            self._ancestors.extend(reversed(run))
+        for _ in range(min(2 * len(keys), len(self._ancestors))):
+            key = self._ancestors.popleft()
+            if lower.holds(key):
+                lower.touch(key)
+            elif block := self._pool.match([key]):
+                lower.offer(key, *self._read(block))
+
+    def _save(self, until: float) -> None:
+        lower = self.tiers.lower
+        keys = [] if lower is None else [key for key in self._parents if not lower.holds(key)]
+        for at in range(0, len(keys), _PROBE_BLOCKS):
+            if lower is None or time.monotonic() > until or not lower.counts.on:
+                return
+            some = keys[at : at + _PROBE_BLOCKS]
+            blocks = [block for key in some for block in self._pool.match([key])]
+            for key, data in zip(some, self._read(blocks), strict=True):
+                lower.offer(key, data)
+            lower.drain(until - time.monotonic())
+
+    # ---- up: what the scheduler asks -------------------------------------------------------------
+
+    def ready(self, sequence: Sequence, first: int, end: int) -> int | None:
+        """How many of the blocks `first` to `end` can be loaded now; None: wait for more."""
+        if first >= end:
+            return 0
+        plan = self._plans.get(sequence.key)
+        if plan is None:
+            plan = self._plans[sequence.key] = _Plan(first, first)
+            self._extend(plan, sequence, first, end)
+            plan.near = plan.end
+        while not plan.settled:
+            staging = plan.stagings[-1]
+            late = self._now() >= plan.give_up
+            if not (staging.promotion.done or late):
+                return None
+            self._settle(plan, staging)
+            if not plan.settled:
+                self._extend(plan, sequence, plan.end, end)
+        return max(0, min(plan.end, end) - first)
+
+    def fetch(self, sequence: Sequence, first: int, count: int) -> list[Data]:
+        """Up to `count` blocks from block `first` on, as far as memory has them."""
+        return self.tiers.load(sequence.hashes[first : first + count])
+
+    def load(self, blocks: Many[int], data: Many[Data]) -> None:
+        """Fills blocks of the pool with what `fetch` gave."""
+        began = time.perf_counter()
+        self._write(blocks, data)
+        seconds = time.perf_counter() - began
+        self.counts.write_s += seconds
+        self._copy.saw(len(blocks) * self._block_bytes, seconds)
+
+    def admitted(self, sequence: Sequence, held: int, found: int, loaded: int) -> None:
+        """Counts where the full blocks behind the first `held` of a sequence came from."""
+        plan, counts = self._plans.get(sequence.key), self.counts
+        near = 0 if plan is None else min(loaded, max(0, plan.near - held - found))
+        counts.pool_hits += found
+        counts.host_hits += near
+        counts.lower_hits += loaded - near
+        counts.misses += max(0, len(sequence.hashes) - held - found - loaded)
+        self.leave(sequence.key)
+
+    def leave(self, key: int) -> None:
+        """A sequence waits for nothing any more: it is admitted, has ended or was cancelled."""
+        plan = self._plans.pop(key, None)
+        for staging in plan.stagings if plan is not None else ():
+            staging.users.discard(key)
+            if not staging.users:
+                self.tiers.release(staging.promotion)
+                self._stagings.pop(staging.promotion.keys[0], None)
+
+    # ---- deciding --------------------------------------------------------------------------------
+
+    def _extend(self, plan: _Plan, sequence: Sequence, first: int, end: int) -> None:
+        """Takes what memory has, and stages what lies deeper, as far as that is worth it."""
+        plan.settled = True
+        keys = sequence.hashes[first:end]
+        near, far = self.tiers.find(keys)
+        size = self._block_bytes
+        if near and self._copy.seconds(near * size) > self._compute_s(first, first + near):
+            self.counts.declined += far
+            return
+        plan.end = first + near
+        deep, lower = far - near, self.tiers.lower
+        if not deep or lower is None:
+            return
+        compute_s = self._compute_s(plan.end, plan.end + deep)
+        stage_s = lower.rate.seconds(deep * size) + self._copy.seconds(deep * size)
+        wanted = keys[near:far]
+        if stage_s + self._handover_s > compute_s:
+            self._decline(wanted)
+        elif self._stage(plan, sequence.key, wanted):
+            patience_s = PATIENCE_S if self.costs is None else compute_s
+            plan.give_up = self._now() + patience_s
+            plan.settled = False
+
+    def _compute_s(self, first: int, end: int) -> float:
+        """Seconds of computing these blocks; without end where costs are not known."""
+        if self.costs is None:
+            return float("inf")
+        return self.costs.prefill_s((end - first) * BLOCK_TOKENS, first * BLOCK_TOKENS)
+
+    def _stage(self, plan: _Plan, key: int, wanted: Many[bytes]) -> bool:
+        staging = self._stagings.get(wanted[0])
+        if staging is None:
+            promotion = self.tiers.promote(wanted, self._arrived)
+            if promotion is None:
+                self.counts.declined += len(wanted)
+                return False
+            staging = self._stagings[wanted[0]] = _Staging(promotion, self._now())
+        self.counts.waits += 1
+        staging.users.add(key)
+        plan.stagings.append(staging)
+        return True
+
+    def _settle(self, plan: _Plan, staging: _Staging) -> None:
+        """The wait is over: `settled` unless all has come and there may be more behind it."""
+        promotion = staging.promotion
+        plan.end += promotion.arrived
+        plan.settled = promotion.arrived < len(promotion.keys)
+        if promotion.done:
+            over = max(0.0, self._now() - staging.began - promotion.service_s)
+            self._handover_s += NEWEST * (over - self._handover_s)
+        else:
+            self.counts.timeouts += 1
+
+    def _decline(self, wanted: Many[bytes]) -> None:
+        """Computes instead, and lets the tier show from time to time whether it is faster now."""
+        self.counts.declined += len(wanted)
+        self._handover_s *= 1 - NEWEST
+        if self._now() >= self._sample_at:
+            self._sample_at = self._now() + _SAMPLE_EVERY_S
+            self.tiers.promote(wanted[:_SAMPLE_BLOCKS], self.tiers.release)
+
+    def _arrived(self, _: Promotion) -> None:
+        self._wake()
+
+    # ---- bytes -----------------------------------------------------------------------------------
+
+    def _read(self, blocks: Many[int]) -> list[Data]:
+        return [memoryview(one.numpy()) for one in self._model.read_blocks(blocks)]  # type: ignore[arg-type]  # numpy's arrays are buffers
+
+    def _write(self, blocks: Many[int], data: Many[Data]) -> None:
+        whole = np.empty((len(data), self._block_bytes), dtype=np.uint8)
+        for row, one in zip(whole, data, strict=True):
+            row[:] = np.frombuffer(one, dtype=np.uint8)
+        self._model.write_blocks(blocks, list(torch.from_numpy(whole)))
+
+
+def open_swap(model: Model, wanted: policy.Tiers, identity: str) -> Swap:
+    """The tiers of a policy; `identity` says whose keys and values they hold."""
+    disk = None
+    if wanted.disk is not None:
+        disk = DiskTier(
+            Path(wanted.disk.path),
+            limit_bytes=wanted.disk.max_bytes,
+            block_bytes=model.block_bytes,
+            identity={"model": identity, "block": model.block_format},
+        )
+    staging = max(1, STAGING_BYTES // model.block_bytes)
+    return Swap(model, Tiers(MemoryTier(wanted.host_bytes), disk, staging_blocks=staging))
