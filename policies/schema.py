@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 from urllib.parse import urlsplit
 
 from pydantic import (
@@ -225,6 +225,31 @@ class Tiers(_Policy):
         return self
 
 
+WeightFormat = Literal["auto", "fp32", "bf16", "w8a8", "w8", "int4", "fp8"]
+_WEIGHT_FORMATS: tuple[str, ...] = get_args(WeightFormat)
+
+
+class Weights(_Policy):
+    """Number format of the linear layers' weights, for each part of a model."""
+
+    attention: WeightFormat = Field(
+        "auto", description="Layers inside attention: queries, keys, values, output."
+    )
+    mlp: WeightFormat = Field(
+        "auto", description="The other linear layers, except routers, which stay as they are."
+    )
+    head: WeightFormat = Field("auto", description="The output layer over the vocabulary.")
+
+
+def _each_part(value: object) -> object:
+    """One format alone is that of all parts."""
+    if not isinstance(value, str):
+        return value
+    if value not in _WEIGHT_FORMATS:
+        return {"attention": value}  # told once, with the formats that there are
+    return dict.fromkeys(Weights.model_fields, value)
+
+
 class Runtime(_Policy):
     """Our own engine: one model, one or several worker processes."""
 
@@ -242,7 +267,14 @@ class Runtime(_Policy):
         "auto", description="`auto` takes CUDA where there is one."
     )
     dtype: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="Weights and activations; `auto`: bf16 on CUDA, fp32 on a CPU."
+        "auto",
+        description="Activations and KV cache; `auto`: bf16 on CUDA, fp32 on a CPU, but bf16 where "
+        "`weights` ask for it and the CPU has arithmetic for it.",
+    )
+    weights: Annotated[Weights, BeforeValidator(_each_part)] = Field(
+        Weights(),
+        description="Format of the linear layers' weights: one for all parts, or one each. `auto`: "
+        "the fastest that loses nothing against `dtype`.",
     )
     threads: int | None = Field(
         None, ge=1, le=1024, description="CPU threads a worker; default: cores divided by workers."

@@ -99,6 +99,7 @@ def load_served(
             kv_tokens=runtime.kv_tokens,
             device=runtime.device,
             dtype=runtime.dtype,
+            weights=runtime.weights,
             revision=runtime.revision,
         )
         weights = digests.result() if digests else fingerprint.read_weights(folder)
@@ -106,7 +107,7 @@ def load_served(
     adapted = load_adapters(model, adapters) if adapters else {}
     digests_of = {name: one.identity for name, one in adapted.items()}
     identity = fingerprint.take(folder, weights, runtime, model.device, adapters=digests_of)
-    content = f"{identity.leaves['weights']} {model.dtype}"
+    content = f"{identity.leaves['weights']} {model.dtype} {runtime.weights}"
     engine = Engine(
         model,
         tokenizer,
@@ -128,6 +129,7 @@ def load_served(
         "dtype": str(model.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "parameters": model.parameters,
+        "weights": dict(model.weights.held),
         "kv_bytes": model.kv_bytes,
         "load_s": round(time.perf_counter() - started, 2),
         "fingerprint": identity.short,

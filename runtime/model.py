@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from runtime.attention import PagedLayer, StepHolder, StepLayout
 from runtime.kv import BLOCK_TOKENS
 from runtime.layer_kv import LayerKV, block_format, read_blocks, write_blocks
+from runtime.surgery import Tally
 
 
 class ModelRefused(Exception):
@@ -36,11 +37,21 @@ class LayerShape:
 class Model:
     """A loaded model and its KV pool. `forward` runs one packed step; one thread at a time."""
 
-    def __init__(self, module: PreTrainedModel, layers: list[LayerShape], blocks: int) -> None:
+    def __init__(
+        self,
+        module: PreTrainedModel,
+        layers: list[LayerShape],
+        blocks: int,
+        *,
+        dtype: torch.dtype | None = None,
+        weights: Tally | None = None,
+    ) -> None:
+        """`dtype` is that of activations, `weights` what surgery made of the linear layers."""
         self.module = module
         self.config = module.config.get_text_config()
         self.device = module.device
-        self.dtype = module.dtype
+        self.dtype = dtype or module.dtype
+        self.weights = weights or Tally()
         # Rows of the table; a tokenizer with more tokens than that has ids which no row stands for.
         table = module.get_input_embeddings().weight
         assert isinstance(table, torch.Tensor)
@@ -89,7 +100,7 @@ class Model:
 
     @property
     def parameters(self) -> int:
-        return sum(weight.numel() for weight in self.module.parameters())
+        return self.weights.parameters
 
     @torch.inference_mode()
     def forward(

@@ -9,8 +9,9 @@ says nothing about the weights, nor about positions beyond its longest prompt.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -27,7 +28,10 @@ AttentionInterface.register(attention.NAME, paged_attention)
 # The proof's prompts: one that spans two blocks and is cut in chunks, a short one, one of a token.
 _PROOF_LENGTHS = (23, 7, 1)
 _PROOF_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.05}
+# With rounded activations, a last digit of a float can move a whole step of eight bits.
+_ROUNDED_TOLERANCE = 0.1
 _CHECK_CONFIG = "check that config.json belongs to these weights"
+_OTHER_WEIGHTS = "take a format that rounds less, such as w8a8 or bf16, or auto"
 _OTHER_FAMILY = "docs/models.md lists the families that run"
 
 
@@ -53,24 +57,42 @@ def refusing(where: Path | str, what: str, advice: str) -> Iterator[None]:
 
 
 @torch.inference_mode()
-def prove(module: PreTrainedModel, folder: Path) -> list[LayerShape]:
+def prove(
+    module: PreTrainedModel,
+    folder: Path,
+    convert: Callable[[PreTrainedModel], None] | None = None,
+    *,
+    rounding: float | None = None,
+) -> list[LayerShape]:
     """The model's attention layers in order, once their paged logits equal transformers' own.
 
-    Raises ModelRefused naming the first thing that does not hold.
+    `convert` changes the module in place; it is proved as it is afterwards, against what it was
+    before. Where it rounds weights, `rounding` says how far that may move the logits (relative,
+    the middle one of the prompts), and paged attention is compared without that part. Raises
+    ModelRefused naming the first thing that does not hold.
     """
     name = type(module).__name__
+    dtype = module.dtype
     with refusing(folder, f"{name}'s own forward pass fails", _CHECK_CONFIG):
         config = module.config.get_text_config()
         prompts = _prompts(config.vocab_size, module.device)
-        expected = [module(input_ids=ids, use_cache=False).logits[0, -1].float() for ids in prompts]
+        expected = _own_logits(module, prompts)
+    if convert is not None:
+        convert(module)
+    limit = _PROOF_TOLERANCE[dtype]
+    if rounding is not None:
+        with refusing(folder, f"{name} fails with runtime.weights", _OTHER_WEIGHTS):
+            rounded = _own_logits(module, prompts)
+        _refuse_rounding(expected, rounded, rounding, folder)
+        expected, limit = rounded, max(limit, _ROUNDED_TOLERANCE)
     with refusing(folder, f"{name} does not take paged attention", _OTHER_FAMILY):
         module.set_attn_implementation(attention.NAME)
         layers = _observe_layers(module, prompts[1], folder)
         _refuse_odd_windows(config, layers, folder)
         _refuse_no_context(config, folder)
-        model = Model(module, layers, sum(blocks_for(length) for length in _PROOF_LENGTHS))
+        blocks = sum(blocks_for(length) for length in _PROOF_LENGTHS)
+        model = Model(module, layers, blocks, dtype=dtype)
         found = _paged_logits(model, prompts)
-    limit = _PROOF_TOLERANCE[module.dtype]
     for one, other in zip(expected, found, strict=True):
         apart = ((one - other.float()).abs().max() / one.abs().max().clamp(min=1.0)).item()
         if not apart <= limit:
@@ -80,6 +102,26 @@ def prove(module: PreTrainedModel, folder: Path) -> list[LayerShape]:
                 f"attention has a term that the attention interface does not carry; {_OTHER_FAMILY}"
             )
     return layers
+
+
+def _own_logits(module: PreTrainedModel, prompts: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Each prompt's last logits by transformers' attention, [V] fp32."""
+    return [module(input_ids=ids, use_cache=False).logits[0, -1].float() for ids in prompts]
+
+
+def _refuse_rounding(
+    expected: list[torch.Tensor], rounded: list[torch.Tensor], limit: float, folder: Path
+) -> None:
+    """One prompt may lie far off: in a mixture of experts rounding can choose another expert."""
+    apart = median(
+        ((one - other).norm() / one.norm()).item()
+        for one, other in zip(expected, rounded, strict=True)
+    )
+    if not apart <= limit:
+        raise ModelRefused(
+            f"{folder}: runtime.weights move the logits too far (relative difference {apart:.2g}, "
+            f"limit {limit:.2g}); {_OTHER_WEIGHTS}"
+        )
 
 
 def _prompts(vocab_size: int, device: torch.device) -> list[torch.Tensor]:

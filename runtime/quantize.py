@@ -1,0 +1,341 @@
+"""Number formats of a linear layer's weights, and which way of holding each is right and fastest.
+
+Knows weights as tensors; knows no model and no policy file. A format says what values the weights
+take; for most there are several ways of holding and multiplying them (`runtime.linear`), and which
+one wins depends on the CPU: it is measured once for each shape when a model is loaded.
+
+Legend: N features out, K features in.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from time import perf_counter
+
+import torch
+
+from policies.schema import WeightFormat
+from runtime.linear import (
+    ByteLinear,
+    Engine,
+    Fp8Linear,
+    HalfLinear,
+    Int4Linear,
+    Int8Linear,
+    MkldnnLinear,
+    PackedLinear,
+    PieceLinear,
+    PlainLinear,
+)
+
+LOSSLESS: tuple[WeightFormat, ...] = ("auto", "fp32", "bf16")
+INT4_GROUP = 32
+# With fewer or odd ones torch's weight-only kernel ends the process (a division by zero).
+_BYTE_FEATURES = 32
+
+# A layer with more rows is held in pieces: packing wants each in fp32 and packed at the same time.
+PIECE_ROWS = 32768
+
+# Tokens in a step that the ways are compared at, and how much of a layer that takes.
+_STEPS = (1, 8, 64)
+_SAMPLE_ROWS = 4096
+_REPEATS = 3
+# Another way must be this much faster than one that stands before it: below lies noise.
+_CLEARLY = 0.93
+# More than any CPU's cache: between two runs a layer's weights are not in it, as in a large model.
+_FLUSH_BYTES = 2**26
+# Fp32's own rounding: what is lost below it cannot be told from another order of the same sum.
+_UNSEEN = 2.0**-24
+
+
+class FormatUnavailable(Exception):
+    """The device cannot hold weights in a format; says why and what to choose instead."""
+
+
+@dataclass(frozen=True, slots=True)
+class LinearImpl:
+    """One way of holding a linear layer: weight [N, K] and bias [N] or None -> a module."""
+
+    name: str
+    build: Callable[[torch.Tensor, torch.Tensor | None], PackedLinear]
+    piece_rows: int = PIECE_ROWS
+
+    def __call__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> PackedLinear:
+        if weight.shape[0] <= self.piece_rows:
+            return self.build(weight, bias)
+        pieces = []
+        for first in range(0, weight.shape[0], self.piece_rows):
+            rows = slice(first, first + self.piece_rows)
+            pieces.append(self.build(weight[rows], None if bias is None else bias[rows]))
+        return PieceLinear(pieces)
+
+
+def check(chosen: WeightFormat, device: torch.device) -> None:
+    """Raises FormatUnavailable when no layer at all can be held so on this device."""
+    if chosen in LOSSLESS:
+        return
+    if chosen == "fp8":
+        if device.type != "cuda":
+            raise FormatUnavailable(
+                "weights fp8 need a GPU with fp8 arithmetic (compute capability 8.9 or newer), "
+                f"this device is {device.type}; w8a8 is the eight-bit format of a CPU"
+            )
+        if torch.cuda.get_device_capability(device) < (8, 9):
+            raise FormatUnavailable(
+                "weights fp8 need compute capability 8.9 or newer, this GPU has "
+                f"{'.'.join(map(str, torch.cuda.get_device_capability(device)))}; use bf16"
+            )
+    elif device.type != "cpu":
+        raise FormatUnavailable(
+            f"weights {chosen} are computed by the CPU's kernels, this device is {device.type}; "
+            "use fp8 or bf16"
+        )
+    elif chosen == "w8a8" and not _engines():
+        raise FormatUnavailable(
+            "weights w8a8 need torch built with FBGEMM or oneDNN, this one has neither; use w8"
+        )
+
+
+def ways(
+    chosen: WeightFormat, weight: torch.Tensor, dtype: torch.dtype, device: torch.device
+) -> list[LinearImpl]:
+    """The ways of holding this weight in this format, the one to prefer first; [] if there is none.
+
+    `dtype` is that of the activations. Each takes the weight as the checkpoint has it.
+    """
+    if device.type != "cpu":
+        return [LinearImpl("fp8", _fp8)] if chosen == "fp8" else [_plain(chosen, dtype)]
+    if chosen in LOSSLESS:
+        return _float_ways(chosen, weight, dtype)
+    features_in = weight.shape[1]
+    found: list[LinearImpl] = []
+    if chosen in ("w8a8", "w8"):
+        for engine in _engines():
+            # Beyond the last whole group of four oneDNN pairs other bytes than it does before.
+            if engine == "fbgemm" or features_in % 4 == 0:
+                build = partial(_int8, engine=engine, wide=chosen == "w8")
+                found.append(LinearImpl(f"{chosen}-{engine}", build))
+        if chosen == "w8" and features_in % _BYTE_FEATURES == 0:
+            found.append(LinearImpl("w8-torch", _byte))
+    elif chosen == "int4" and features_in % INT4_GROUP == 0 and weight.shape[0] % 16 == 0:
+        found.append(LinearImpl("int4-torch", _int4))
+    return found
+
+
+def choose(
+    chosen: WeightFormat,
+    weight: torch.Tensor,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    prefer: Sequence[str] = (),
+) -> LinearImpl | None:
+    """One of `prefer`, else the fastest of the ways here; None when this weight has none."""
+    found = ways(chosen, weight, dtype, device)
+    found = [one for one in found if one.name in prefer] or found
+    if len(found) < 2:
+        return found[0] if found else None
+    rows, features_in = min(weight.shape[0], _SAMPLE_ROWS), weight.shape[1]
+    by_name = {one.name: one for one in found}
+    best = _fastest(chosen, tuple(by_name), rows, features_in, dtype, torch.get_num_threads())
+    return by_name[best]
+
+
+# ---- formats: weight [N, K], bias [N] -> a module ------------------------------------------------
+
+
+def _float_ways(chosen: WeightFormat, weight: torch.Tensor, dtype: torch.dtype) -> list[LinearImpl]:
+    """Ways that keep the values of fp32, or of bf16 where that is what was asked for.
+
+    A bias keeps the dtype of the activations: it is too small to save anything.
+    """
+    narrow = chosen == "bf16" or (chosen == "auto" and dtype == torch.bfloat16)
+    kept = torch.bfloat16 if narrow else torch.float32
+    found = []
+    if narrow and dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        found.append(_kept("bf16-mkldnn", MkldnnLinear, kept, dtype))
+    if chosen != "fp32" and "fbgemm" in _engines():
+        exponent = half_exponent(weight.to(kept))
+        if exponent is not None:
+            half = partial(HalfLinear, exponent=exponent)
+            found.append(_kept("fp16-fbgemm", half, kept, torch.float32))
+    if dtype == torch.float32 or chosen == "fp32":
+        if torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+            found.append(_kept("fp32-mkldnn", MkldnnLinear, kept, torch.float32))
+        if dtype == torch.float32:
+            found.append(_kept("fp32", PlainLinear, kept, torch.float32))
+    else:
+        found.append(_plain(chosen, dtype))
+    return found
+
+
+def _plain(chosen: WeightFormat, dtype: torch.dtype) -> LinearImpl:
+    kept = torch.bfloat16 if chosen == "bf16" else dtype
+    return _kept(str(dtype).removeprefix("torch."), PlainLinear, kept, dtype)
+
+
+def _kept(
+    name: str,
+    kind: Callable[[torch.Tensor, torch.Tensor | None], PackedLinear],
+    kept: torch.dtype,
+    held: torch.dtype,
+) -> LinearImpl:
+    """Weights with the values that `kept` gives them, handed to `kind` in the dtype `held`."""
+
+    def build(weight: torch.Tensor, bias: torch.Tensor | None) -> PackedLinear:
+        return kind(weight.to(kept).to(held), None if bias is None else bias.to(held))
+
+    return LinearImpl(name, build)
+
+
+def half_exponent(weight: torch.Tensor) -> int | None:
+    """The power of two with which fp16 holds a weight as well as fp32 would; None if there is none.
+
+    "As well" is a loss below the rounding of one fp32 sum in every row. Weights of bf16 lose
+    nothing down to 2^-32 of the largest one.
+    """
+    whole = weight.float()
+    largest = float(whole.abs().max())
+    if not math.isfinite(largest):
+        return None
+    limit = whole.norm(dim=1) * _UNSEEN
+    top = 0 if largest == 0 else 15 - math.frexp(largest)[1]
+    for exponent in (0, top):
+        moved = whole * 2.0**exponent
+        lost = moved.to(torch.float16).float().sub_(moved).norm(dim=1) * 2.0**-exponent
+        if bool((lost <= limit).all()):
+            return exponent
+    return None
+
+
+def _int8(
+    weight: torch.Tensor, bias: torch.Tensor | None, *, engine: Engine, wide: bool
+) -> PackedLinear:
+    integers, scales = to_int8(weight, paired=not multiplies_exactly(engine))
+    return Int8Linear(integers, scales, bias, engine=engine, wide=wide)
+
+
+def _byte(weight: torch.Tensor, bias: torch.Tensor | None) -> PackedLinear:
+    return ByteLinear(*to_int8(weight, paired=False), bias)
+
+
+def to_int8(weight: torch.Tensor, *, paired: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Integers [N, K] within +-127 and a scale a row [N], symmetric.
+
+    `paired`: CPUs without a byte dot product add two neighbouring products in 16 bits, which
+    255 * (127 + 127) overflows silently. Where the absolute values of each such pair add up to at
+    most 128, nothing does; most rows lose half a bit by it, not the whole bit of halving the range.
+    """
+    whole = weight.float()
+    largest = whole.abs().amax(1)
+    if paired:
+        even = torch.nn.functional.pad(whole.abs(), (0, whole.shape[1] % 2))
+        largest = torch.maximum(largest, (even[:, 0::2] + even[:, 1::2]).amax(1))
+    scales = (largest / 127).clamp_(min=1e-30)
+    integers = (whole / scales[:, None]).round_().clamp_(-127, 127).to(torch.int8)
+    return integers, scales
+
+
+def _int4(weight: torch.Tensor, bias: torch.Tensor | None) -> PackedLinear:
+    return Int4Linear(*to_int4(weight), bias, INT4_GROUP)
+
+
+def to_int4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Integers 0..15 [N, K] and, for each group of INT4_GROUP, (scale, zero) [K / G, N, 2].
+
+    A value is (integer - 8) * scale + zero; both are rounded to bf16 first, as the kernel has them.
+    """
+    grouped = weight.float().reshape(weight.shape[0], -1, INT4_GROUP)
+    low, high = torch.aminmax(grouped, dim=-1)
+    scales = ((high - low) / 15).bfloat16().float().clamp_(min=1e-30)
+    zeros = (low + 8 * scales).bfloat16().float()
+    integers = ((grouped - zeros[..., None]) / scales[..., None]).round_().add_(8).clamp_(0, 15)
+    pairs = torch.stack([scales.t(), zeros.t()], dim=-1)
+    return integers.view_as(weight).to(torch.int32), pairs.contiguous()
+
+
+def _fp8(weight: torch.Tensor, bias: torch.Tensor | None) -> PackedLinear:
+    largest = torch.finfo(torch.float8_e4m3fn).max
+    whole = weight.float()
+    scales = (whole.abs().amax(1) / largest).clamp_(min=1e-12)
+    floats = (whole / scales[:, None]).clamp_(-largest, largest).to(torch.float8_e4m3fn)
+    return Fp8Linear(floats, scales, bias)
+
+
+# ---- this machine --------------------------------------------------------------------------------
+
+
+@cache
+def _engines() -> tuple[Engine, ...]:
+    supported = torch.backends.quantized.supported_engines
+    both: tuple[Engine, ...] = ("fbgemm", "onednn")
+    return tuple(one for one in both if one in supported)
+
+
+@cache
+def multiplies_exactly(engine: Engine) -> bool:
+    """Whether this CPU adds products of the largest bytes without overflowing 16 bits."""
+    integers = torch.full((16, 64), 127, dtype=torch.int8)
+    layer = Int8Linear(integers, torch.ones(16), None, engine=engine, wide=False)
+    found = layer(torch.ones(1, 64))
+    return bool((found - 64 * 127).abs().max() < 1)
+
+
+@cache
+def computes_bf16_faster() -> bool:
+    """Whether activations in bf16 are faster than in fp32 on this CPU: native arithmetic for it."""
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False
+    weight = torch.randn(2048, 1024, generator=torch.Generator().manual_seed(0))
+    narrow = _times([MkldnnLinear(weight.bfloat16(), None)], torch.bfloat16)[0]
+    wide = _times([MkldnnLinear(weight, None)], torch.float32)[0]
+    return _mean(narrow) < _mean(wide)
+
+
+@cache
+def _fastest(
+    chosen: WeightFormat,
+    names: tuple[str, ...],
+    rows: int,
+    features_in: int,
+    dtype: torch.dtype,
+    threads: int,  # noqa: ARG001 - part of the key: a choice holds for one number of threads
+) -> str:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(rows, features_in, generator=generator).mul_(0.02).bfloat16()
+    known = {one.name: one for one in ways(chosen, weight, dtype, torch.device("cpu"))}
+    layers = [known[name].build(weight, None) for name in names if name in known]
+    scores = [_mean(times) for times in _times(layers, dtype)]
+    best = 0
+    for at, score in enumerate(scores):
+        if score < scores[best] * _CLEARLY:
+            best = at
+    return names[best]
+
+
+@torch.inference_mode()
+def _times(layers: Sequence[PackedLinear], dtype: torch.dtype) -> list[list[float]]:
+    """Seconds of each layer at each number of tokens; the best of a few runs, taken in turns."""
+    large = layers[0].in_features * layers[0].out_features > _FLUSH_BYTES // 32
+    flush = torch.zeros(_FLUSH_BYTES // 4 if large else 0)
+    best = [[math.inf] * len(_STEPS) for _ in layers]
+    for step, tokens in enumerate(_STEPS):
+        x = torch.randn(tokens, layers[0].in_features).to(dtype)
+        for layer in layers:
+            layer(x)
+        for _ in range(_REPEATS):
+            for at, layer in enumerate(layers):
+                if tokens == 1 and large:
+                    flush.add_(1)
+                started = perf_counter()
+                layer(x)
+                best[at][step] = min(best[at][step], perf_counter() - started)
+    return best
+
+
+def _mean(times: Sequence[float]) -> float:
+    """Geometric: a step of one token counts as much as a step of many."""
+    return math.exp(sum(map(math.log, times)) / len(times))
