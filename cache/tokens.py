@@ -233,9 +233,10 @@ class Tokenizer:
 
     # ---- ids -> text
 
-    def special_ids_of(self, texts: Iterable[str]) -> frozenset[int]:
-        """The ids of those texts that are special tokens."""
-        return self.special_ids & {self._tokens.token_to_id(text) for text in texts}
+    def special_tokens_of(self, texts: Iterable[str]) -> dict[str, int]:
+        """Those of the texts that are special tokens, with their ids."""
+        ids = {text: self._tokens.token_to_id(text) for text in texts}
+        return {text: token for text, token in ids.items() if token in self.special_ids}
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """Text of a whole sequence, as transformers decodes it. For a growing one: Detokenizer."""

@@ -15,7 +15,9 @@ from cache.template import TemplateFailure, TemplateRefusal
 from cache.tokens import NoChatTemplate, Tokenizer, TooLong
 from runtime import wire
 from runtime.engine import Order
-from runtime.grammar import CompiledGrammar, GrammarRefused, Grammars, GrammarSpec
+from runtime.grammar import (
+    CompiledGrammar,
+)
 from runtime.sequence import Sampling, Service
 from runtime.tool_request import ToolUse, argument_forms, offered
 from runtime.tools import dialect_of
@@ -108,25 +110,6 @@ def make_orders(
         )
         raise Problem(400, message, param="prompt", code="too_many_logprobs")
     return orders
-
-
-def grammar_spec(asked: Asked) -> GrammarSpec | None:
-    """The grammar that an answer has to follow."""
-    form = asked.form
-    return None if form is None else GrammarSpec(form.kind, form.text, form.lenient, form.param)
-
-
-def compile_grammar(spec: GrammarSpec, grammars: Grammars) -> CompiledGrammar:
-    """May take a second, see `Grammars.compile`. Raises Problem 400."""
-    try:
-        return grammars.compile(spec)
-    except GrammarRefused as error:
-        raise Problem(
-            400,
-            f"{spec.param}: {error}",
-            param=spec.param,
-            code="unsupported_grammar",
-        ) from error
 
 
 def _bias(asked: Asked, vocabulary: int) -> tuple[tuple[int, float], ...]:
@@ -278,7 +261,7 @@ def _sampling(
         ignore_eos=bool(asked.ignore_eos),
         logprobs=logprobs,
         prompt_logprobs=echo and logprobs is not None,
-        shown_ids=use.shown_ids if use else frozenset(),
+        shown_ids=frozenset(use.special.values()) if use else frozenset(),
         presence_penalty=asked.presence_penalty or 0.0,
         frequency_penalty=asked.frequency_penalty or 0.0,
         repetition_penalty=asked.repetition_penalty or 1.0,

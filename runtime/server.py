@@ -1,5 +1,5 @@
 """The runtime's HTTP server: /v1/chat/completions, /v1/completions, /v1/models,
-/v1/fingerprint, /health, /metrics.
+/v1/fingerprint, /health.
 
 Knows the life of a request inside one worker; knows neither policy files nor other workers.
 """
@@ -22,20 +22,18 @@ from starlette.types import Receive, Scope, Send
 
 from runtime import wire
 from runtime.answers import Answer
+from runtime.constraints import compile_grammar, grammar_spec, tools_of
 from runtime.engine import Engine, EngineStopped, QueueFull
 from runtime.grammar import GrammarSpec
-from runtime.metrics_page import CONTENT_TYPE
 from runtime.orders import (
     Asked,
     chat_prompt,
-    compile_grammar,
     completion_prompts,
-    grammar_spec,
     service_of,
 )
 from runtime.shapes import Piece
 from runtime.streams import ClientGone, Stream, Streams
-from runtime.tool_request import tool_use
+from runtime.tool_request import ToolUse
 from runtime.wire import ChatRequest, Problem
 from runtime.worker import Served, Worker
 
@@ -72,10 +70,6 @@ def create_app(worker: Worker) -> Starlette:
         served = worker.require()
         return _json({"model": served.name, **served.fingerprint.payload()})
 
-    async def metrics(_: Request) -> Response:
-        page = await asyncio.to_thread(worker.require().metrics.text)  # streams flow on meanwhile
-        return Response(page, headers={"content-type": CONTENT_TYPE})
-
     async def reset_prefix_cache(_: Request) -> Response:
         """As in vLLM: what is cached is not found any more; running answers go on."""
         worker.require().engine.forget_cached()
@@ -88,7 +82,6 @@ def create_app(worker: Worker) -> Starlette:
             Route("/v1/models", models),
             Route("/v1/models/{name:path}", model),
             Route("/v1/fingerprint", fingerprint),
-            Route("/metrics", metrics),
             Route("/health", health),
             Route("/reset_prefix_cache", reset_prefix_cache, methods=["POST"]),
         ],
@@ -126,16 +119,18 @@ class _Completions:
         if len(body) > INLINE_BODY_BYTES:
             return await asyncio.to_thread(self._understand_now, body, served, headers)
         asked = self._parse(body, served)
-        spec = grammar_spec(asked)
+        tools = tools_of(asked, served.tokenizer)
+        spec = grammar_spec(asked, tools)
         if spec is not None and served.engine.grammars.known(spec) is None:
-            return asked, await asyncio.to_thread(_answer, asked, spec, served, headers)
-        return asked, _answer(asked, spec, served, headers)
+            return asked, await asyncio.to_thread(_answer, asked, tools, spec, served, headers)
+        return asked, _answer(asked, tools, spec, served, headers)
 
     def _understand_now(
         self, body: bytes, served: Served, headers: Headers
     ) -> tuple[Asked, Answer]:
         asked = self._parse(body, served)
-        return asked, _answer(asked, grammar_spec(asked), served, headers)
+        tools = tools_of(asked, served.tokenizer)
+        return asked, _answer(asked, tools, grammar_spec(asked, tools), served, headers)
 
     def _parse(self, body: bytes, served: Served) -> Asked:
         asked = wire.parse_chat(body) if self._chat else wire.parse_completion(body)
@@ -153,7 +148,6 @@ class _Completions:
         stream = Stream([])
         if answer.needs_engine:
             stream = _open(self._worker.streams, served.engine, answer)
-            served.metrics.tally.asked(asked.n or 1)
         watcher = asyncio.create_task(_watch(receive, stream))
         try:
             if asked.stream:
@@ -165,12 +159,16 @@ class _Completions:
             self._worker.streams.close(served.engine, stream)
 
 
-def _answer(asked: Asked, spec: GrammarSpec | None, served: Served, headers: Headers) -> Answer:
+def _answer(
+    asked: Asked,
+    tools: ToolUse | None,
+    spec: GrammarSpec | None,
+    served: Served,
+    headers: Headers,
+) -> Answer:
     engine, tokenizer = served.engine, served.tokenizer
     limit = engine.limit_tokens
-    tools = None
     if isinstance(asked, ChatRequest):
-        tools = tool_use(asked, tokenizer)
         prompts = [chat_prompt(asked, tokenizer, limit)]
     else:
         prompts = completion_prompts(asked, tokenizer, limit)
@@ -183,7 +181,7 @@ def _answer(asked: Asked, spec: GrammarSpec | None, served: Served, headers: Hea
         fingerprint=served.fingerprint.short,
         service=service_of(asked, headers),
         adapter=asked.model if asked.model in engine.adapters else None,
-        tools=None if asked.form else tools,  # what has another form is no call
+        tools=tools,
         grammar=compile_grammar(spec, engine.grammars) if spec else None,
     )
 

@@ -34,7 +34,10 @@ _NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?")
 _INSIDE = {quote: re.compile(rf"[{quote}\\]") for quote in "'\""}
 _OUTSIDE = re.compile(r"[()\[\]{}'\"]")
 _ESCAPE = re.compile(r"\\(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|(.|\n))", re.S)
-_PLAIN = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "0": "\0", "\n": ""}
+_PLAIN = {
+    "n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "0": "\0", "\n": "",
+    "\\": "\\", "'": "'", '"': '"', "/": "/",
+}  # fmt: skip  # one short table
 _WORDS = {
     "True": True, "true": True, "False": False, "false": False,
     "None": None, "null": None,
@@ -213,7 +216,8 @@ class _Literals:
                 raise Malformed
             self._at = match.end()
             if match[0] == quote:
-                return _ESCAPE.sub(_unescape, self._text[start : match.start()])
+                text = self._text[start : match.start()]
+                return _join_surrogates(_ESCAPE.sub(_unescape, text)) if "\\" in text else text
             self._at += 1
 
     def _goes_on(self, close: str) -> bool:
@@ -261,8 +265,13 @@ def _number(text: str) -> int | float:
 def _unescape(match: re.Match[str]) -> str:
     digits = match[1] or match[2] or match[3]
     if digits is None:
-        return _PLAIN.get(match[4], match[4] if match[4] in "\\'\"" else match[0])
+        return _PLAIN.get(match[4], match[0])
     code = int(digits, 16)
-    if code > 0x10FFFF or 0xD800 <= code < 0xE000:
+    if code > 0x10FFFF:
         raise Malformed
     return chr(code)
+
+
+def _join_surrogates(text: str) -> str:
+    """JSON escapes a wide character as two halves; a lone half stays one."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")

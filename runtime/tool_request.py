@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError
 
 from cache.template import TemplateRefusal
 from cache.tokens import NoChatTemplate, Tokenizer
+from runtime.tool_forms import Tool
 from runtime.tools import Dialect, dialect_of
 from runtime.wire import ChatRequest, Problem, problem_of
 
@@ -54,16 +55,28 @@ class _ToolCall(_Given):
 
 @dataclass(frozen=True, slots=True)
 class ToolUse:
-    """Tools that an answer may call: each function's parameters by its name.
+    """Tools that an answer may call. Those that are `wanted` are the only ones where a call is
+    `forced`. With `parallel` False an answer ends behind its first call.
 
-    `shown_ids` are the special tokens that are marks of the dialect; with `parallel` False an
-    answer ends behind its first call.
+    `template` is the text of the model's own; `special` the ids of the dialect's marks that are
+    special tokens.
     """
 
     dialect: Dialect
-    functions: Mapping[str, Mapping[str, Any]]
+    template: str
+    special: Mapping[str, int]
+    wanted: tuple[Tool, ...]
+    forced: bool
     parallel: bool
-    shown_ids: frozenset[int]
+
+    @property
+    def functions(self) -> dict[str, Mapping[str, Any]]:
+        """The parameters' schemas by the functions' names."""
+        return {tool.name: tool.parameters or {} for tool in self.wanted}
+
+    @property
+    def strict(self) -> bool:
+        return any(tool.strict for tool in self.wanted)
 
 
 def tool_use(asked: ChatRequest, tokenizer: Tokenizer) -> ToolUse | None:
@@ -71,21 +84,40 @@ def tool_use(asked: ChatRequest, tokenizer: Tokenizer) -> ToolUse | None:
 
     Raises Problem 400 for tools, tool_choice or past calls that are not what they should be.
     """
-    functions = _check_tools(asked.tools or ())
-    _check_choice(asked, functions)
+    for older in ("functions", "function_call"):
+        if getattr(asked, older) is not None:
+            message = "this older form of tools is not supported; send tools and tool_choice"
+            raise _problem(older, message, "unsupported_parameter")
+    tools = _check_tools(asked.tools or ())
+    named = _check_choice(asked, [tool.name for tool in tools])
     for at, message in enumerate(asked.messages):
         _check_calls((message.model_extra or {}).get("tool_calls"), f"messages.{at}.tool_calls")
-    if not functions or asked.tool_choice == "none":
+    if not tools or asked.tool_choice == "none":
         return None
-    dialect = _dialect(asked, tokenizer)
+    try:
+        template = tokenizer.template(asked.tools).literals
+    except (NoChatTemplate, TemplateRefusal):
+        return None  # rendering the prompt says so
+    forced = asked.tool_choice == "required" or named is not None
+    dialect = dialect_of(template)
     if dialect is None:
+        if forced:
+            raise _problem("tool_choice", NO_DIALECT, "unsupported_parameter")
         return None
     return ToolUse(
         dialect,
-        functions,
-        parallel=asked.parallel_tool_calls is not False,
-        shown_ids=tokenizer.special_ids_of(dialect.markers),
+        template,
+        tokenizer.special_tokens_of(dialect.markers),
+        tuple(tool for tool in tools if named in (None, tool.name)),
+        forced=forced,
+        parallel=asked.parallel_tool_calls is not False and named is None,
     )
+
+
+NO_DIALECT = (
+    "this model's chat template shows no way of calling tools that is known here, so no call can "
+    "be forced; auto and none work, and response_format gives an answer that obeys a schema"
+)
 
 
 def offered(asked: ChatRequest) -> list[dict[str, Any]] | None:
@@ -96,10 +128,10 @@ def offered(asked: ChatRequest) -> list[dict[str, Any]] | None:
 # ---- checks -------------------------------------------------------------------------------------
 
 
-def _check_tools(tools: Sequence[dict[str, Any]]) -> dict[str, Mapping[str, Any]]:
+def _check_tools(tools: Sequence[dict[str, Any]]) -> list[Tool]:
     if len(tools) > TOOLS_MAX:
         raise _problem("tools", f"at most {TOOLS_MAX} tools are accepted, got {len(tools)}")
-    functions: dict[str, Mapping[str, Any]] = {}
+    checked: dict[str, Tool] = {}
     for at, given in enumerate(tools):
         where = f"tools.{at}"
         if given.get("type", "function") != "function":
@@ -109,16 +141,15 @@ def _check_tools(tools: Sequence[dict[str, Any]]) -> dict[str, Mapping[str, Any]
         if not re.fullmatch(NAME, function.name):
             message = "expected 1 to 64 of the characters a-z, A-Z, 0-9, _ and -"
             raise _problem(f"{where}.function.name", message)
-        if function.name in functions:
+        if function.name in checked:
             message = f"there is another tool with the name {function.name!r}"
             raise _problem(f"{where}.function.name", message)
-        functions[function.name] = _check_parameters(
-            function.parameters or {}, f"{where}.function.parameters"
-        )
-    return functions
+        _check_parameters(function.parameters or {}, f"{where}.function.parameters")
+        checked[function.name] = Tool(function.name, function.parameters, bool(function.strict))
+    return list(checked.values())
 
 
-def _check_parameters(schema: dict[str, Any], where: str) -> Mapping[str, Any]:
+def _check_parameters(schema: dict[str, Any], where: str) -> None:
     """Parameters are the JSON schema of an object; what is within it, a grammar will find out."""
     if schema.get("type", "object") != "object":
         message = f"expected the JSON schema of an object, got one of type {schema['type']!r}"
@@ -132,29 +163,25 @@ def _check_parameters(schema: dict[str, Any], where: str) -> Mapping[str, Any]:
     required = schema.get("required", [])
     if not isinstance(required, list) or not all(isinstance(one, str) for one in required):
         raise _problem(f"{where}.required", "expected a list of names")
-    return schema
 
 
-def _check_choice(asked: ChatRequest, functions: Mapping[str, Any]) -> None:
+def _check_choice(asked: ChatRequest, names: Sequence[str]) -> str | None:
+    """The function that tool_choice names, if it names one."""
     choice = asked.tool_choice
     if choice in (None, "auto", "none"):
-        return
+        return None
     named = _named(choice)
     if choice != "required" and named is None:
         message = (
             "expected 'none', 'auto', 'required' or {'type': 'function', 'function': {'name': ...}}"
         )
         raise _problem("tool_choice", message)
-    if not functions:
+    if not names:
         raise _problem("tool_choice", "a tool can be asked for only where tools are given")
-    if named is not None and named not in functions:
-        message = f"there is no tool with the name {named!r}; given: {', '.join(functions)}"
+    if named is not None and named not in names:
+        message = f"there is no tool with the name {named!r}; given: {', '.join(names)}"
         raise _problem("tool_choice.function.name", message)
-    raise _problem(
-        "tool_choice",
-        "tool_choice other than auto or none is not supported by this runtime yet",
-        "unsupported_parameter",
-    )
+    return named
 
 
 def _named(choice: Any) -> str | None:
@@ -192,13 +219,6 @@ def _valid(model: type[Checked], given: dict[str, Any], where: str) -> Checked:
 
 def _problem(param: str, message: str, code: str = "invalid_value") -> Problem:
     return Problem(400, f"{param}: {message}", param=param, code=code)
-
-
-def _dialect(asked: ChatRequest, tokenizer: Tokenizer) -> Dialect | None:
-    try:
-        return dialect_of(tokenizer.template(offered(asked)).literals)
-    except (NoChatTemplate, TemplateRefusal):
-        return None  # rendering the prompt says so
 
 
 # ---- past calls ---------------------------------------------------------------------------------

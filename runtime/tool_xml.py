@@ -63,7 +63,7 @@ class TaggedCalls:
         at = yield from skip_space(reader, at)
         at = yield from expect(reader, at, self.name_open)
         end = yield from until(reader, at, self.name_ends, NAME_CHARS_MAX)
-        name = reader.rest[at:end]
+        name = reader.rest[at:end].strip()
         if NOT_IN_NAMES.search(name):
             raise Malformed
         check_name(name, known)
@@ -198,7 +198,7 @@ def _types_of(schema: Any, root: Mapping[str, Any], depth: int) -> frozenset[str
     if not isinstance(schema, Mapping) or depth == 0:
         return frozenset()
     if isinstance(schema.get("$ref"), str):
-        return _types_of(_referred(schema["$ref"], root), root, depth - 1)
+        return _types_of(referred(schema["$ref"], root), root, depth - 1)
     kind = schema.get("type")
     if isinstance(kind, str):
         return frozenset({kind})
@@ -214,7 +214,7 @@ def _types_of(schema: Any, root: Mapping[str, Any], depth: int) -> frozenset[str
     return frozenset()
 
 
-def _referred(path: str, root: Mapping[str, Any]) -> Any:
+def referred(path: str, root: Mapping[str, Any]) -> Any:
     """What `#/$defs/Name` points to within a schema; None for anything else."""
     found: Any = root
     for part in path.removeprefix("#/").split("/"):

@@ -204,6 +204,8 @@ class ChatRequest(_Sampled):
     tools: tuple[dict[str, Any], ...] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: StrictBool | None = None
+    functions: Any = None  # the older form of tools, refused
+    function_call: Any = None
     add_generation_prompt: StrictBool = True
     continue_final_message: StrictBool = False
     chat_template_kwargs: dict[str, Any] | None = None

@@ -18,7 +18,6 @@ from cache.tokens import Tokenizer
 from runtime.engine import Engine
 from runtime.events import BlockEvents
 from runtime.fingerprint import Fingerprint
-from runtime.metrics_page import Page
 from runtime.streams import Streams
 from runtime.wire import Problem
 
@@ -33,7 +32,6 @@ class Served:
     facts: dict[str, Any]  # device, dtype, parameters, ...: shown by /health
     created: int
     fingerprint: Fingerprint
-    metrics: Page
     events: BlockEvents | None = None
 
 

@@ -82,6 +82,8 @@ def tool_cases() -> list[Case]:
         chat("tool without type", "tools.0.type", MISSING, tools=[{"function": {"name": "f"}}]),
         chat("tool custom", "tools.0.type", UNSUPPORTED, "custom", tools=[{"type": "custom"}]),
         chat("tools twice", "tools.1.function.name", INVALID, "another tool", tools=good * 2),
+        chat("functions", "functions", UNSUPPORTED, "send tools", functions=[{"name": "f"}]),
+        chat("function_call", "function_call", UNSUPPORTED, "tools", function_call="auto"),
         chat("129 tools", "tools", INVALID, "128", tools=good * 129),
         tool("name", f"{at}.name", "characters", name="get weather"),
         tool("long name", f"{at}.name", "64", name="f" * 65),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator
 from typing import Any
 
+import jsonschema
 import openai
 import pytest
 
@@ -180,3 +182,114 @@ def test_no_calls_are_read_where_none_are_wanted(stack: Stack) -> None:
     (choice,) = stack.ask(CHAT, **asked(ROWS[0], tool_choice="none"))["choices"]
     assert "tool_calls" not in choice["message"]
     assert isinstance(choice["message"]["content"], str)
+
+
+# ---- forced -------------------------------------------------------------------------------------
+
+BOOK = {
+    "type": "function",
+    "function": {
+        "name": "book_table",
+        "description": "Book a table in a restaurant",
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "guests": {"type": "integer", "minimum": 1, "maximum": 9},
+                "area": {"enum": ["inside", "terrace"]},
+            },
+            "required": ["guests", "area"],
+        },
+    },
+}
+HI = {"messages": [{"role": "user", "content": "Hi"}], "tools": [BOOK], "max_tokens": 96}
+UNENFORCEABLE = {"name": "f", "strict": True, "parameters": {"not": {}}}
+NAMED = {"type": "function", "function": {"name": "book_table"}}
+
+
+@pytest.mark.parametrize("choice", ["required", NAMED], ids=["required", "named"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_forced_call_obeys_its_schema(
+    stack: Stack, client: openai.OpenAI, choice: Any, stream: bool
+) -> None:
+    """Also where the model would never have called, at a high temperature, streamed and not."""
+    for seed in range(4):
+        body = HI | {"tool_choice": choice, "temperature": 1.5, "seed": seed, "model": "pocket"}
+        body |= {"parallel_tool_calls": False}
+        if stream:
+            with client.chat.completions.stream(**body) as events_:
+                answer = events_.get_final_completion().choices[0]
+        else:
+            answer = client.chat.completions.create(**body).choices[0]
+        assert answer.finish_reason == "tool_calls"
+        assert not answer.message.content
+        (call,) = answer.message.tool_calls
+        assert call.function.name == "book_table"
+        jsonschema.validate(json.loads(call.function.arguments), BOOK["function"]["parameters"])
+
+
+def test_the_right_call_stays_right_when_forced(stack: Stack) -> None:
+    """The grammar takes what the model would write by itself, so it writes the same."""
+    free, forced = (
+        [
+            stack.ask(CHAT, **asked(row, **more))["choices"][0]["message"]["tool_calls"]
+            for row in ROWS[:3]
+        ]
+        for more in ({}, {"tool_choice": "required", "parallel_tool_calls": False})
+    )
+    for one, other in zip(free, forced, strict=True):
+        assert [call["function"] for call in one] == [call["function"] for call in other]
+
+
+def test_strict_tools_hold_answers_that_may_be_text(stack: Stack) -> None:
+    """auto with `strict: true`: the model answers, or calls with arguments that obey."""
+    strict = copy.deepcopy(BOOK)
+    strict["function"]["strict"] = True
+    strict["function"]["parameters"]["additionalProperties"] = False
+    said = called = 0
+    for seed in range(4):
+        more = {"tools": [strict], "temperature": 1.5, "seed": seed, "max_tokens": 48}
+        (choice,) = stack.ask(CHAT, **HI | more)["choices"]
+        for call in choice["message"].get("tool_calls", []):
+            called += 1
+            if choice["finish_reason"] == "tool_calls":
+                arguments = json.loads(call["function"]["arguments"])
+                jsonschema.validate(arguments, strict["function"]["parameters"])
+        said += bool(choice["message"]["content"])
+    assert said + called
+    row = ROWS[0]
+    tools = [one | {"function": one["function"] | {"strict": True}} for one in row.tools]
+    (choice,) = stack.ask(CHAT, **asked(row, tools=tools))["choices"]
+    assert choice["finish_reason"] == "tool_calls"
+
+
+def test_tools_and_a_form_leave_calls_or_that_form(stack: Stack) -> None:
+    """Agents ask for both: a call where one is due, else an answer of the schema."""
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+    form = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema, "strict": True}}
+    (choice,) = stack.ask(CHAT, **asked(ROWS[0], response_format=form))["choices"]
+    assert choice["finish_reason"] == "tool_calls"
+    (choice,) = stack.ask(CHAT, **HI | {"response_format": form, "max_tokens": 64})["choices"]
+    if choice["finish_reason"] == "stop":
+        jsonschema.validate(json.loads(choice["message"]["content"]), schema)
+    regex = {"structured_outputs": {"regex": "[0-9]{3}"}}
+    (choice,) = stack.ask(CHAT, **asked(ROWS[0], **regex))["choices"]
+    assert len(choice["message"]["content"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "param", "says"),
+    [
+        ({"ignore_eos": True}, "ignore_eos", "tool_choice"),
+        ({"structured_outputs": {"regex": "a"}}, "tool_choice", "regex"),
+        ({"tools": [{"type": "function", "function": UNENFORCEABLE}]}, "tools", "not"),
+    ],
+)
+def test_what_cannot_be_forced_is_refused(
+    stack: Stack, change: dict[str, Any], param: str, says: str
+) -> None:
+    """With 400, the field and the reason."""
+    response = stack.post(CHAT, HI | {"tool_choice": "required"} | change)
+    assert response.status_code == 400, response.text
+    error = response.json()["error"]
+    assert error["param"] == param
+    assert says in error["message"]

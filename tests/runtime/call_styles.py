@@ -168,6 +168,7 @@ STYLES: dict[str, tuple[str, Callable[[list[Call]], str]]] = {
         lambda calls: f"<|python_start|>{llama(calls)}<|python_end|>",
     ),
     "mistral": ("mistral", lambda calls: "[TOOL_CALLS] " + objects(calls, id="a1b2c3d4e")),
+    "mistral without ids": ("mistral", lambda calls: "[TOOL_CALLS]" + objects(calls)),
     "mistral args": ("mistral", mistral_args),
     "mistral ids": ("mistral", mistral_ids),
     "granite": ("granite", lambda calls: "<|tool_call|>" + objects(calls)),

@@ -26,11 +26,9 @@ from runtime.adapters import load_adapters
 from runtime.engine import Engine
 from runtime.fingerprint import LEAVES, combine
 from runtime.loading import load_model
-from runtime.metrics_page import Page
 from runtime.model import Model
 from runtime.server import create_app
 from runtime.streams import Streams
-from runtime.tally import Tally
 from runtime.worker import Served, Worker
 from tests.runtime.tiny_models import FAMILIES, REFUSED, write_model
 
@@ -117,10 +115,8 @@ def serving(
 
     def load(streams: Streams) -> Served:
         assert wait is None or wait.wait(LIMIT_S)
-        tally = Tally(model.context_tokens)
-        made = Engine(model, tokenizer, emit=streams.emit, listeners=[tally], **engine)  # type: ignore[arg-type]
-        page = Page(tally, made, model_name="tiny", rank=0, identity=identity)
-        return Served("tiny", made, tokenizer, {"device": "cpu"}, 0, identity, page)
+        made = Engine(model, tokenizer, emit=streams.emit, **engine)  # type: ignore[arg-type]
+        return Served("tiny", made, tokenizer, {"device": "cpu"}, 0, identity)
 
     died_of: list[BaseException] = []
     worker = Worker(load, max_body_bytes=2**16, on_failure=died_of.append)
