@@ -189,9 +189,10 @@ def ready(plan: Plan, took_s: float, health: Mapping[str, Health]) -> list[str]:
         (name, ", ".join(str(state[key]) for key in ("device", "dtype") if state.get(key)))
         for name, state in health.items()
     ]
+    pages = [f"http://{address(_WORKER_HOST, port)}/metrics" for port in plan.worker_ports]
     return [
         f"ready in {took_s:.1f} s",
-        *columns([fact for fact in facts if fact[1]]),
+        *columns([fact for fact in facts if fact[1]] + [("metrics", page) for page in pages]),
         "",
         f"  {plan.url}/v1",
         "",

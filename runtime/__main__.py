@@ -85,7 +85,9 @@ def load_served(
     from runtime.engine import Engine
     from runtime.events import BlockEvents
     from runtime.loading import load_model
+    from runtime.metrics_page import Page
     from runtime.swap import open_swap
+    from runtime.tally import Tally
     from runtime.worker import Served
 
     started = time.perf_counter()
@@ -108,6 +110,7 @@ def load_served(
     digests_of = {name: one.identity for name, one in adapted.items()}
     identity = fingerprint.take(folder, weights, runtime, model.device, adapters=digests_of)
     content = f"{identity.leaves['weights']} {model.dtype} {runtime.weights}"
+    tally = Tally(model.context_tokens)
     engine = Engine(
         model,
         tokenizer,
@@ -119,7 +122,7 @@ def load_served(
         tpot_s=runtime.tpot_ms / 1000 if runtime.tpot_ms else None,
         adapters=adapted,
         watchers=[events] if events else (),
-        listeners=[events] if events else (),
+        listeners=[tally, events] if events else [tally],
         identity=content,
         swap=open_swap(model, runtime.tiers, content) if runtime.tiers is not None else None,
     )
@@ -136,7 +139,8 @@ def load_served(
     }
     logging.getLogger("runtime").info("%s is loaded: %s", source, facts)
     name = served_name(runtime, source)
-    return Served(name, engine, tokenizer, facts, int(time.time()), identity, events)
+    page = Page(tally, engine, model_name=name, rank=rank, identity=identity, events=events)
+    return Served(name, engine, tokenizer, facts, int(time.time()), identity, page, events)
 
 
 def give_up(error: BaseException) -> None:

@@ -98,6 +98,9 @@ class StepRecord:
 class Listener(Protocol):
     """Hears what happens, in the engine's thread: it has to be quick."""
 
+    def sampled(self, sequences: Many[Sequence], now: float) -> None:
+        """Each of them gets a token now; their times are still those of the token before it."""
+
     def stepped(self, record: StepRecord) -> None: ...
 
     def ended(self, sequence: Sequence, reason: str, now: float) -> None:
@@ -113,6 +116,8 @@ class Load:
     prompt_tokens: int = 0  # of all admitted prompts so far
     cached_tokens: int = 0  # of these, found instead of computed
     evictions: int = 0
+    refused: int = 0  # requests that found the queue full
+    waiting_for: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -178,7 +183,7 @@ class Engine:
         self.limit_tokens = min(longest, context_tokens or longest)
         self._inbox = _Inbox()
         self._deadlines: list[tuple[float, int]] = []  # a heap: when, key
-        self._prompt_tokens = self._cached_tokens = 0
+        self._prompt_tokens = self._cached_tokens = self._refused = 0
         self._replies: dict[int, tuple[Sequence, Reply]] = {}
         self._next_key = 0
 
@@ -206,6 +211,7 @@ class Engine:
                 raise EngineStopped("the engine is stopping")
             waiting = len(inbox.orders) + len(self._scheduler.waiting)
             if waiting and waiting + len(orders) > self._max_waiting:
+                self._refused += 1
                 raise QueueFull(f"{waiting} requests wait already", self._drain_s(waiting))
             for sequence in made:
                 sequence.key = self._next_key
@@ -265,15 +271,18 @@ class Engine:
     def load(self) -> Load:
         """A snapshot for health answers; may be one step old."""
         scheduler = self._scheduler
-        waiting = len(scheduler.waiting) + len(self._inbox.orders)
+        waiting_for = scheduler.waiting_for()
+        waiting_for["capacity"] += len(self._inbox.orders)
         return Load(
             len(scheduler.running),
-            waiting,
+            sum(waiting_for.values()),
             self._pool.counts(),
             scheduler.preemptions,
             self._prompt_tokens,
             self._cached_tokens,
             self._pool.evictions,
+            self._refused,
+            waiting_for,
         )
 
     # ---- the engine's thread ---------------------------------------------------------------------
@@ -444,6 +453,8 @@ class Engine:
         tops = sample.top_logprobs(logits, tokens, [one.logprobs for one in samplings])
         outputs = []
         now = self.now()
+        for listener in self._listeners:
+            listener.sampled(sequences, now)
         for sequence, token, top in zip(sequences, tokens, tops, strict=True):
             sequence.tokens.append(token)
             times = sequence.times

@@ -96,9 +96,12 @@ class BlockEvents:
             "replay_endpoint": self.replay_endpoint,
             "topic": self._topic.decode(),
             "rank": self._rank,
-            "merged_steps": self._outbox.merged_steps,
-            **asdict(self.counts),
+            **self.numbers(),
         }
+
+    def numbers(self) -> dict[str, int]:
+        """What was sent and what went wrong so far."""
+        return asdict(self.counts) | {"merged_steps": self._outbox.merged_steps}
 
     # ---- the engine's thread: PoolWatcher and Listener -------------------------------------------
 
@@ -115,11 +118,15 @@ class BlockEvents:
         self._outbox.changes.clear()
         self._flush()  # nobody may step for a long time
 
+    def sampled(self, sequences: Many[Sequence], now: float) -> None:
+        """Tokens are told once their block is full."""
+
     def stepped(self, record: StepRecord) -> None:  # noqa: ARG002 - only that it ended counts here
         self._flush()
 
-    def ended(self, sequence: Sequence, reason: str, now: float) -> None:
-        """The end of a sequence changes nothing of what can be found."""
+    def ended(self, sequence: Sequence, reason: str, now: float) -> None:  # noqa: ARG002 - its blocks tell
+        if reason == "error":  # the step is not told as one, and nobody may step for a long time
+            self._flush()
 
     def _flush(self) -> None:
         if self._outbox.flush(self._now()):

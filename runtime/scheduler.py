@@ -109,6 +109,14 @@ class Scheduler:
             self.below.leave(sequence.key)
         self.pool.give_back(sequence.cut_blocks(0))
 
+    def waiting_for(self) -> dict[str, int]:
+        """How many sequences wait, by what for: room, a prefix that another one computes, blocks on
+        their way from a tier, or to go on after a preemption. Any thread may ask."""
+        counts = dict.fromkeys(("capacity", "prefix", "tier", "preempted"), 0)
+        for one in list(self.waiting):
+            counts[one.waits_for if one.times.admitted is None else "preempted"] += 1
+        return counts
+
     def plan(self, now: float = 0.0) -> list[Work]:
         """The next step's work, decodes first; empty when there is nothing to do.
 
@@ -218,11 +226,14 @@ class Scheduler:
         if held == sequence.sealed:  # a block that is begun but not full goes on where it stands
             end = min(len(sequence.hashes), blocks_for(sequence.needed_from + 1))
             found = self.pool.match(sequence.hashes[held:end])
+            sequence.waits_for = "capacity"
             if self._is_made_by_another(sequence, held + len(found)):
+                sequence.waits_for = "prefix"
                 return False
             if self.below is not None:
                 ready = self.below.ready(sequence, held + len(found), end)
                 if ready is None:
+                    sequence.waits_for = "tier"
                     return False
                 below = ready
         self.pool.hold(found)

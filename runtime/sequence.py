@@ -122,6 +122,7 @@ class Sequence:
     adjustment: Adjustment | None = field(init=False)
     prompt_scored: int = 0
     preemptions: int = 0
+    waits_for: str = "capacity"  # or "prefix", which another one computes, or "tier"
 
     def __post_init__(self) -> None:
         self.tokens = list(self.prompt)

@@ -1,5 +1,5 @@
 """The runtime's HTTP server: /v1/chat/completions, /v1/completions, /v1/models,
-/v1/fingerprint, /health.
+/v1/fingerprint, /health, /metrics.
 
 Knows the life of a request inside one worker; knows neither policy files nor other workers.
 """
@@ -25,6 +25,7 @@ from runtime.answers import Answer
 from runtime.constraints import compile_grammar, grammar_spec, tools_of
 from runtime.engine import Engine, EngineStopped, QueueFull
 from runtime.grammar import GrammarSpec
+from runtime.metrics_page import CONTENT_TYPE
 from runtime.orders import (
     Asked,
     chat_prompt,
@@ -70,6 +71,10 @@ def create_app(worker: Worker) -> Starlette:
         served = worker.require()
         return _json({"model": served.name, **served.fingerprint.payload()})
 
+    async def metrics(_: Request) -> Response:
+        page = await asyncio.to_thread(worker.require().metrics.text)  # streams flow on meanwhile
+        return Response(page, headers={"content-type": CONTENT_TYPE})
+
     async def reset_prefix_cache(_: Request) -> Response:
         """As in vLLM: what is cached is not found any more; running answers go on."""
         worker.require().engine.forget_cached()
@@ -82,6 +87,7 @@ def create_app(worker: Worker) -> Starlette:
             Route("/v1/models", models),
             Route("/v1/models/{name:path}", model),
             Route("/v1/fingerprint", fingerprint),
+            Route("/metrics", metrics),
             Route("/health", health),
             Route("/reset_prefix_cache", reset_prefix_cache, methods=["POST"]),
         ],
@@ -148,6 +154,7 @@ class _Completions:
         stream = Stream([])
         if answer.needs_engine:
             stream = _open(self._worker.streams, served.engine, answer)
+            served.metrics.tally.asked(asked.n or 1)
         watcher = asyncio.create_task(_watch(receive, stream))
         try:
             if asked.stream:

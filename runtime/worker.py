@@ -18,6 +18,7 @@ from cache.tokens import Tokenizer
 from runtime.engine import Engine
 from runtime.events import BlockEvents
 from runtime.fingerprint import Fingerprint
+from runtime.metrics_page import Page
 from runtime.streams import Streams
 from runtime.wire import Problem
 
@@ -32,6 +33,7 @@ class Served:
     facts: dict[str, Any]  # device, dtype, parameters, ...: shown by /health
     created: int
     fingerprint: Fingerprint
+    metrics: Page
     events: BlockEvents | None = None
 
 

@@ -148,7 +148,12 @@ def test_what_runs_where_and_what_to_paste_are_printed(tmp_path: Path) -> None:
     assert "http://127.0.0.1:7002" in first
     assert f"tiny from {tmp_path / 'tiny'}, 3 threads" in first
     then = ready(plan, 7.26, {"worker 0": {"device": "cpu", "dtype": "float32"}, "gateway": {}})
-    assert then[:2] == ["ready in 7.3 s", "  worker 0  cpu, float32"]
+    assert then[:4] == [
+        "ready in 7.3 s",
+        "  worker 0  cpu, float32",
+        "  metrics   http://127.0.0.1:7001/metrics",
+        "  metrics   http://127.0.0.1:7002/metrics",
+    ]
     assert any("headgate chat --url http://127.0.0.1:7000" in line for line in then)
 
 

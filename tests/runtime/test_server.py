@@ -26,9 +26,11 @@ from runtime.adapters import load_adapters
 from runtime.engine import Engine
 from runtime.fingerprint import LEAVES, combine
 from runtime.loading import load_model
+from runtime.metrics_page import Page
 from runtime.model import Model
 from runtime.server import create_app
 from runtime.streams import Streams
+from runtime.tally import Tally
 from runtime.worker import Served, Worker
 from tests.runtime.tiny_models import FAMILIES, REFUSED, write_model
 
@@ -115,8 +117,10 @@ def serving(
 
     def load(streams: Streams) -> Served:
         assert wait is None or wait.wait(LIMIT_S)
-        made = Engine(model, tokenizer, emit=streams.emit, **engine)  # type: ignore[arg-type]
-        return Served("tiny", made, tokenizer, {"device": "cpu"}, 0, identity)
+        tally = Tally(model.context_tokens)
+        made = Engine(model, tokenizer, emit=streams.emit, listeners=[tally], **engine)  # type: ignore[arg-type]
+        page = Page(tally, made, model_name="tiny", rank=0, identity=identity)
+        return Served("tiny", made, tokenizer, {"device": "cpu"}, 0, identity, page)
 
     died_of: list[BaseException] = []
     worker = Worker(load, max_body_bytes=2**16, on_failure=died_of.append)

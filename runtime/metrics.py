@@ -1,0 +1,308 @@
+"""Every metric: its names, vLLM's and ours, what it means and where its number stands.
+
+Knows no exposition. Labels are few, and none of them is a user, a session or a prompt.
+docs/metrics.md describes every metric; the file is long because it is a table.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
+
+from runtime.distribution import Distribution
+
+if TYPE_CHECKING:
+    from runtime.engine import Load
+    from runtime.tally import Tally
+
+Value = float | Distribution
+Values = Value | Mapping[tuple[str, ...], Value]
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What a page is made of, at one moment."""
+
+    tally: Tally
+    load: Load
+    steps: int
+    events: Mapping[str, int]
+    cache: Mapping[str, str]
+    facts: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """One metric under each of its names; a value, or values by what its own labels are."""
+
+    names: tuple[str, ...]
+    text: str
+    read: Callable[[Reading], Values]
+    labels: tuple[str, ...] = ()
+
+
+def _by(values: Mapping[str, float]) -> Values:
+    return {(name,): value for name, value in values.items()}
+
+
+def _waiting_as_vllm(r: Reading) -> Values:
+    """vLLM has two words: for room, and for blocks that somebody else will have."""
+    waiting = r.load.waiting_for
+    room = waiting["capacity"] + waiting["preempted"]
+    return _by({"capacity": room, "deferred": waiting["prefix"] + waiting["tier"]})
+
+
+def _finished_as_vllm(r: Reading) -> Values:
+    """vLLM has no deadlines: an answer that missed its own was aborted."""
+    counts = Counter(r.tally.finished)
+    counts["abort"] += counts.pop("deadline")
+    return _by(counts)
+
+
+def _sources(r: Reading) -> Values:
+    cached = r.load.cached_tokens
+    computed = r.load.prompt_tokens - cached
+    return _by({"local_compute": computed, "local_cache_hit": cached, "external_kv_transfer": 0})
+
+
+def _usage(r: Reading) -> Values:
+    return r.load.blocks.in_use / r.load.blocks.total
+
+
+def _blocks(r: Reading) -> Values:
+    blocks = r.load.blocks
+    return _by({"free": blocks.free, "cached": blocks.cached, "in_use": blocks.in_use})
+
+
+def _info(labels: Mapping[str, str]) -> Values:
+    return {tuple(labels.values()): 1}
+
+
+GAUGES = (
+    Family(
+        ("vllm:num_requests_running", "headgate_running_requests"),
+        "Answers in the batch.",
+        lambda r: r.load.running,
+    ),
+    Family(
+        ("vllm:num_requests_waiting",),
+        "Answers that wait for a place in the batch.",
+        lambda r: r.load.waiting,
+    ),
+    Family(
+        ("vllm:num_requests_waiting_by_reason",),
+        "Answers that wait for room (capacity), or for blocks that are on their way (deferred).",
+        _waiting_as_vllm,
+        ("reason",),
+    ),
+    Family(
+        ("headgate_waiting_requests",),
+        "Answers that wait for room, a prefix that another one computes, a tier, or to go on.",
+        lambda r: _by(r.load.waiting_for),
+        ("reason",),
+    ),
+    Family(
+        ("vllm:kv_cache_usage_perc", "headgate_kv_usage_ratio"),
+        "Share of the KV pool's blocks that running answers hold, 0 to 1.",
+        _usage,
+    ),
+    Family(
+        ("headgate_kv_blocks",),
+        "Blocks of the KV pool by state; cached ones can be found and taken.",
+        _blocks,
+        ("state",),
+    ),
+    Family(
+        ("vllm:cache_config_info",),
+        "1, with the KV pool's configuration as labels.",
+        lambda r: _info(r.cache),
+        ("block_size", "num_gpu_blocks", "enable_prefix_caching"),
+    ),
+    Family(
+        ("headgate_worker_info",),
+        "1, with what is served as labels.",
+        lambda r: _info(r.facts),
+        ("version", "system_fingerprint", "device", "dtype"),
+    ),
+)
+
+COUNTERS = (
+    Family(
+        ("vllm:num_preemptions", "headgate_preemptions"),
+        "Times that a running answer had to give its place or its blocks back.",
+        lambda r: r.load.preemptions,
+    ),
+    Family(
+        ("vllm:prompt_tokens", "headgate_prompt_tokens"),
+        "Prompt tokens of answers that have begun, cached ones too.",
+        lambda r: r.load.prompt_tokens,
+    ),
+    Family(
+        ("vllm:prompt_tokens_by_source",),
+        "Prompt tokens, computed or found.",
+        _sources,
+        ("source",),
+    ),
+    Family(
+        ("vllm:prompt_tokens_cached",),
+        "Prompt tokens that were found instead of computed.",
+        lambda r: r.load.cached_tokens,
+    ),
+    Family(
+        ("vllm:generation_tokens", "headgate_generation_tokens"),
+        "Tokens of answers.",
+        lambda r: r.tally.sampled_tokens,
+    ),
+    Family(
+        ("vllm:prefix_cache_queries", "headgate_cache_query_tokens"),
+        "Prompt tokens that were looked for in the cache.",
+        lambda r: r.load.prompt_tokens,
+    ),
+    Family(
+        ("vllm:prefix_cache_hits",),
+        "Of these, tokens that were found.",
+        lambda r: r.load.cached_tokens,
+    ),
+    Family(
+        ("headgate_cache_hit_tokens",),
+        "Prompt tokens that were found, by where.",
+        lambda r: _by({"pool": r.load.cached_tokens}),
+        ("tier",),
+    ),
+    Family(
+        ("vllm:request_success",),
+        "Answers that ended, by how.",
+        _finished_as_vllm,
+        ("finished_reason",),
+    ),
+    Family(
+        ("headgate_requests",),
+        "Answers that ended, by how; a deadline apart.",
+        lambda r: _by(r.tally.finished),
+        ("finished_reason",),
+    ),
+    Family(
+        ("headgate_refused_requests",),
+        "Requests that found the queue full.",
+        lambda r: r.load.refused,
+    ),
+    Family(
+        ("headgate_target_requests",),
+        "Answers that named a target for their first token or for the mean of the others.",
+        lambda r: r.tally.targets,
+        ("target", "met"),
+    ),
+    Family(
+        ("headgate_kv_evictions",),
+        "Cached blocks that were given up for room.",
+        lambda r: r.load.evictions,
+    ),
+    Family(("headgate_steps",), "Steps of the engine.", lambda r: r.steps),
+    Family(
+        ("headgate_forward_seconds",),
+        "Seconds inside the model; the rest of the steps' time is the engine's own.",
+        lambda r: r.tally.forward_s,
+    ),
+    Family(
+        ("headgate_kv_events",),
+        "Block events: what was sent and what went wrong; absent where they are off.",
+        lambda r: _by(r.events),
+        ("what",),
+    ),
+)
+
+HISTOGRAMS = (
+    Family(
+        ("vllm:time_to_first_token_seconds", "headgate_time_to_first_token_seconds"),
+        "From a request's arrival to an answer's first token.",
+        lambda r: r.tally.first_token_s,
+    ),
+    Family(
+        ("vllm:inter_token_latency_seconds", "headgate_inter_token_seconds"),
+        "Between two tokens of an answer.",
+        lambda r: r.tally.token_s,
+    ),
+    Family(
+        (
+            "vllm:request_time_per_output_token_seconds",
+            "headgate_time_per_output_token_seconds",
+        ),
+        "Mean time between an answer's tokens.",
+        lambda r: r.tally.mean_token_s,
+    ),
+    Family(
+        ("vllm:e2e_request_latency_seconds", "headgate_request_seconds"),
+        "From arrival to the end.",
+        lambda r: r.tally.whole_s,
+    ),
+    Family(
+        ("vllm:request_queue_time_seconds", "headgate_queue_seconds"),
+        "From arrival to the first place in the batch.",
+        lambda r: r.tally.queue_s,
+    ),
+    Family(
+        ("vllm:request_inference_time_seconds", "headgate_run_seconds"),
+        "From the first place in the batch to the last token.",
+        lambda r: r.tally.run_s,
+    ),
+    Family(
+        ("vllm:request_prefill_time_seconds", "headgate_prefill_seconds"),
+        "From the first place in the batch to the first token.",
+        lambda r: r.tally.prefill_s,
+    ),
+    Family(
+        ("vllm:request_decode_time_seconds", "headgate_decode_seconds"),
+        "From the first token to the last.",
+        lambda r: r.tally.decode_s,
+    ),
+    Family(
+        ("vllm:request_prompt_tokens", "headgate_request_prompt_tokens"),
+        "Tokens of a prompt.",
+        lambda r: r.tally.prompt_tokens,
+    ),
+    Family(
+        ("vllm:request_prefill_kv_computed_tokens", "headgate_request_computed_tokens"),
+        "Tokens of a prompt that had to be computed.",
+        lambda r: r.tally.computed_tokens,
+    ),
+    Family(
+        ("vllm:request_generation_tokens", "headgate_request_generation_tokens"),
+        "Tokens of an answer.",
+        lambda r: r.tally.answer_tokens,
+    ),
+    Family(
+        (
+            "vllm:request_params_max_tokens",
+            "vllm:request_max_num_generation_tokens",
+            "headgate_request_max_tokens",
+        ),
+        "Longest answer that was allowed.",
+        lambda r: r.tally.max_tokens,
+    ),
+    Family(
+        ("vllm:request_params_n", "headgate_request_choices"),
+        "Answers to each prompt that a request wanted.",
+        lambda r: r.tally.choices,
+    ),
+    Family(
+        ("vllm:iteration_tokens_total", "headgate_step_tokens"),
+        "Tokens that a step computed.",
+        lambda r: r.tally.step_tokens,
+    ),
+    Family(("headgate_step_seconds",), "Time of a step.", lambda r: r.tally.step_s),
+)
+
+FAMILIES: Mapping[Callable[..., Metric], tuple[Family, ...]] = {
+    GaugeMetricFamily: GAUGES,
+    CounterMetricFamily: COUNTERS,
+    HistogramMetricFamily: HISTOGRAMS,
+}

@@ -1,0 +1,169 @@
+"""All at once: prefixes found, preemption, tiers, chunks, adapters, fused layers, scored prompts,
+random neighbours, classes, cancels. No greedy answer differs from `generate` on merged weights.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from cache.disk import DiskTier
+from cache.tiers import MemoryTier, Tiers
+from runtime.costs import StepCosts
+from runtime.engine import Engine, Order
+from runtime.sequence import Sampling, Service
+from runtime.surgery import FusedSlice
+from runtime.swap import Swap
+from tests.runtime.test_adapters import ANSWER, Case
+
+EXAMPLES = int(os.environ.get("HEADGATE_ORACLE_EXAMPLES", "0"))
+TARGETS = {
+    "llama": {"one": ("q_proj", "v_proj"), "two": ("o_proj", "up_proj", "down_proj")},
+    "gemma2": {"one": ("k_proj", "gate_proj"), "two": ("q_proj", "o_proj")},
+    "qwen2": {"one": ("q_proj", "k_proj", "v_proj"), "two": ("down_proj",)},
+}
+# Loading is declared cheap against computing, so that tiers are used whenever they can be.
+DEAR_STEPS = StepCosts([1, 64], [0.5, 30.0])
+KINDS = ("greedy", "greedy", "greedy", "random", "scored")
+
+
+@dataclass(frozen=True)
+class Arrival:
+    step: int
+    prompt: int
+    adapter: str | None
+    kind: str
+    priority: int
+    cancel_step: int | None
+
+    @property
+    def sampling(self) -> Sampling:
+        if self.kind == "random":
+            return Sampling(temperature=1.0, top_p=0.9, seed=1, max_tokens=ANSWER, ignore_eos=True)
+        scored = {"logprobs": 1, "prompt_logprobs": True} if self.kind == "scored" else {}
+        return Sampling(temperature=0, max_tokens=ANSWER, ignore_eos=True, **scored)
+
+
+arrivals = st.lists(
+    st.builds(
+        Arrival,
+        step=st.integers(0, 25),
+        prompt=st.integers(0, 3),
+        adapter=st.sampled_from([None, "one", "two"]),
+        kind=st.sampled_from(KINDS),
+        priority=st.sampled_from([0, 0, -1, 2]),
+        cancel_step=st.one_of(st.none(), st.none(), st.integers(0, 40)),
+    ),
+    min_size=1,
+    max_size=10,
+)
+schedules = st.fixed_dictionaries(
+    {
+        "blocks": st.sampled_from([7, 9, 14, 128]),
+        "step_tokens": st.sampled_from([16, 19, 64, 512]),
+        "max_sequences": st.integers(1, 9),
+        "host_blocks": st.sampled_from([0, 3, 50]),
+        "disk": st.booleans(),
+        "forget_step": st.one_of(st.none(), st.integers(0, 30)),
+    }
+)
+
+
+@pytest.fixture(scope="module", params=TARGETS)
+def case(request, tmp_path_factory) -> Case:
+    return Case(tmp_path_factory.mktemp(request.param), request.param, TARGETS[request.param])
+
+
+def swap_of(case: Case, folder, host_blocks: int, disk: bool) -> Swap:
+    size = case.model.block_bytes
+    lower = None
+    if disk:
+        lower = DiskTier(
+            folder, limit_bytes=200 * (size + 4096), block_bytes=size, identity={"model": "tiny"}
+        )
+    swap = Swap(case.model, Tiers(MemoryTier(host_blocks * size), lower), costs=DEAR_STEPS)
+    swap.measure()
+    return swap
+
+
+@settings(max_examples=EXAMPLES or 10, deadline=None, derandomize=not EXAMPLES)
+@given(arrivals=arrivals, schedule=schedules)
+def test_no_greedy_answer_ever_changes(case, tmp_path_factory, arrivals, schedule):
+    """Whatever is switched on beside it, each answer is what its adapter says to its prompt."""
+    case.model.blocks = schedule["blocks"]
+    folder = tmp_path_factory.mktemp("disk")
+    swap = swap_of(case, folder, schedule["host_blocks"], schedule["disk"])
+    limits = {name: schedule[name] for name in ("step_tokens", "max_sequences")}
+    engine = Engine(
+        case.model,
+        case.tokenizer,
+        emit=lambda _: None,
+        adapters=case.adapters,
+        swap=swap,
+        **limits,
+    )
+    try:
+        answers = play(engine, case, arrivals, schedule["forget_step"])
+    finally:
+        swap.close()
+    for at, arrival in enumerate(arrivals):
+        expected = case.expected[arrival.adapter][arrival.prompt]
+        if arrival.kind != "random":
+            assert answers[at] == expected[: len(answers[at])]
+        if arrival.cancel_step is None:
+            assert len(answers[at]) == ANSWER
+    counts = engine.load().blocks
+    assert (counts.free + counts.cached, counts.in_use) == (counts.total, 0)
+    engine.check()
+
+
+def play(engine: Engine, case: Case, arrivals: list[Arrival], forget_step: int | None):
+    """Runs a schedule step by step; the tokens that each arrival got."""
+    keys: dict[int, int] = {}
+    got: list[list[int]] = [[] for _ in arrivals]
+    step = 0
+    while len(keys) < len(arrivals) or engine.load().running or engine.load().waiting:
+        for at, arrival in enumerate(arrivals):
+            if arrival.step == step:
+                order = Order(
+                    case.prompts[arrival.prompt],
+                    arrival.sampling,
+                    Service(arrival.priority),
+                    adapter=arrival.adapter,
+                )
+                keys[engine.submit([order])[0]] = at
+            if arrival.cancel_step == step:
+                engine.cancel([key for key, number in keys.items() if number == at])
+        if step == forget_step:
+            engine.forget_cached()
+        engine.take_orders(wait=False)
+        for output in engine.step():
+            assert output.error is None, output.error
+            got[keys[output.key]] += output.token_ids
+        step += 1
+        assert step < 5000, "the schedule does not end"
+    return got
+
+
+def test_fusion_preemption_and_tiers_are_really_on(case, tmp_path):
+    """The property above is not vacuous: layers are fused, sequences give way, blocks come back."""
+    assert any(isinstance(module, FusedSlice) for module in case.model.module.modules())
+    case.model.blocks = 7
+    swap = swap_of(case, tmp_path, 50, disk=False)
+    engine = Engine(
+        case.model, case.tokenizer, emit=lambda _: None, adapters=case.adapters, swap=swap
+    )
+    wave = [
+        Arrival(step + urgent, 2 - urgent, name, "greedy", -urgent, None)
+        for step in (0, 40)
+        for name in (None, "one", "two")
+        for urgent in (0, 1)
+    ]
+    answers = play(engine, case, wave, None)
+    swap.close()
+    assert answers == [case.expected[one.adapter][one.prompt] for one in wave]
+    assert engine.load().preemptions > 0
+    assert swap.tiers.counts()["host"].loaded > 0
