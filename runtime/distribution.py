@@ -8,7 +8,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 
-# vLLM's own bounds (0.31), and finer ones where much of what we serve would fall below the first.
+# vLLM's own bounds (0.32), and finer ones where much of what we serve would fall below the first.
 FIRST_TOKEN_S = (
     0.001, 0.002, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.75,
     1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0,
@@ -23,6 +23,7 @@ REQUEST_S = (
 )  # fmt: skip
 STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 CHOICES = (1, 2, 5, 10, 20)
+PREEMPTIONS = (0, 1, 2, 3, 4, 5, 10, 20)
 
 
 def tokens_up_to(limit: int) -> tuple[int, ...]:

@@ -118,6 +118,8 @@ class Load:
     evictions: int = 0
     refused: int = 0  # requests that found the queue full
     waiting_for: Mapping[str, int] = field(default_factory=dict)
+    asked_tokens: int = 0  # of the prompts of all that were admitted
+    hit_tokens: Mapping[str, int] = field(default_factory=dict)  # of these, by tier
 
 
 @dataclass(slots=True)
@@ -283,6 +285,8 @@ class Engine:
             self._pool.evictions,
             self._refused,
             waiting_for,
+            scheduler.asked_tokens,
+            dict(scheduler.hit_tokens),
         )
 
     # ---- the engine's thread ---------------------------------------------------------------------

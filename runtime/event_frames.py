@@ -1,4 +1,4 @@
-"""Block events as vLLM 0.31 puts them on the wire: msgpack, an array of tagged maps a step.
+"""Block events as vLLM 0.32 puts them on the wire: msgpack, an array of tagged maps a step.
 
 Knows the format (docs/events.md), so that one consumer serves both engines; knows no sockets.
 Hashes are the low 64 bits of ours, as unsigned integers, which is vLLM's default.

@@ -21,7 +21,9 @@ from prometheus_client.core import (
 from runtime.distribution import Distribution
 
 if TYPE_CHECKING:
+    from cache.tiers import TierCounts
     from runtime.engine import Load
+    from runtime.swap import SwapCounts
     from runtime.tally import Tally
 
 Value = float | Distribution
@@ -36,6 +38,8 @@ class Reading:
     load: Load
     steps: int
     events: Mapping[str, int]
+    tiers: Mapping[str, TierCounts]
+    swap: SwapCounts | None
     cache: Mapping[str, str]
     facts: Mapping[str, str]
 
@@ -69,9 +73,38 @@ def _finished_as_vllm(r: Reading) -> Values:
 
 
 def _sources(r: Reading) -> Values:
-    cached = r.load.cached_tokens
-    computed = r.load.prompt_tokens - cached
-    return _by({"local_compute": computed, "local_cache_hit": cached, "external_kv_transfer": 0})
+    pool, lower = r.load.hit_tokens["pool"], _from_tiers(r)
+    computed = r.load.asked_tokens - pool - lower
+    return _by({"local_compute": computed, "local_cache_hit": pool, "external_kv_transfer": lower})
+
+
+def _cached_sources(r: Reading) -> Values:
+    hits = r.load.hit_tokens
+    return _by({"device": hits["pool"], "host": hits["host"], "disk": hits["disk"]})
+
+
+def _cached(r: Reading) -> int:
+    return sum(r.load.hit_tokens.values())
+
+
+def _from_tiers(r: Reading) -> int:
+    return r.load.hit_tokens["host"] + r.load.hit_tokens["disk"]
+
+
+def _tiers(read: Callable[[TierCounts], float]) -> Callable[[Reading], Values]:
+    """A value of every tier; none where the policy has none."""
+    return lambda r: {(name,): read(counts) for name, counts in r.tiers.items()}
+
+
+def _tier_blocks(r: Reading) -> Values:
+    whats = ("stored", "loaded", "evicted", "dropped", "forgotten", "corrupt")
+    return {
+        (name, what): getattr(counts, what) for name, counts in r.tiers.items() for what in whats
+    }
+
+
+def _copy_seconds(r: Reading) -> Values:
+    return _by({"out": r.swap.read_s, "in": r.swap.write_s} if r.swap else {})
 
 
 def _usage(r: Reading) -> Values:
@@ -122,6 +155,30 @@ GAUGES = (
         ("state",),
     ),
     Family(
+        ("headgate_tier_blocks",),
+        "Blocks that a tier below the pool holds; like all of tiers, absent where there are none.",
+        _tiers(lambda tier: tier.blocks),
+        ("tier",),
+    ),
+    Family(
+        ("headgate_tier_bytes",),
+        "Bytes that a tier holds.",
+        _tiers(lambda tier: tier.bytes),
+        ("tier",),
+    ),
+    Family(
+        ("headgate_tier_limit_bytes",),
+        "Bytes that a tier may hold.",
+        _tiers(lambda tier: tier.limit_bytes),
+        ("tier",),
+    ),
+    Family(
+        ("headgate_tier_on",),
+        "0 once a tier has been switched off, by a full disk perhaps.",
+        _tiers(lambda tier: tier.on),
+        ("tier",),
+    ),
+    Family(
         ("vllm:cache_config_info",),
         "1, with the KV pool's configuration as labels.",
         lambda r: _info(r.cache),
@@ -143,19 +200,31 @@ COUNTERS = (
     ),
     Family(
         ("vllm:prompt_tokens", "headgate_prompt_tokens"),
-        "Prompt tokens of answers that have begun, cached ones too.",
-        lambda r: r.load.prompt_tokens,
+        "Prompt tokens of answers that got a place in the batch, cached ones too.",
+        lambda r: r.load.asked_tokens,
     ),
     Family(
         ("vllm:prompt_tokens_by_source",),
-        "Prompt tokens, computed or found.",
+        "Prompt tokens: computed, found in the pool, or loaded from a tier.",
         _sources,
         ("source",),
     ),
     Family(
         ("vllm:prompt_tokens_cached",),
-        "Prompt tokens that were found instead of computed.",
-        lambda r: r.load.cached_tokens,
+        "Prompt tokens that were found or loaded instead of computed.",
+        _cached,
+    ),
+    Family(
+        ("vllm:prompt_tokens_cached_by_source",),
+        "The same by where they were.",
+        _cached_sources,
+        ("source",),
+    ),
+    Family(
+        ("headgate_cache_hit_tokens",),
+        "The same, with our names of the tiers.",
+        lambda r: _by(r.load.hit_tokens),
+        ("tier",),
     ),
     Family(
         ("vllm:generation_tokens", "headgate_generation_tokens"),
@@ -164,19 +233,23 @@ COUNTERS = (
     ),
     Family(
         ("vllm:prefix_cache_queries", "headgate_cache_query_tokens"),
-        "Prompt tokens that were looked for in the cache.",
-        lambda r: r.load.prompt_tokens,
+        "Prompt tokens that were looked for in the pool.",
+        lambda r: r.load.asked_tokens,
     ),
     Family(
         ("vllm:prefix_cache_hits",),
         "Of these, tokens that were found.",
-        lambda r: r.load.cached_tokens,
+        lambda r: r.load.hit_tokens["pool"],
     ),
     Family(
-        ("headgate_cache_hit_tokens",),
-        "Prompt tokens that were found, by where.",
-        lambda r: _by({"pool": r.load.cached_tokens}),
-        ("tier",),
+        ("vllm:external_prefix_cache_queries",),
+        "Prompt tokens that the pool did not have, and that were looked for in the tiers.",
+        lambda r: r.load.asked_tokens - r.load.hit_tokens["pool"],
+    ),
+    Family(
+        ("vllm:external_prefix_cache_hits",),
+        "Of these, tokens that were loaded.",
+        _from_tiers,
     ),
     Family(
         ("vllm:request_success",),
@@ -196,6 +269,12 @@ COUNTERS = (
         lambda r: r.load.refused,
     ),
     Family(
+        ("vllm:admission_rejections",),
+        "The same by the limit.",
+        lambda r: _by({"max_num_queued_reqs": r.load.refused}),
+        ("reason",),
+    ),
+    Family(
         ("headgate_target_requests",),
         "Answers that named a target for their first token or for the mean of the others.",
         lambda r: r.tally.targets,
@@ -205,6 +284,36 @@ COUNTERS = (
         ("headgate_kv_evictions",),
         "Cached blocks that were given up for room.",
         lambda r: r.load.evictions,
+    ),
+    Family(
+        ("headgate_tier_moved_blocks",),
+        "Blocks that came and went, by tier and by what became of them.",
+        _tier_blocks,
+        ("tier", "what"),
+    ),
+    Family(
+        ("headgate_tier_stored_bytes",),
+        "Bytes that were stored in a tier.",
+        _tiers(lambda tier: tier.stored_bytes),
+        ("tier",),
+    ),
+    Family(
+        ("headgate_tier_loaded_bytes",),
+        "Bytes that a tier handed on upwards.",
+        _tiers(lambda tier: tier.loaded_bytes),
+        ("tier",),
+    ),
+    Family(
+        ("headgate_tier_failures",),
+        "Reads and writes of a tier that the operating system refused.",
+        _tiers(lambda tier: tier.failed),
+        ("tier",),
+    ),
+    Family(
+        ("headgate_tier_copy_seconds",),
+        "Time of the engine's thread for copies out of the pool and into it.",
+        _copy_seconds,
+        ("way",),
     ),
     Family(("headgate_steps",), "Steps of the engine.", lambda r: r.steps),
     Family(
@@ -287,6 +396,11 @@ HISTOGRAMS = (
         ),
         "Longest answer that was allowed.",
         lambda r: r.tally.max_tokens,
+    ),
+    Family(
+        ("vllm:request_num_preemptions", "headgate_request_preemptions"),
+        "Times that an answer was preempted.",
+        lambda r: r.tally.preemptions,
     ),
     Family(
         ("vllm:request_params_n", "headgate_request_choices"),

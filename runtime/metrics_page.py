@@ -86,8 +86,10 @@ class Page(Collector):
             "enable_prefix_caching": "True",
         }
         events = self._events.numbers() if self._events is not None else {}
-        steps = self._engine.clock.steps
-        return Reading(self.tally, load, steps, events, cache, self._facts)
+        steps, swap = self._engine.clock.steps, self._engine.swap
+        tiers = swap.tiers.counts() if swap is not None else {}
+        counts = swap.counts if swap is not None else None
+        return Reading(self.tally, load, steps, events, tiers, counts, cache, self._facts)
 
 
 def _add(metric: Metric, labels: list[str], value: Value) -> None:

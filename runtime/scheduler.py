@@ -59,7 +59,7 @@ class Below(Protocol):
     def ready(self, sequence: Sequence, first: int, end: int) -> int | None: ...
     def fetch(self, sequence: Sequence, first: int, count: int) -> list[Data]: ...
     def load(self, blocks: list[int], data: list[Data]) -> None: ...
-    def admitted(self, sequence: Sequence, held: int, found: int, loaded: int) -> None: ...
+    def admitted(self, sequence: Sequence, held: int, found: int, loaded: int) -> int: ...
     def leave(self, key: int) -> None: ...
     def distrust(self, hashes: list[bytes]) -> None: ...
 
@@ -93,6 +93,8 @@ class Scheduler:
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.preemptions = 0
+        self.asked_tokens = 0  # of the prompts of all that were admitted
+        self.hit_tokens = {"pool": 0, "host": 0, "disk": 0}  # of these, by where they were found
         self._making: dict[bytes, Sequence] = {}  # hash -> who is about to compute that block
         self._on: set[int] = set()  # keys of the running ones
 
@@ -248,10 +250,11 @@ class Scheduler:
         # What it is loaded from may have to give way to what the pool evicts: first come, then go.
         data = self.below.fetch(sequence, held + len(found), below) if self.below and below else []
         sequence.blocks += self.pool.take(missing)
-        self._load(sequence, held, len(found), data)
+        near = self._load(sequence, held, len(found), data)
         if sequence.times.admitted is None:
             sequence.times.admitted = now
             sequence.cached = sequence.computed
+            self._count_hits(sequence, len(found), near)
         for one in sequence.hashes[sequence.sealed :]:
             self._making.setdefault(one, sequence)
         self.waiting.remove(sequence)
@@ -259,10 +262,13 @@ class Scheduler:
         self._on.add(sequence.key)
         return True
 
-    def _load(self, sequence: Sequence, held: int, found: int, data: list[Data]) -> None:
-        """Fills blocks of a sequence behind those that the pool had, and lets others find them."""
+    def _load(self, sequence: Sequence, held: int, found: int, data: list[Data]) -> int:
+        """Fills blocks of a sequence behind those that the pool had, and lets others find them.
+
+        How many of them came from memory; the others came from further below.
+        """
         if self.below is None:
-            return
+            return 0
         if data:
             first = held + found
             blocks = sequence.blocks[first : first + len(data)]
@@ -270,7 +276,17 @@ class Scheduler:
             self.pool.seal(blocks, sequence.keys(first, first + len(data)))
             sequence.sealed = first + len(data)
             sequence.computed = min(sequence.sealed * BLOCK_TOKENS, sequence.needed_from)
-        self.below.admitted(sequence, held, found, len(data))
+        return self.below.admitted(sequence, held, found, len(data))
+
+    def _count_hits(self, sequence: Sequence, found: int, near: int) -> None:
+        """Where the prompt's tokens were found: the last one is computed in any case."""
+        self.asked_tokens += sequence.prompt_tokens
+        left = sequence.cached
+        for tier, blocks in (("pool", found), ("host", near)):
+            here = min(left, blocks * BLOCK_TOKENS)
+            self.hit_tokens[tier] += here
+            left -= here
+        self.hit_tokens["disk"] += left
 
     def _is_made_by_another(self, sequence: Sequence, at: int) -> bool:
         """True when somebody who comes first is computing block `at` of this sequence."""

@@ -229,8 +229,9 @@ class Swap:
         self.counts.write_s += seconds
         self._copy.saw(len(blocks) * self._block_bytes, seconds)
 
-    def admitted(self, sequence: Sequence, held: int, found: int, loaded: int) -> None:
-        """Counts where the full blocks behind the first `held` of a sequence came from."""
+    def admitted(self, sequence: Sequence, held: int, found: int, loaded: int) -> int:
+        """Counts where the full blocks behind the first `held` of a sequence came from; how many of
+        the loaded ones came from memory."""
         plan, counts = self._plans.get(sequence.key), self.counts
         near = 0 if plan is None else min(loaded, max(0, plan.near - held - found))
         counts.pool_hits += found
@@ -238,6 +239,7 @@ class Swap:
         counts.lower_hits += loaded - near
         counts.misses += max(0, len(sequence.hashes) - held - found - loaded)
         self.leave(sequence.key)
+        return near
 
     def leave(self, key: int) -> None:
         """A sequence waits for nothing any more: it is admitted, has ended or was cancelled."""

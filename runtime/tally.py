@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from runtime.distribution import (
     CHOICES,
     FIRST_TOKEN_S,
+    PREEMPTIONS,
     REQUEST_S,
     STEP_TOKENS,
     TOKEN_S,
@@ -46,6 +47,7 @@ class Tally:
         self.answer_tokens = Distribution(lengths)
         self.max_tokens = Distribution(lengths)
         self.choices = Distribution(CHOICES)
+        self.preemptions = Distribution(PREEMPTIONS)
         self.step_tokens = Distribution(STEP_TOKENS)
         self.step_s = Distribution(TOKEN_S)
         self.forward_s = 0.0
@@ -102,6 +104,7 @@ class Tally:
         self.computed_tokens.observe(sequence.prompt_tokens - sequence.cached)
         self.answer_tokens.observe(answer)
         self.max_tokens.observe(sequence.sampling.max_tokens)
+        self.preemptions.observe(sequence.preemptions)
 
     def _judge(self, name: str, taken_s: float, target_s: float | None) -> None:
         if target_s is not None:

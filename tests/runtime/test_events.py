@@ -70,7 +70,7 @@ def pack(value: Any) -> bytes:
 
 
 def test_a_batch_is_byte_for_byte_what_vllm_would_send() -> None:
-    """As captured from vLLM 0.31: an array of tagged maps, fields in this order, defaults out."""
+    """As captured from vLLM 0.32: an array of tagged maps, fields in this order, defaults out."""
     changes = Changes()
     changes.clear()
     changes.remove([name(7), name(2**63 + 9)])

@@ -14,18 +14,25 @@ from hypothesis import given, strategies as st
 from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
+from cache.disk import DiskTier
+from cache.slot_file import slot_bytes
+from cache.tiers import MemoryTier, Tiers
 from runtime.distribution import FIRST_TOKEN_S, REQUEST_S, TOKEN_S, Distribution, tokens_up_to
 from runtime.metrics import FAMILIES, HISTOGRAMS
+from runtime.model import Model
 from tests.runtime.test_server import CHAT, HELLO, World, serving
 from tests.runtime.tiny_models import FAMILIES as MODELS, write_model
 
 PAGE = Path(__file__).parents[2] / "docs" / "metrics.md"
 COMMON = {"model_name", "engine"}
-# What dashboards, autoscalers and load generators ask vLLM 0.31 for.
+# What dashboards, autoscalers and load generators ask vLLM 0.32 for.
 OF_VLLM = (
     "num_requests_running", "num_requests_waiting", "num_requests_waiting_by_reason",
     "kv_cache_usage_perc", "cache_config_info", "num_preemptions_total", "prompt_tokens_total",
-    "prompt_tokens_by_source_total", "prompt_tokens_cached_total", "generation_tokens_total",
+    "prompt_tokens_by_source_total", "prompt_tokens_cached_total",
+    "prompt_tokens_cached_by_source_total",
+    "external_prefix_cache_queries_total", "external_prefix_cache_hits_total",
+    "admission_rejections_total", "request_num_preemptions", "generation_tokens_total",
     "prefix_cache_queries_total", "prefix_cache_hits_total", "request_success_total",
     "time_to_first_token_seconds", "inter_token_latency_seconds",
     "request_time_per_output_token_seconds", "e2e_request_latency_seconds",
@@ -159,7 +166,7 @@ def test_a_request_moves_what_it_should_and_agrees_with_its_usage(folder: Path) 
         for name in family.names
         if name not in ("vllm:request_params_n", "headgate_request_choices", *PER_STEP, *PER_TOKEN)
     ]
-    assert len(once_an_answer) == 23
+    assert len(once_an_answer) == 25
     assert {moved[f"{name}_count"] for name in once_an_answer} == {answers}
     for name in PER_TOKEN:
         assert moved[f"{name}_count"] == generated - answers
@@ -192,6 +199,7 @@ def test_cached_tokens_are_those_of_the_usage(folder: Path) -> None:
         "vllm:prefix_cache_hits_total",
         "vllm:prompt_tokens_cached_total",
         "vllm:prompt_tokens_by_source_total local_cache_hit",
+        "vllm:prompt_tokens_cached_by_source_total device",
         "headgate_cache_hit_tokens_total pool",
     ):
         assert now[name] == 96
@@ -199,6 +207,49 @@ def test_cached_tokens_are_those_of_the_usage(folder: Path) -> None:
     assert now["vllm:prefix_cache_queries_total"] == prompts
     assert now["headgate_request_computed_tokens_sum"] == prompts - 96
     assert now["headgate_kv_blocks cached"] > 5
+
+
+def test_hits_are_told_by_tier(folder: Path, tmp_path: Path) -> None:
+    """Prompts of 25 blocks, a pool of 64, memory for 40: they come back from all three tiers."""
+
+    def below(model: Model) -> Tiers:
+        disk = DiskTier(
+            tmp_path / "tier",
+            limit_bytes=200 * slot_bytes(model.block_bytes),
+            block_bytes=model.block_bytes,
+            identity={"model": "tiny"},
+        )
+        return Tiers(MemoryTier(40 * model.block_bytes), disk)
+
+    with serving(folder, below=below) as world:
+        prompts = [{"messages": [{"role": "user", "content": one * 400}]} for one in "abcdef"]
+        again = [prompts[at] for at in (5, 2, 0)]
+        usages = [world.post(**asked).json()["usage"] for asked in prompts + again]
+        world.until(world.idle)
+        now = samples(world)
+    cached = sum(usage["prompt_tokens_details"]["cached_tokens"] for usage in usages)
+    by_tier = {name: now[f"headgate_cache_hit_tokens_total {name}"] for name in TIERS}
+    assert sum(by_tier.values()) == cached == now["vllm:prompt_tokens_cached_total"]
+    assert all(by_tier.values())
+    assert now["vllm:prompt_tokens_cached_by_source_total disk"] == by_tier["disk"]
+    lower = by_tier["host"] + by_tier["disk"]
+    assert now["vllm:external_prefix_cache_hits_total"] == lower
+    assert now["vllm:prompt_tokens_by_source_total external_kv_transfer"] == lower
+    assert now["vllm:prefix_cache_hits_total"] == by_tier["pool"]
+    asked = sum(usage["prompt_tokens"] for usage in usages)
+    sources = [value for name, value in now.items() if name.startswith(BY_SOURCE)]
+    assert sum(sources) == now["vllm:prompt_tokens_total"] == asked
+    for name in ("host", "disk"):
+        assert now[f"headgate_tier_blocks {name}"] > 0
+        assert 0 < now[f"headgate_tier_bytes {name}"] <= now[f"headgate_tier_limit_bytes {name}"]
+        assert now[f"headgate_tier_on {name}"] == 1
+        assert now[f"headgate_tier_moved_blocks_total {name} loaded"] > 0
+        assert now[f"headgate_tier_failures_total {name}"] == 0
+    assert now["headgate_tier_copy_seconds_total in"] > 0
+
+
+TIERS = ("pool", "host", "disk")
+BY_SOURCE = "vllm:prompt_tokens_by_source_total"
 
 
 def test_who_runs_who_waits_and_who_was_refused(folder: Path) -> None:
@@ -216,6 +267,7 @@ def test_who_runs_who_waits_and_who_was_refused(folder: Path) -> None:
         assert now["vllm:num_requests_waiting_by_reason capacity"] == 2
         assert now["headgate_waiting_requests capacity"] == 2
         assert now["headgate_refused_requests_total"] == 1
+        assert now["vllm:admission_rejections_total max_num_queued_reqs"] == 1
         assert 0 < now["vllm:kv_cache_usage_perc"] <= 1
         world.model.gate.set()
         assert [one.result().status_code for one in (running, *waiting)] == [200] * 3

@@ -21,6 +21,7 @@ import pytest
 import torch
 import uvicorn
 
+from cache.tiers import Tiers
 from cache.tokens import Tokenizer
 from runtime.adapters import load_adapters
 from runtime.engine import Engine
@@ -30,6 +31,7 @@ from runtime.metrics_page import Page
 from runtime.model import Model
 from runtime.server import create_app
 from runtime.streams import Streams
+from runtime.swap import Swap
 from runtime.tally import Tally
 from runtime.worker import Served, Worker
 from tests.runtime.tiny_models import FAMILIES, REFUSED, write_model
@@ -106,12 +108,15 @@ def serving(
     wait: threading.Event | None = None,
     ready: bool = True,
     adapters: Path | None = None,
+    below: Callable[[Model], Tiers] | None = None,
     **engine: Any,
 ) -> Iterator[World]:
     """A worker on a free port; its loading waits for `wait`."""
     model = Gated(load_model(folder, kv_tokens=1024)[0])
     if adapters is not None:
         engine["adapters"] = load_adapters(model.model, adapters)
+    if below is not None:
+        engine["swap"] = Swap(model.model, below(model.model))
     tokenizer = Tokenizer.load(folder)
     identity = combine(dict.fromkeys(LEAVES))
 
