@@ -20,7 +20,7 @@ from benchmarks.lab import stack as stacks
 from benchmarks.lab.client import open_session
 from benchmarks.lab.load import Load, held_out_rows
 from benchmarks.lab.report import About, Goal, Measured, Settings, run
-from benchmarks.lab.samples import spread
+from benchmarks.lab.samples import four_digits, spread
 from benchmarks.lab.stack import Stack
 
 ABOUT = About(
@@ -113,7 +113,7 @@ def measure(settings: Settings) -> Measured:
         facts = stack.worker_facts
     steps = measure_steps(sizes, settings.progress)
     ready = {"ready_s": median(ready_s), "ready_runs_s": ready_s}
-    results = _rounded({**ready, **served, **steps})
+    results = four_digits({**ready, **served, **steps})
     values = {goal.name: results[goal.name] for goal in ABOUT.goals}
     told = {name: facts.get(name) for name in ("model", "device", "dtype", "threads", "parameters")}
     return Measured(results, values, told)
@@ -184,18 +184,6 @@ def measure_steps(sizes: Sizes, progress: Callable[[str], None]) -> dict[str, An
             "orders_p50_us": median(step.outside_us for step in steps),
         }
     return {"step_overhead_us": told["greedy"]["mean_us"], "step_overhead": told}
-
-
-# ---- telling -------------------------------------------------------------------------------------
-
-
-def _rounded(value: Any) -> Any:
-    """Four significant digits: what lies behind them is noise."""
-    if isinstance(value, dict):
-        return {name: _rounded(one) for name, one in value.items()}
-    if isinstance(value, list):
-        return [_rounded(one) for one in value]
-    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 if __name__ == "__main__":

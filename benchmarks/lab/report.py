@@ -50,7 +50,9 @@ class About:
     name: str  # of its module
     measures: str  # a paragraph
     goals: tuple[Goal, ...] = ()
-    peers: tuple[str, ...] = ()  # other servers that have to be installed; () runs in `make bench`
+    peers: tuple[str, ...] = ()  # other engines that have to be installed; () runs in `make bench`
+    parts: tuple[str, ...] = ()  # what can be measured by itself
+    more: str = ""  # what the help says besides
 
     @property
     def command(self) -> str:
@@ -62,16 +64,21 @@ class Settings:
     """What the person at the command line chose, and where progress goes."""
 
     quick: bool = False
+    parts: tuple[str, ...] = ()  # () for all
     progress: Callable[[str], None] = field(default=lambda _: None)
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Results as JSON will have them; a value for each goal; conditions that only the run knows."""
+    """Results as JSON will have them; a value for each goal; conditions that only the run knows.
+
+    A goal that cannot be measured here has a reason in `not_measured` instead of a value.
+    """
 
     results: Mapping[str, Any]
     values: Mapping[str, float]
     conditions: Mapping[str, Scalar] = field(default_factory=dict)
+    not_measured: Mapping[str, str] = field(default_factory=dict)
 
 
 Measure = Callable[[Settings], Measured]
@@ -120,7 +127,7 @@ def run(about: About, measure: Measure, argv: Sequence[str] | None = None) -> in
 
     found = conditions.gather()
     try:
-        measured = measure(Settings(options.quick, progress))
+        measured = measure(Settings(options.quick, tuple(options.part), progress))
     except MeasurementFailed as error:
         print(f"{about.name}: not measured: {error}", file=sys.stderr)
         return 1
@@ -142,10 +149,11 @@ def run(about: About, measure: Measure, argv: Sequence[str] | None = None) -> in
 def parse(about: About, argv: Sequence[str] | None) -> argparse.Namespace:
     goals = "".join(f"\n  {goal.text}" for goal in about.goals) or "\n  none"
     peers = f"\nneeds, installed beside it: {', '.join(about.peers)}\n" if about.peers else ""
+    more = f"\n{about.more}\n" if about.more else ""
     parser = argparse.ArgumentParser(
         prog=about.command,
         description=textwrap.fill(about.measures, 90),
-        epilog=f"goals:{goals}\n{peers}\nexit codes:\n"
+        epilog=f"goals:{goals}\n{peers}{more}\nexit codes:\n"
         "  0  measured, whether or not the goals are met\n"
         "  1  not measured; stderr says why\n"
         "  2  wrong usage",
@@ -159,13 +167,22 @@ def parse(about: About, argv: Sequence[str] | None) -> argparse.Namespace:
         action="store_true",
         help="only a few repeats: shows that it works, gives no number worth quoting",
     )
+    parser.add_argument(
+        "--part",
+        action="append",
+        default=[],
+        choices=about.parts,
+        help="only this part; more than once for several" if about.parts else argparse.SUPPRESS,
+    )
     return parser.parse_args(argv)
 
 
 def tell(about: About, measured: Measured, found: Mapping[str, Scalar]) -> dict[str, Any]:
-    """The JSON object. Raises KeyError when a goal has no value: a mistake of the benchmark."""
+    """The JSON object. Raises KeyError when a goal has neither value nor reason: a mistake."""
     goals = []
     for goal in about.goals:
+        if goal.name in measured.not_measured:
+            continue
         value = measured.values[goal.name]
         goals.append(
             {"name": goal.name, "value": value, "goal": goal.goal, "met": goal.met_by(value)}
@@ -173,9 +190,13 @@ def tell(about: About, measured: Measured, found: Mapping[str, Scalar]) -> dict[
     return {
         "benchmark": about.name,
         "conditions": dict(found),
-        "results": dict(measured.results),
+        "results": dict(measured.results) | _reasons(measured.not_measured),
         "goals": goals,
     }
+
+
+def _reasons(not_measured: Mapping[str, str]) -> dict[str, Any]:
+    return {"not_measured": dict(not_measured)} if not_measured else {}
 
 
 # ---- for a person --------------------------------------------------------------------------------
@@ -197,9 +218,10 @@ def rows_of(results: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str
 
 def goals_of(about: About, outcome: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """A row per goal: what it says, what was measured, whether that is enough."""
+    texts = {goal.name: goal.text for goal in about.goals}
     return [
-        (goal.text, spell(told["value"]), "met" if told["met"] else "missed")
-        for goal, told in zip(about.goals, outcome["goals"], strict=True)
+        (texts[told["name"]], spell(told["value"]), "met" if told["met"] else "missed")
+        for told in outcome["goals"]
     ]
 
 

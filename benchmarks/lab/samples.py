@@ -10,6 +10,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
 _DRAWS = 2000
 
@@ -53,3 +54,12 @@ def paired_difference(
         raise ValueError("no pairs to compare")
     medians = [median(rng.choices(differences, k=len(differences))) for _ in range(_DRAWS)]
     return Difference(median(differences), percentile(medians, 2.5), percentile(medians, 97.5))
+
+
+def four_digits(value: Any) -> Any:
+    """Four significant digits, all through a nested result: what lies behind them is noise."""
+    if isinstance(value, dict):
+        return {name: four_digits(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [four_digits(one) for one in value]
+    return float(f"{value:.4g}") if isinstance(value, float) else value
