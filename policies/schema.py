@@ -285,6 +285,10 @@ class Runtime(_Policy):
         description="Folder of LoRA adapters (relative to the policy file), each a PEFT folder "
         "that is served as a model of its own under the folder's name.",
     )
+    compile: Literal["off", "auto"] = Field(
+        "off",
+        description="`auto` compiles C++ for this CPU once, where a compiler is, and caches it.",
+    )
     context_tokens: int | None = Field(
         None,
         ge=16,

@@ -1,8 +1,9 @@
 """Paged attention behind transformers' AttentionInterface: one function for every model class.
 
-Knows tensors and a step's layout; knows no model family and no scheduler. Backend here: gather the
-blocks, then torch's scaled-dot-product attention, on any device. Decodes are attended in batches of
-similar length, each longer chunk by itself.
+Knows tensors and a step's layout; knows no model family and no scheduler. Two backends: gather the
+blocks, then torch's scaled-dot-product attention, on any device, decodes in batches of similar
+length and each longer chunk by itself; or, where it could be compiled, a kernel that attends
+decodes and short chunks on a CPU without copying their blocks (`runtime.paged_kernel`).
 
 Legend: T tokens of the step, b decodes of a group, H heads, KV key-value heads, D head dimension,
 L positions gathered.
@@ -17,6 +18,7 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from runtime.layer_kv import LayerKV
+from runtime.paged_kernel import SHORT_TOKENS, PagedKernel
 from runtime.step_layout import Chunk, Group, Span, StepLayout, lay_out
 
 __all__ = ["NAME", "PagedLayer", "Span", "StepHolder", "StepLayout", "lay_out", "paged_attention"]
@@ -31,11 +33,12 @@ _SPLIT_TOKENS = 64
 class PagedLayer:
     """What an attention module carries: its layer's pool, and the step that all layers share."""
 
-    __slots__ = ("kv", "step")
+    __slots__ = ("kernel", "kv", "step")
 
-    def __init__(self, kv: LayerKV, step: StepHolder) -> None:
+    def __init__(self, kv: LayerKV, step: StepHolder, kernel: PagedKernel | None = None) -> None:
         self.kv = kv
         self.step = step
+        self.kernel = kernel
 
 
 class StepHolder:
@@ -66,12 +69,22 @@ def paged_attention(
     layer: PagedLayer = module.paged_layer  # type: ignore[assignment]  # attached by runtime.model
     layout, kv = layer.step.layout, layer.kv
     assert layout is not None and attention_mask is None
-    kv.write(layout, key, value)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out = query.new_empty(query.shape[2], query.shape[1], value.shape[3])
-    for group in layout.groups(sliding_window):
-        out[group.rows] = _attend_decodes(query, kv, group, scale, softcap)
+    done_tokens = 1
+    if layer.kernel is None:
+        kv.write(layout, key, value)
+        for group in layout.groups(sliding_window):
+            out[group.rows] = _attend_decodes(query, kv, group, scale, softcap)
+    else:
+        layer.kernel.write(layout, key, value)
+        layer.kernel.attend(layout, query, out, scale, sliding_window, softcap)
+        done_tokens = SHORT_TOKENS
+    if layout.longest <= done_tokens:
+        return out.unsqueeze(0), None
     for chunk in layout.chunks(sliding_window):
+        if chunk.count <= done_tokens:
+            continue
         rows = slice(chunk.start, chunk.start + chunk.count)
         out[rows] = _attend_chunk(query[:, :, rows], kv, chunk, scale, softcap)
     return out.unsqueeze(0), None

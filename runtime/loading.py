@@ -19,6 +19,7 @@ from policies.schema import WeightFormat, Weights
 from runtime import quantize
 from runtime.kv import BLOCK_TOKENS
 from runtime.model import Model, ModelRefused
+from runtime.paged_kernel import load_library
 from runtime.proof import prove, refusing
 from runtime.surgery import Plan, Tally, convert
 
@@ -57,8 +58,12 @@ def load_model(
     dtype: str = "auto",
     weights: Weights = _AUTO,
     revision: str | None = None,
+    compiles: bool = False,
 ) -> tuple[Model, Path]:
-    """The model, and the folder that it was read from. Raises ModelRefused with the reason."""
+    """The model, and the folder that it was read from. Raises ModelRefused with the reason.
+
+    `compiles`: C++ may be compiled and used where that makes it faster.
+    """
     folder = source if isinstance(source, Path) else _fetch(source, revision)
     config = _read_config(folder)
     where = _device(device)
@@ -76,7 +81,9 @@ def load_model(
 
     layers = prove(module, folder, operate, rounding=_rounding(plan))
     blocks = max(1, kv_tokens // BLOCK_TOKENS)
-    return Model(module, layers, blocks, dtype=plan.dtype, weights=tally), folder
+    library = load_library() if compiles and where.type == "cpu" else None
+    model = Model(module, layers, blocks, dtype=plan.dtype, weights=tally, library=library)
+    return model, folder
 
 
 def _fetch(name: str, revision: str | None) -> Path:

@@ -7,6 +7,7 @@ Knows tensors and the pool; knows neither files nor requests. `runtime.loading` 
 from __future__ import annotations
 
 from collections.abc import Sequence as Many
+from ctypes import CDLL
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel
 from runtime.attention import PagedLayer, StepHolder, StepLayout
 from runtime.kv import BLOCK_TOKENS
 from runtime.layer_kv import LayerKV, block_format, read_blocks, write_blocks
+from runtime.paged_kernel import kernel_of
 from runtime.surgery import Tally
 
 
@@ -45,8 +47,12 @@ class Model:
         *,
         dtype: torch.dtype | None = None,
         weights: Tally | None = None,
+        library: CDLL | None = None,
     ) -> None:
-        """`dtype` is that of activations, `weights` what surgery made of the linear layers."""
+        """`dtype` is that of activations, `weights` what surgery made of the linear layers.
+
+        `library` is compiled code for attention, where there is some.
+        """
         self.module = module
         self.config = module.config.get_text_config()
         self.device = module.device
@@ -62,7 +68,8 @@ class Model:
         self.step = StepHolder()
         self._pool = [self._pool_of(layer) for layer in layers]
         for layer, kv in zip(layers, self._pool, strict=True):
-            layer.module.paged_layer = PagedLayer(kv, self.step)  # type: ignore[assignment]
+            paged = PagedLayer(kv, self.step, kernel_of(library, kv))
+            layer.module.paged_layer = paged  # type: ignore[assignment]
 
     def _pool_of(self, layer: LayerShape) -> LayerKV:
         def empty(dim: int) -> torch.Tensor:

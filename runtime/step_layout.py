@@ -45,7 +45,7 @@ class Span:
 
 
 @dataclass(slots=True)
-class _Shared:
+class Shared:
     """What is made once a step and then read by all layers."""
 
     made: dict[Hashable, Any] = field(default_factory=dict)
@@ -65,7 +65,7 @@ class Group:
     blocks: torch.Tensor  # [b, n] block numbers, short tables padded with block 0
     low: torch.Tensor  # [b] first position that may be seen, counted from the first gathered one
     high: torch.Tensor  # [b] behind the last one
-    _shared: _Shared = field(default_factory=_Shared)
+    _shared: Shared = field(default_factory=Shared)
 
     def pool_rows(self, kv_heads: int) -> torch.Tensor:
         """[b * KV * n] rows of a pool [blocks * KV, ...]: each head's blocks behind each other."""
@@ -93,7 +93,7 @@ class Chunk:
     window: int | None  # None where the window hides nothing
     blocks: torch.Tensor  # [blocks]
     skip: int  # positions of the first block that lie before `length`
-    _shared: _Shared = field(default_factory=_Shared)
+    _shared: Shared = field(default_factory=Shared)
 
     def pool_rows(self, kv_heads: int) -> torch.Tensor:
         """[KV * blocks] rows of a pool [blocks * KV, ...]."""
@@ -136,7 +136,12 @@ class StepLayout:
     slots: np.ndarray[Any, np.dtype[np.int64]]  # [T] block * 16 + offset each token is written to
     device: torch.device
     adapters: Many[AdapterRows] = ()
-    _shared: _Shared = field(default_factory=_Shared)
+    shared: Shared = field(default_factory=Shared)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest span."""
+        return max((span.count for span in self.spans), default=0)
 
     def write_rows(self, kv_heads: int) -> torch.Tensor:
         """[T * KV] rows of a pool [blocks * KV * 16, D] that keys and values go to, token first."""
@@ -147,15 +152,15 @@ class StepLayout:
             rows = (block[:, None] * kv_heads + heads) * BLOCK_TOKENS + offset[:, None]
             return torch.from_numpy(rows.reshape(-1)).to(self.device)
 
-        return self._shared.get(("write", kv_heads), make)
+        return self.shared.get(("write", kv_heads), make)
 
     def groups(self, window: int | None) -> list[Group]:
         """The decodes in groups of similar length; with a window, its reach is the length."""
-        return self._shared.get(("groups", window), lambda: self._group(window))
+        return self.shared.get(("groups", window), lambda: self._group(window))
 
     def chunks(self, window: int | None) -> list[Chunk]:
         """The longer spans, in order."""
-        return self._shared.get(("chunks", window), lambda: self._chunk(window))
+        return self.shared.get(("chunks", window), lambda: self._chunk(window))
 
     def _group(self, window: int | None) -> list[Group]:
         reach = [_reach(span, window) for span in self.spans[: self.decodes]]

@@ -1,7 +1,9 @@
-"""The one world that is too dear to build for every test."""
+"""The worlds that are too dear to build for every test."""
 
 from __future__ import annotations
 
+import ctypes
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,3 +19,15 @@ def stories260k(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.runtime.stories260k import convert
 
     return convert(STORIES, tmp_path_factory.mktemp("models") / "stories260K")
+
+
+@pytest.fixture(scope="session")
+def native_library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """The compiled attention kernel; whoever needs it is skipped where nothing can compile it."""
+    if not any(map(shutil.which, ("g++", "clang++", "c++"))):
+        pytest.skip("needs a C++ compiler")
+    from runtime.paged_kernel import load_library
+
+    library = load_library(tmp_path_factory.mktemp("native"))
+    assert library is not None, "there is a compiler, but the kernel does not come of it"
+    return library

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 from torch import nn
 
 from runtime.attention import PagedLayer, Span, StepHolder, lay_out, paged_attention
 from runtime.kv import BLOCK_TOKENS, blocks_for
 from runtime.layer_kv import LayerKV
+from runtime.paged_kernel import kernel_of
 
 torch.set_num_threads(1)
 
@@ -38,7 +39,9 @@ shapes = st.builds(
 )
 lengths = st.one_of(st.integers(1, 20), st.integers(1, 400))
 decodes = st.lists(lengths, max_size=9)
-chunks = st.lists(st.tuples(st.integers(0, 200), st.integers(2, 150)), max_size=3)
+chunks = st.lists(
+    st.tuples(st.integers(0, 200), st.one_of(st.integers(2, 20), st.integers(2, 150))), max_size=3
+)
 
 
 def world(shape: Shape, spans: list[tuple[int, int]], seed: int, dtype: torch.dtype):
@@ -88,37 +91,47 @@ def reference(shape: Shape, spans: list[Span], query: torch.Tensor, whole) -> to
     return torch.stack(rows)[None]
 
 
-def attend(shape: Shape, spans: list[Span], query, key, value, pool: LayerKV) -> torch.Tensor:
+@pytest.fixture(params=["torch", "native"])
+def backend(request):
+    """Both ways of attending: the library or None."""
+    return request.getfixturevalue("native_library") if request.param == "native" else None
+
+
+def attend(
+    shape: Shape, spans: list[Span], query, key, value, pool: LayerKV, library
+) -> torch.Tensor:
     step = StepHolder()
     step.layout = lay_out(spans, query.device)
     module = nn.Module()
-    module.paged_layer = PagedLayer(pool, step)
+    module.paged_layer = PagedLayer(pool, step, kernel_of(library, pool))
     out, _ = paged_attention(
         module, query, key, value, None, sliding_window=shape.window, softcap=shape.softcap
     )
     return out
 
 
-@settings(max_examples=60, deadline=None)
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(shape=shapes, decodes=decodes, chunks=chunks, seed=st.integers(0, 2**20))
-def test_every_mix_of_spans_equals_the_plain_formula(shape, decodes, chunks, seed):
+def test_every_mix_of_spans_equals_the_plain_formula(backend, shape, decodes, chunks, seed):
     """Decodes of any lengths beside chunks after any context: windows, caps, groups of heads."""
     spans = [(length - 1, 1) for length in decodes] + chunks
     if not spans:
         return
     step, query, key, value, pool, whole = world(shape, spans, seed, torch.float32)
-    found = attend(shape, step, query, key, value, pool)
+    found = attend(shape, step, query, key, value, pool, backend)
     expected = reference(shape, step, query, whole)
     torch.testing.assert_close(found.double(), expected, atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("before", [0, 63, 64, 500])
-def test_bf16_is_as_close_as_bf16_allows(before):
+def test_bf16_is_as_close_as_bf16_allows(backend, before):
     """Half precision loses digits, not terms, on each way that a chunk can be attended."""
     shape = Shape(2, 3, 16, 16, None, None)
     spans = [(40, 1), (333, 1), (before, 70)]
     step, query, key, value, pool, whole = world(shape, spans, 0, torch.bfloat16)
-    found = attend(shape, step, query, key, value, pool)
+    found = attend(shape, step, query, key, value, pool, backend)
     expected = reference(shape, step, query, whole)
     torch.testing.assert_close(found.double(), expected, atol=0.02, rtol=0.02)
 
