@@ -86,8 +86,8 @@ def tool_use(asked: ChatRequest, tokenizer: Tokenizer) -> ToolUse | None:
     """
     for older in ("functions", "function_call"):
         if getattr(asked, older) is not None:
-            message = "this older form of tools is not supported; send tools and tool_choice"
-            raise _problem(older, message, "unsupported_parameter")
+            why = "this older form of tools is not supported; send tools and tool_choice"
+            raise _problem(older, why, "unsupported_parameter")
     tools = _check_tools(asked.tools or ())
     named = _check_choice(asked, [tool.name for tool in tools])
     for at, message in enumerate(asked.messages):
