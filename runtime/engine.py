@@ -9,32 +9,31 @@ from __future__ import annotations
 
 import logging
 import math
-import threading
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence as Many
-from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from time import monotonic, perf_counter
 from types import MappingProxyType
-from typing import Protocol
 
 import torch
 
 from cache.blocks import root_hash
 from cache.tokens import Tokenizer
 from runtime import sample
+from runtime.account import Listener, Load, StepClock, StepRecord
 from runtime.adapters import Adapter, adapter_rows
 from runtime.adjust import adjusted
 from runtime.attention import Span, lay_out
 from runtime.calibrate import measure_costs
 from runtime.costs import StepCosts, StepSize
 from runtime.grammar import Grammars
-from runtime.kv import BLOCK_TOKENS, BlockCounts, BlockPool, PoolWatcher
+from runtime.inbox import Inbox, Order, QueueFull
+from runtime.kv import BLOCK_TOKENS, BlockPool, PoolWatcher
 from runtime.logprobs import token_logprob
 from runtime.model import Model
 from runtime.scheduler import Scheduler, Work, step_size
-from runtime.sequence import Output, Reply, Sampling, Sequence, Service, Times
-from runtime.shapes import FinishReason, TokenLogprob
+from runtime.scoring import score_prompt, scores_prompt
+from runtime.sequence import Output, Reply, Sequence, Times
+from runtime.shapes import FinishReason
 from runtime.swap import Swap
 
 log = logging.getLogger(__name__)
@@ -44,93 +43,6 @@ log = logging.getLogger(__name__)
 _IDLE_WAIT_S = 0.002
 # The logits of scored prompts take this much memory at most in one step.
 _SCORED_BYTES = 256 * 2**20
-
-
-class QueueFull(Exception):
-    """As many sequences wait as the policy allows; nothing was taken. `retry_s`: when to retry."""
-
-    def __init__(self, message: str, retry_s: float) -> None:
-        super().__init__(message)
-        self.retry_s = retry_s
-
-
-class EngineStopped(Exception):
-    """The engine takes no more orders."""
-
-
-@dataclass(frozen=True, slots=True)
-class Order:
-    """A prompt to continue; several of one request are submitted together.
-
-    Only prompts with the same `salt` and `adapter` share cached blocks.
-    """
-
-    prompt: Many[int]
-    sampling: Sampling
-    service: Service = Service()
-    salt: str | None = None
-    adapter: str | None = None
-
-
-@dataclass(slots=True)
-class StepClock:
-    """Seconds spent since the start; `step_s - forward_s` is what the engine itself costs."""
-
-    steps: int = 0
-    step_s: float = 0.0
-    forward_s: float = 0.0
-    tokens: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class StepRecord:
-    """One step, for those who count: sizes, seconds, and what it left behind."""
-
-    size: StepSize
-    sequences: int
-    sampled: int
-    seconds: float
-    forward_s: float
-    running: int
-    waiting: int
-
-
-class Listener(Protocol):
-    """Hears what happens, in the engine's thread: it has to be quick."""
-
-    def sampled(self, sequences: Many[Sequence], now: float) -> None:
-        """Each of them gets a token now; their times are still those of the token before it."""
-
-    def stepped(self, record: StepRecord) -> None: ...
-
-    def ended(self, sequence: Sequence, reason: str, now: float) -> None:
-        """`reason` is a finish reason, "abort" for a cancelled one, "error" or "deadline"."""
-
-
-@dataclass(frozen=True, slots=True)
-class Load:
-    running: int
-    waiting: int
-    blocks: BlockCounts
-    preemptions: int
-    prompt_tokens: int = 0  # of all admitted prompts so far
-    cached_tokens: int = 0  # of these, found instead of computed
-    evictions: int = 0
-    refused: int = 0  # requests that found the queue full
-    waiting_for: Mapping[str, int] = field(default_factory=dict)
-    asked_tokens: int = 0  # of the prompts of all that were admitted
-    hit_tokens: Mapping[str, int] = field(default_factory=dict)  # of these, by tier
-
-
-@dataclass(slots=True)
-class _Inbox:
-    """Orders and cancellations on their way to the engine's thread."""
-
-    ready: threading.Condition = field(default_factory=threading.Condition)
-    orders: deque[Sequence] = field(default_factory=deque)
-    cancels: deque[int] = field(default_factory=deque)
-    clear: bool = False
-    open: bool = True
 
 
 class Engine:
@@ -178,16 +90,15 @@ class Engine:
             tpot_s=tpot_s,
             below=swap,
         )
-        if swap is not None:
-            swap.attach(self._pool, self._look_again)
         self._max_waiting = max_waiting
         longest = min(model.context_tokens, self._pool.total * BLOCK_TOKENS)
         self.limit_tokens = min(longest, context_tokens or longest)
-        self._inbox = _Inbox()
+        self._inbox = Inbox()
+        if swap is not None:
+            swap.attach(self._pool, self._inbox.wake)
         self._deadlines: list[tuple[float, int]] = []  # a heap: when, key
         self._prompt_tokens = self._cached_tokens = self._refused = 0
         self._replies: dict[int, tuple[Sequence, Reply]] = {}
-        self._next_key = 0
 
     def calibrate(self, budget_s: float = 1.0) -> StepCosts:
         """Measures what steps cost, before the first one: chunks are then cut to their targets."""
@@ -206,20 +117,14 @@ class Engine:
 
     def submit(self, orders: Many[Order]) -> list[int]:
         """A key per order, in order. Raises QueueFull or EngineStopped, taking none."""
-        inbox, arrived = self._inbox, self.now()
+        arrived = self.now()
         made = [self._sequence(order, arrived) for order in orders]
-        with inbox.ready:
-            if not inbox.open:
-                raise EngineStopped("the engine is stopping")
-            waiting = len(inbox.orders) + len(self._scheduler.waiting)
-            if waiting and waiting + len(orders) > self._max_waiting:
-                self._refused += 1
-                raise QueueFull(f"{waiting} requests wait already", self._drain_s(waiting))
-            for sequence in made:
-                sequence.key = self._next_key
-                self._next_key += 1
-            inbox.orders += made
-            inbox.ready.notify()
+        try:
+            self._inbox.put(made, behind=len(self._scheduler.waiting), most=self._max_waiting)
+        except QueueFull as error:
+            self._refused += 1
+            error.retry_s = self._drain_s(error.waiting)
+            raise
         return [sequence.key for sequence in made]
 
     def _sequence(self, order: Order, arrived: float) -> Sequence:
@@ -250,21 +155,15 @@ class Engine:
 
     def forget_cached(self) -> None:
         """Before the next step, everything cached can no longer be found."""
-        with self._inbox.ready:
-            self._inbox.clear = True
-            self._inbox.ready.notify()
+        self._inbox.forget_cached()
 
     def cancel(self, keys: Many[int]) -> None:
         """Frees these sequences before the next step; unknown or ended ones are ignored."""
-        with self._inbox.ready:
-            self._inbox.cancels.extend(keys)
-            self._inbox.ready.notify()
+        self._inbox.cancel(keys)
 
     def stop(self) -> None:
         """Ends `run` after the current step; running sequences get no more output."""
-        with self._inbox.ready:
-            self._inbox.open = False
-            self._inbox.ready.notify()
+        self._inbox.close()
 
     def check(self) -> None:
         """Raises AssertionError when a block is lost; call it while no step runs."""
@@ -310,7 +209,7 @@ class Engine:
         plan = self._scheduler.plan(now)
         if not plan:
             if self._replies:
-                self._wait_for_others()
+                self._inbox.rest(_IDLE_WAIT_S)
             return late
         size, forward_s = step_size(plan), self.clock.forward_s
         try:
@@ -339,18 +238,6 @@ class Engine:
             for listener in self._listeners:
                 listener.stepped(record)
 
-    def _wait_for_others(self) -> None:
-        """Sequences wait but none can run yet: gives way until something comes in, or a moment."""
-        inbox = self._inbox
-        with inbox.ready:
-            if inbox.open and not (inbox.orders or inbox.cancels):
-                inbox.ready.wait(_IDLE_WAIT_S)
-
-    def _look_again(self) -> None:
-        """From another thread: somebody who waited can go on."""
-        with self._inbox.ready:
-            self._inbox.ready.notify()
-
     def _past_deadline(self, now: float) -> list[Output]:
         """Gives up what has run out of its time."""
         outputs = []
@@ -364,31 +251,19 @@ class Engine:
 
     def take_orders(self, *, wait: bool) -> bool:
         """Moves what came in to the scheduler. False once the engine is to stop."""
-        inbox = self._inbox
-        with inbox.ready:
-            while wait and inbox.open and not self._has_news():
-                inbox.ready.wait()
-            orders, cancels = list(inbox.orders), list(inbox.cancels)
-            inbox.orders.clear()
-            inbox.cancels.clear()
-            clear, inbox.clear = inbox.clear, False
-            going_on = inbox.open
-        for sequence in orders:
+        news = self._inbox.take(wait=wait and not self._replies)
+        for sequence in news.orders:
             self._replies[sequence.key] = (sequence, Reply(self.tokenizer, sequence))
             self._scheduler.add(sequence)
             if sequence.service.deadline_s is not None:
                 due = sequence.times.arrived + sequence.service.deadline_s
                 heappush(self._deadlines, (due, sequence.key))
-        for key in cancels:
+        for key in news.cancels:
             if key in self._replies:
                 self._forget(key, "abort")
-        if clear:
+        if news.clear:
             self._pool.clear()
-        return going_on
-
-    def _has_news(self) -> bool:
-        inbox = self._inbox
-        return bool(inbox.orders or inbox.cancels or inbox.clear or self._replies)
+        return news.going_on
 
     def _forward(self, plan: list[Work]) -> tuple[torch.Tensor, list[int]]:
         """Logits of the rows that are read, and per work the first of its rows in them."""
@@ -405,7 +280,7 @@ class Engine:
             ids += sequence.tokens[first:end]
             positions += range(first, end)
             rows.append(len(keep))
-            if _scores_prompt(sequence):
+            if scores_prompt(sequence):
                 keep += range(start, start + work.count)
             else:
                 keep.append(start + work.count - 1)
@@ -427,7 +302,7 @@ class Engine:
         for work, row in zip(plan, rows, strict=True):
             sequence = work.sequence
             catches_up = work.catches_up
-            if _scores_prompt(sequence):
+            if scores_prompt(sequence):
                 outputs += self._score_prompt(work, logits[row : row + work.count])
                 row += work.count - 1
             sequence.computed += work.count
@@ -503,36 +378,12 @@ class Engine:
         return outputs
 
     def _score_prompt(self, work: Work, logits: torch.Tensor) -> list[Output]:
-        """Log-probabilities of the prompt tokens that this chunk's rows predict; logits [count, V].
-
-        They come as outputs without a token. A prompt that asks for no answer ends here.
-        """
-        sequence, first = work.sequence, work.sequence.computed
-        sampling = sequence.sampling
-        # Row i predicts token first + i + 1; what a recomputation predicts again was sent before.
-        wanted = range(
-            max(first + 1, sequence.prompt_scored),
-            min(first + work.count + 1, sequence.prompt_tokens),
-        )
-        targets = [sequence.tokens[at] for at in wanted]
-        entries: list[TokenLogprob] = []
+        """What this chunk's rows, logits [count, V], say of the prompt: an output without a token.
+        A prompt that asks for no answer ends here."""
+        sequence = work.sequence
         reply = self._replies[sequence.key][1]
-
-        def score(token: int, top: sample.TopLogprobs | None) -> None:
-            offset = reply.prompt_offset(token)
-            entries.append(token_logprob(self.tokenizer, token, top, offset))
-
-        if sequence.prompt_scored == 0:
-            score(sequence.tokens[0], None)
-            sequence.prompt_scored = 1
-        if targets:
-            scored = logits[wanted.start - first - 1 : wanted.stop - first - 1]
-            counts = [sampling.logprobs or 0] * len(targets)
-            tops = sample.top_logprobs(scored, targets, counts)
-            for target, top in zip(targets, tops, strict=True):
-                score(target, top)
-            sequence.prompt_scored = wanted.stop
-        done = sampling.max_tokens == 0 and work.catches_up
+        entries = score_prompt(sequence, work.count, logits, reply, self.tokenizer)
+        done = sequence.sampling.max_tokens == 0 and work.catches_up
         if done:
             self._forget(sequence.key, "length")
         if not entries and not done:
@@ -552,8 +403,3 @@ class Engine:
         self._scheduler.remove(sequence)
         for listener in self._listeners:
             listener.ended(sequence, why, self.now())
-
-
-def _scores_prompt(sequence: Sequence) -> bool:
-    """True while the next chunk's rows predict prompt tokens that somebody asked about."""
-    return sequence.sampling.prompt_logprobs and sequence.computed < sequence.prompt_tokens

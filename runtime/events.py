@@ -23,7 +23,7 @@ from runtime.event_frames import END_OF_REPLAY, sequence_number
 from runtime.event_log import History, Outbox
 
 if TYPE_CHECKING:
-    from runtime.engine import StepRecord
+    from runtime.account import StepRecord
     from runtime.kv import BlockKey
     from runtime.sequence import Sequence
 

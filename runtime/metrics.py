@@ -22,7 +22,7 @@ from runtime.distribution import Distribution
 
 if TYPE_CHECKING:
     from cache.tiers import TierCounts
-    from runtime.engine import Load
+    from runtime.account import Load
     from runtime.swap import SwapCounts
     from runtime.tally import Tally
 

@@ -14,10 +14,10 @@ from typing import Any
 from cache.template import TemplateFailure, TemplateRefusal
 from cache.tokens import NoChatTemplate, Tokenizer, TooLong
 from runtime import wire
-from runtime.engine import Order
 from runtime.grammar import (
     CompiledGrammar,
 )
+from runtime.inbox import Order
 from runtime.sequence import Sampling, Service
 from runtime.tool_request import ToolUse, argument_forms, offered
 from runtime.tools import dialect_of

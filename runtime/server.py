@@ -23,8 +23,9 @@ from starlette.types import Receive, Scope, Send
 from runtime import wire
 from runtime.answers import Answer
 from runtime.constraints import compile_grammar, grammar_spec, tools_of
-from runtime.engine import Engine, EngineStopped, QueueFull
+from runtime.engine import Engine
 from runtime.grammar import GrammarSpec
+from runtime.inbox import EngineStopped, QueueFull
 from runtime.metrics_page import CONTENT_TYPE
 from runtime.orders import (
     Asked,

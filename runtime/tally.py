@@ -21,7 +21,7 @@ from runtime.distribution import (
 )
 
 if TYPE_CHECKING:
-    from runtime.engine import StepRecord
+    from runtime.account import StepRecord
     from runtime.sequence import Sequence
 
 # How an answer can end: by itself, by its client's leaving, by a failure, by its deadline.

@@ -14,7 +14,8 @@ import torch
 
 from cache.tokens import Tokenizer
 from command.machine import cores
-from runtime.engine import Engine, Order
+from runtime.engine import Engine
+from runtime.inbox import Order
 from runtime.loading import load_model
 from runtime.model import Model
 from runtime.sequence import Output, Sampling

@@ -16,7 +16,8 @@ from transformers.pytorch_utils import Conv1D
 
 from cache.tokens import Tokenizer
 from runtime.adapters import load_adapters
-from runtime.engine import Engine, Order
+from runtime.engine import Engine
+from runtime.inbox import Order
 from runtime.loading import load_model
 from runtime.model import ModelRefused
 from runtime.sequence import Sampling

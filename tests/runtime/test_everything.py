@@ -13,7 +13,8 @@ from hypothesis import given, settings, strategies as st
 from cache.disk import DiskTier
 from cache.tiers import MemoryTier, Tiers
 from runtime.costs import StepCosts
-from runtime.engine import Engine, Order
+from runtime.engine import Engine
+from runtime.inbox import Order
 from runtime.sequence import Sampling, Service
 from runtime.surgery import FusedSlice
 from runtime.swap import Swap

@@ -10,7 +10,8 @@ import torch
 
 from cache.tokens import Tokenizer
 from runtime import wire
-from runtime.engine import Engine, Order
+from runtime.engine import Engine
+from runtime.inbox import Order
 from runtime.loading import load_model
 from runtime.orders import chat_prompt, make_orders
 from runtime.sequence import Output, Sampling, Service

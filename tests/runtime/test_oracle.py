@@ -14,7 +14,8 @@ from hypothesis import HealthCheck, Phase, given, settings, strategies as st
 from transformers import AutoModelForCausalLM
 
 from cache.tokens import Tokenizer
-from runtime.engine import Engine, Order
+from runtime.engine import Engine
+from runtime.inbox import Order
 from runtime.loading import load_model
 from runtime.model import Model, ModelRefused
 from runtime.sequence import Output, Sampling, Service

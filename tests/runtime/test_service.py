@@ -38,12 +38,14 @@ def test_usage_says_how_much_of_a_prompt_was_found(folder: Path) -> None:
 
 
 def test_choices_of_one_request_share_their_prompt(folder: Path) -> None:
-    """The prompt of n choices is computed once; usage counts what the others found."""
+    """The prompt of n choices is computed once; the worker counts what the others found, and usage,
+    which counts the prompt once, says that it was not there before."""
     with serving(folder) as world:
         body = HELLO | {"messages": LONG, "n": 3, "temperature": 1.0, "seed": 7}
         answer = world.client.post(CHAT, json=body).json()
         assert len(answer["choices"]) == 3
-        assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == 2 * 48
+        assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+        assert world.health()["cached_tokens"] == 2 * 48
 
 
 def test_a_request_past_its_deadline_is_504_and_leaves_nothing(folder: Path) -> None:

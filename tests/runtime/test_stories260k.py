@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from cache.tokens import Tokenizer
-from runtime.engine import Engine, Order
+from runtime.engine import Engine
+from runtime.inbox import Order
 from runtime.loading import load_model
 from runtime.sequence import Output, Sampling
 

@@ -18,7 +18,8 @@ from cache.slot_file import slot_bytes
 from cache.tiers import MemoryTier, Tiers
 from cache.tokens import Tokenizer
 from runtime.costs import StepCosts
-from runtime.engine import Engine, Order
+from runtime.engine import Engine
+from runtime.inbox import Order
 from runtime.loading import load_model
 from runtime.model import Model
 from runtime.sequence import Output, Sampling, Service

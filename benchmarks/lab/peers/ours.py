@@ -13,7 +13,8 @@ import torch
 from benchmarks.lab.peers.talk import Answers, Tokens, serve
 from cache.tokens import Tokenizer
 from policies.schema import Weights
-from runtime.engine import Engine, Order
+from runtime.engine import Engine
+from runtime.inbox import Order
 from runtime.loading import load_model
 from runtime.sequence import Sampling
 
