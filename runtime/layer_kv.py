@@ -12,6 +12,7 @@ from collections.abc import Sequence as Many
 from dataclasses import dataclass, fields
 from itertools import groupby
 
+import numpy as np
 import torch
 
 from runtime.kv import BLOCK_TOKENS
@@ -62,29 +63,41 @@ def block_format(pool: Many[LayerKV]) -> str:
     return "; ".join(f"{len(list(same))} x {layer}" for layer, same in groupby(layers))
 
 
-def read_blocks(pool: Many[LayerKV], blocks: Many[int]) -> list[torch.Tensor]:
-    """What each block holds in all layers: one contiguous uint8 tensor a block, in host memory."""
-    parts = [part for kv in pool for part in kv.parts()]
+def read_blocks(parts: Many[torch.Tensor], blocks: Many[int]) -> list[torch.Tensor]:
+    """What each block holds in the `parts` of all layers: one contiguous uint8 tensor a block, in
+    host memory."""
+    if parts[0].device.type == "cpu":  # plain copies of runs: 3-8 times as fast as indexing
+        views = [part.numpy() for part in parts]
+        return [
+            torch.from_numpy(np.concatenate([view[block] for view in views])) for block in blocks
+        ]
     index = torch.tensor(blocks, dtype=torch.long, device=parts[0].device)
     whole = torch.cat([part.index_select(0, index) for part in parts], dim=1).cpu()
     # A row of its own each: the memory of one must not depend on whether another is dropped.
     return [row.clone() for row in whole]
 
 
-def write_blocks(pool: Many[LayerKV], blocks: Many[int], buffers: Many[torch.Tensor]) -> None:
+def write_blocks(parts: Many[torch.Tensor], blocks: Many[int], buffers: Many[torch.Tensor]) -> None:
     """Puts back what `read_blocks` gave, into any blocks of a pool of the same shape."""
     if len(blocks) != len(buffers):
         raise ValueError(f"{len(buffers)} buffers for {len(blocks)} blocks")
-    parts = [part for kv in pool for part in kv.parts()]
     size = sum(part.shape[1] for part in parts)
     for block, buffer in zip(blocks, buffers, strict=True):
         if buffer.dtype != torch.uint8 or buffer.shape != (size,):
             raise ValueError(
                 f"block {block} wants {size} bytes, got {tuple(buffer.shape)} of {buffer.dtype}"
             )
+    at = 0
+    if parts[0].device.type == "cpu":  # 15-50 times as fast as indexing
+        rows = [buffer.numpy() for buffer in buffers]
+        for part in parts:
+            view, end = part.numpy(), at + part.shape[1]
+            for block, row in zip(blocks, rows, strict=True):
+                view[block] = row[at:end]
+            at = end
+        return
     index = torch.tensor(blocks, dtype=torch.long, device=parts[0].device)
     whole = torch.stack(list(buffers)).to(parts[0].device)
-    at = 0
     for part in parts:
         part.index_copy_(0, index, whole[:, at : at + part.shape[1]])
         at += part.shape[1]

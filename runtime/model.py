@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence as Many
 from ctypes import CDLL
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import nn
@@ -80,21 +81,24 @@ class Model:
 
     def wipe(self, blocks: list[int]) -> None:
         """Zeroes blocks: what is masked still counts as 0 x value, and 0 x NaN is NaN."""
-        for kv in self._pool:
-            for part in kv.parts():
-                part[blocks] = 0
+        for part in self._parts:
+            part[blocks] = 0
 
     def read_blocks(self, blocks: Many[int]) -> list[torch.Tensor]:
         """A copy of each block in host memory, `block_bytes` uint8 each: layer after layer."""
-        return read_blocks(self._pool, blocks)
+        return read_blocks(self._parts, blocks)
 
     def write_blocks(self, blocks: Many[int], buffers: Many[torch.Tensor]) -> None:
         """Puts buffers of `read_blocks` into these blocks. Raises ValueError on another size."""
-        write_blocks(self._pool, blocks, buffers)
+        write_blocks(self._parts, blocks, buffers)
+
+    @cached_property
+    def _parts(self) -> list[torch.Tensor]:
+        return [part for kv in self._pool for part in kv.parts()]
 
     @property
     def block_bytes(self) -> int:
-        return sum(part.shape[1] for kv in self._pool for part in kv.parts())
+        return sum(part.shape[1] for part in self._parts)
 
     @property
     def block_format(self) -> str:
@@ -103,7 +107,7 @@ class Model:
 
     @property
     def kv_bytes(self) -> int:
-        return sum(part.nbytes for kv in self._pool for part in kv.parts())
+        return sum(part.nbytes for part in self._parts)
 
     @property
     def parameters(self) -> int:

@@ -322,10 +322,9 @@ class Swap:
         return [memoryview(one.numpy()) for one in self._model.read_blocks(blocks)]  # type: ignore[arg-type]  # numpy's arrays are buffers
 
     def _write(self, blocks: Many[int], data: Many[Data]) -> None:
-        whole = np.empty((len(data), self._block_bytes), dtype=np.uint8)
-        for row, one in zip(whole, data, strict=True):
-            row[:] = np.frombuffer(one, dtype=np.uint8)
-        self._model.write_blocks(blocks, list(torch.from_numpy(whole)))
+        rows = [np.frombuffer(one, dtype=np.uint8) for one in data]
+        writable = [row if row.flags.writeable else row.copy() for row in rows]  # torch wants that
+        self._model.write_blocks(blocks, [torch.from_numpy(row) for row in writable])
 
 
 def open_swap(model: Model, wanted: policy.Tiers, identity: str) -> Swap:
