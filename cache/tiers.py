@@ -188,6 +188,7 @@ class Promotion:
 
     keys: Sequence[bytes]
     wake: Callable[[Promotion], None]
+    epoch: int  # of forgetting: what was read before must not arrive behind it
     arrived: int = 0
     done: bool = False
     released: bool = False
@@ -207,6 +208,7 @@ class Tiers:
         self._queued = threading.Condition(self._lock)
         self._queue: deque[Promotion] = deque()
         self._staged = 0
+        self._epoch = 0
         self._open = True
         self._thread: threading.Thread | None = None
         if lower is not None:
@@ -273,7 +275,7 @@ class Tiers:
             if not self._open or (self._staged and staged > self._staging_blocks):
                 return None
             self._staged = staged
-            promotion = Promotion(keys, wake)
+            promotion = Promotion(keys, wake, self._epoch)
             self._queue.append(promotion)
             self._queued.notify()
         return promotion
@@ -293,6 +295,7 @@ class Tiers:
         """These blocks, or all, do not come back from here: they are not to be trusted."""
         keys = None if keys is None else list(keys)
         with self._lock:
+            self._epoch += 1
             self.memory.forget(keys)
         if self.lower is not None:
             self.lower.forget(keys)
@@ -347,7 +350,7 @@ class Tiers:
     def _arrive(self, promotion: Promotion, key: bytes, data: Data) -> bool:
         """Pins the next block of a run in memory. False when the run is at its end."""
         with self._lock:
-            if promotion.released or not self._open:
+            if promotion.released or promotion.epoch != self._epoch or not self._open:
                 return False
             if not data and key not in self.memory:
                 return False  # evicted since the run began

@@ -33,6 +33,8 @@ from policies.model_folder import served_name
 from policies.schema import Deployment, Runtime
 from runtime.wire import RUN_TOKEN_ENV
 
+# Before SIGKILL, for a worker whose disk tier takes along what its pool holds.
+_STORE_S = 5.0
 # Between the end of the gateway's own drain and SIGKILL.
 _GRACE_S = 5.0
 _WORKER_HOST = "127.0.0.1"
@@ -124,6 +126,7 @@ def programs_of(plan: Plan) -> list[Program]:
             _WORKER_HOST,
             port,
             for_workers,
+            grace_s=_STORE_S,
             refusal=_EXIT_REFUSED,
             fact="blocks",
         )

@@ -217,11 +217,9 @@ class Scheduler:
         """Moves a waiting sequence to the running ones, with the blocks of all its tokens.
 
         False when it had better wait for blocks that another one is computing or that are being
-        loaded, None when there is no room. One
-        block for each running sequence stays free, so that decodes do not push it out again.
+        loaded, None when there is no room. One block for each running sequence stays free, so that
+        decodes do not push it out again.
         """
-        if len(self.running) >= self.max_sequences and not self._pause_for(sequence):
-            return None
         held = len(sequence.blocks)
         found: list[int] = []
         below = 0
@@ -238,6 +236,8 @@ class Scheduler:
                     sequence.waits_for = "tier"
                     return False
                 below = ready
+        if len(self.running) >= self.max_sequences and not self._pause_for(sequence):
+            return None
         self.pool.hold(found)
         sequence.blocks += found
         missing = blocks_for(len(sequence.tokens)) - len(sequence.blocks)

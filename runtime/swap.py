@@ -8,6 +8,7 @@ vain at most doubles the time. Runs in the engine's thread.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence as Many
@@ -103,7 +104,8 @@ class Swap:
         self._stagings: dict[bytes, _Staging] = {}
 
     def measure(self) -> None:
-        """Copies a few blocks out of the pool and in again, before it holds anything."""
+        """Copies a few blocks out of the pool and in again, before it holds anything, and has the
+        other thread bring up nothing."""
         blocks = list(range(min(_PROBE_BLOCKS, self._model.blocks)))
         for _ in range(2):  # the first time pays for fresh memory
             data = self._read(blocks)
@@ -111,6 +113,13 @@ class Swap:
             self._write(blocks, data)
             seconds = time.perf_counter() - began
         self._copy.saw(len(blocks) * self._block_bytes, seconds)
+        if self.tiers.lower is not None:
+            done = threading.Event()
+            began = time.perf_counter()
+            if nothing := self.tiers.promote((), lambda _: done.set()):
+                done.wait(1.0)
+                self._handover_s = time.perf_counter() - began
+                self.tiers.release(nothing)
 
     def attach(self, pool: BlockPool, wake: Callable[[], None]) -> None:
         """The pool that is watched; `wake` is called in another thread when waiting may end."""

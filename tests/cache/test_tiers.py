@@ -205,6 +205,20 @@ def test_what_is_forgotten_does_not_come_back():
         assert [world.tiers.find([one]) for one in keys(2, 3)] == [(0, 0)] * 2
 
 
+def test_what_is_forgotten_does_not_arrive_afterwards():
+    """A block that was read before everything was forgotten is not the one that is wanted now."""
+    with World(1) as world:
+        world.put(1, 2, 3)
+        world.cellar.gate.clear()
+        promotion = world.promote(1, 2)
+        world.memory.forget(None)
+        world.tiers.forget(keys(9))
+        world.cellar.gate.set()
+        assert world.woken.wait(10)
+        assert promotion.arrived == 0
+        world.tiers.release(promotion)
+
+
 def test_without_a_lower_tier_memory_is_all():
     tiers = Tiers(MemoryTier(2 * SIZE))
     for number in (1, 2, 3):
