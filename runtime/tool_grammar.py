@@ -191,7 +191,7 @@ def _tagged(
 
 def _python(tool: Tool, schema: Mapping[str, Any]) -> Iterator[tuple[str, bool]]:
     for key, given, required in _properties(tool, schema):
-        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", key):
+        if not key.isidentifier():
             raise CannotForce(f"{tool.name}: an argument named {key!r} cannot be a Python name")
         yield f"{quote(key + '=')} {_value(_resolved(given, schema), schema, tool)}", required
 

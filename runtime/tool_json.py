@@ -51,7 +51,8 @@ class JsonCalls:
     """`{"name": ..., "arguments": {...}}`, one, several behind each other, or in a list.
 
     `closers` are swallowed behind calls, `fence` may stand before them. A call object without
-    arguments is a call with `{}`, unless `needs_arguments`.
+    arguments is a call with `{}`; not so where calls come `unmarked`, and any other JSON must be
+    told apart early.
     """
 
     closers: tuple[str, ...] = ()
@@ -59,7 +60,7 @@ class JsonCalls:
     separator: str = ""
     name_keys: frozenset[str] = frozenset({"name"})
     arguments_keys: frozenset[str] = frozenset({"arguments", "parameters"})
-    needs_arguments: bool = False
+    unmarked: bool = False
 
     @property
     def markers(self) -> tuple[str, ...]:
@@ -126,10 +127,13 @@ class JsonCalls:
         """A call object up to its arguments, or all of it when they come first or not at all."""
         at = yield from skip_space(reader, at)
         at = yield from expect(reader, at, "{")
-        name, arguments = "", None
+        name, arguments, first = "", None, True
         while True:
             at = yield from skip_space(reader, at)
             key, at = yield from string_at(reader, at)
+            if self.unmarked and first and key not in self.name_keys:
+                raise Malformed
+            first = False
             at = yield from expect(reader, (yield from skip_space(reader, at)), ":")
             at = yield from skip_space(reader, at)
             if key in self.name_keys:
@@ -146,7 +150,7 @@ class JsonCalls:
             if (yield from char_at(reader, at)) == "}":
                 break
             at = yield from expect(reader, at, ",")
-        if not name or (arguments is None and self.needs_arguments):
+        if not name or (arguments is None and self.unmarked):
             raise Malformed
         return Head(name, at + 1, arguments or "{}")
 

@@ -28,7 +28,7 @@ from runtime.tool_reader import (
     wait_for,
 )
 
-_NAME = re.compile(r"[A-Za-z_][\w.-]*")
+_NAME = re.compile(r"[^\W\d][\w.-]*")
 _SPACE = re.compile(r"[\s]*")
 _NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?")
 _INSIDE = {quote: re.compile(rf"[{quote}\\]") for quote in "'\""}

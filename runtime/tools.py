@@ -70,7 +70,7 @@ LLAMA = Dialect(
     "llama_json",
     marks=(("<|python_tag|>",), ('"parameters": dictionary of argument name',)),
     openers=("<|python_tag|>", "<|python_start|>"),
-    calls=JsonCalls(closers=("<|python_end|>",), separator=";", needs_arguments=True),
+    calls=JsonCalls(closers=("<|python_end|>",), separator=";", unmarked=True),
     bare="{",
     known_only=True,
 )
