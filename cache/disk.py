@@ -313,7 +313,7 @@ class DiskTier:
                 if folder == own or not folder.name.isdecimal():
                     continue
                 view = known.get(folder) or SlotView(folder, block_bytes=self.block_bytes)
-                with contextlib.suppress(FileNotFoundError):  # just made, or just removed
+                with contextlib.suppress(OSError):  # just made, just removed, or another user's
                     view.refresh()
                     views.append(view)
         self._others = views

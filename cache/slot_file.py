@@ -8,6 +8,7 @@ again. Slots are overwritten in place, because removing a file costs more than w
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import struct
@@ -158,9 +159,10 @@ class SlotFile:
             return
         with self._lock:
             entries = [self._entries[key] for key in keys if key in self._entries and self._open]
-        for entry in entries:
-            at = entry.slot * self._slot_bytes
-            advise(self._blocks, at, self._block_bytes, os.POSIX_FADV_WILLNEED)
+        with contextlib.suppress(OSError):  # closed meanwhile, or not that kind of file
+            for entry in entries:
+                at = entry.slot * self._slot_bytes
+                advise(self._blocks, at, self._block_bytes, os.POSIX_FADV_WILLNEED)
 
     def read(self, key: bytes) -> bytes | None:
         """A block as it was stored; None when it is not here. Raises Damaged and forgets it."""
@@ -228,7 +230,8 @@ class SlotFile:
             entry = Entry(entry.slot, entry.digest, self._age)
             self._entries[key] = entry
             self._entries.move_to_end(key)
-        self._write_entry(key, entry)
+        with contextlib.suppress(OSError):  # then it only seems older to the next process
+            self._write_entry(key, entry)
 
     def _forget(self, key: bytes, entry: Entry) -> None:
         with self._lock:
@@ -295,16 +298,17 @@ class SlotView:
             self._seen = seen
 
     def read(self, key: bytes) -> bytes | None:
-        """The block, or None. Raises OSError."""
+        """The block, or None where it is gone, whatever the reason."""
         entry = self._entries.get(key)
         if entry is None:
             return None
-        descriptor = os.open(self.folder / "blocks", os.O_RDONLY)
         try:
-            at = entry.slot * slot_bytes(self._block_bytes)
-            data = os.pread(descriptor, self._block_bytes, at)
-        finally:
-            os.close(descriptor)
+            with (self.folder / "blocks").open("rb", buffering=0) as file:
+                file.seek(entry.slot * slot_bytes(self._block_bytes))
+                data = file.read(self._block_bytes)
+        except OSError:  # it is another process's to tell
+            self._entries = {}
+            return None
         if len(data) == self._block_bytes and digest_of(key, data) == entry.digest:
             return data
         self._entries.pop(key, None)

@@ -184,8 +184,8 @@ class Engine:
             self._pool.evictions,
             self._refused,
             waiting_for,
-            scheduler.asked_tokens,
-            dict(scheduler.hit_tokens),
+            scheduler.loads.asked_tokens,
+            dict(scheduler.loads.hit_tokens),
         )
 
     # ---- the engine's thread ---------------------------------------------------------------------
@@ -205,6 +205,7 @@ class Engine:
     def step(self) -> list[Output]:
         """One packed forward: what each sequence gained from it."""
         started, now = perf_counter(), self.now()
+        copied_s = self._copied_s()
         late = self._past_deadline(now)
         plan = self._scheduler.plan(now)
         if not plan:
@@ -218,25 +219,29 @@ class Engine:
             log.exception("a step with %d sequences failed", len(plan))
             reason = (str(error) or type(error).__name__).splitlines()[0]
             return late + [self._fail(work.sequence, reason) for work in plan]
-        self._account(plan, size, len(outputs), perf_counter() - started, forward_s)
+        seconds = perf_counter() - started
+        if self._scheduler.costs is not None:  # what tiers copied is not what its tokens cost
+            self._scheduler.costs.observe(size, seconds - (self._copied_s() - copied_s))
+        self._account(plan, size, len(outputs), seconds, forward_s)
         return late + outputs
 
     def _account(
         self, plan: list[Work], size: StepSize, sampled: int, seconds: float, forward_before: float
     ) -> None:
-        """What the step took, for the clock, the cost table and whoever listens."""
+        """What the step took, for the clock and whoever listens."""
         clock, scheduler = self.clock, self._scheduler
         clock.steps += 1
         clock.tokens += sampled
         clock.step_s += seconds
-        if scheduler.costs is not None:
-            scheduler.costs.observe(size, seconds)
         if self._listeners:
             forward_s = clock.forward_s - forward_before
             running, waiting = len(scheduler.running), len(scheduler.waiting)
             record = StepRecord(size, len(plan), sampled, seconds, forward_s, running, waiting)
             for listener in self._listeners:
                 listener.stepped(record)
+
+    def _copied_s(self) -> float:
+        return 0.0 if self.swap is None else self.swap.copied_s
 
     def _past_deadline(self, now: float) -> list[Output]:
         """Gives up what has run out of its time."""

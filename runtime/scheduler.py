@@ -10,14 +10,13 @@ blocks run out, whoever comes last gives up as much of its tail as is needed, an
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from heapq import merge
-from typing import Protocol
 
-from cache.tiers import Data
 from runtime.costs import StepCosts, StepSize, pairs
 from runtime.kv import BLOCK_TOKENS, BlockPool, blocks_for
+from runtime.loads import Below, Coming, Loads
 from runtime.sequence import Sequence
 
 # A chunk is never cut smaller than this for the sake of running answers, or a prompt would starve.
@@ -53,17 +52,6 @@ def step_size(plan: list[Work]) -> StepSize:
     return StepSize(tokens, decode_context, chunk_pairs)
 
 
-class Below(Protocol):
-    """What the pool once had and may have again: see `runtime.swap`."""
-
-    def ready(self, sequence: Sequence, first: int, end: int) -> int | None: ...
-    def fetch(self, sequence: Sequence, first: int, count: int) -> list[Data]: ...
-    def load(self, blocks: list[int], data: list[Data]) -> None: ...
-    def admitted(self, sequence: Sequence, held: int, found: int, loaded: int) -> int: ...
-    def leave(self, key: int) -> None: ...
-    def distrust(self, hashes: list[bytes]) -> None: ...
-
-
 def _rank(sequence: Sequence) -> tuple[float, int]:
     return sequence.rank
 
@@ -83,7 +71,7 @@ class Scheduler:
         below: Below | None = None,
     ) -> None:
         self.pool = pool
-        self.below = below
+        self.loads = Loads(pool, below)
         self.step_tokens = step_tokens
         # A batch of decodes alone has to fit the budget, or the youngest would wait in mid-answer.
         self.max_sequences = min(max_sequences, step_tokens)
@@ -93,8 +81,6 @@ class Scheduler:
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.preemptions = 0
-        self.asked_tokens = 0  # of the prompts of all that were admitted
-        self.hit_tokens = {"pool": 0, "host": 0, "disk": 0}  # of these, by where they were found
         self._making: dict[bytes, Sequence] = {}  # hash -> who is about to compute that block
         self._on: set[int] = set()  # keys of the running ones
 
@@ -107,8 +93,7 @@ class Scheduler:
             self._leave(sequence)
         else:
             self.waiting.remove(sequence)
-        if self.below is not None:
-            self.below.leave(sequence.key)
+        self.loads.leave(sequence)
         self.pool.give_back(sequence.cut_blocks(0))
 
     def waiting_for(self) -> dict[str, int]:
@@ -142,14 +127,11 @@ class Scheduler:
         blocks, keys = sequence.newly_full()
         if blocks:
             self.pool.seal(blocks, keys)
-            for key in keys:
-                if self._making.get(key.hash) is sequence:
-                    del self._making[key.hash]
+            self._stop_making(sequence, [key.hash for key in keys])
 
     def distrust(self, sequence: Sequence) -> list[int]:
         """Blocks of a sequence whose values went wrong: unfindable now; those that are its own."""
-        if self.below is not None:
-            self.below.distrust([one for one in map(self.pool.hash_of, sequence.blocks) if one])
+        self.loads.distrust([one for one in map(self.pool.hash_of, sequence.blocks) if one])
         self.pool.unseal(sequence.blocks)
         return [block for block in sequence.blocks if not self.pool.shared(block)]
 
@@ -158,8 +140,11 @@ class Scheduler:
     def _plan_chunks(self, plan: list[Work], budget: int, now: float) -> None:
         """Adds chunks by rank until the step is full, by tokens or by the time that it may take."""
         allowed_s = self._allowed_s(now)
+        self.loads.begin_step(allowed_s)
         least = CHUNK_TOKENS_MIN
         for late in self._behind(now):
+            if self._is_being_filled(late):
+                continue
             count = min(late.behind, budget)
             if late.needed_from < late.prompt_tokens - 1:
                 count = min(count, self.scored_rows)
@@ -230,12 +215,11 @@ class Scheduler:
             if self._is_made_by_another(sequence, held + len(found)):
                 sequence.waits_for = "prefix"
                 return False
-            if self.below is not None:
-                ready = self.below.ready(sequence, held + len(found), end)
-                if ready is None:
-                    sequence.waits_for = "tier"
-                    return False
-                below = ready
+            ready = self.loads.ready(sequence, held + len(found), end)
+            if ready is None:
+                sequence.waits_for = "tier"
+                return False
+            below = ready
         if len(self.running) >= self.max_sequences and not self._pause_for(sequence):
             return None
         self.pool.hold(found)
@@ -247,14 +231,14 @@ class Scheduler:
         if found:
             sequence.sealed = len(sequence.blocks)
             sequence.computed = min(sequence.sealed * BLOCK_TOKENS, sequence.needed_from)
-        # What it is loaded from may have to give way to what the pool evicts: first come, then go.
-        data = self.below.fetch(sequence, held + len(found), below) if self.below and below else []
+        coming = Coming(
+            held, len(found), held + len(found) + below, sequence.times.admitted is None
+        )
+        data = self.loads.fetch(sequence, coming)
         sequence.blocks += self.pool.take(missing)
-        near = self._load(sequence, held, len(found), data)
-        if sequence.times.admitted is None:
+        if coming.first:
             sequence.times.admitted = now
-            sequence.cached = sequence.computed
-            self._count_hits(sequence, len(found), near)
+        self.loads.fill(sequence, coming, data)
         for one in sequence.hashes[sequence.sealed :]:
             self._making.setdefault(one, sequence)
         self.waiting.remove(sequence)
@@ -262,31 +246,12 @@ class Scheduler:
         self._on.add(sequence.key)
         return True
 
-    def _load(self, sequence: Sequence, held: int, found: int, data: list[Data]) -> int:
-        """Fills blocks of a sequence behind those that the pool had, and lets others find them.
-
-        How many of them came from memory; the others came from further below.
-        """
-        if self.below is None:
-            return 0
-        if data:
-            first = held + found
-            blocks = sequence.blocks[first : first + len(data)]
-            self.below.load(blocks, data)
-            self.pool.seal(blocks, sequence.keys(first, first + len(data)))
-            sequence.sealed = first + len(data)
-            sequence.computed = min(sequence.sealed * BLOCK_TOKENS, sequence.needed_from)
-        return self.below.admitted(sequence, held, found, len(data))
-
-    def _count_hits(self, sequence: Sequence, found: int, near: int) -> None:
-        """Where the prompt's tokens were found: the last one is computed in any case."""
-        self.asked_tokens += sequence.prompt_tokens
-        left = sequence.cached
-        for tier, blocks in (("pool", found), ("host", near)):
-            here = min(left, blocks * BLOCK_TOKENS)
-            self.hit_tokens[tier] += here
-            left -= here
-        self.hit_tokens["disk"] += left
+    def _is_being_filled(self, sequence: Sequence) -> bool:
+        """True while there is more to come from below than this step has time for."""
+        before = sequence.sealed
+        more = self.loads.more(sequence)
+        self._stop_making(sequence, sequence.hashes[before : sequence.sealed])
+        return more
 
     def _is_made_by_another(self, sequence: Sequence, at: int) -> bool:
         """True when somebody who comes first is computing block `at` of this sequence."""
@@ -295,8 +260,8 @@ class Scheduler:
         maker = self._making.get(sequence.hashes[at])
         return maker is not None and maker.rank < sequence.rank
 
-    def _stop_making(self, sequence: Sequence) -> None:
-        for one in sequence.hashes:
+    def _stop_making(self, sequence: Sequence, hashes: Iterable[bytes]) -> None:
+        for one in hashes:
             if self._making.get(one) is sequence:
                 del self._making[one]
 
@@ -361,4 +326,5 @@ class Scheduler:
     def _leave(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
         self._on.discard(sequence.key)
-        self._stop_making(sequence)
+        self._stop_making(sequence, sequence.hashes)
+        self.loads.end(sequence)

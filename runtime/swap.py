@@ -25,7 +25,7 @@ from cache.tiers import NEWEST, Data, MemoryTier, Promotion, Rate, Tier, Tiers
 from policies import schema as policy
 from runtime.costs import StepCosts
 from runtime.kv import BlockKey, BlockPool
-from runtime.model import Model
+from runtime.model import Model, ModelRefused
 from runtime.sequence import Sequence
 
 # How long a sequence waits for a lower tier where the costs of computing are not known.
@@ -35,6 +35,8 @@ STAGING_BYTES = 256 * 2**20
 _PROBE_BLOCKS = 8
 # A tier that seems too slow is tried again with this many blocks, at most this often.
 _SAMPLE_BLOCKS, _SAMPLE_EVERY_S = 8, 1.0
+COPY_S_MAX = 0.1  # of a step, for copying into the pool; one block is copied in any case
+_COPY_S_MIN = 0.005
 _SAVE_S = 3.0  # at most this long for what the pool holds at the end
 
 
@@ -82,6 +84,7 @@ class Swap:
         tiers: Tiers,
         *,
         costs: StepCosts | None = None,
+        copy_s_max: float = COPY_S_MAX,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self.tiers = tiers
@@ -96,6 +99,8 @@ class Swap:
         self._copy = Rate()  # from memory into the pool
         self._handover_s = 0.0  # what a staging takes beyond the reading itself
         self._sample_at = 0.0
+        self._copy_s_max = copy_s_max
+        self._step_s = copy_s_max  # left of this step for copying into the pool
         self._parents: dict[bytes, bytes | None] = {}  # of the blocks that the pool can find
         self._ancestors: deque[bytes] = deque()  # to be kept below
         self._seen: set[bytes] = set()  # ancestors that were kept a short while ago
@@ -132,6 +137,11 @@ class Swap:
             self.leave(key)
         self._save(time.monotonic() + _SAVE_S)
         self.tiers.close()
+
+    @property
+    def copied_s(self) -> float:
+        """Seconds of copying so far, both ways."""
+        return self.counts.read_s + self.counts.write_s
 
     def report(self) -> dict[str, Any]:
         """For health answers, from any thread: every tier's counts, and what became of lookups."""
@@ -226,8 +236,18 @@ class Swap:
                 self._extend(plan, sequence, plan.end, end)
         return max(0, min(plan.end, end) - first)
 
-    def fetch(self, sequence: Sequence, first: int, count: int) -> list[Data]:
-        """Up to `count` blocks from block `first` on, as far as memory has them."""
+    def begin_step(self, allowed_s: float) -> None:
+        """Half of what a step may take is for copying, but always some, and never very much."""
+        self._step_s = min(max(allowed_s / 2, _COPY_S_MIN), self._copy_s_max)
+
+    def fetch(self, sequence: Sequence, first: int, count: int) -> list[Data] | None:
+        """Up to `count` blocks from block `first` on, as far as memory has them; None when this
+        step has no time left for copying."""
+        if self._step_s <= 0:
+            return None
+        rate = self._copy.bytes_per_s
+        if rate is not None:
+            count = min(count, max(1, int(self._step_s * rate / self._block_bytes)))
         return self.tiers.load(sequence.hashes[first : first + count])
 
     def load(self, blocks: Many[int], data: Many[Data]) -> None:
@@ -236,6 +256,7 @@ class Swap:
         self._write(blocks, data)
         seconds = time.perf_counter() - began
         self.counts.write_s += seconds
+        self._step_s -= seconds
         self._copy.saw(len(blocks) * self._block_bytes, seconds)
 
     def admitted(self, sequence: Sequence, held: int, found: int, loaded: int) -> int:
@@ -337,14 +358,20 @@ class Swap:
 
 
 def open_swap(model: Model, wanted: policy.Tiers, identity: str) -> Swap:
-    """The tiers of a policy; `identity` says whose keys and values they hold."""
+    """The tiers of a policy; `identity` says whose keys and values they hold.
+
+    Raises ModelRefused for a disk tier that has no room for this model's blocks.
+    """
     disk = None
     if wanted.disk is not None:
-        disk = DiskTier(
-            Path(wanted.disk.path),
-            limit_bytes=wanted.disk.max_bytes,
-            block_bytes=model.block_bytes,
-            identity={"model": identity, "block": model.block_format},
-        )
+        try:
+            disk = DiskTier(
+                Path(wanted.disk.path),
+                limit_bytes=wanted.disk.max_bytes,
+                block_bytes=model.block_bytes,
+                identity={"model": identity, "block": model.block_format},
+            )
+        except ValueError as error:
+            raise ModelRefused(f"runtime.tiers.disk.max_bytes: {error}; give it more") from None
     staging = max(1, STAGING_BYTES // model.block_bytes)
     return Swap(model, Tiers(MemoryTier(wanted.host_bytes), disk, staging_blocks=staging))

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -308,6 +309,19 @@ def test_a_neighbour_that_overwrites_is_not_mistaken(tmp_path, open_tier):
     second.refresh()
     assert read(second, 3, 4) == [block(3), block(4)]
     assert second.counts.corrupt == 0
+
+
+def test_a_neighbour_that_goes_takes_only_its_own_along(tmp_path, open_tier):
+    """Its folder is removed under the reader: what is ours is still given out."""
+    first, second = open_tier(tmp_path), open_tier(tmp_path)
+    store(first, 1)
+    store(second, 2)
+    second.refresh()
+    (blocks, _) = files(tmp_path, "blocks")
+    assert blocks.parent.name == "0"
+    shutil.rmtree(blocks.parent)
+    assert read(second, 1, 2) == [None, block(2)]
+    assert second.counts.failed == 0
 
 
 def test_what_is_forgotten_does_not_come_back(tmp_path, open_tier):

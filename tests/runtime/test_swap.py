@@ -23,12 +23,13 @@ from runtime.inbox import Order
 from runtime.loading import load_model
 from runtime.model import Model
 from runtime.sequence import Output, Sampling, Service
-from runtime.swap import Swap
+from runtime.swap import COPY_S_MAX, Swap
 from tests.runtime.test_oracle import EXAMPLES, generate
 from tests.runtime.tiny_models import FAMILIES, VOCAB, write_model
 
 torch.set_num_threads(1)
 ANSWER = 12
+ONE_BLOCK_S = 1e-9  # time for copying that is up after one block
 # One head for all, a middle for each of three, an end for each of nine: as conversations come back.
 HEAD, MIDDLE, END = 33, 48, 17
 FAMILY_NAMES = ("llama", "gemma3", "deepseek_v3")  # plain, sliding windows, keys unlike values
@@ -85,6 +86,7 @@ class World:
         host_blocks: int = 0,
         disk_blocks: int = 64,
         costs: StepCosts | None = None,
+        copy_s_max: float = COPY_S_MAX,
         **limits: int,
     ) -> None:
         self.family = one
@@ -95,7 +97,9 @@ class World:
             limit = disk_blocks * one.slot
             identity = {"model": "tiny"}
             self.disk = DiskTier(disk, limit_bytes=limit, block_bytes=size, identity=identity)
-        self.swap = Swap(one.model, Tiers(self.memory, self.disk), costs=costs)
+        tiers = Tiers(self.memory, self.disk)
+        self.swap = Swap(one.model, tiers, costs=costs, copy_s_max=copy_s_max)
+        self.swap.measure()
         one.model.blocks = blocks  # a smaller pool than the tensors hold: eviction comes early
         self.engine = Engine(
             one.model, one.tokenizer, emit=lambda _: None, swap=self.swap, **limits
@@ -160,6 +164,7 @@ worlds = st.fixed_dictionaries(
         "blocks": st.sampled_from([8, 11, 16, 30]),
         "host_blocks": st.sampled_from([0, 2, 9, 100]),
         "disk_blocks": st.sampled_from([0, 2, 7, 64]),
+        "copy_s_max": st.sampled_from([COPY_S_MAX, ONE_BLOCK_S]),
         "arrivals": st.lists(
             st.builds(
                 Arrival,
@@ -276,11 +281,37 @@ def test_a_preempted_sequence_finds_its_blocks_again(family):
         assert world.swap.counts.host_hits > 0
 
 
+def test_a_long_run_is_filled_over_several_steps_while_others_answer(family):
+    """With time for one block a step, an answer that runs gets a token in each of these steps."""
+    one = family("llama")
+    with World(one, host_blocks=100, copy_s_max=ONE_BLOCK_S) as world:
+        world.ask(2)
+        for other in (6, 10):
+            world.ask(other)
+        running = world.submit(5, 12)
+        got: dict[int, list[int]] = {running: []}
+        while not got[running]:
+            got[running] += [token for output in world.step() for token in output.token_ids]
+        back = world.submit(2, 1)
+        got[back] = []
+        steps = 0
+        while not got[back]:
+            for output in world.step():
+                got[output.key] += output.token_ids
+                found = output.cached_tokens
+            steps += 1
+        assert steps > 3
+        assert len(got[running]) == 1 + steps
+        assert got == {running: one.expected[5][: 1 + steps], back: one.expected[2][:1]}
+        assert found == (HEAD + MIDDLE + END) // 16 * 16
+        world.engine.cancel([running])
+        world.step()
+
+
 def test_loading_is_declined_where_computing_is_faster(family):
     """A machine that computes for nothing loads nothing, but for the answer it is all the same."""
     free = StepCosts([1, 512], [1e-12, 1e-12])
     with World(family("llama"), host_blocks=100, costs=free) as world:
-        world.swap.measure()
         for prompt in (2, 6, 10, 2):
             world.ask(prompt)
         assert world.swap.counts.host_hits == 0
