@@ -63,7 +63,7 @@ class ToolReply:
                 else:
                     pieces.append(Piece(self._index, text))
             case Opened(name):
-                call = CallDelta(self._calls, id=self._new_id(), name=name)
+                call = CallDelta(self._calls, id=self._new_id(name), name=name)
                 self._calls, self._complete = self._calls + 1, False
                 pieces.append(Piece(self._index, "", call=call))
             case Arguments(text):
@@ -87,7 +87,8 @@ class ToolReply:
         pieces[-1] = replace(pieces[-1], finish_reason=reason)
         return pieces
 
-    def _new_id(self) -> str:
+    def _new_id(self, name: str) -> str:
         dialect = self._use.dialect
-        characters = (secrets.choice(_ID_CHARACTERS) for _ in range(dialect.id_chars))
-        return dialect.id_start + "".join(characters)
+        random = "".join(secrets.choice(_ID_CHARACTERS) for _ in range(dialect.id_chars))
+        number = self._use.past_calls + self._calls
+        return dialect.id_form.format(name=name, number=number, random=random)

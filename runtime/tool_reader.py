@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Generator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, TypeVar
 
 NAME_CHARS_MAX = 256
@@ -121,6 +122,24 @@ def one_of(reader: Reader, at: int, markers: tuple[str, ...]) -> Steps[str]:
 def half_come(reader: Reader, at: int, markers: tuple[str, ...]) -> bool:
     """Whether the answer ended within one of the markers at `at`."""
     return reader.over and any(marker.startswith(reader.rest[at:]) for marker in markers)
+
+
+def safe_chars(text: str, markers: tuple[str, ...]) -> int:
+    """How many characters of the text surely are no part of a marker that is still coming."""
+    found = _half(markers).search(text)
+    return found.start() if found else len(text)
+
+
+@lru_cache(maxsize=64)
+def _half(markers: tuple[str, ...]) -> re.Pattern[str]:
+    """Matches the beginning of a marker at the end of a text, but not all of it."""
+    patterns = []
+    for marker in markers:
+        pattern = ""
+        for char in reversed(marker[:-1]):
+            pattern = re.escape(char) + (f"(?:{pattern})?" if pattern else "")
+        patterns.append(pattern or "(?!)")
+    return re.compile(rf"(?:{'|'.join(patterns) or '(?!)'})\Z")
 
 
 def until(reader: Reader, at: int, ends: str, limit: int) -> Steps[int]:

@@ -59,7 +59,7 @@ class ToolUse:
     `forced`. With `parallel` False an answer ends behind its first call.
 
     `template` is the text of the model's own; `special` the ids of the dialect's marks that are
-    special tokens.
+    special tokens; `past_calls` how many calls the conversation has already.
     """
 
     dialect: Dialect
@@ -68,6 +68,7 @@ class ToolUse:
     wanted: tuple[Tool, ...]
     forced: bool
     parallel: bool
+    past_calls: int
 
     @property
     def functions(self) -> dict[str, Mapping[str, Any]]:
@@ -90,8 +91,10 @@ def tool_use(asked: ChatRequest, tokenizer: Tokenizer) -> ToolUse | None:
             raise _problem(older, why, "unsupported_parameter")
     tools = _check_tools(asked.tools or ())
     named = _check_choice(asked, [tool.name for tool in tools])
-    for at, message in enumerate(asked.messages):
+    past_calls = sum(
         _check_calls((message.model_extra or {}).get("tool_calls"), f"messages.{at}.tool_calls")
+        for at, message in enumerate(asked.messages)
+    )
     if not tools or asked.tool_choice == "none":
         return None
     try:
@@ -111,6 +114,7 @@ def tool_use(asked: ChatRequest, tokenizer: Tokenizer) -> ToolUse | None:
         tuple(tool for tool in tools if named in (None, tool.name)),
         forced=forced,
         parallel=asked.parallel_tool_calls is not False and named is None,
+        past_calls=past_calls,
     )
 
 
@@ -193,15 +197,17 @@ def _named(choice: Any) -> str | None:
     return name if isinstance(name, str) else None
 
 
-def _check_calls(calls: Any, where: str) -> None:
+def _check_calls(calls: Any, where: str) -> int:
+    """How many calls these are."""
     if calls is None:
-        return
+        return 0
     if not isinstance(calls, list):
         raise _problem(where, "expected a list of calls")
     for at, call in enumerate(calls):
         if not isinstance(call, dict):
             raise _problem(f"{where}.{at}", "expected an object")
         _valid(_ToolCall, call, f"{where}.{at}")
+    return len(calls)
 
 
 Checked = TypeVar("Checked", bound=BaseModel)

@@ -28,6 +28,7 @@ from runtime.tool_reader import (
     expect,
     half_come,
     one_of,
+    safe_chars,
     skip_space,
     until,
     wait_for,
@@ -135,16 +136,6 @@ def find(reader: Reader, at: int, wanted: str) -> Steps[int]:
         at = max(at, len(reader.rest) - len(wanted))
         yield from wait_for(reader, len(reader.rest) + 1)
     return found
-
-
-def safe_chars(text: str, markers: tuple[str, ...]) -> int:
-    """How many characters of the text surely are no part of a marker that is still coming."""
-    reach = max(map(len, markers), default=1) - 1
-    for at in range(max(0, len(text) - reach), len(text)):
-        end = text[at:]
-        if any(marker.startswith(end) for marker in markers):
-            return at
-    return len(text)
 
 
 def to_json(text: str, types: frozenset[str]) -> Any:

@@ -15,8 +15,17 @@ from typing import Any
 
 from runtime.tool_json import JsonCalls, NamedCalls
 from runtime.tool_python import PythonCalls
-from runtime.tool_reader import Arguments, Event, Malformed, Reader, Steps, Text, Unfinished
-from runtime.tool_xml import TaggedCalls, argument_types, safe_chars
+from runtime.tool_reader import (
+    Arguments,
+    Event,
+    Malformed,
+    Reader,
+    Steps,
+    Text,
+    Unfinished,
+    safe_chars,
+)
+from runtime.tool_xml import TaggedCalls, argument_types
 
 Calls = JsonCalls | NamedCalls | TaggedCalls | PythonCalls
 
@@ -28,8 +37,8 @@ class Dialect:
     A template with all the texts of one of `marks` speaks it. `openers` begin calls; `bare` is the
     character with which an answer begins a call without an opener. `known_only`: a name that the
     request does not offer makes no call, because text could look like one. `objects`: the template
-    wants a past call's arguments as an object, not as text. Ids have `id_chars` random characters
-    behind `id_start`.
+    wants a past call's arguments as an object, not as text. `id_form` is what a call's id looks
+    like: its `name`, its `number` in the conversation, and `id_chars` `random` characters.
     """
 
     name: str
@@ -39,7 +48,7 @@ class Dialect:
     bare: str = ""
     known_only: bool = False
     objects: bool = True
-    id_start: str = "call_"
+    id_form: str = "call_{random}"
     id_chars: int = 24
 
     def speaks(self, template: str) -> bool:
@@ -84,7 +93,7 @@ MISTRAL = Dialect(
         inner=("[ARGS]", "[CALL_ID]"),
         listed=JsonCalls(),
     ),
-    id_start="",
+    id_form="{random}",
     id_chars=9,
 )
 GRANITE = Dialect(
@@ -127,6 +136,7 @@ KIMI = Dialect(
         inner=("<|tool_call_argument_begin|>",),
         closers=("<|tool_call_end|>", "<|tool_calls_section_end|>"),
     ),
+    id_form="functions.{name}:{number}",
 )
 COMMAND = Dialect(
     "command_r",

@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import jsonschema
 import openai
+import pydantic
 import pytest
 
 from pocket.tasks import Row, rows
@@ -293,3 +294,25 @@ def test_what_cannot_be_forced_is_refused(
     error = response.json()["error"]
     assert error["param"] == param
     assert says in error["message"]
+
+
+class Pickup(pydantic.BaseModel):
+    """Book a pickup"""
+
+    city: str
+    day: Literal["Monday", "Tuesday"]
+    boxes: int
+
+
+def test_the_sdks_own_tools_are_parsed(client: openai.OpenAI) -> None:
+    """`pydantic_function_tool` makes strict tools; `parse` gives instances of their class."""
+    answer = client.chat.completions.parse(
+        model="pocket",
+        messages=[{"role": "user", "content": "Send the van to Benolvar on Monday."}],
+        tools=[openai.pydantic_function_tool(Pickup)],
+        tool_choice="required",
+        temperature=0,
+        max_tokens=128,
+    )
+    for call in answer.choices[0].message.tool_calls:
+        assert isinstance(call.function.parsed_arguments, Pickup)
