@@ -133,7 +133,8 @@ def adjusted(
     rows = [row for row, one in enumerate(adjustments) if one is not None]
     if not rows:
         return logits, {}
-    mine = logits[rows].to(device="cpu", dtype=torch.float32)  # a copy
+    everyone = len(rows) == len(adjustments)
+    mine = logits.to("cpu", torch.float32, copy=True) if everyone else logits[rows].float().cpu()
     dead: dict[int, str] = {}
     for row, values in zip(rows, mine.numpy(), strict=True):
         one = adjustments[row]
@@ -141,7 +142,7 @@ def adjusted(
         reason = one.apply(values)
         if reason is not None:
             dead[row] = reason
-    if len(rows) == len(adjustments):
+    if everyone:
         return mine.to(logits.device), dead
     changed = logits.to(torch.float32, copy=True)
     changed[rows] = mine.to(logits.device)
