@@ -68,6 +68,7 @@ class Answer:
             for choice in self._choices:
                 choice.echo = texts[choice.index // self._copies]
         self._by_key: dict[int, _Choice] = {}
+        self.left: list[int] = []  # sequences that go on, though their choices have ended
         self._usage = Usage(prompt_tokens=sum(map(len, prompts)))
         now = int(time.time())
         chat = isinstance(asked, ChatRequest)
@@ -122,6 +123,8 @@ class Answer:
                 for one in choice.tools.read(piece) if choice.tools else [piece]:
                     choice.finish_reason = one.finish_reason
                     yield one
+                if choice.finish_reason and not output.finish_reason:
+                    self.left.append(output.key)
 
     def echo_only(self) -> Iterator[Piece]:
         """The pieces of an answer that needs no engine."""

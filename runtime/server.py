@@ -159,9 +159,9 @@ class _Completions:
         watcher = asyncio.create_task(_watch(receive, stream))
         try:
             if asked.stream:
-                await _send_stream(answer, stream, send)
+                await _send_stream(answer, stream, served.engine, send)
             else:
-                await _send_whole(answer, stream, send)
+                await _send_whole(answer, stream, served.engine, send)
         finally:
             watcher.cancel()
             self._worker.streams.close(served.engine, stream)
@@ -208,15 +208,18 @@ def _open(streams: Streams, engine: Engine, answer: Answer) -> Stream:
     return stream
 
 
-async def _pieces(answer: Answer, stream: Stream) -> AsyncIterator[list[Piece]]:
+async def _pieces(answer: Answer, stream: Stream, engine: Engine) -> AsyncIterator[list[Piece]]:
     """An answer's visible pieces, in batches as they come. Raises Problem, ClientGone."""
     if not answer.needs_engine:
         yield list(answer.echo_only())
     while not answer.done:
         yield list(answer.take(await stream.next()))
+        if answer.left:
+            engine.cancel(answer.left)
+            answer.left.clear()
 
 
-async def _send_stream(answer: Answer, stream: Stream, send: Send) -> None:
+async def _send_stream(answer: Answer, stream: Stream, engine: Engine, send: Send) -> None:
     headers = [
         (b"content-type", b"text/event-stream; charset=utf-8"),
         (b"cache-control", b"no-cache"),
@@ -224,7 +227,7 @@ async def _send_stream(answer: Answer, stream: Stream, send: Send) -> None:
     ]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
     try:
-        async for pieces in _pieces(answer, stream):
+        async for pieces in _pieces(answer, stream, engine):
             if pieces:
                 await _send_body(send, answer.events(iter(pieces)))
         await _send_body(send, answer.ending(), more=False)
@@ -232,8 +235,8 @@ async def _send_stream(answer: Answer, stream: Stream, send: Send) -> None:
         await _send_body(send, wire.event(problem.payload()) + wire.DONE, more=False)
 
 
-async def _send_whole(answer: Answer, stream: Stream, send: Send) -> None:
-    async for pieces in _pieces(answer, stream):
+async def _send_whole(answer: Answer, stream: Stream, engine: Engine, send: Send) -> None:
+    async for pieces in _pieces(answer, stream, engine):
         answer.gather(iter(pieces))
     body = orjson.dumps(answer.whole())
     headers = [

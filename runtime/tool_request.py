@@ -125,8 +125,17 @@ NO_DIALECT = (
 
 
 def offered(asked: ChatRequest) -> list[dict[str, Any]] | None:
-    """The tools that the template is to show."""
-    return list(asked.tools) if asked.tools and asked.tool_choice != "none" else None
+    """The tools that the template is to show; `strict` is for us, and no model has seen it."""
+    if not asked.tools or asked.tool_choice == "none":
+        return None
+    return [_without_strict(tool) for tool in asked.tools]
+
+
+def _without_strict(tool: dict[str, Any]) -> dict[str, Any]:
+    function = tool.get("function")
+    if not isinstance(function, dict) or "strict" not in function:
+        return tool
+    return tool | {"function": {key: one for key, one in function.items() if key != "strict"}}
 
 
 # ---- checks -------------------------------------------------------------------------------------

@@ -39,6 +39,29 @@ def answer():
     fields = FieldSpec(input="question", target="answer")
     return Task(json_dataset("rows.jsonl", fields), solver=generate(), scorer=includes())
 """
+INSPECT_TOOL_TASK = """
+from inspect_ai import Task, task
+from inspect_ai.dataset import Sample
+from inspect_ai.solver import generate, use_tools
+from inspect_ai.tool import tool
+
+@tool
+def track_parcel():
+    async def execute(parcel: str) -> str:
+        \'\'\'Track a parcel
+
+        Args:
+            parcel: Its number
+        \'\'\'
+        return f"Parcel {parcel} is in Benolvar."
+    return execute
+
+@task
+def track():
+    questions = ["Track parcel 4659-1394.", "Where is parcel 2208-5177 now?"]
+    samples = [Sample(input=one) for one in questions]
+    return Task(samples, solver=[use_tools(track_parcel()), generate()], message_limit=8)
+"""
 LM_EVAL_CHAT = """
 task: headgate_answer
 dataset_path: json
@@ -115,6 +138,32 @@ def test_inspect_ai_evaluates_a_chat(stack: Stack, folder: Path, stream: bool) -
         assert output["choices"][0]["stop_reason"] in ("stop", "max_tokens")
         assert output["usage"]["output_tokens"] > 0
     print("accuracy", result["results"]["scores"][0]["metrics"]["accuracy"]["value"])
+    assert_idle(stack.worker)
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_inspect_ai_runs_a_tool_that_the_model_calls(
+    stack: Stack, folder: Path, stream: bool
+) -> None:
+    """The call is understood, the tool runs, its result goes back, and the talk goes on."""
+    (folder / "track.py").write_text(INSPECT_TOOL_TASK)
+    run(
+        folder, "inspect", "eval", "track.py", "--model", "openai-api/headgate/pocket",
+        "--temperature", "0", "--seed", "1", "--max-tokens", "80", "--display", "plain",
+        "--log-format", "json", "--log-dir", "tools", *(("-M", "stream=true") if stream else ()),
+        HEADGATE_API_KEY="x", HEADGATE_BASE_URL=f"{stack.gateway.url}/v1",
+    )  # fmt: skip
+    (log,) = (folder / "tools").glob("*.json")
+    result = json.loads(log.read_text())
+    assert result["status"] == "success"
+    for sample in result["samples"]:
+        messages = sample["messages"]
+        called = [call for one in messages for call in one.get("tool_calls") or ()]
+        results = [one for one in messages if one["role"] == "tool"]
+        assert called
+        assert called[0]["function"] == "track_parcel"
+        assert called[0]["arguments"]["parcel"] in sample["input"]
+        assert "Benolvar" in results[0]["content"]
     assert_idle(stack.worker)
 
 
