@@ -1,51 +1,31 @@
 """The disk tier: blocks that outlive the process, written in a thread, read in another's.
 
-Knows folders, failures and rates; `cache.slot_file` knows how a block lies in a file. Whatever the
-operating system refuses is counted, told once and tried again later: serving never waits for it.
-
-    <path>/<layout>/about.json     what the blocks belong to: `layout` is a digest of it
-    <path>/<layout>/0, 1, ...      one folder for each process that writes at the same time
-
-A layout differs with the model, the format of its keys and values and the format of these files, so
-that nothing foreign is ever read. Folders that nobody wrote to for a week are removed.
+Knows failures and rates; `cache.disk_folder` knows whose folder is which, `cache.slot_file` how a
+block lies in a file. Whatever the operating system refuses is counted, told once and tried again
+later: serving never waits for it.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
 import logging
-import os
-import shutil
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from cache.slot_file import Damaged, SlotFile, SlotView, Taken, digest_of, hold
+from cache.disk_folder import claim, layout_of, neighbours, read_rate, remove_unused
+from cache.slot_file import Damaged, SlotFile, SlotView
 from cache.tiers import Data, Rate, TierCounts
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
 QUEUE_BYTES = 64 * 2**20  # on the way to the disk; what comes when it is full is dropped
-KEEP_S = 7 * 24 * 3600.0  # how long folders that nobody uses stay
 _REFRESH_S = 5.0  # between two looks at what other processes store
 _CLOSE_S = 3.0  # at most this long for what is still on its way at the end
 _PAUSE_S, _PAUSE_MAX_S = 60.0, 600.0
 _PROBE_BYTES = 8 * 2**20
-_WRITERS_MAX = 256
-_ABOUT = "about.json"
-
-
-def layout_of(identity: Mapping[str, Any], block_bytes: int) -> tuple[str, str]:
-    """The layout's name, and the text of its `about.json`."""
-    about = {"headgate_kv": FORMAT, "block_bytes": block_bytes, **identity}
-    text = json.dumps(about, indent=1, sort_keys=True) + "\n"
-    return sha256(text.encode()).hexdigest()[:16], text
 
 
 class _Pause:
@@ -273,50 +253,16 @@ class DiskTier:
         own, self._own = self._own, None
         if own is not None:
             own.close()
-        limit_bytes = self.counts.limit_bytes
         try:
-            self._check_about()
-            for number in range(_WRITERS_MAX):
-                folder = self._layout / str(number)
-                try:
-                    self._own = SlotFile(
-                        folder, block_bytes=self.block_bytes, limit_bytes=limit_bytes
-                    )
-                    break
-                except Taken:
-                    continue
+            self._own = claim(self._layout, self._about, self.block_bytes, self.counts.limit_bytes)
         except OSError as error:
             self._fail(self._writes, error, "open")
         self._count_held()
 
-    def _check_about(self) -> None:
-        """Says what the layout's folder holds. Raises OSError, also when it says otherwise."""
-        path = self._layout / _ABOUT
-        self._layout.mkdir(mode=0o700, parents=True, exist_ok=True)
-        try:
-            said = path.read_text(encoding="utf-8")
-        except FileNotFoundError:
-            draft = path.with_name(f"{_ABOUT}.{os.getpid()}")
-            draft.write_text(self._about, encoding="utf-8")
-            draft.replace(path)
-            return
-        if said != self._about:
-            raise FileExistsError(f"{path} is not of this model and format; remove its folder")
-
     def refresh(self) -> None:
         """Looks at what other processes have stored in this layout since the last time."""
         own = None if self._own is None else self._own.folder
-        known = {view.folder: view for view in self._others}
-        views = []
-        with contextlib.suppress(OSError):  # no folder, no others; writing to it tells why
-            for folder in sorted(self._layout.iterdir()):
-                if folder == own or not folder.name.isdecimal():
-                    continue
-                view = known.get(folder) or SlotView(folder, block_bytes=self.block_bytes)
-                with contextlib.suppress(OSError):  # just made, just removed, or another user's
-                    view.refresh()
-                    views.append(view)
-        self._others = views
+        self._others = neighbours(self._layout, own, self._others, self.block_bytes)
 
     def _measure(self) -> None:
         """Bytes a second, read from the device as far as the operating system allows it."""
@@ -353,67 +299,3 @@ class DiskTier:
     def _count_held(self) -> None:
         self.counts.blocks = 0 if self._own is None else len(self._own)
         self.counts.bytes = self.counts.blocks * self.block_bytes
-
-
-def read_rate(probe: Path, block_bytes: int, size: int) -> float:
-    """Bytes a second of reading blocks and checking them, from a file of `size` written for that.
-
-    Raises OSError.
-    """
-    blocks = max(1, size // block_bytes)
-    data = os.urandom(block_bytes)
-    descriptor = os.open(probe, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
-    try:
-        probe.unlink()
-        for _ in range(blocks):
-            os.write(descriptor, data)
-        os.fsync(descriptor)
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        began = time.perf_counter()
-        for at in range(blocks):
-            digest_of(b"", os.pread(descriptor, block_bytes, at * block_bytes))
-        return blocks * block_bytes / (time.perf_counter() - began)
-    finally:
-        os.close(descriptor)
-
-
-def remove_unused(path: Path, now: float) -> None:
-    """Removes our folders that nobody has used for a week, of any model; never a foreign file."""
-    try:
-        layouts = [one.parent for one in path.glob(f"*/{_ABOUT}")]
-        for layout in layouts:
-            if not _is_ours(layout / _ABOUT):
-                continue
-            for folder in layout.iterdir():
-                if folder.name.isdecimal() and now - _last_use(folder) > KEEP_S:
-                    _remove_unless_held(folder)
-            rest = [one.name for one in layout.iterdir()]
-            if rest == [_ABOUT] and now - (layout / _ABOUT).stat().st_mtime > KEEP_S:
-                (layout / _ABOUT).unlink()
-                layout.rmdir()
-    except OSError as error:
-        log.info("old folders in %s stay for now: %s", path, error)
-
-
-def _is_ours(about: Path) -> bool:
-    try:
-        return "headgate_kv" in json.loads(about.read_text(encoding="utf-8"))
-    except (ValueError, TypeError):
-        return False
-
-
-def _last_use(folder: Path) -> float:
-    files = [one for one in (folder / "lock", folder / "index") if one.exists()]
-    return max((one.stat().st_mtime for one in files), default=folder.stat().st_mtime)
-
-
-def _remove_unless_held(folder: Path) -> None:
-    try:
-        held = hold(folder / "lock")
-    except Taken:
-        return
-    try:
-        shutil.rmtree(folder)
-    finally:
-        os.close(held)

@@ -79,7 +79,9 @@ class Engine:
         self._emit = emit
         self._listeners = tuple(listeners)
         self.swap = swap  # ours to close
-        self._pool = BlockPool(model.blocks, [*watchers, *([swap] if swap is not None else [])])
+        self._pool = BlockPool(
+            model.blocks, [*watchers, *([swap.spill] if swap is not None else [])]
+        )
         self.vocabulary = min(tokenizer.vocab_size, model.vocab_size)
         self.grammars = Grammars(tokenizer, self.vocabulary)
         self._scheduler = Scheduler(

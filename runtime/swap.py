@@ -1,4 +1,4 @@
-"""Between the KV pool and the tiers below: evicted blocks go down, and come up when asked for.
+"""Blocks that the KV pool has given up come back from the tiers below when they are asked for.
 
 Knows when loading beats computing again: both are estimated from what this machine has shown. What
 lies in host memory is copied at admission; what lies deeper is staged into memory by a thread while
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence as Many
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,12 +20,13 @@ import torch
 
 from cache.blocks import BLOCK_TOKENS
 from cache.disk import DiskTier
-from cache.tiers import NEWEST, Data, MemoryTier, Promotion, Rate, Tier, Tiers
+from cache.tiers import NEWEST, Data, MemoryTier, Promotion, Rate, Tiers
 from policies import schema as policy
 from runtime.costs import StepCosts
-from runtime.kv import BlockKey, BlockPool
+from runtime.kv import BlockPool
 from runtime.model import Model, ModelRefused
 from runtime.sequence import Sequence
+from runtime.spill import Spill
 
 # How long a sequence waits for a lower tier where the costs of computing are not known.
 PATIENCE_S = 1.0
@@ -37,7 +37,6 @@ _PROBE_BLOCKS = 8
 _SAMPLE_BLOCKS, _SAMPLE_EVERY_S = 8, 1.0
 COPY_S_MAX = 0.1  # of a step, for copying into the pool; one block is copied in any case
 _COPY_S_MIN = 0.005
-_SAVE_S = 3.0  # at most this long for what the pool holds at the end
 
 
 @dataclass(slots=True)
@@ -76,7 +75,7 @@ class _Plan:
 
 
 class Swap:
-    """A pool's watcher that stores what is evicted, and the scheduler's source of it."""
+    """The scheduler's source of what the pool once had; its `spill` is what stores it."""
 
     def __init__(
         self,
@@ -90,9 +89,7 @@ class Swap:
         self.tiers = tiers
         self.costs = costs
         self.counts = SwapCounts()
-        self.wake: Callable[[], None] = lambda: (
-            None
-        )  # in another thread: somebody need wait no more
+        self.spill = Spill(model, tiers, self.counts)
         self._model = model
         self._block_bytes = model.block_bytes
         self._now = now
@@ -101,10 +98,6 @@ class Swap:
         self._sample_at = 0.0
         self._copy_s_max = copy_s_max
         self._step_s = copy_s_max  # left of this step for copying into the pool
-        self._parents: dict[bytes, bytes | None] = {}  # of the blocks that the pool can find
-        self._ancestors: deque[bytes] = deque()  # to be kept below
-        self._seen: set[bytes] = set()  # ancestors that were kept a short while ago
-        self._young = 0  # evictions since then
         self._plans: dict[int, _Plan] = {}
         self._stagings: dict[bytes, _Staging] = {}
 
@@ -113,7 +106,7 @@ class Swap:
         other thread bring up nothing."""
         blocks = list(range(min(_PROBE_BLOCKS, self._model.blocks)))
         for _ in range(2):  # the first time pays for fresh memory
-            data = self._read(blocks)
+            data = self.spill.read(blocks)
             began = time.perf_counter()
             self._write(blocks, data)
             seconds = time.perf_counter() - began
@@ -127,15 +120,15 @@ class Swap:
                 self.tiers.release(nothing)
 
     def attach(self, pool: BlockPool, wake: Callable[[], None]) -> None:
-        """The pool that is watched; `wake` is called in another thread when waiting may end."""
-        self._pool = pool
+        """The pool that is served; `wake` is called in another thread when waiting may end."""
+        self.spill.attach(pool)
         self._wake = wake
 
     def close(self) -> None:
-        """Stores what the pool can still find, so that a restart finds it, and ends the tiers."""
+        """Stores what the pool can still find and ends the tiers."""
         for key in list(self._plans):
             self.leave(key)
-        self._save(time.monotonic() + _SAVE_S)
+        self.spill.save()
         self.tiers.close()
 
     @property
@@ -148,74 +141,7 @@ class Swap:
         tiers = {name: asdict(counts) for name, counts in self.tiers.counts().items()}
         return {**tiers, "blocks": asdict(self.counts)}
 
-    # ---- down: what the pool tells ---------------------------------------------------------------
-
-    def stored(self, keys: Many[BlockKey]) -> None:
-        for key in keys:
-            self._parents[key.hash] = key.parent
-
-    def evicting(self, blocks: Many[tuple[int, bytes]]) -> None:
-        wanted = self.tiers.wants([key for _, key in blocks])
-        down = [one for one, missing in zip(blocks, wanted, strict=True) if missing]
-        began = time.perf_counter()
-        if down:
-            data = self._read([block for block, _ in down])
-            for (_, key), one in zip(down, data, strict=True):
-                self.tiers.put(key, one)
-        if self.tiers.lower is not None:
-            self._keep_ancestors(self.tiers.lower, [key for _, key in blocks])
-        self.counts.read_s += time.perf_counter() - began
-
-    def removed(self, hashes: Many[bytes]) -> None:
-        for key in hashes:
-            self._parents.pop(key, None)
-
-    def cleared(self) -> None:
-        self._parents.clear()
-        self.tiers.forget()
-
-    def distrust(self, hashes: Many[bytes]) -> None:
-        """Values that went wrong are not to come back."""
-        self.tiers.forget(hashes)
-
-    def _keep_ancestors(self, lower: Tier, keys: Many[bytes]) -> None:
-        """Below memory a block is of use only with all before it, and what is used most never
-        leaves the pool: so a process that is killed would lose the beginnings of everything.
-
-        They are copied down while they are in use, a few at a time, and kept from growing old.
-        """
-        self._young += len(keys)
-        if self._young > lower.counts.limit_bytes // self._block_bytes // 4:
-            self._young = 0
-            self._seen.clear()
-        for key in keys:
-            run = []
-            at = self._parents.get(key)
-            while at is not None and at in self._parents and at not in self._seen:
-                self._seen.add(at)
-                run.append(at)
-                at = self._parents[at]
-            self._ancestors.extend(reversed(run))
-        for _ in range(min(2 * len(keys), len(self._ancestors))):
-            key = self._ancestors.popleft()
-            if lower.holds(key):
-                lower.touch(key)
-            elif block := self._pool.match([key]):
-                lower.offer(key, *self._read(block))
-
-    def _save(self, until: float) -> None:
-        lower = self.tiers.lower
-        keys = [] if lower is None else [key for key in self._parents if not lower.holds(key)]
-        for at in range(0, len(keys), _PROBE_BLOCKS):
-            if lower is None or time.monotonic() > until or not lower.counts.on:
-                return
-            some = keys[at : at + _PROBE_BLOCKS]
-            blocks = [block for key in some for block in self._pool.match([key])]
-            for key, data in zip(some, self._read(blocks), strict=True):
-                lower.offer(key, data)
-            lower.drain(until - time.monotonic())
-
-    # ---- up: what the scheduler asks -------------------------------------------------------------
+    # ---- what the scheduler asks -----------------------------------------------------------------
 
     def ready(self, sequence: Sequence, first: int, end: int) -> int | None:
         """How many of the blocks `first` to `end` can be loaded now; None: wait for more."""
@@ -279,6 +205,10 @@ class Swap:
             if not staging.users:
                 self.tiers.release(staging.promotion)
                 self._stagings.pop(staging.promotion.keys[0], None)
+
+    def distrust(self, hashes: Many[bytes]) -> None:
+        """Values that went wrong are not to come back."""
+        self.tiers.forget(hashes)
 
     # ---- deciding --------------------------------------------------------------------------------
 
@@ -345,11 +275,6 @@ class Swap:
 
     def _arrived(self, _: Promotion) -> None:
         self._wake()
-
-    # ---- bytes -----------------------------------------------------------------------------------
-
-    def _read(self, blocks: Many[int]) -> list[Data]:
-        return [memoryview(one.numpy()) for one in self._model.read_blocks(blocks)]  # type: ignore[arg-type]  # numpy's arrays are buffers
 
     def _write(self, blocks: Many[int], data: Many[Data]) -> None:
         rows = [np.frombuffer(one, dtype=np.uint8) for one in data]

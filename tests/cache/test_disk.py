@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from cache.disk import KEEP_S, DiskTier, layout_of, remove_unused
+from cache.disk import DiskTier
+from cache.disk_folder import KEEP_S, layout_of, remove_unused
 
 ROOT = Path(__file__).parents[2]
 BLOCK = 4096

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, Phase, given, settings, strategies as st
 from transformers import AutoModelForCausalLM
 
 from cache.disk import DiskTier
+from cache.disk_folder import layout_of
 from cache.slot_file import slot_bytes
 from cache.tiers import MemoryTier, Tiers
 from cache.tokens import Tokenizer
@@ -29,6 +30,7 @@ from tests.runtime.tiny_models import FAMILIES, VOCAB, write_model
 
 torch.set_num_threads(1)
 ANSWER = 12
+IDENTITY = {"model": "tiny"}
 ONE_BLOCK_S = 1e-9  # time for copying that is up after one block
 # One head for all, a middle for each of three, an end for each of nine: as conversations come back.
 HEAD, MIDDLE, END = 33, 48, 17
@@ -95,8 +97,7 @@ class World:
         self.disk = None
         if disk is not None:
             limit = disk_blocks * one.slot
-            identity = {"model": "tiny"}
-            self.disk = DiskTier(disk, limit_bytes=limit, block_bytes=size, identity=identity)
+            self.disk = DiskTier(disk, limit_bytes=limit, block_bytes=size, identity=IDENTITY)
         tiers = Tiers(self.memory, self.disk)
         self.swap = Swap(one.model, tiers, costs=costs, copy_s_max=copy_s_max)
         self.swap.measure()
@@ -360,6 +361,27 @@ def test_no_wrong_token_comes_from_a_damaged_disk(family, tmp_path, fault):
         if fault in ("changed", "cut"):
             assert world.disk is not None
             assert world.disk.counts.corrupt > 0
+
+
+@pytest.mark.parametrize("fault", ["full", "no folder"])
+def test_a_disk_that_takes_nothing_changes_no_answer(family, tmp_path, fault):
+    """The tier is off, everything is computed, and memory above it works on."""
+    one = family("llama")
+    folder = tmp_path / "kv"
+    if fault == "full":
+        if not Path("/dev/full").exists():
+            pytest.skip("needs /dev/full")
+        layout, _ = layout_of(IDENTITY, one.model.block_bytes)
+        (folder / layout / "0").mkdir(parents=True)
+        (folder / layout / "0" / "blocks").symlink_to("/dev/full")
+    else:
+        folder.write_text("not a folder")
+    with World(one, disk=folder, host_blocks=3) as world:
+        for prompt in (2, 6, 10, 2, 3):
+            world.ask(prompt)
+        assert world.disk is not None
+        assert not world.disk.counts.on
+        assert world.swap.counts.lower_hits == 0
 
 
 def test_a_restart_finds_the_disk_again_and_another_model_does_not(family, tmp_path):
