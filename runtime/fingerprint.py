@@ -34,8 +34,10 @@ KEPT_FILES_MAX = 4096
 
 _ROOT = Path(__file__).resolve().parents[1]
 _SOURCES = ("runtime", "cache", "spec_decode")
-# Where the weights lie says nothing about them; their leaf says what they are.
-_PLACES = {"model", "revision"}
+_SOURCE_SUFFIXES = {".py", ".cpp", ".h"}
+# Where the weights lie says nothing about them, their leaf says what they are; and who listens to
+# block events changes no answer.
+_PLACES = {"model", "revision", "kv_events"}
 
 Facts = Mapping[str, Any]
 
@@ -176,10 +178,12 @@ def engine_facts() -> Facts:
 
 
 def source_digest(root: Path) -> str:
-    """One digest over the text of our Python files, whatever the order of a folder's listing."""
+    """One digest over the text of our source files, whatever the order of a folder's listing."""
     whole = hashlib.sha256()
     for package in _SOURCES:
-        for file in sorted((root / package).rglob("*.py")):
+        for file in sorted((root / package).rglob("*")):
+            if file.suffix not in _SOURCE_SUFFIXES:
+                continue
             body = file.read_bytes()
             name = file.relative_to(root).as_posix()
             whole.update(f"{name}\0{len(body)}\0".encode() + body)

@@ -104,6 +104,7 @@ class Worker:
             "preemptions": load.preemptions,
             "prompt_tokens": load.prompt_tokens,
             "cached_tokens": load.cached_tokens,
+            "hit_tokens": dict(load.hit_tokens),
             "blocks": {
                 "total": blocks.total,
                 "free": blocks.free,

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from policies.schema import Runtime
+from policies.schema import KvEvents, Runtime
 from runtime.fingerprint import (
     LEAVES,
     Fingerprint,
@@ -89,6 +89,7 @@ def test_the_same_model_elsewhere_after_a_restart_is_the_same(folder: Path, tmp_
     """Where a model lies and when it was read do not count; what the policy changes does."""
     there = Path(shutil.copytree(folder, tmp_path / "elsewhere" / "copy"))
     assert of(folder) == of(folder) == of(there, model="./copy", revision="v2")
+    assert of(folder, kv_events=KvEvents(topic="x")) == of(folder)
     changed = of(folder, step_tokens=64)
     differing = [name for name in LEAVES if changed.leaves[name] != of(folder).leaves[name]]
     assert differing == ["configuration"]
@@ -148,10 +149,13 @@ def test_our_own_source_counts_by_name_and_text(tmp_path: Path) -> None:
     digests.append(source_digest(tmp_path))
     (tmp_path / "runtime" / "a.py").rename(tmp_path / "runtime" / "c.py")
     digests.append(source_digest(tmp_path))
+    (tmp_path / "runtime" / "kernel.cpp").write_text("int x;\n")
+    digests.append(source_digest(tmp_path))
     (tmp_path / "notes.py").write_text("not of a package\n")
+    (tmp_path / "runtime" / "c.pyc").write_text("not source\n")
     assert source_digest(tmp_path) == digests[-1]
     assert digests[0] == digests[1]
-    assert len(set(digests)) == 3
+    assert len(set(digests)) == 4
 
 
 # ---- digests kept between starts ----------------------------------------------------------------
