@@ -285,6 +285,10 @@ class Runtime(_Policy):
         description="Folder of LoRA adapters (relative to the policy file), each a PEFT folder "
         "that is served as a model of its own under the folder's name.",
     )
+    kv: Literal["auto", "int8"] = Field(
+        "auto",
+        description="Format of cached keys and values: that of `dtype`, or 8 bits with scales.",
+    )
     compile: Literal["off", "auto"] = Field(
         "off",
         description="`auto` compiles C++ for this CPU once, where a compiler is, and caches it.",

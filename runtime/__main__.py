@@ -103,6 +103,8 @@ def load_served(
             dtype=runtime.dtype,
             weights=runtime.weights,
             revision=runtime.revision,
+            kv=runtime.kv,
+            compiles=runtime.compile == "auto",
         )
         weights = digests.result() if digests else fingerprint.read_weights(folder)
     tokenizer = Tokenizer.load(folder)

@@ -17,9 +17,10 @@ import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from runtime.int8_kv import Int8KV, Piece
 from runtime.layer_kv import LayerKV
-from runtime.paged_kernel import SHORT_TOKENS, PagedKernel
-from runtime.step_layout import Chunk, Group, Span, StepLayout, lay_out
+from runtime.paged_kernel import PagedKernel
+from runtime.step_layout import SHORT_TOKENS, Chunk, Group, Span, StepLayout, lay_out
 
 __all__ = ["NAME", "PagedLayer", "Span", "StepHolder", "StepLayout", "lay_out", "paged_attention"]
 
@@ -35,7 +36,9 @@ class PagedLayer:
 
     __slots__ = ("kernel", "kv", "step")
 
-    def __init__(self, kv: LayerKV, step: StepHolder, kernel: PagedKernel | None = None) -> None:
+    def __init__(
+        self, kv: LayerKV | Int8KV, step: StepHolder, kernel: PagedKernel | None = None
+    ) -> None:
         self.kv = kv
         self.step = step
         self.kernel = kernel
@@ -71,31 +74,33 @@ def paged_attention(
     assert layout is not None and attention_mask is None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out = query.new_empty(query.shape[2], query.shape[1], value.shape[3])
-    done_tokens = 1
+    kv.write(layout, key, value, layer.kernel)
     if layer.kernel is None:
-        kv.write(layout, key, value)
+        done_tokens = 1
         for group in layout.groups(sliding_window):
-            out[group.rows] = _attend_decodes(query, kv, group, scale, softcap)
+            out[group.rows] = _attend_decodes(query, kv, layout, group, scale, softcap)
     else:
-        layer.kernel.write(layout, key, value)
-        layer.kernel.attend(layout, query, out, scale, sliding_window, softcap)
         done_tokens = SHORT_TOKENS
-    if layout.longest <= done_tokens:
-        return out.unsqueeze(0), None
-    for chunk in layout.chunks(sliding_window):
-        if chunk.count <= done_tokens:
-            continue
-        rows = slice(chunk.start, chunk.start + chunk.count)
-        out[rows] = _attend_chunk(query[:, :, rows], kv, chunk, scale, softcap)
+        layer.kernel.attend(layout, query, out, scale, sliding_window, softcap)
+    if layout.longest > done_tokens:
+        for chunk in kv.chunks(layout, sliding_window, done_tokens):
+            rows = slice(chunk.start, chunk.start + chunk.count)
+            keys, values = kv.see(chunk, key, value)  # type: ignore[arg-type]  # of its own making
+            out[rows] = _attend_chunk(query[:, :, rows], keys, values, chunk, scale, softcap)
     return out.unsqueeze(0), None
 
 
 def _attend_decodes(
-    query: torch.Tensor, kv: LayerKV, group: Group, scale: float, softcap: float | None
+    query: torch.Tensor,
+    kv: LayerKV | Int8KV,
+    layout: StepLayout,
+    group: Group,
+    scale: float,
+    softcap: float | None,
 ) -> torch.Tensor:
     """[b, H, D]. The query heads of one KV head stand as rows of one small query matrix."""
     batch, heads, dim = len(group.rows), query.shape[1], query.shape[3]
-    keys, values = kv.gather(group.pool_rows(kv.kv_heads), batch)
+    keys, values = kv.gather(layout, group)
     rows = query[0].transpose(0, 1).index_select(0, group.rows)
     rows = rows.view(batch, kv.kv_heads, heads // kv.kv_heads, dim)
     out = _attend(rows, keys, values, group.mask(query.dtype), scale, softcap)
@@ -103,20 +108,20 @@ def _attend_decodes(
 
 
 def _attend_chunk(
-    query: torch.Tensor, kv: LayerKV, chunk: Chunk, scale: float, softcap: float | None
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    chunk: Chunk | Piece,
+    scale: float,
+    softcap: float | None,
 ) -> torch.Tensor:
     """query [1, H, count, D] -> [count, H, D]."""
-    keys, values = (
-        whole[:, :, chunk.skip : chunk.skip + chunk.length]
-        for whole in kv.gather(chunk.pool_rows(kv.kv_heads), 1)
-    )
-    before = chunk.length - chunk.count
-    plain = softcap is None and chunk.window is None
+    before = chunk.before if softcap is None else None
     splits = query.is_cpu and keys.shape[3] == values.shape[3]  # else torch has no such kernel
-    if plain and splits and min(before, chunk.count) >= _SPLIT_TOKENS:
+    if before is not None and splits and min(before, chunk.count) >= _SPLIT_TOKENS:
         out = _attend_in_two(query, keys, values, before, scale)
     else:
-        mask = None if plain and before == 0 else chunk.mask(query.dtype)
+        mask = None if before == 0 else chunk.mask(query.dtype)
         out = _attend(query, keys, values, mask, scale, softcap)
     return out[0].transpose(0, 1)
 

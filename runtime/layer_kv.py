@@ -3,20 +3,25 @@
 Knows layouts and bytes; knows no sequences and no attention. Every tensor begins with the block
 number, so that a block is one run of bytes in each of them.
 
-Legend: N blocks, KV key-value heads, D head dimension, T tokens of a step.
+Legend: N blocks, KV key-value heads, D head dimension, T tokens of a step, b decodes of a group,
+L positions seen.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence as Many
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import groupby
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 
 from runtime.kv import BLOCK_TOKENS
-from runtime.step_layout import StepLayout
+from runtime.step_layout import Chunk, Group, StepLayout
+
+if TYPE_CHECKING:
+    from runtime.paged_kernel import PagedKernel
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,22 +31,47 @@ class LayerKV:
     keys: torch.Tensor
     values: torch.Tensor
 
-    def parts(self) -> list[torch.Tensor]:
-        """Views [N, bytes] of everything that a block holds here, always in the same order."""
-        return [part.view(len(part), -1).view(torch.uint8) for part in (self.keys, self.values)]
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All that a block consists of, by name."""
+        return {"keys": self.keys, "values": self.values}
 
     @property
     def kv_heads(self) -> int:
         return self.keys.shape[1]
 
-    def write(self, layout: StepLayout, key: torch.Tensor, value: torch.Tensor) -> None:
+    def write(
+        self,
+        layout: StepLayout,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kernel: PagedKernel | None = None,
+    ) -> None:
         """Puts a step's keys and values, [1, KV, T, D] each, where the layout says."""
+        if kernel is not None:
+            kernel.write(layout, key, value)
+            return
         rows = layout.write_rows(self.kv_heads)
         for pool, new in ((self.keys, key), (self.values, value)):
             dim = pool.shape[3]
             pool.view(-1, dim).index_copy_(0, rows, new[0].transpose(0, 1).reshape(-1, dim))
 
-    def gather(self, rows: torch.Tensor, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def gather(self, _: StepLayout, group: Group) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of a group of decodes, [b, KV, L, D]."""
+        return self._blocks(group.pool_rows(self.kv_heads), len(group.rows))
+
+    def chunks(self, layout: StepLayout, window: int | None, longer_than: int) -> list[Chunk]:
+        """The spans of more tokens than that."""
+        return [chunk for chunk in layout.chunks(window) if chunk.count > longer_than]
+
+    def see(
+        self, chunk: Chunk, _key: torch.Tensor, _value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values that a chunk attends to, [1, KV, L, D], its own among them."""
+        keys, values = self._blocks(chunk.pool_rows(self.kv_heads), 1)
+        seen = slice(chunk.skip, chunk.skip + chunk.length)
+        return keys[:, :, seen], values[:, :, seen]
+
+    def _blocks(self, rows: torch.Tensor, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Blocks at `rows` of [N * KV] (see `rows_of`) -> keys and values [batch, KV, 16 n, D]."""
         keys, values = (
             pool.view(-1, BLOCK_TOKENS * pool.shape[3])
@@ -52,14 +82,24 @@ class LayerKV:
         return keys, values
 
 
-def block_format(pool: Many[LayerKV]) -> str:
+class BlockTensors(Protocol):
+    """One layer of a KV pool, whatever its format."""
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All that a block consists of, by name, each beginning with the block number."""
+
+
+def parts_of(kv: BlockTensors) -> list[torch.Tensor]:
+    """Views [N, bytes] of everything that a block holds in a layer, always in the same order."""
+    return [part.view(len(part), -1).view(torch.uint8) for part in kv.tensors().values()]
+
+
+def block_format(pool: Many[BlockTensors]) -> str:
     """What a block's bytes mean: types and shapes of every tensor, equal layers counted."""
-    layers = []
-    for kv in pool:
-        tensors = [(field.name, getattr(kv, field.name)) for field in fields(kv)]
-        layers.append(
-            " ".join(f"{name} {one.dtype} {tuple(one.shape[1:])}" for name, one in tensors)
-        )
+    layers = [
+        " ".join(f"{name} {one.dtype} {tuple(one.shape[1:])}" for name, one in kv.tensors().items())
+        for kv in pool
+    ]
     return "; ".join(f"{len(list(same))} x {layer}" for layer, same in groupby(layers))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -58,11 +58,13 @@ def load_model(
     dtype: str = "auto",
     weights: Weights = _AUTO,
     revision: str | None = None,
+    kv: Literal["auto", "int8"] = "auto",
     compiles: bool = False,
 ) -> tuple[Model, Path]:
     """The model, and the folder that it was read from. Raises ModelRefused with the reason.
 
-    `compiles`: C++ may be compiled and used where that makes it faster.
+    `kv` is the format of keys and values. `compiles`: C++ may be compiled and used where that makes
+    it faster.
     """
     folder = source if isinstance(source, Path) else _fetch(source, revision)
     config = _read_config(folder)
@@ -82,7 +84,7 @@ def load_model(
     layers = prove(module, folder, operate, rounding=_rounding(plan))
     blocks = max(1, kv_tokens // BLOCK_TOKENS)
     library = load_library() if compiles and where.type == "cpu" else None
-    model = Model(module, layers, blocks, dtype=plan.dtype, weights=tally, library=library)
+    model = Model(module, layers, blocks, dtype=plan.dtype, weights=tally, kv=kv, library=library)
     return model, folder
 
 

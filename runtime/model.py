@@ -10,16 +10,19 @@ from collections.abc import Sequence as Many
 from ctypes import CDLL
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from runtime.attention import PagedLayer, StepHolder, StepLayout
+from runtime.int8_kv import Int8KV
 from runtime.kv import BLOCK_TOKENS
-from runtime.layer_kv import LayerKV, block_format, read_blocks, write_blocks
+from runtime.layer_kv import LayerKV, block_format, parts_of, read_blocks, write_blocks
 from runtime.paged_kernel import kernel_of
 from runtime.surgery import Tally
+from runtime.tails import Tails
 
 
 class ModelRefused(Exception):
@@ -48,11 +51,13 @@ class Model:
         *,
         dtype: torch.dtype | None = None,
         weights: Tally | None = None,
+        kv: Literal["auto", "int8"] = "auto",
         library: CDLL | None = None,
     ) -> None:
         """`dtype` is that of activations, `weights` what surgery made of the linear layers.
 
-        `library` is compiled code for attention, where there is some.
+        `kv` is the format of keys and values, `auto` being that of activations. `library` is
+        compiled code for attention, where there is some.
         """
         self.module = module
         self.config = module.config.get_text_config()
@@ -67,34 +72,73 @@ class Model:
         self.blocks = blocks
         self.scratch_slot = blocks * BLOCK_TOKENS  # in one more block, which no sequence holds
         self.step = StepHolder()
-        self._pool = [self._pool_of(layer) for layer in layers]
-        for layer, kv in zip(layers, self._pool, strict=True):
-            paged = PagedLayer(kv, self.step, kernel_of(library, kv))
+        self._tails = Tails(blocks) if kv == "int8" else None
+        self._layers = [PagedLayer(self._pool_of(layer), self.step) for layer in layers]
+        for layer, paged in zip(layers, self._layers, strict=True):
             layer.module.paged_layer = paged  # type: ignore[assignment]
+        self._pool = [paged.kv for paged in self._layers]
+        self.use(library)
 
-    def _pool_of(self, layer: LayerShape) -> LayerKV:
-        def empty(dim: int) -> torch.Tensor:
-            shape = (self.blocks + 1, layer.kv_heads, BLOCK_TOKENS, dim)
-            return torch.zeros(shape, dtype=self.dtype, device=self.device)
+    def use(self, library: CDLL | None) -> None:
+        """Attends by compiled code from now on, or by torch alone."""
+        self._library = library
+        for paged in self._layers:
+            paged.kernel = kernel_of(library, paged.kv)
 
-        return LayerKV(empty(layer.key_dim), empty(layer.value_dim))
+    def _pool_of(self, layer: LayerShape) -> LayerKV | Int8KV:
+        def empty(blocks: int) -> LayerKV:
+            shape = (blocks, layer.kv_heads, BLOCK_TOKENS)
+            return LayerKV(
+                *(
+                    torch.zeros(*shape, dim, dtype=self.dtype, device=self.device)
+                    for dim in (layer.key_dim, layer.value_dim)
+                )
+            )
+
+        if self._tails is None:
+            return empty(self.blocks + 1)
+        return Int8KV(self.blocks, empty(0))
+
+    def _place_tails(self, layout: StepLayout) -> None:
+        """Gives the blocks that a step begins their tails, and more room where it runs out."""
+        assert self._tails is not None
+        before = self._tails.capacity
+        layout.tails = self._tails.place(layout)
+        if self._tails.capacity == before:
+            return
+        for paged in self._layers:
+            assert isinstance(paged.kv, Int8KV)
+            paged.kv.more_tails(self._tails.capacity)
+        self.use(self._library)  # tails have moved
 
     def wipe(self, blocks: list[int]) -> None:
         """Zeroes blocks: what is masked still counts as 0 x value, and 0 x NaN is NaN."""
+        slots = self._tails.forget(blocks) if self._tails is not None else []
         for part in self._parts:
             part[blocks] = 0
+        for kv in self._pool:
+            if isinstance(kv, Int8KV):
+                kv.tails.keys[slots] = 0
+                kv.tails.values[slots] = 0
 
     def read_blocks(self, blocks: Many[int]) -> list[torch.Tensor]:
         """A copy of each block in host memory, `block_bytes` uint8 each: layer after layer."""
+        if self._tails is not None:
+            begun = self._tails.begun(blocks)
+            for kv in self._pool:
+                if isinstance(kv, Int8KV):
+                    kv.settle(begun)
         return read_blocks(self._parts, blocks)
 
     def write_blocks(self, blocks: Many[int], buffers: Many[torch.Tensor]) -> None:
         """Puts buffers of `read_blocks` into these blocks. Raises ValueError on another size."""
         write_blocks(self._parts, blocks, buffers)
+        if self._tails is not None:
+            self._tails.forget(blocks)
 
     @cached_property
     def _parts(self) -> list[torch.Tensor]:
-        return [part for kv in self._pool for part in kv.parts()]
+        return [part for kv in self._pool for part in parts_of(kv)]
 
     @property
     def block_bytes(self) -> int:
@@ -107,7 +151,10 @@ class Model:
 
     @property
     def kv_bytes(self) -> int:
-        return sum(part.nbytes for part in self._parts)
+        """Memory of the pool, and of what is kept beside it in full precision."""
+        pools = sum(part.nbytes for part in self._parts)
+        tails = [kv.tails for kv in self._pool if isinstance(kv, Int8KV)]
+        return pools + sum(part.nbytes for kv in tails for part in parts_of(kv))
 
     @property
     def parameters(self) -> int:
@@ -118,6 +165,8 @@ class Model:
         self, ids: list[int], positions: list[int], layout: StepLayout, keep: list[int]
     ) -> torch.Tensor:
         """ids, positions [T] of the packed step -> logits [len(keep), V] of the rows in `keep`."""
+        if self._tails is not None:
+            self._place_tails(layout)
         self.step.layout = layout
         try:
             row = torch.tensor([ids, positions], dtype=torch.long).to(self.device)

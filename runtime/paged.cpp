@@ -1,7 +1,9 @@
 // Paged attention over blocks of 16 tokens, without copying them: for decodes and short spans.
 //
 // One unit of work is one span (count tokens of one sequence) and one key-value head: its rows are
-// count x G query heads. Softmax is online, one block at a time, in fp32. Pools are [N, KV, 16, D].
+// count x G query heads. Softmax is online, one block at a time, in fp32. Pools are [N, KV, 16, D],
+// in fp32, bf16, or int8 with bf16 scales (keys per channel, values per token); beside an int8 pool
+// a token's own block is read from its tail, in full precision (runtime/int8_kv.py has the rule).
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -22,6 +24,10 @@ inline v8 load(const float* at) { return *reinterpret_cast<const v8*>(at); }
 inline v8 load(const bf16* at) {
   u8v wide = __builtin_convertvector(*reinterpret_cast<const h8*>(at), u8v) << 16;
   return reinterpret_cast<v8&>(wide);
+}
+inline v8 load(const int8_t* at) {
+  typedef int8_t b8 __attribute__((vector_size(8), aligned(1), may_alias));
+  return __builtin_convertvector(__builtin_convertvector(*reinterpret_cast<const b8*>(at), i8), v8);
 }
 inline void store(float* at, float x) { *at = x; }
 inline void store(bf16* at, float x) {
@@ -92,20 +98,29 @@ inline v8 exp8(v8 x) {
 extern "C" {
 
 struct Layer {
-  void* keys;
+  void* keys;  // the pool, or tails beside an int8 pool
   void* values;
   int64_t kv_heads, key_dim, value_dim;
+  int8_t* key_codes;  // null: the pool is not int8
+  bf16* key_scales;   // [N, KV, D]
+  int8_t* value_codes;
+  bf16* value_scales;  // [N, KV, 16]
 };
 
 struct Step {
   int64_t tokens;            // T of the step
-  const int64_t* slots;      // [T] block * 16 + offset that each token is written to
+  const int64_t* slots;      // [T] block (or tail) * 16 + offset of each token, -1: not written
   int64_t spans;             // those attended here
   const int64_t* starts;     // [spans] first row
   const int64_t* counts;     // [spans]
   const int64_t* contexts;   // [spans]
   const int64_t* tables;     // [spans] where its block numbers begin in `blocks`
   const int64_t* blocks;
+  const int64_t* owns;       // [spans] where the tails of its own blocks begin in `tails`
+  const int64_t* tails;      // slots, -1 for a block without
+  int64_t complete;          // blocks that this step completes
+  const int64_t* complete_blocks;
+  const int64_t* complete_tails;
   int64_t threads;
 };
 }
@@ -157,22 +172,39 @@ inline void mix_all(const float* weights, const E* values, int64_t dim, float* a
 }
 
 struct Rows {
-  float *q, *acc, *top, *total, *scores, *keys, *values;
+  float *q, *acc, *top, *total, *scaled, *scores, *keys, *values, *key_scales, *value_scales;
+  int64_t *low, *high;
+};
+
+// A block as its rows read it: `first` is its first position, scales are null or those of int8.
+template <typename E>
+struct View {
+  const E* keys;
+  const E* values;
+  const float* key_scales;
+  const float* value_scales;
+  int64_t first;
 };
 
 // one block for R rows; [low, high) of each row are the positions it may see
 template <int R, typename E>
-inline void block_step(const Rows& rows, int64_t r0, const E* keys, const E* values,
-                       const Layer& layer, int64_t first, const int64_t* low, const int64_t* high,
+inline void block_step(const Rows& rows, int64_t r0, const View<E>& view, const Layer& layer,
                        float softcap) {
   int64_t kd = layer.key_dim, vd = layer.value_dim;
   float* s = rows.scores;
-  dot<R>(rows.q + r0 * kd, kd, keys, kd, s);
+  const float* query = rows.q + r0 * kd;
+  if (view.key_scales) {
+    for (int r = 0; r < R; r++)
+      for (int64_t d = 0; d < kd; d += 8)
+        *reinterpret_cast<v8*>(rows.scaled + r * kd + d) = load(query + r * kd + d) * load(view.key_scales + d);
+    query = rows.scaled;
+  }
+  dot<R>(query, kd, view.keys, kd, s);
   for (int r = 0; r < R; r++) {
     float* mine = s + r * BLOCK;
     if (softcap > 0)
       for (int t = 0; t < BLOCK; t++) mine[t] = softcap * std::tanh(mine[t] / softcap);
-    int64_t from = low[r0 + r] - first, to = high[r0 + r] - first;
+    int64_t from = rows.low[r0 + r] - view.first, to = rows.high[r0 + r] - view.first;
     if (from > 0 || to < BLOCK)
       for (int t = 0; t < BLOCK; t++)
         if (t < from || t >= to) mine[t] = -INFINITY;
@@ -191,18 +223,54 @@ inline void block_step(const Rows& rows, int64_t r0, const E* keys, const E* val
     }
     v8 a = exp8(load(mine) - splat(best)), b = exp8(load(mine + 8) - splat(best));
     rows.total[r0 + r] += sum(a + b);
+    if (view.value_scales) {
+      a *= load(view.value_scales);
+      b *= load(view.value_scales + 8);
+    }
     *reinterpret_cast<v8*>(mine) = a;
     *reinterpret_cast<v8*>(mine + 8) = b;
   }
-  mix_all<R>(s, values, vd, rows.acc + r0 * vd);
+  mix_all<R>(s, view.values, vd, rows.acc + r0 * vd);
+}
+
+// rows [from, to) against one block
+template <typename E>
+inline void few_rows(const Rows& rows, int64_t from, int64_t to, const View<E>& view,
+                     const Layer& layer, float softcap) {
+  int64_t r = from;
+  for (; r + 2 <= to; r += 2) block_step<2>(rows, r, view, layer, softcap);
+  for (; r < to; r++) block_step<1>(rows, r, view, layer, softcap);
+}
+
+// the same; for many rows the block is widened to fp32 once
+template <typename E>
+inline void all_rows(const Rows& rows, int64_t from, int64_t to, const View<E>& view,
+                     const Layer& layer, float softcap) {
+  if (std::is_same<E, float>::value || to - from <= 2) return few_rows(rows, from, to, view, layer, softcap);
+  int64_t keys = BLOCK * layer.key_dim, values = BLOCK * layer.value_dim;
+  for (int64_t d = 0; d < keys; d += 8) *reinterpret_cast<v8*>(rows.keys + d) = load(view.keys + d);
+  for (int64_t d = 0; d < values; d += 8) *reinterpret_cast<v8*>(rows.values + d) = load(view.values + d);
+  few_rows(rows, from, to, View<float>{rows.keys, rows.values, view.key_scales, view.value_scales, view.first},
+           layer, softcap);
 }
 
 template <typename E>
-inline void all_rows(const Rows& rows, int64_t n, const E* keys, const E* values, const Layer& layer,
-                     int64_t first, const int64_t* low, const int64_t* high, float softcap) {
-  int64_t r = 0;
-  for (; r + 2 <= n; r += 2) block_step<2>(rows, r, keys, values, layer, first, low, high, softcap);
-  for (; r < n; r++) block_step<1>(rows, r, keys, values, layer, first, low, high, softcap);
+inline View<E> view_of(const void* keys, const void* values, int64_t block, int64_t head, int64_t first,
+                       const Layer& layer) {
+  int64_t place = (block * layer.kv_heads + head) * BLOCK;
+  return {static_cast<const E*>(keys) + place * layer.key_dim,
+          static_cast<const E*>(values) + place * layer.value_dim, nullptr, nullptr, first};
+}
+
+inline View<int8_t> int8_view(const Rows& rows, int64_t block, int64_t head, int64_t first, const Layer& layer) {
+  View<int8_t> view = view_of<int8_t>(layer.key_codes, layer.value_codes, block, head, first, layer);
+  const bf16* keys = layer.key_scales + (block * layer.kv_heads + head) * layer.key_dim;
+  const bf16* values = layer.value_scales + (block * layer.kv_heads + head) * BLOCK;
+  for (int64_t d = 0; d < layer.key_dim; d += 8) *reinterpret_cast<v8*>(rows.key_scales + d) = load(keys + d);
+  for (int64_t t = 0; t < BLOCK; t += 8) *reinterpret_cast<v8*>(rows.value_scales + t) = load(values + t);
+  view.key_scales = rows.key_scales;
+  view.value_scales = rows.value_scales;
+  return view;
 }
 
 template <typename E>
@@ -211,37 +279,46 @@ void unit(const Layer& layer, const Step& step, int64_t span, int64_t head, cons
           float softcap) {
   int64_t count = step.counts[span], context = step.contexts[span], start = step.starts[span];
   int64_t kd = layer.key_dim, vd = layer.value_dim, n = count * groups, heads = groups * layer.kv_heads;
-  std::vector<float> memory(n * (kd + vd + 2) + BLOCK * (2 + kd + vd));
+  std::vector<float> memory(n * (kd + vd + 2) + 2 * (kd + BLOCK) + BLOCK * (1 + kd + vd) + kd);
   std::vector<int64_t> limits(2 * n);
-  int64_t *low = limits.data(), *high = low + n;
+  float* next = memory.data();
+  auto take = [&next](int64_t size) { float* mine = next; next += size; return mine; };
   Rows rows;
-  rows.q = memory.data();
-  rows.acc = rows.q + n * kd;
-  rows.top = rows.acc + n * vd;
-  rows.total = rows.top + n;
-  rows.scores = rows.total + n;
-  rows.keys = rows.scores + 2 * BLOCK;
-  rows.values = rows.keys + BLOCK * kd;
+  rows.q = take(n * kd);
+  rows.acc = take(n * vd);
+  rows.top = take(n);
+  rows.total = take(n);
+  rows.scaled = take(2 * kd);
+  rows.scores = take(2 * BLOCK);
+  rows.keys = take(BLOCK * kd);
+  rows.values = take(BLOCK * vd);
+  rows.key_scales = take(kd);
+  rows.value_scales = take(BLOCK);
+  rows.low = limits.data();
+  rows.high = rows.low + n;
   for (int64_t r = 0; r < n; r++) {
     int64_t token = r / groups, g = r % groups;
     const E* from = query + (head * groups + g) * q_head + (start + token) * q_row;
     for (int64_t d = 0; d < kd; d++) rows.q[r * kd + d] = one(from + d) * scale;
     rows.top[r] = -INFINITY;
-    high[r] = context - count + token + 1;
-    low[r] = window > 0 && high[r] > window ? high[r] - window : 0;
+    rows.high[r] = context - count + token + 1;
+    rows.low[r] = window > 0 && rows.high[r] > window ? rows.high[r] - window : 0;
   }
   const int64_t* table = step.blocks + step.tables[span];
-  for (int64_t b = low[0] / BLOCK; b * BLOCK < context; b++) {
-    int64_t place = table[b] * layer.kv_heads + head, first = b * BLOCK;
-    const E* keys = static_cast<const E*>(layer.keys) + place * BLOCK * kd;
-    const E* values = static_cast<const E*>(layer.values) + place * BLOCK * vd;
-    if (n > 2 && !std::is_same<E, float>::value) {
-      for (int64_t d = 0; d < BLOCK * kd; d += 8) *reinterpret_cast<v8*>(rows.keys + d) = load(keys + d);
-      for (int64_t d = 0; d < BLOCK * vd; d += 8) *reinterpret_cast<v8*>(rows.values + d) = load(values + d);
-      all_rows(rows, n, rows.keys, rows.values, layer, first, low, high, softcap);
-    } else {
-      all_rows(rows, n, keys, values, layer, first, low, high, softcap);
+  int64_t own = (context - count) / BLOCK, seeing = 0;
+  for (int64_t b = rows.low[0] / BLOCK; b * BLOCK < context; b++) {
+    int64_t first = b * BLOCK;
+    while (rows.high[seeing] <= first) seeing++;  // rows before do not reach this block
+    if (!layer.key_codes) {
+      all_rows(rows, seeing, n, view_of<E>(layer.keys, layer.values, table[b], head, first, layer), layer, softcap);
+      continue;
     }
+    int64_t beyond = seeing, tail = b < own ? -1 : step.tails[step.owns[span] + b - own];
+    if (tail >= 0) {
+      while (beyond < n && rows.high[beyond] <= first + BLOCK) beyond++;
+      all_rows(rows, seeing, beyond, view_of<E>(layer.keys, layer.values, tail, head, first, layer), layer, softcap);
+    }
+    if (beyond < n) all_rows(rows, beyond, n, int8_view(rows, table[b], head, first, layer), layer, softcap);
   }
   for (int64_t r = 0; r < n; r++) {
     int64_t token = r / groups, g = r % groups;
@@ -256,6 +333,7 @@ void write_kv(const Layer& layer, const Step& step, const E* key, int64_t k_head
               const E* value, int64_t v_head, int64_t v_row) {
   int64_t kd = layer.key_dim, vd = layer.value_dim;
   for (int64_t t = 0; t < step.tokens; t++) {
+    if (step.slots[t] < 0) continue;
     int64_t block = step.slots[t] / BLOCK, offset = step.slots[t] % BLOCK;
     for (int64_t h = 0; h < layer.kv_heads; h++) {
       int64_t row = (block * layer.kv_heads + h) * BLOCK + offset;
@@ -263,6 +341,43 @@ void write_kv(const Layer& layer, const Step& step, const E* key, int64_t k_head
       std::memcpy(static_cast<E*>(layer.values) + row * vd, value + h * v_head + t * v_row, vd * sizeof(E));
     }
   }
+}
+
+// The bf16 nearest to `largest` / 127, and what to divide by.
+inline float scale_of(float largest, bf16* at) {
+  store(at, largest / 127.0f);
+  float scale = one(at);
+  return scale == 0 ? 1.0f : scale;
+}
+
+inline int8_t code_of(float x, float scale) {
+  float code = std::nearbyint(x / scale);
+  return static_cast<int8_t>(code > 127 ? 127 : code < -127 ? -127 : code);
+}
+
+// Tails that are complete -> int8 blocks.
+template <typename E>
+void quantize(const Layer& layer, const Step& step) {
+  int64_t kd = layer.key_dim, vd = layer.value_dim;
+  for (int64_t c = 0; c < step.complete; c++)
+    for (int64_t h = 0; h < layer.kv_heads; h++) {
+      int64_t place = step.complete_blocks[c] * layer.kv_heads + h;
+      View<E> tail = view_of<E>(layer.keys, layer.values, step.complete_tails[c], h, 0, layer);
+      for (int64_t d = 0; d < kd; d++) {
+        float top = 0;
+        for (int t = 0; t < BLOCK; t++) top = std::fmax(top, std::fabs(one(tail.keys + t * kd + d)));
+        float scale = scale_of(top, layer.key_scales + place * kd + d);
+        for (int t = 0; t < BLOCK; t++)
+          layer.key_codes[(place * BLOCK + t) * kd + d] = code_of(one(tail.keys + t * kd + d), scale);
+      }
+      for (int t = 0; t < BLOCK; t++) {
+        float top = 0;
+        for (int64_t d = 0; d < vd; d++) top = std::fmax(top, std::fabs(one(tail.values + t * vd + d)));
+        float scale = scale_of(top, layer.value_scales + place * BLOCK + t);
+        for (int64_t d = 0; d < vd; d++)
+          layer.value_codes[(place * BLOCK + t) * vd + d] = code_of(one(tail.values + t * vd + d), scale);
+      }
+    }
 }
 
 template <typename E>
@@ -280,10 +395,14 @@ void attend(const Layer& layer, const Step& step, const E* query, int64_t q_head
 extern "C" {
 #define FORMAT(name, E)                                                                              \
   void write_##name(const Layer* l, const Step* s, const E* k, int64_t kh, int64_t kr, const E* v,   \
-                    int64_t vh, int64_t vr) { write_kv<E>(*l, *s, k, kh, kr, v, vh, vr); }           \
+                    int64_t vh, int64_t vr) {                                                        \
+    write_kv<E>(*l, *s, k, kh, kr, v, vh, vr);                                                       \
+    quantize<E>(*l, *s);                                                                             \
+  }                                                                                                  \
   void attend_##name(const Layer* l, const Step* s, const E* q, int64_t qh, int64_t qr, int64_t g,   \
                      E* out, float scale, int64_t window, float softcap) {                           \
-    attend<E>(*l, *s, q, qh, qr, g, out, scale, window, softcap); }
+    attend<E>(*l, *s, q, qh, qr, g, out, scale, window, softcap);                                    \
+  }
 FORMAT(fp32, float)
 FORMAT(bf16, bf16)
 }

@@ -9,22 +9,22 @@ from __future__ import annotations
 import ctypes
 import logging
 from collections.abc import Callable
+from itertools import accumulate, chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from runtime import native
+from runtime.int8_kv import Int8KV
 from runtime.kv import BLOCK_TOKENS
 from runtime.layer_kv import LayerKV
-from runtime.step_layout import Span, StepLayout, lay_out
+from runtime.step_layout import SHORT_TOKENS, Span, StepLayout, lay_out
 
 log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("paged.cpp")
-# A longer span computes more than it reads, and torch's matrix products are faster at that.
-SHORT_TOKENS = 16
-
 _P, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
@@ -36,6 +36,10 @@ class _Layer(ctypes.Structure):
         ("kv_heads", _I),
         ("key_dim", _I),
         ("value_dim", _I),
+        ("key_codes", _P),
+        ("key_scales", _P),
+        ("value_codes", _P),
+        ("value_scales", _P),
     )
 
 
@@ -49,6 +53,11 @@ class _Step(ctypes.Structure):
         ("contexts", _P),
         ("tables", _P),
         ("blocks", _P),
+        ("owns", _P),
+        ("tails", _P),
+        ("complete", _I),
+        ("complete_blocks", _P),
+        ("complete_tails", _P),
         ("threads", _I),
     )
 
@@ -60,55 +69,82 @@ class _NativeStep:
 
     def __init__(self, layout: StepLayout) -> None:
         short = [
-            (start, span)
-            for start, span in zip(layout.starts, layout.spans, strict=True)
+            (start, number, span)
+            for number, (start, span) in enumerate(zip(layout.starts, layout.spans, strict=True))
             if span.count <= SHORT_TOKENS
         ]
-        lengths = [len(span.blocks) for _, span in short]
-        columns = (
-            [start for start, _ in short],
-            [span.count for _, span in short],
-            [span.context for _, span in short],
-            np.cumsum([0, *lengths])[:-1],
-            np.concatenate([span.blocks for _, span in short] or [[]]),
+        step = layout.tails
+        own = [step.slots[number] if step else [] for _, number, _ in short]
+        complete = step.complete if step else []
+        tables = [span.blocks for _, _, span in short]
+        columns: list[Any] = [
+            step.targets if step else layout.slots,
+            [start for start, _, _ in short],
+            [span.count for _, _, span in short],
+            [span.context for _, _, span in short],
+            _offsets(tables),
+            list(chain.from_iterable(tables)),
+            _offsets(own),
+            list(chain.from_iterable(own)),
+            [tail.block for tail in complete],
+            [tail.slot for tail in complete],
+        ]
+        self.arrays = [np.ascontiguousarray(one, np.int64) for one in columns]
+        slots, starts, counts, contexts, at, blocks, owns, tails, full, full_tails = (
+            one.ctypes.data for one in self.arrays
         )
-        self.arrays = [layout.slots, *(np.ascontiguousarray(one, np.int64) for one in columns)]
-        slots, starts, counts, contexts, tables, blocks = (one.ctypes.data for one in self.arrays)
         self.struct = _Step(
-            len(layout.slots),
-            slots,
-            len(short),
-            starts,
-            counts,
-            contexts,
-            tables,
-            blocks,
-            torch.get_num_threads(),
+            tokens=len(layout.slots),
+            slots=slots,
+            spans=len(short),
+            starts=starts,
+            counts=counts,
+            contexts=contexts,
+            tables=at,
+            blocks=blocks,
+            owns=owns,
+            tails=tails,
+            complete=len(complete),
+            complete_blocks=full,
+            complete_tails=full_tails,
+            threads=torch.get_num_threads(),
         )
         self.pointer = ctypes.addressof(self.struct)
+
+
+def _offsets(lists: list[list[int]]) -> list[int]:
+    """Where each begins when they stand behind one another."""
+    return list(accumulate(map(len, lists[:-1]), initial=0)) if lists else []
 
 
 class PagedKernel:
     """The library, bound to one layer's pool."""
 
-    __slots__ = ("_attend", "_kv", "_pointer", "_struct", "_write")
+    __slots__ = ("_attend", "_memory", "_pointer", "_struct", "_write")
 
-    def __init__(self, library: ctypes.CDLL, kv: LayerKV) -> None:
-        name = _NAMES[kv.keys.dtype]
+    def __init__(self, library: ctypes.CDLL, kv: LayerKV | Int8KV) -> None:
+        # What is written token by token: the pool, or the tails beside an int8 pool.
+        whole = kv.tails if isinstance(kv, Int8KV) else kv
+        name = _NAMES[whole.keys.dtype]
         self._write: Callable[..., None] = getattr(library, f"write_{name}")
         self._write.argtypes = [_P, _P, _P, _I, _I, _P, _I, _I]
         self._write.restype = None
         self._attend: Callable[..., None] = getattr(library, f"attend_{name}")
         self._attend.argtypes = [_P, _P, _P, _I, _I, _I, _P, _F, _I, _F]
         self._attend.restype = None
-        self._kv = kv  # the struct points into its memory
+        self._memory = (whole, kv)  # the struct points into it
         self._struct = _Layer(
-            kv.keys.data_ptr(),
-            kv.values.data_ptr(),
-            kv.kv_heads,
-            kv.keys.shape[3],
-            kv.values.shape[3],
+            keys=whole.keys.data_ptr(),
+            values=whole.values.data_ptr(),
+            kv_heads=whole.kv_heads,
+            key_dim=whole.keys.shape[3],
+            value_dim=whole.values.shape[3],
         )
+        if isinstance(kv, Int8KV):
+            self._struct.key_codes = kv.keys.data_ptr()
+            self._struct.key_scales = kv.key_scales.data_ptr()
+            self._struct.value_codes = kv.values.data_ptr()
+            self._struct.value_scales = kv.value_scales.data_ptr()
         self._pointer = ctypes.addressof(self._struct)
 
     def write(self, layout: StepLayout, key: torch.Tensor, value: torch.Tensor) -> None:
@@ -160,11 +196,11 @@ def load_library(folder: Path | None = None) -> ctypes.CDLL | None:
     return library
 
 
-def kernel_of(library: ctypes.CDLL | None, kv: LayerKV) -> PagedKernel | None:
+def kernel_of(library: ctypes.CDLL | None, kv: LayerKV | Int8KV) -> PagedKernel | None:
     """The kernel for a layer, or None where the library does not take its device or shape."""
-    keys, values = kv.keys, kv.values
-    takes = keys.is_cpu and keys.dtype in _NAMES
-    if library is None or not takes or keys.shape[3] % 8 or values.shape[3] % 8:
+    whole = kv.tails if isinstance(kv, Int8KV) else kv
+    takes = whole.keys.is_cpu and whole.keys.dtype in _NAMES
+    if library is None or not takes or whole.keys.shape[3] % 8 or whole.values.shape[3] % 8:
         return None
     return PagedKernel(library, kv)
 
@@ -190,7 +226,8 @@ def _is_right(library: ctypes.CDLL) -> bool:
 
 
 def _step(layout: StepLayout) -> _NativeStep:
-    return layout.shared.get("native", lambda: _NativeStep(layout))
+    shared = layout.tails.shared if layout.tails is not None else layout.shared
+    return shared.get("native", lambda: _NativeStep(layout))
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:

@@ -22,11 +22,16 @@ from runtime.kv import BLOCK_TOKENS
 
 if TYPE_CHECKING:
     from runtime.adapters import AdapterRows
+    from runtime.tails import StepTails
 
 # Decodes attended together are padded to the longest of them. A shorter one opens a group of its
 # own once it would be padded by a quarter, and by more blocks than another group costs.
 _SHORTEST_SHARE = 0.75
 _PADDING_BLOCKS = 8
+
+# A longer span computes more than it reads, and is a prompt's chunk; up to here it may be what a
+# sequence guessed, and its tokens may be taken back.
+SHORT_TOKENS = 16
 
 _T = TypeVar("_T")
 
@@ -78,7 +83,7 @@ class Group:
             length = self.blocks.shape[1] * BLOCK_TOKENS
             at = torch.arange(length, device=self.blocks.device)
             hidden = (at >= self.high[:, None]) | (at < self.low[:, None])
-            return _minus_infinity(hidden, dtype)[:, None, None, :]
+            return minus_infinity(hidden, dtype)[:, None, None, :]
 
         return self._shared.get(dtype, make)
 
@@ -95,6 +100,11 @@ class Chunk:
     skip: int  # positions of the first block that lie before `length`
     _shared: Shared = field(default_factory=Shared)
 
+    @property
+    def before(self) -> int | None:
+        """Positions that all rows see, before its own; None where a window hides some."""
+        return self.length - self.count if self.window is None else None
+
     def pool_rows(self, kv_heads: int) -> torch.Tensor:
         """[KV * blocks] rows of a pool [blocks * KV, ...]."""
         return self._shared.get(kv_heads, lambda: rows_of(self.blocks[None], kv_heads))
@@ -109,7 +119,7 @@ class Chunk:
             hidden = columns > rows
             if self.window is not None:
                 hidden |= columns <= rows - self.window
-            return _minus_infinity(hidden, dtype)
+            return minus_infinity(hidden, dtype)
 
         return self._shared.get(dtype, make)
 
@@ -120,7 +130,7 @@ def rows_of(blocks: torch.Tensor, kv_heads: int) -> torch.Tensor:
     return (blocks[:, None, :] * kv_heads + heads).reshape(-1)
 
 
-def _minus_infinity(hidden: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def minus_infinity(hidden: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(
         hidden, float("-inf")
     )
@@ -136,6 +146,7 @@ class StepLayout:
     slots: np.ndarray[Any, np.dtype[np.int64]]  # [T] block * 16 + offset each token is written to
     device: torch.device
     adapters: Many[AdapterRows] = ()
+    tails: StepTails | None = None  # placed anew for each forward, where the pool has tails
     shared: Shared = field(default_factory=Shared)
 
     @property
@@ -163,7 +174,7 @@ class StepLayout:
         return self.shared.get(("chunks", window), lambda: self._chunk(window))
 
     def _group(self, window: int | None) -> list[Group]:
-        reach = [_reach(span, window) for span in self.spans[: self.decodes]]
+        reach = [reach_of(span, window) for span in self.spans[: self.decodes]]
         order = sorted(range(self.decodes), key=lambda row: reach[row][0] - reach[row][1])
         groups: list[Group] = []
         at = 0
@@ -199,7 +210,7 @@ class StepLayout:
         for span, start in zip(
             self.spans[self.decodes :], self.starts[self.decodes :], strict=True
         ):
-            first, end = _reach(span, window)
+            first, end = reach_of(span, window)
             seen = span.context if window is None else min(span.context, window + span.count - 1)
             blocks = torch.tensor(span.blocks[first:end], device=self.device)
             skip = span.context - seen - first * BLOCK_TOKENS
@@ -208,7 +219,7 @@ class StepLayout:
         return chunks
 
 
-def _reach(span: Span, window: int | None) -> tuple[int, int]:
+def reach_of(span: Span, window: int | None) -> tuple[int, int]:
     """First and behind-the-last block number in its table that a span's tokens look at."""
     end = -(-span.context // BLOCK_TOKENS)
     if window is None:

@@ -13,7 +13,6 @@ from runtime import native
 from runtime.engine import Engine, Order
 from runtime.loading import load_model
 from runtime.model import Model
-from runtime.paged_kernel import kernel_of
 from runtime.sequence import Sampling
 from tests.runtime.tiny_models import FAMILIES, VOCAB, write_model
 
@@ -93,8 +92,7 @@ def test_the_kernel_gives_the_same_greedy_answers(native_library, tmp_path, name
     folder = write_model(tmp_path / name, *FAMILIES[name])
     model, _ = load_model(folder, kv_tokens=1024)
     expected = greedy(model, folder)
+    model.use(native_library)
     layers = [one for one in model.module.modules() if hasattr(one, "paged_layer")]
-    for layer in layers:
-        layer.paged_layer.kernel = kernel_of(native_library, layer.paged_layer.kv)
-        assert layer.paged_layer.kernel is not None
+    assert all(layer.paged_layer.kernel is not None for layer in layers)
     assert greedy(model, folder) == expected
