@@ -8,15 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, given, settings, strategies as st
 
 from cache.blocks import chain_hashes, root_hash
+from cache.tiers import MemoryTier, Tiers
 from cache.tokens import Tokenizer
 from policies.schema import KvEvents
 from runtime.engine import Engine
 from runtime.events import BlockEvents
 from runtime.loading import load_model
 from runtime.model import Model
+from runtime.swap import Swap
 from tests.runtime.subscriber import Known, Subscriber
 from tests.runtime.test_oracle import SHAPES, Arrival, play, schedules
 from tests.runtime.tiny_models import FAMILIES, write_model
@@ -48,7 +50,7 @@ def publisher(**settings: Any) -> BlockEvents:
     return BlockEvents(KvEvents(**free | settings))
 
 
-def engine_with(events: BlockEvents, model: Model, tokenizer: Tokenizer, **limits: int) -> Engine:
+def engine_with(events: BlockEvents, model: Model, tokenizer: Tokenizer, **limits: Any) -> Engine:
     model.blocks = limits.pop("blocks", 256)
     return Engine(
         model, tokenizer, emit=lambda _: None, watchers=[events], listeners=[events], **limits
@@ -87,19 +89,22 @@ def assert_named_rightly(known: Known) -> None:
     suppress_health_check=[HealthCheck.function_scoped_fixture],
     phases=[Phase.explicit, Phase.generate],
 )
-@given(schedule=schedules)
+@given(schedule=schedules, kept_blocks=st.sampled_from([0, 0, 6, 64]))
 def test_whatever_the_schedule_a_subscriber_ends_with_what_the_pool_finds(
-    model: Model, tokenizer: Tokenizer, schedule: dict[str, Any]
+    model: Model, tokenizer: Tokenizer, schedule: dict[str, Any], kept_blocks: int
 ) -> None:
-    """Shared prefixes, tenants, eviction, preemption, cancels, a forgotten cache, a tiny buffer:
-    one that listened all the time and one that replays at the end believe the same, rightly."""
+    """Shared prefixes, tenants, eviction, a tier below, preemption, cancels, a forgotten cache, a
+    tiny buffer: one that listened and one that replays at the end believe the same, rightly."""
+    model.blocks = schedule["blocks"]
+    tiers = Tiers(MemoryTier(kept_blocks * model.block_bytes))
     arrivals, forget_step = schedule.pop("arrivals"), schedule.pop("forget_step")
     with (
         closing(publisher(buffer_steps=5)) as events,
+        closing(Swap(model, tiers)) as swap,
         Subscriber(events.endpoint, events.replay_endpoint) as listener,
         Subscriber(events.endpoint, events.replay_endpoint) as late,
     ):
-        engine = engine_with(events, model, tokenizer, **schedule)
+        engine = engine_with(events, model, tokenizer, swap=swap, **schedule)
         play(engine, PROMPTS, arrivals, forget_step)
         late.catch_up()
         listener.listen(late.known.last)
