@@ -104,7 +104,7 @@ class MemoryTier:
 
     def __init__(self, limit_bytes: int) -> None:
         self.counts = TierCounts(limit_bytes)
-        self.rate = Rate()
+        self.rate = Rate()  # of copying to where the blocks are used: whoever does it measures it
         self._blocks: OrderedDict[bytes, Data] = OrderedDict()  # next out first
         self._pins: Counter[bytes] = Counter()
 
@@ -325,7 +325,8 @@ class Tiers:
                 if not self._open:
                     return
                 promotion = self._queue.popleft()
-            self._bring_up(promotion)
+            if not promotion.released:
+                self._bring_up(promotion)
             promotion.done = True
             promotion.wake(promotion)
 

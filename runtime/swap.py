@@ -20,7 +20,7 @@ import torch
 
 from cache.blocks import BLOCK_TOKENS
 from cache.disk import DiskTier
-from cache.tiers import NEWEST, Data, MemoryTier, Promotion, Rate, Tiers
+from cache.tiers import NEWEST, Data, MemoryTier, Promotion, Tiers
 from policies import schema as policy
 from runtime.costs import StepCosts
 from runtime.kv import BlockPool
@@ -93,7 +93,7 @@ class Swap:
         self._model = model
         self._block_bytes = model.block_bytes
         self._now = now
-        self._copy = Rate()  # from memory into the pool
+        self._copy = tiers.memory.rate  # into the pool
         self._handover_s = 0.0  # what a staging takes beyond the reading itself
         self._sample_at = 0.0
         self._copy_s_max = copy_s_max
@@ -137,8 +137,13 @@ class Swap:
         return self.counts.read_s + self.counts.write_s
 
     def report(self) -> dict[str, Any]:
-        """For health answers, from any thread: every tier's counts, and what became of lookups."""
-        tiers = {name: asdict(counts) for name, counts in self.tiers.counts().items()}
+        """For health answers, from any thread: every tier's counts and measured speed, and what
+        became of lookups."""
+        tiers = {
+            tier.name: {**asdict(tier.counts), "bytes_per_s": tier.rate.bytes_per_s}
+            for tier in (self.tiers.memory, self.tiers.lower)
+            if tier is not None
+        }
         return {**tiers, "blocks": asdict(self.counts)}
 
     # ---- what the scheduler asks -----------------------------------------------------------------
