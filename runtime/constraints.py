@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 
 from cache.tokens import Tokenizer
-from runtime.grammar import CompiledGrammar, GrammarRefused, Grammars, GrammarSpec, json_rule
+from runtime.grammar import CompiledGrammar, Grammars
+from runtime.lark import GrammarRefused, GrammarSpec, json_rule
 from runtime.tool_grammar import ANY_TEXT, CannotForce, call_grammar
 from runtime.tool_request import ToolUse, tool_use
 from runtime.wire import ChatRequest, CompletionRequest, Problem

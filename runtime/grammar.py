@@ -1,37 +1,34 @@
 """What an answer must look like (JSON schema, regex, choice, grammar) -> which tokens may come.
 
-Knows llguidance, as its sole importer, and one model's vocabulary; knows no requests, no tensors.
+Knows llguidance and one model's vocabulary; knows no requests and no tensors.
 Tokens are matched by their exact bytes, so every tokenizer that this project reads will do.
 """
 
 from __future__ import annotations
 
-import json
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from time import perf_counter
-from typing import Any, Literal
+from typing import TypeVar
 
-import llguidance
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
-from llguidance.gbnf_to_lark import gbnf_to_lark, is_lark_syntax
 from numpy.typing import NDArray
 
 from cache.tokens import Tokenizer
+from runtime.lark import GrammarRefused, GrammarSpec, lark_of
 
-TEXT_MAX = 65_536  # characters of a schema, regex, list of choices or grammar
-GBNF_MAX = 16_384  # its conversion takes time with the square of the length
+STACK_BYTES = 2**28
 CACHED_MAX = 32  # compiled grammars; the worst of them holds about 20 MB
 PROBED_TOKENS = 3
 RENEW_MAX_S = 0.05  # what compiled slower is not compiled again between two tokens
 REASON_CHARS_MAX = 400
 UNSATISFIABLE = "nothing that this model can write satisfies it"
 
-# Measured on 2 cores: a hostile schema compiles in 1.5 s at most, a hostile regex costs 40 ms a
-# token at most; both are then refused.
+# Measured: a hostile grammar compiles in 1.5 s at most and costs 40 ms a token at most, before it
+# is refused.
 LIMITS = LLParserLimits(
     initial_lexer_fuel=200_000,
     step_lexer_fuel=100_000,
@@ -40,47 +37,10 @@ LIMITS = LLParserLimits(
     max_grammar_size=100_000,
     verbose_errors=False,
 )
-# Forcing would tokenize bytes that can only come out one way, all of them at once, by calling back
-# into Python: a regex like a{1000}{1000} then takes 8 s for its first token.
-UNFORCED = '\n%llguidance {"no_forcing": true}\n'
-# Whitespace without an end is a favourite of small models: one blank, or a new line's indentation.
-WHITESPACE = r" |\n[ \t]{0,20}"
-
-Kind = Literal["json_schema", "regex", "choice", "grammar"]
-
-
-class GrammarRefused(Exception):
-    """A grammar that cannot be enforced; says why, in words for whoever wrote it."""
 
 
 class GrammarFailed(Exception):
     """An answer cannot go on in its grammar, which had compiled well."""
-
-
-@dataclass(frozen=True, slots=True)
-class GrammarSpec:
-    """What an answer must look like, as a request says it; compiled by `Grammars.compile`.
-
-    `text` is, by kind: a JSON schema; a regular expression for the whole answer (Rust's syntax,
-    no look-around); a JSON list of strings; a grammar in Lark's syntax or in GBNF. In Lark text,
-    `json_rule` gives a rule for JSON, quoted strings are text, and `<[7]>` is the token of id 7:
-    special tokens match by id only, never as text. A call of a tool in tags of plain text is thus
-    `GrammarSpec("grammar", f'start: "<tool_call>" {json_rule(schema)} "</tool_call>"')`.
-
-    `lenient` leaves out the keywords of a JSON schema that cannot be enforced, instead of refusing
-    the schema. `param` is the request's field, for refusals.
-    """
-
-    kind: Kind
-    text: str
-    lenient: bool = False
-    param: str | None = field(default=None, compare=False)
-
-
-def json_rule(schema: Mapping[str, Any], *, lenient: bool = False) -> str:
-    """A JSON schema as an expression of a Lark grammar. Properties come in the schema's order."""
-    options = {"whitespace_pattern": WHITESPACE, "lenient": lenient}
-    return "%json " + json.dumps({**schema, "x-guidance": options})
 
 
 class Grammar:
@@ -170,7 +130,7 @@ class CompiledGrammar:
         self._tokens = tokens
         self._lark = lark
         started = perf_counter()
-        self._first = self._compile()
+        self._first = _on_deep_stack(self._compile)
         self._compile_s = perf_counter() - started
 
     def begin(self) -> Grammar:
@@ -181,7 +141,7 @@ class CompiledGrammar:
         """A matcher that shares nothing with earlier ones; None where that takes too long."""
         if self._compile_s > RENEW_MAX_S:
             return None
-        self._first = self._compile()
+        self._first = _on_deep_stack(self._compile)
         return self._first.deep_copy()
 
     def _compile(self) -> LLMatcher:
@@ -199,6 +159,29 @@ class CompiledGrammar:
                 break
             ahead.consume_token(token)
         return matcher
+
+
+Made = TypeVar("Made")
+
+
+def _on_deep_stack(make: Callable[[], Made]) -> Made:
+    """Runs it in a thread with much stack. Rules that lead to each other are compiled by recursion:
+    3,000 in a row overflow the usual 8 MB, which ends the process."""
+    made: Future[Made] = Future()
+
+    def run() -> None:
+        try:
+            made.set_result(make())
+        except BaseException as error:  # noqa: BLE001 - it is raised where the result is read
+            made.set_exception(error)
+
+    usual = threading.stack_size(STACK_BYTES)
+    try:
+        thread = threading.Thread(target=run, name="grammar")
+        thread.start()
+    finally:
+        threading.stack_size(usual)
+    return made.result()
 
 
 def _lowest(mask: bytes) -> int:
@@ -231,7 +214,7 @@ class Grammars:
             if compiled is None:
                 if self._tokens is None:
                     raise GrammarRefused("this model has no end token, so no grammar could end")
-                compiled = CompiledGrammar(self._tokens, _lark(spec), self._end_ids)
+                compiled = CompiledGrammar(self._tokens, lark_of(spec), self._end_ids)
             self._known[spec] = compiled
             while len(self._known) > CACHED_MAX:
                 self._known.popitem(last=False)
@@ -263,45 +246,6 @@ def _read_vocabulary(
     ends = sorted(end_ids)
     words = _Vocabulary(tokens, special, ends[0])
     return LLTokenizer(TokenizerWrapper(words), eos_token=ends)
-
-
-def _lark(spec: GrammarSpec) -> str:
-    """The grammar in llguidance's own syntax. Raises GrammarRefused."""
-    if not spec.text:
-        raise GrammarRefused("it is empty")
-    if len(spec.text) > TEXT_MAX:
-        raise GrammarRefused(f"it has {len(spec.text)} characters, at most {TEXT_MAX} are accepted")
-    if spec.kind == "json_schema":
-        return "start: " + json_rule(_schema(spec.text), lenient=spec.lenient) + UNFORCED
-    if spec.kind == "regex":
-        # \d as ASCII digits: what counts as a digit in Unicode differs from library to library.
-        return f"start: /{llguidance.regex_to_lark(spec.text, use_ascii='d')}/" + UNFORCED
-    if spec.kind == "choice":
-        return "start: " + " | ".join(map(json.dumps, json.loads(spec.text))) + UNFORCED
-    return (spec.text if is_lark_syntax(spec.text) else _from_gbnf(spec.text)) + UNFORCED
-
-
-def _schema(text: str) -> dict[str, Any]:
-    try:
-        schema = json.loads(text)
-    except ValueError as error:
-        raise GrammarRefused(f"it is not valid JSON: {error}") from None
-    except RecursionError:
-        raise GrammarRefused("it is nested too deeply") from None
-    if not isinstance(schema, dict):
-        raise GrammarRefused("a JSON schema must be an object here")
-    return schema
-
-
-def _from_gbnf(text: str) -> str:
-    if len(text) > GBNF_MAX:
-        raise GrammarRefused(f"in GBNF at most {GBNF_MAX} characters are accepted; use Lark syntax")
-    try:
-        return gbnf_to_lark(text)
-    except RecursionError:
-        raise GrammarRefused("it is nested too deeply") from None
-    except Exception as error:  # noqa: BLE001 - it raises bare Exception for whatever is wrong
-        raise GrammarRefused(f"it is neither Lark (no `start:` rule) nor GBNF: {error}") from None
 
 
 def _reason(error: str) -> str:

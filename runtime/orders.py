@@ -14,9 +14,7 @@ from typing import Any
 from cache.template import TemplateFailure, TemplateRefusal
 from cache.tokens import NoChatTemplate, Tokenizer, TooLong
 from runtime import wire
-from runtime.grammar import (
-    CompiledGrammar,
-)
+from runtime.grammar import CompiledGrammar
 from runtime.inbox import Order
 from runtime.sequence import Sampling, Service
 from runtime.tool_request import ToolUse, argument_forms, offered

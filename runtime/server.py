@@ -24,8 +24,8 @@ from runtime import wire
 from runtime.answers import Answer
 from runtime.constraints import compile_grammar, grammar_spec, tools_of
 from runtime.engine import Engine
-from runtime.grammar import GrammarSpec
 from runtime.inbox import EngineStopped, QueueFull
+from runtime.lark import GrammarSpec
 from runtime.metrics_page import CONTENT_TYPE
 from runtime.orders import (
     Asked,

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from runtime.grammar import json_rule
+from runtime.lark import json_rule
 from runtime.tool_forms import Form, Tool, form_of
 from runtime.tool_python import PythonCalls
 from runtime.tool_xml import TaggedCalls, argument_types, referred

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, StrictBool, model_validator
 
+TEXT_CHARS_MAX = 16_384  # of a regex or a grammar
 ANY_OBJECT = '{"type": "object"}'
 
 
@@ -45,7 +46,7 @@ def _schema(value: Any) -> str:
 
 
 Schema = Annotated[str, PlainValidator(_schema)]
-Text = Annotated[str, Field(strict=True, min_length=1)]
+Text = Annotated[str, Field(strict=True, min_length=1, max_length=TEXT_CHARS_MAX)]
 Choices = Annotated[tuple[Annotated[str, Field(strict=True)], ...], Field(min_length=1)]
 
 

@@ -29,7 +29,7 @@ PACKAGED = ("cache", "command", "evals", "gateway", "policies", "runtime", "spec
 
 # heavy dependency -> its only importers
 IMPORTERS = {
-    "llguidance": {"runtime/grammar.py"},
+    "llguidance": {"runtime/grammar.py", "runtime/lark.py"},
     "ruamel": {"policies/yaml_tree.py"},
     "tokenizers": {"cache/tokens.py"},
     "jinja2": {"cache/sandbox.py", "cache/template.py", "cache/tokens.py"},

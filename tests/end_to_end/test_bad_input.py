@@ -272,7 +272,7 @@ CHAT_CASES = [
     outputs("regex number", "regex", {"regex": 5}, "string"),
     outputs("regex empty", "regex", {"regex": ""}, "empty"),
     outputs("regex open", "regex", {"regex": "("}, "unclosed", BAD_GRAMMAR),
-    outputs("regex huge", "regex", {"regex": "a" * 70_000}, "at most", BAD_GRAMMAR),
+    outputs("regex huge", "regex", {"regex": "a" * 70_000}, "16384"),
     outputs("regex wild", "regex", {"regex": WILD}, "nest", BAD_GRAMMAR),
     outputs("choice text", "choice", {"choice": "yes"}, "list"),
     outputs("choice empty", "choice", {"choice": []}, "at least"),

@@ -11,7 +11,8 @@ from hypothesis import given, settings, strategies as st
 
 from cache.tokens import Tokenizer
 from runtime.adjust import DEAD_END, adjusted, adjustment
-from runtime.grammar import Grammars, GrammarSpec
+from runtime.grammar import Grammars
+from runtime.lark import GrammarSpec
 from runtime.sequence import Sampling
 
 VOCABULARY = 12

@@ -18,7 +18,8 @@ import jsonschema
 import pytest
 
 from cache.tokens import Tokenizer
-from runtime.grammar import GrammarFailed, GrammarRefused, Grammars, GrammarSpec
+from runtime.grammar import GrammarFailed, Grammars
+from runtime.lark import GrammarRefused, GrammarSpec
 from runtime.tool_forms import Tool
 from runtime.tool_grammar import call_grammar
 from runtime.tool_request import tool_use

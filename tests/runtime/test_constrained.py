@@ -17,8 +17,8 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from cache.tokens import Tokenizer
 from runtime.adjust import DEAD_END
 from runtime.engine import Engine
-from runtime.grammar import GrammarSpec
 from runtime.inbox import Order
+from runtime.lark import GrammarSpec
 from runtime.loading import load_model
 from runtime.model import Model
 from runtime.sequence import Output, Sampling

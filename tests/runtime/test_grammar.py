@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import jsonschema
@@ -13,16 +14,8 @@ import pytest
 from hypothesis import assume, given, settings, strategies as st
 
 from cache.tokens import Tokenizer
-from runtime.grammar import (
-    GBNF_MAX,
-    TEXT_MAX,
-    Grammar,
-    GrammarFailed,
-    GrammarRefused,
-    Grammars,
-    GrammarSpec,
-    json_rule,
-)
+from runtime.grammar import Grammar, GrammarFailed, Grammars
+from runtime.lark import GBNF_MAX, TEXT_MAX, GrammarRefused, GrammarSpec, json_rule
 
 POCKET = Path(__file__).parents[2] / "pocket" / "target"
 TOKENIZER = Tokenizer.load(POCKET)
@@ -92,7 +85,7 @@ leaves = st.one_of(
     st.sampled_from(
         [
             {"type": "string", "pattern": "^[a-z]{1,4}-[0-9]{2}$"},
-            {"type": "string", "format": "date"},
+            {"type": "string", "format": "uuid"},
             {"type": "string", "format": "ipv4"},
         ]
     ),
@@ -318,6 +311,38 @@ def test_answers_of_one_grammar_do_not_wear_it_out():
             grammar.accept(rng.choice(allowed(grammar)[1:]))
 
 
+def in_a_row(count: int, rule: str, last: str) -> str:
+    """A grammar in which each rule leads to the next."""
+    rules = [rule.format(this=f"r{at}", next=f"r{at + 1}") for at in range(count)]
+    return "\n".join(["start: r0", *rules, f"r{count}: {last}"])
+
+
+def references(count: int, hop: Callable[[dict], dict]) -> str:
+    """A schema in which each definition leads to the next."""
+    hops = {f"d{at}": hop({"$ref": f"#/$defs/d{at + 1}"}) for at in range(count)}
+    return json.dumps({"$defs": {**hops, f"d{count}": {"const": 1}}, "$ref": "#/$defs/d0"})
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("grammar", in_a_row(5000, "{this}: {next}", '"x"')),
+        ("grammar", in_a_row(4000, '{this}: "a" {next}', '"x"')),
+        ("json_schema", references(2000, lambda one: one)),
+        ("json_schema", references(1000, lambda one: {"type": "array", "items": one})),
+        ("json_schema", references(1000, lambda one: {"properties": {"a": one}})),
+    ],
+)
+def test_a_grammar_of_thousands_of_steps_does_not_end_the_process(kind, text):
+    """Compiling goes down each step by recursion; a stack that overflows is the end of all."""
+    try:
+        grammar = begin(kind, text)
+    except GrammarRefused as error:
+        assert str(error)
+    else:
+        assert allowed(grammar)
+
+
 # ---- refusals ------------------------------------------------------------------------------------
 
 HOSTILE = {
@@ -344,6 +369,9 @@ HOSTILE = {
         ("regex", r"(a)\1", "backreferences"),
         ("regex", "", "empty"),
         ("regex", "a" * (TEXT_MAX + 1), "characters"),
+        ("regex", "a*b*" * 4000, "one text or regex"),
+        ("json_schema", json.dumps({"pattern": "a*b*" * 4000}), "one text or regex"),
+        ("grammar", 'start: "a" /' + "a*b*" * 4000 + "/", "one text or regex"),
         ("regex", HOSTILE["nested"], "nest"),
         ("grammar", "start: a", "a"),
         ("grammar", 'start: start "a"', "nothing"),

@@ -16,7 +16,8 @@ from hypothesis import given, settings, strategies as st
 from tokenizers import Tokenizer as Trained, decoders, models, pre_tokenizers
 
 from cache.tokens import Tokenizer
-from runtime.grammar import Grammar, Grammars, GrammarSpec
+from runtime.grammar import Grammar, Grammars
+from runtime.lark import GrammarSpec
 from runtime.tool_forms import Tool, form_of
 from runtime.tool_grammar import ANY_TEXT, CannotForce, call_grammar
 from runtime.tools import DIALECTS, Dialect, ToolParser
