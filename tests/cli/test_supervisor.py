@@ -95,7 +95,14 @@ programs = [
     for name, port, *behaviour in rows
 ]
 supervisor = Supervisor(programs, Screen(), backoff=lambda: Backoff(first_s=0.05), patience_s=0)
-sys.exit(asyncio.run(supervisor.run(lambda took_s: print("READY", flush=True))))
+async def tell():
+    for child in supervisor.children:
+        await child.ready.wait()
+    print("EACH IS READY", flush=True)
+async def main():
+    telling = asyncio.create_task(tell())
+    return await supervisor.run(lambda took_s: print("READY", flush=True))
+sys.exit(asyncio.run(main()))
 """
 
 
@@ -276,7 +283,7 @@ def test_a_worker_that_dies_is_started_again(tmp_path: Path) -> None:
     worker, front = free_ports(2)
     rows = [("worker 0", worker, "ok", "0"), ("gateway", front, "ok", "0")]
     with supervised(tmp_path, *rows) as running:
-        running.until("READY")
+        running.until("EACH IS READY")
         for pause in ("0.05", "0.1"):
             die(worker)
             running.until(f"worker 0 was killed by SIGKILL .* starts again in {pause} s")
@@ -415,10 +422,10 @@ def test_a_death_is_noticed_though_a_grandchild_holds_the_pipe(tmp_path: Path) -
     worker, front = free_ports(2)
     rows = [("worker 0", worker, "parent", "0"), ("gateway", front, "ok", "0")]
     with supervised(tmp_path, *rows) as running:
-        running.until("READY")
+        running.until("EACH IS READY")
         die(worker)
         running.until("worker 0 was killed by SIGKILL")
-        running.until(r"worker 0 +\| pid")  # it may have died before it was known to be ready
+        running.until("worker 0 is ready again")
         running.process.send_signal(signal.SIGINT)
         assert running.rest() == 0
 
