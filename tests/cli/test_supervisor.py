@@ -98,7 +98,7 @@ supervisor = Supervisor(programs, Screen(), backoff=lambda: Backoff(first_s=0.05
 async def tell():
     for child in supervisor.children:
         await child.ready.wait()
-    print("EACH IS READY", flush=True)
+    print("EACH IS WELL", flush=True)
 async def main():
     telling = asyncio.create_task(tell())
     return await supervisor.run(lambda took_s: print("READY", flush=True))
@@ -190,7 +190,7 @@ def test_ctrl_c_drains_the_front_while_the_worker_still_serves_it(tmp_path: Path
         running.until("READY")
         running.process.send_signal(signal.SIGINT)
         assert running.rest() == 0
-        words = [line for line in running.lines if "pid" not in line]
+        words = [line for line in running.lines if "pid" not in line and "WELL" not in line]
         assert words[1:] == [
             "draining: running answers get up to 5 s; Ctrl-C again ends them now",
             "gateway  | draining",
@@ -283,7 +283,7 @@ def test_a_worker_that_dies_is_started_again(tmp_path: Path) -> None:
     worker, front = free_ports(2)
     rows = [("worker 0", worker, "ok", "0"), ("gateway", front, "ok", "0")]
     with supervised(tmp_path, *rows) as running:
-        running.until("EACH IS READY")
+        running.until("EACH IS WELL")
         for pause in ("0.05", "0.1"):
             die(worker)
             running.until(f"worker 0 was killed by SIGKILL .* starts again in {pause} s")
@@ -422,7 +422,7 @@ def test_a_death_is_noticed_though_a_grandchild_holds_the_pipe(tmp_path: Path) -
     worker, front = free_ports(2)
     rows = [("worker 0", worker, "parent", "0"), ("gateway", front, "ok", "0")]
     with supervised(tmp_path, *rows) as running:
-        running.until("EACH IS READY")
+        running.until("EACH IS WELL")
         die(worker)
         running.until("worker 0 was killed by SIGKILL")
         running.until("worker 0 is ready again")
