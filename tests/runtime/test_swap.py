@@ -309,6 +309,39 @@ def test_a_long_run_is_filled_over_several_steps_while_others_answer(family):
         world.step()
 
 
+@pytest.fixture(scope="module")
+def int8_family(family, tmp_path_factory):
+    """A model with int8 keys and values, and what its own engine says with room for everything."""
+    folder = write_model(tmp_path_factory.mktemp("int8"), *FAMILIES["llama"])
+    model, _ = load_model(folder, kv_tokens=1024, kv="int8")
+    tokenizer = Tokenizer.load(folder)
+    prompts = family("llama").prompts
+    engine = Engine(model, tokenizer, emit=lambda _: None)
+    expected = []
+    for prompt in prompts:
+        sampling = Sampling(temperature=0, max_tokens=ANSWER, ignore_eos=True)
+        engine.submit([Order(prompt, sampling)])
+        engine.take_orders(wait=False)
+        tokens: list[int] = []
+        while len(tokens) < ANSWER:
+            tokens += [token for output in engine.step() for token in output.token_ids]
+        expected.append(tokens)
+    return Family(model, tokenizer, prompts, expected)
+
+
+@pytest.mark.parametrize("where", ["host", "disk"])
+def test_int8_blocks_come_back_as_they_were(int8_family, tmp_path, where):
+    """A quarter of the bytes and the same way; what the tokens were rounded to does not change."""
+    disk = tmp_path if where == "disk" else None
+    with World(int8_family, host_blocks=0 if disk else 100, disk=disk) as world:
+        for prompt in (2, 6, 10, 3, 1, 2, 7, 11):
+            world.ask(prompt)
+            if disk is not None:
+                world.drain()
+        counts = world.swap.counts
+        assert (counts.lower_hits if disk else counts.host_hits) > 5
+
+
 def test_loading_is_declined_where_computing_is_faster(family):
     """A machine that computes for nothing loads nothing, but for the answer it is all the same."""
     free = StepCosts([1, 512], [1e-12, 1e-12])
