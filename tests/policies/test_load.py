@@ -13,6 +13,7 @@ from policies.load import (
     load,
     port_of,
     resolve_adapters,
+    resolve_folders,
     with_environment,
 )
 from policies.problems import describe, dotted
@@ -281,3 +282,24 @@ def test_a_size_without_sense_says_how_it_is_written(tmp_path: Path) -> None:
         assert "such as 500 MB or 2 GiB" in line
     (line,) = problems(tmp_path, "version: 1\nruntime:\n  tiers: {}\n")
     assert "give `host_bytes`, `disk`, or both" in line
+
+
+def test_the_folder_of_a_disk_tier_is_relative_to_the_file(tmp_path: Path) -> None:
+    """An absolute one stays as it is; nothing else of the policy changes."""
+    text = "version: 1\nruntime:\n  tiers:\n    disk: {path: PATH, max_bytes: 1 GiB}\n"
+    for path, expected in (("kv/here", tmp_path / "kv" / "here"), ("/kv", Path("/kv"))):
+        file = write(tmp_path, text.replace("PATH", path))
+        policy = resolve_folders(file, load(file))
+        assert policy.runtime and policy.runtime.tiers and policy.runtime.tiers.disk
+        assert policy.runtime.tiers.disk.path == str(expected)
+        assert policy.runtime.tiers.disk.max_bytes == 2**30
+    file = write(tmp_path, "version: 1\nruntime: {}\n")
+    assert resolve_folders(file, load(file)) == load(file)
+
+
+def test_a_home_of_nobody_is_told_at_its_line(tmp_path: Path) -> None:
+    text = "version: 1\nruntime:\n  tiers:\n    disk: {path: ~no-such-user/kv, max_bytes: 1 GiB}\n"
+    file = write(tmp_path, text)
+    with pytest.raises(PolicyError) as caught:
+        resolve_folders(file, load(file))
+    assert str(caught.value).startswith(f"{file}:4:18  runtime.tiers.disk.path")

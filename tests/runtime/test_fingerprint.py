@@ -95,6 +95,16 @@ def test_the_same_model_elsewhere_after_a_restart_is_the_same(folder: Path, tmp_
     assert differing == ["configuration"]
 
 
+def test_where_tiers_lie_does_not_count_but_that_there_are_some_does(folder: Path) -> None:
+    """The folder of a disk tier changes no answer; its size is part of the configuration."""
+    here, there, larger = (
+        of(folder, tiers={"disk": {"path": path, "max_bytes": size}})
+        for path, size in (("here", 2**30), ("/else/where", 2**30), ("here", 2**31))
+    )
+    assert here.root == there.root
+    assert len({here.root, larger.root, of(folder).root}) == 3
+
+
 def test_every_leaf_counts_and_none_passes_for_another() -> None:
     """The root differs for each leaf that differs, is missing, or stands in another's place."""
     facts: dict[str, Any] = {name: {"of": name} for name in LEAVES}

@@ -76,3 +76,11 @@ def test_a_buffer_of_another_size_is_refused_and_nothing_is_written(folder):
     with pytest.raises(ValueError, match="1 buffers for 2 blocks"):
         model.write_blocks([0, 1], [whole])
     assert not model.read_blocks([0])[0].any()
+
+
+def test_blocks_of_another_format_say_so(folder):
+    """What is kept of blocks elsewhere is found again by this: type, shape and number of layers."""
+    fp32, again, bf16 = model_of(folder), model_of(folder), model_of(folder, "bf16")
+    assert fp32.block_format == again.block_format
+    assert fp32.block_format.startswith("3 x keys torch.float32 (2, 16, 16) values")
+    assert bf16.block_format != fp32.block_format

@@ -18,13 +18,14 @@ from cache.disk_folder import layout_of
 from cache.slot_file import slot_bytes
 from cache.tiers import MemoryTier, Tiers
 from cache.tokens import Tokenizer
+from policies import schema as policy
 from runtime.costs import StepCosts
 from runtime.engine import Engine
 from runtime.inbox import Order
 from runtime.loading import load_model
-from runtime.model import Model
+from runtime.model import Model, ModelRefused
 from runtime.sequence import Output, Sampling, Service
-from runtime.swap import COPY_S_MAX, Swap
+from runtime.swap import COPY_S_MAX, Swap, open_swap
 from tests.runtime.test_oracle import EXAMPLES, generate
 from tests.runtime.tiny_models import FAMILIES, VOCAB, write_model
 
@@ -439,6 +440,15 @@ def test_a_killed_process_leaves_whole_beginnings(family, tmp_path):
         world.swap.tiers.lower = None
     with World(family("llama"), disk=tmp_path) as world:
         assert world.ask(2) >= HEAD // 16 * 16 + 16
+
+
+def test_a_disk_tier_without_room_for_this_models_blocks_is_refused(family, tmp_path):
+    """At the start, with the field that is to be changed."""
+    wanted = policy.Tiers.model_construct(
+        host_bytes=0, disk=policy.DiskTier.model_construct(path=str(tmp_path), max_bytes=10_000)
+    )
+    with pytest.raises(ModelRefused, match="max_bytes: 10000 bytes hold fewer"):
+        open_swap(family("llama").model, wanted, "tiny")
 
 
 def test_values_that_went_wrong_do_not_come_back(family):
