@@ -9,8 +9,7 @@ Legend: T tokens, K features in, N features out.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -20,13 +19,8 @@ from torch.nn import functional
 
 Engine = Literal["fbgemm", "onednn"]
 
-# Rows of eight-bit integers are u8 inside: the kernels want them without a sign.
-_MIDDLE = 128
-_INT8_MAX = 127
-# Division by a row's largest entry must give no NaN for a row of zeros.
-_TINY = 1e-30
-# The low half of an activation is worth this much less than the high half.
-_HALVES = 254.0
+_RUN_WEIGHTS = 2**17
+_FBGEMM_BLOCK = 512
 
 
 class PackedLinear(nn.Module):
@@ -103,8 +97,9 @@ class HalfLinear(PackedLinear):
     ) -> None:
         super().__init__(weight.shape[1], weight.shape[0], None)
         self._scale = 2.0**-exponent
-        moved = weight.float() * 2.0**exponent
-        with _engine("fbgemm"):
+        moved = weight.float()
+        moved = moved * 2.0**exponent if exponent or not moved.is_contiguous() else moved
+        with packing_with("fbgemm"):
             self._packed: Any = torch.ops.quantized.linear_prepack_fp16(moved, _float(bias))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -116,87 +111,7 @@ class HalfLinear(PackedLinear):
 
     @property
     def held_bytes(self) -> int:
-        return 2 * self.in_features * self.out_features
-
-
-class Int8Linear(PackedLinear):
-    """Eight-bit integers on both sides, exact sums, one scale a row of the weights and a token.
-
-    A token's scale is its own, so that its result does not depend on what else is in the batch.
-    `wide` gives each token two rows, a high and a low half, which is 15 bits: weights alone are
-    rounded then, at twice the work. Integers and scales come from `runtime.quantize`.
-    """
-
-    def __init__(
-        self,
-        integers: torch.Tensor,
-        scales: torch.Tensor,
-        bias: torch.Tensor | None,
-        *,
-        engine: Engine,
-        wide: bool,
-    ) -> None:
-        """integers [N, K] int8, scales [N] fp32."""
-        super().__init__(integers.shape[1], integers.shape[0], _float(bias))
-        self._wide = wide
-        self._multiply = (
-            _fbgemm(integers, scales) if engine == "fbgemm" else _onednn(integers, scales)
-        )
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Normalizes each token to +-127, multiplies as integers, and gives the scale back."""
-        rows = x.reshape(-1, self.in_features).float()
-        low, high = torch.aminmax(rows, dim=-1, keepdim=True)
-        largest = torch.maximum(high, low.neg_()).clamp_(min=_TINY).mul_(1 / _INT8_MAX)
-        scaled = rows / largest
-        if self._wide:
-            whole = scaled.round()
-            rest = (scaled - whole).mul_(_HALVES)
-            above, below = self._multiply(torch.cat([whole, rest])).chunk(2)
-            y = torch.add(above, below, alpha=1 / _HALVES).mul_(largest)
-        else:
-            y = self._multiply(scaled).mul_(largest)
-        if self.bias is not None:
-            y.add_(self.bias)
-        return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
-
-    @property
-    def held_bytes(self) -> int:
-        return self.in_features * self.out_features + 4 * self.out_features
-
-
-def _fbgemm(integers: torch.Tensor, scales: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-    """rows [T, K] fp32 within +-127 -> rows rounded to integers, times the weights, [T, N] fp32."""
-    zeros = torch.zeros(len(scales), dtype=torch.long)
-    with _engine("fbgemm"), warnings.catch_warnings():
-        # Quantized tensors are to leave torch; this packing takes nothing else so far.
-        warnings.simplefilter("ignore", UserWarning)
-        quantized = torch._make_per_channel_quantized_tensor(integers, scales.double(), zeros, 0)
-        packed = torch.ops.quantized.linear_prepack(quantized, None)
-    multiply = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
-
-    def run(rows: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = multiply(rows, 1.0, _MIDDLE, packed)
-        return y
-
-    return run
-
-
-def _onednn(integers: torch.Tensor, scales: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-    """As `_fbgemm`, by oneDNN: the faster one where the CPU multiplies bytes natively."""
-    packed = torch.ops.onednn.qlinear_prepack(integers.contiguous(), None)
-    zeros = torch.zeros(len(scales), dtype=torch.long)
-    scales = scales.float()
-
-    def run(rows: torch.Tensor) -> torch.Tensor:
-        bytes_ = rows.add(_MIDDLE + 0.5).to(torch.uint8)  # truncation after + 0.5 rounds
-        y: torch.Tensor = torch.ops.onednn.qlinear_pointwise(
-            bytes_, 1.0, _MIDDLE, packed, scales, zeros, None,
-            1.0, 0, torch.float32, "none", [], "",
-        )  # fmt: skip
-        return y
-
-    return run
+        return 2 * fbgemm_features(self.in_features) * self.out_features
 
 
 class ByteLinear(PackedLinear):
@@ -307,7 +222,7 @@ def _finish(y: torch.Tensor, bias: torch.Tensor | None, x: torch.Tensor) -> torc
 
 
 @contextmanager
-def _engine(name: Engine) -> Iterator[None]:
+def packing_with(name: Engine) -> Iterator[None]:
     """torch keeps the packing engine in a global; it is put back."""
     before = torch.backends.quantized.engine
     torch.backends.quantized.engine = name
@@ -315,3 +230,18 @@ def _engine(name: Engine) -> Iterator[None]:
         yield
     finally:
         torch.backends.quantized.engine = before
+
+
+def fbgemm_features(features_in: int) -> int:
+    """FBGEMM fills inputs up to blocks of 512: 896 features take the memory of 1024."""
+    return -(-features_in // _FBGEMM_BLOCK) * _FBGEMM_BLOCK
+
+
+def small_runs(weight: torch.Tensor) -> list[slice]:
+    """The rows of a weight in runs that fit into a core's cache, a few copies of them too."""
+    return runs(weight.shape[0], max(1, _RUN_WEIGHTS // weight.shape[1]))
+
+
+def runs(rows: int, most: int) -> list[slice]:
+    """All rows as slices of at most so many."""
+    return [slice(first, min(first + most, rows)) for first in range(0, rows, most)]

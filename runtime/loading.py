@@ -7,21 +7,25 @@ and no code from a model folder runs.
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
 from policies.schema import WeightFormat, Weights
 from runtime import quantize
+from runtime.allocator import giving_back
+from runtime.conversion import run_and_convert
 from runtime.kv import BLOCK_TOKENS
 from runtime.model import Model, ModelRefused
 from runtime.paged_kernel import load_library
-from runtime.proof import prove, refusing
-from runtime.surgery import Plan, Tally, convert
+from runtime.proof import Reference, own_logits, proof_prompts, prove, reason_of, refusing
+from runtime.shards import Shards, open_shards
+from runtime.surgery import Plan, Tally
 
 # Rotary scalings that look at the length of the whole packed row and so would mix sequences up.
 _ROW_DEPENDENT_ROPE = ("dynamic", "longrope")
@@ -74,17 +78,23 @@ def load_model(
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # no hints there
     _refuse_by_config(config, folder)
-    module = _read_weights(folder, config, plan)
-    tally = Tally(parameters=sum(weight.numel() for weight in module.parameters()))
-
-    def operate(whole: PreTrainedModel) -> None:
-        head: Any = whole.get_output_embeddings()  # type: ignore[no-untyped-call]  # no hints there
-        convert(whole, plan, tally, head=head)
-
-    layers = prove(module, folder, operate, rounding=_rounding(plan))
+    with giving_back():
+        module, shards = _read_weights(folder, config, plan)
+        plan = replace(plan, forget=shards.forget)
+        reference, tally = _convert(module, shards, folder, plan)
+        layers = prove(module, folder, reference)
     blocks = max(1, kv_tokens // BLOCK_TOKENS)
     library = load_library() if compiles and where.type == "cpu" else None
-    model = Model(module, layers, blocks, dtype=plan.dtype, weights=tally, kv=kv, library=library)
+    model = Model(
+        module,
+        layers,
+        blocks,
+        dtype=plan.dtype,
+        device=where,
+        weights=tally,
+        kv=kv,
+        library=library,
+    )
     return model, folder
 
 
@@ -177,15 +187,16 @@ def _refuse_by_config(config: Any, folder: Path) -> None:
             )
 
 
-def _read_weights(folder: Path, config: Any, plan: Plan) -> PreTrainedModel:
-    device = plan.device
+def _read_weights(folder: Path, config: Any, plan: Plan) -> tuple[PreTrainedModel, Shards]:
+    """The model with its weights still in their files, in the dtype of the files."""
     with refusing(folder, "the weights cannot be loaded", _CHECK_FOLDER):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
+        shards = open_shards(folder)
+        family: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        loaded = family.from_pretrained(
+            None,
             config=config,
+            state_dict=shards.tensors,
             dtype=plan.dtype,
-            trust_remote_code=False,
-            use_safetensors=True,
             ignore_mismatched_sizes=True,  # they are refused below, by name
             output_loading_info=True,
         )
@@ -197,10 +208,25 @@ def _read_weights(folder: Path, config: Any, plan: Plan) -> PreTrainedModel:
             f"{folder}: config.json asks for attention {used!r}, which replaces "
             f"{_REFERENCE_ATTENTION!r}; remove _attn_implementation from it"
         )
-    with refusing(folder, f"the weights do not fit on {device}", "choose another device or model"):
-        module.to(device)  # type: ignore[arg-type]  # transformers wraps a bound method
     module.train(False)
-    return module.requires_grad_(False)
+    return module.requires_grad_(False), shards
+
+
+def _convert(
+    module: PreTrainedModel, shards: Shards, folder: Path, plan: Plan
+) -> tuple[Reference, Tally]:
+    """What the untouched model says to the proof's prompts, and what was made of it."""
+    prompts = proof_prompts(module.config.get_text_config().vocab_size, plan.device)
+    try:
+        logits, tally = run_and_convert(
+            module, plan, shards, lambda: own_logits(module, prompts, folder)
+        )
+    except torch.OutOfMemoryError as error:
+        raise ModelRefused(
+            f"{folder}: the weights do not fit on {plan.device} ({reason_of(error)}); choose "
+            "another device or model"
+        ) from error
+    return Reference(logits, plan.dtype, plan.device, _rounding(plan)), tally
 
 
 def _refuse_holes(report: dict[str, Any], folder: Path) -> None:

@@ -50,24 +50,23 @@ class Model:
         blocks: int,
         *,
         dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
         weights: Tally | None = None,
         kv: Literal["auto", "int8"] = "auto",
         library: CDLL | None = None,
     ) -> None:
-        """`dtype` is that of activations, `weights` what surgery made of the linear layers.
+        """`dtype` and `device` are those of activations, `weights` what was made of the layers.
 
         `kv` is the format of keys and values, `auto` being that of activations. `library` is
         compiled code for attention, where there is some.
         """
         self.module = module
         self.config = module.config.get_text_config()
-        self.device = module.device
+        self.device = device or module.device
         self.dtype = dtype or module.dtype
         self.weights = weights or Tally()
         # Rows of the table; a tokenizer with more tokens than that has ids which no row stands for.
-        table = module.get_input_embeddings().weight
-        assert isinstance(table, torch.Tensor)
-        self.vocab_size = table.shape[0]
+        self.vocab_size: int = module.get_input_embeddings().num_embeddings  # type: ignore[assignment]
         self.context_tokens: int = self.config.max_position_embeddings
         self.blocks = blocks
         self.scratch_slot = blocks * BLOCK_TOKENS  # in one more block, which no sequence holds

@@ -9,13 +9,15 @@ says nothing about the weights, nor about positions beyond its longest prompt.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, PreTrainedModel
 
 from runtime import attention
@@ -56,34 +58,40 @@ def refusing(where: Path | str, what: str, advice: str) -> Iterator[None]:
         raise ModelRefused(f"{where}: {what} ({reason_of(error)}); {advice}") from error
 
 
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """What a module gave before it was changed, and what it computes in.
+
+    Where its weights were rounded, `rounding` is how far that may move the logits (relative, the
+    middle one of the prompts), and paged attention is compared without that part.
+    """
+
+    logits: list[torch.Tensor]
+    dtype: torch.dtype
+    device: torch.device
+    rounding: float | None = None
+
+
 @torch.inference_mode()
 def prove(
-    module: PreTrainedModel,
-    folder: Path,
-    convert: Callable[[PreTrainedModel], None] | None = None,
-    *,
-    rounding: float | None = None,
+    module: PreTrainedModel, folder: Path, reference: Reference | None = None
 ) -> list[LayerShape]:
     """The model's attention layers in order, once their paged logits equal transformers' own.
 
-    `convert` changes the module in place; it is proved as it is afterwards, against what it was
-    before. Where it rounds weights, `rounding` says how far that may move the logits (relative,
-    the middle one of the prompts), and paged attention is compared without that part. Raises
-    ModelRefused naming the first thing that does not hold.
+    Without a reference the module is compared with itself. Raises ModelRefused naming the first
+    thing that does not hold.
     """
     name = type(module).__name__
-    dtype = module.dtype
-    with refusing(folder, f"{name}'s own forward pass fails", _CHECK_CONFIG):
-        config = module.config.get_text_config()
-        prompts = _prompts(config.vocab_size, module.device)
-        expected = _own_logits(module, prompts)
-    if convert is not None:
-        convert(module)
-    limit = _PROOF_TOLERANCE[dtype]
-    if rounding is not None:
+    device = module.device if reference is None else reference.device
+    config = module.config.get_text_config()
+    prompts = proof_prompts(config.vocab_size, device)
+    if reference is None:
+        reference = Reference(own_logits(module, prompts, folder), module.dtype, device)
+    expected, limit = reference.logits, _PROOF_TOLERANCE[reference.dtype]
+    if reference.rounding is not None:
         with refusing(folder, f"{name} fails with runtime.weights", _OTHER_WEIGHTS):
-            rounded = _own_logits(module, prompts)
-        _refuse_rounding(expected, rounded, rounding, folder)
+            rounded = own_logits(module, prompts, folder)
+        _refuse_rounding(expected, rounded, reference.rounding, folder)
         expected, limit = rounded, max(limit, _ROUNDED_TOLERANCE)
     with refusing(folder, f"{name} does not take paged attention", _OTHER_FAMILY):
         module.set_attn_implementation(attention.NAME)
@@ -91,7 +99,7 @@ def prove(
         _refuse_odd_windows(config, layers, folder)
         _refuse_no_context(config, folder)
         blocks = sum(blocks_for(length) for length in _PROOF_LENGTHS)
-        model = Model(module, layers, blocks, dtype=dtype)
+        model = Model(module, layers, blocks, dtype=reference.dtype, device=device)
         found = _paged_logits(model, prompts)
     for one, other in zip(expected, found, strict=True):
         apart = ((one - other.float()).abs().max() / one.abs().max().clamp(min=1.0)).item()
@@ -104,9 +112,18 @@ def prove(
     return layers
 
 
-def _own_logits(module: PreTrainedModel, prompts: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Each prompt's last logits by transformers' attention, [V] fp32."""
-    return [module(input_ids=ids, use_cache=False).logits[0, -1].float() for ids in prompts]
+def own_logits(
+    module: PreTrainedModel, prompts: list[torch.Tensor], folder: Path
+) -> list[torch.Tensor]:
+    """Each prompt's last logits by transformers' attention, [V] fp32: one forward over all.
+
+    Shorter prompts are filled up behind their end, which no token before it sees.
+    """
+    rows = pad_sequence([prompt[0] for prompt in prompts], batch_first=True)
+    with refusing(folder, f"{type(module).__name__}'s own forward pass fails", _CHECK_CONFIG):
+        logits = module(input_ids=rows, use_cache=False).logits
+        ends = [prompt.shape[1] - 1 for prompt in prompts]
+        return [row[end].float().clone() for row, end in zip(logits, ends, strict=True)]
 
 
 def _refuse_rounding(
@@ -124,7 +141,7 @@ def _refuse_rounding(
         )
 
 
-def _prompts(vocab_size: int, device: torch.device) -> list[torch.Tensor]:
+def proof_prompts(vocab_size: int, device: torch.device) -> list[torch.Tensor]:
     """The proof's prompts, [1, T] each, the same at every start."""
     generator = torch.Generator().manual_seed(0)
     return [

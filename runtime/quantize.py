@@ -13,23 +13,25 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from time import perf_counter
 
 import torch
 
 from policies.schema import WeightFormat
+from runtime.int8 import Int8Linear, engines, multiplies_exactly, to_int8
 from runtime.linear import (
     ByteLinear,
     Engine,
     Fp8Linear,
     HalfLinear,
     Int4Linear,
-    Int8Linear,
     MkldnnLinear,
     PackedLinear,
     PieceLinear,
     PlainLinear,
+    runs,
+    small_runs,
 )
+from runtime.timing import fastest
 
 LOSSLESS: tuple[WeightFormat, ...] = ("auto", "fp32", "bf16")
 INT4_GROUP = 32
@@ -37,16 +39,10 @@ INT4_GROUP = 32
 _BYTE_FEATURES = 32
 
 # A layer with more rows is held in pieces: packing wants each in fp32 and packed at the same time.
-PIECE_ROWS = 32768
+PIECE_ROWS = 8192
 
-# Tokens in a step that the ways are compared at, and how much of a layer that takes.
-_STEPS = (1, 8, 64)
+# A layer with more rows is compared by so many of them.
 _SAMPLE_ROWS = 4096
-_REPEATS = 3
-# Another way must be this much faster than one that stands before it: below lies noise.
-_CLEARLY = 0.93
-# More than any CPU's cache: between two runs a layer's weights are not in it, as in a large model.
-_FLUSH_BYTES = 2**26
 # Fp32's own rounding: what is lost below it cannot be told from another order of the same sum.
 _UNSEEN = 2.0**-24
 
@@ -61,16 +57,6 @@ class LinearImpl:
 
     name: str
     build: Callable[[torch.Tensor, torch.Tensor | None], PackedLinear]
-    piece_rows: int = PIECE_ROWS
-
-    def __call__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> PackedLinear:
-        if weight.shape[0] <= self.piece_rows:
-            return self.build(weight, bias)
-        pieces = []
-        for first in range(0, weight.shape[0], self.piece_rows):
-            rows = slice(first, first + self.piece_rows)
-            pieces.append(self.build(weight[rows], None if bias is None else bias[rows]))
-        return PieceLinear(pieces)
 
 
 def check(chosen: WeightFormat, device: torch.device) -> None:
@@ -93,7 +79,7 @@ def check(chosen: WeightFormat, device: torch.device) -> None:
             f"weights {chosen} are computed by the CPU's kernels, this device is {device.type}; "
             "use fp8 or bf16"
         )
-    elif chosen == "w8a8" and not _engines():
+    elif chosen == "w8a8" and not engines():
         raise FormatUnavailable(
             "weights w8a8 need torch built with FBGEMM or oneDNN, this one has neither; use w8"
         )
@@ -113,7 +99,7 @@ def ways(
     features_in = weight.shape[1]
     found: list[LinearImpl] = []
     if chosen in ("w8a8", "w8"):
-        for engine in _engines():
+        for engine in engines():
             # Beyond the last whole group of four oneDNN pairs other bytes than it does before.
             if engine == "fbgemm" or features_in % 4 == 0:
                 build = partial(_int8, engine=engine, wide=chosen == "w8")
@@ -123,6 +109,48 @@ def ways(
     elif chosen == "int4" and features_in % INT4_GROUP == 0 and weight.shape[0] % 16 == 0:
         found.append(LinearImpl("int4-torch", _int4))
     return found
+
+
+def hold(
+    chosen: WeightFormat,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    prefer: Sequence[str] = (),
+    piece_rows: int = PIECE_ROWS,
+    forget: Callable[[], None] = lambda: None,
+) -> tuple[PackedLinear, str] | None:
+    """The layer, in pieces if it has very many rows, and the way in which its first is held.
+
+    None when this weight cannot be held so. `forget` is called when a piece has been read.
+    """
+    pieces = []
+    names = []
+    for rows in runs(weight.shape[0], piece_rows):
+        impl = choose(chosen, weight[rows], dtype, device, prefer=prefer)
+        if impl is None:
+            return None
+        pieces.append(impl.build(weight[rows], None if bias is None else bias[rows]))
+        names.append(impl.name)
+        forget()
+    return (pieces[0] if len(pieces) == 1 else PieceLinear(pieces)), names[0]
+
+
+def multiply_stored(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    forget: Callable[[], None] = lambda: None,
+) -> torch.Tensor:
+    """x W^T + b in the dtype and place of x, wherever the weight lies, without a whole copy."""
+    outputs = []
+    for rows in runs(weight.shape[0], PIECE_ROWS):
+        addend = None if bias is None else bias[rows].to(x)
+        outputs.append(torch.nn.functional.linear(x, weight[rows].to(x), addend))
+        forget()
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
 
 
 def choose(
@@ -157,7 +185,7 @@ def _float_ways(chosen: WeightFormat, weight: torch.Tensor, dtype: torch.dtype) 
     found = []
     if narrow and dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
         found.append(_kept("bf16-mkldnn", MkldnnLinear, kept, dtype))
-    if chosen != "fp32" and "fbgemm" in _engines():
+    if chosen != "fp32" and "fbgemm" in engines():
         exponent = half_exponent(weight.to(kept))
         if exponent is not None:
             half = partial(HalfLinear, exponent=exponent)
@@ -197,18 +225,21 @@ def half_exponent(weight: torch.Tensor) -> int | None:
     "As well" is a loss below the rounding of one fp32 sum in every row. Weights of bf16 lose
     nothing down to 2^-32 of the largest one.
     """
-    whole = weight.float()
-    largest = float(whole.abs().max())
+    low, high = torch.aminmax(weight)
+    largest = max(-float(low), float(high))
     if not math.isfinite(largest):
         return None
-    limit = whole.norm(dim=1) * _UNSEEN
     top = 0 if largest == 0 else 15 - math.frexp(largest)[1]
     for exponent in (0, top):
-        moved = whole * 2.0**exponent
-        lost = moved.to(torch.float16).float().sub_(moved).norm(dim=1) * 2.0**-exponent
-        if bool((lost <= limit).all()):
+        if all(_fits_half(weight[rows], exponent) for rows in small_runs(weight)):
             return exponent
     return None
+
+
+def _fits_half(weight: torch.Tensor, exponent: int) -> bool:
+    moved = weight.float() * 2.0**exponent
+    lost = moved.to(torch.float16).float().sub_(moved).norm(dim=1)
+    return bool((lost <= moved.norm(dim=1) * _UNSEEN).all())
 
 
 def _int8(
@@ -220,23 +251,6 @@ def _int8(
 
 def _byte(weight: torch.Tensor, bias: torch.Tensor | None) -> PackedLinear:
     return ByteLinear(*to_int8(weight, paired=False), bias)
-
-
-def to_int8(weight: torch.Tensor, *, paired: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Integers [N, K] within +-127 and a scale a row [N], symmetric.
-
-    `paired`: CPUs without a byte dot product add two neighbouring products in 16 bits, which
-    255 * (127 + 127) overflows silently. Where the absolute values of each such pair add up to at
-    most 128, nothing does; most rows lose half a bit by it, not the whole bit of halving the range.
-    """
-    whole = weight.float()
-    largest = whole.abs().amax(1)
-    if paired:
-        even = torch.nn.functional.pad(whole.abs(), (0, whole.shape[1] % 2))
-        largest = torch.maximum(largest, (even[:, 0::2] + even[:, 1::2]).amax(1))
-    scales = (largest / 127).clamp_(min=1e-30)
-    integers = (whole / scales[:, None]).round_().clamp_(-127, 127).to(torch.int8)
-    return integers, scales
 
 
 def _int4(weight: torch.Tensor, bias: torch.Tensor | None) -> PackedLinear:
@@ -269,30 +283,13 @@ def _fp8(weight: torch.Tensor, bias: torch.Tensor | None) -> PackedLinear:
 
 
 @cache
-def _engines() -> tuple[Engine, ...]:
-    supported = torch.backends.quantized.supported_engines
-    both: tuple[Engine, ...] = ("fbgemm", "onednn")
-    return tuple(one for one in both if one in supported)
-
-
-@cache
-def multiplies_exactly(engine: Engine) -> bool:
-    """Whether this CPU adds products of the largest bytes without overflowing 16 bits."""
-    integers = torch.full((16, 64), 127, dtype=torch.int8)
-    layer = Int8Linear(integers, torch.ones(16), None, engine=engine, wide=False)
-    found = layer(torch.ones(1, 64))
-    return bool((found - 64 * 127).abs().max() < 1)
-
-
-@cache
 def computes_bf16_faster() -> bool:
     """Whether activations in bf16 are faster than in fp32 on this CPU: native arithmetic for it."""
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return False
     weight = torch.randn(2048, 1024, generator=torch.Generator().manual_seed(0))
-    narrow = _times([MkldnnLinear(weight.bfloat16(), None)], torch.bfloat16)[0]
-    wide = _times([MkldnnLinear(weight, None)], torch.float32)[0]
-    return _mean(narrow) < _mean(wide)
+    layers = [MkldnnLinear(weight, None), MkldnnLinear(weight.bfloat16(), None)]
+    return fastest(layers, [torch.float32, torch.bfloat16]) == 1
 
 
 @cache
@@ -304,38 +301,9 @@ def _fastest(
     dtype: torch.dtype,
     threads: int,  # noqa: ARG001 - part of the key: a choice holds for one number of threads
 ) -> str:
+    """The fastest of these ways for weights that all of them can hold."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(rows, features_in, generator=generator).mul_(0.02).bfloat16()
     known = {one.name: one for one in ways(chosen, weight, dtype, torch.device("cpu"))}
-    layers = [known[name].build(weight, None) for name in names if name in known]
-    scores = [_mean(times) for times in _times(layers, dtype)]
-    best = 0
-    for at, score in enumerate(scores):
-        if score < scores[best] * _CLEARLY:
-            best = at
-    return names[best]
-
-
-@torch.inference_mode()
-def _times(layers: Sequence[PackedLinear], dtype: torch.dtype) -> list[list[float]]:
-    """Seconds of each layer at each number of tokens; the best of a few runs, taken in turns."""
-    large = layers[0].in_features * layers[0].out_features > _FLUSH_BYTES // 32
-    flush = torch.zeros(_FLUSH_BYTES // 4 if large else 0)
-    best = [[math.inf] * len(_STEPS) for _ in layers]
-    for step, tokens in enumerate(_STEPS):
-        x = torch.randn(tokens, layers[0].in_features).to(dtype)
-        for layer in layers:
-            layer(x)
-        for _ in range(_REPEATS):
-            for at, layer in enumerate(layers):
-                if tokens == 1 and large:
-                    flush.add_(1)
-                started = perf_counter()
-                layer(x)
-                best[at][step] = min(best[at][step], perf_counter() - started)
-    return best
-
-
-def _mean(times: Sequence[float]) -> float:
-    """Geometric: a step of one token counts as much as a step of many."""
-    return math.exp(sum(map(math.log, times)) / len(times))
+    layers = [known[name].build(weight, None) for name in names]
+    return names[fastest(layers, [dtype] * len(layers))]

@@ -8,7 +8,7 @@ Layers that read the same input are fused into one, and their outputs are slices
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -42,12 +42,14 @@ class Plan:
     """What is wanted: the formats of each part, and the dtype of activations.
 
     Ways of holding named in `prefer` are taken without measuring, where a format has them.
+    `forget` is called when weights that were read are not needed in memory any more.
     """
 
     weights: Weights
     dtype: torch.dtype
     device: torch.device
     prefer: tuple[str, ...] = ()
+    forget: Callable[[], None] = lambda: None
 
 
 @dataclass(slots=True)
@@ -60,6 +62,24 @@ class Tally:
     fused: int = 0
     norms: int = 0
     untouched: list[str] = field(default_factory=list)
+    swapped: list[tuple[nn.Module, str, nn.Module]] = field(default_factory=list)
+
+    def keep(self, other: Tally) -> None:
+        """Counts what the other one did. The modules that it replaced are let go."""
+        self.held += other.held
+        self.held_bytes += other.held_bytes
+        self.fused += other.fused
+        self.norms += other.norms
+        self.untouched += other.untouched
+
+    def undo(self) -> None:
+        """Puts the replaced modules back."""
+        for parent, name, module in self.swapped:
+            setattr(parent, name, module)
+
+    def swap(self, parent: nn.Module, name: str, new: nn.Module) -> None:
+        self.swapped.append((parent, name, parent.get_submodule(name)))
+        setattr(parent, name, new)
 
 
 class Fused:
@@ -123,10 +143,21 @@ class FusedNorm(nn.Module):
 
 
 @torch.inference_mode()
-def convert(root: nn.Module, plan: Plan, tally: Tally, *, head: nn.Module | None = None) -> None:
-    """Replaces what can be replaced inside `root`, in place. `head` is its output layer."""
+def convert(
+    root: nn.Module,
+    plan: Plan,
+    *,
+    head: nn.Module | None = None,
+    finished: Collection[nn.Module] = (),
+) -> Tally:
+    """Replaces what can be replaced inside `root`, in place; what lies in `finished` stays.
+
+    `head` is the model's output layer.
+    """
+    tally = Tally()
+    done = {id(module) for one in finished for module in one.modules()}
     for name, parent in list(root.named_modules()):
-        if isinstance(parent, PackedLinear | FusedSlice | FusedNorm):
+        if id(parent) in done or isinstance(parent, PackedLinear | FusedSlice | FusedNorm):
             continue
         attends = _attends(root, name)
         for siblings in _FUSED:
@@ -144,6 +175,7 @@ def convert(root: nn.Module, plan: Plan, tally: Tally, *, head: nn.Module | None
                 if child_name in _ROUTERS and hasattr(parent, "experts"):
                     chosen = "auto"
                 _replace_linear(parent, child_name, chosen, plan, tally, where)
+    return tally
 
 
 def _attends(root: nn.Module, name: str) -> bool:
@@ -177,7 +209,7 @@ def _replace_linear(
         tally.untouched.append(where)
         return
     linear, way = new
-    setattr(parent, name, linear)
+    tally.swap(parent, name, linear)
     _count(tally, linear, way)
 
 
@@ -202,7 +234,7 @@ def _fuse(parent: nn.Module, names: Sequence[str], plan: Plan, tally: Tally, att
         at += weight.shape[0]
     fused = Fused(linear)
     for name in names:
-        setattr(parent, name, FusedSlice(fused, name))
+        tally.swap(parent, name, FusedSlice(fused, name))
     tally.fused += 1
     _count(tally, linear, way)
 
@@ -223,24 +255,34 @@ def _packed(
     weight = torch.cat([one for one, _ in weights]) if len(weights) > 1 else weights[0][0]
     biases = [one for _, one in weights if one is not None]
     bias = torch.cat(biases) if biases else None
+    x = _normal(weight.shape[1], plan)
+    expected = quantize.multiply_stored(x, weight, bias, plan.forget)
     formats: list[WeightFormat] = [chosen] if chosen in quantize.LOSSLESS else [chosen, "auto"]
     for one in formats:
-        impl = quantize.choose(one, weight, plan.dtype, plan.device, prefer=plan.prefer)
-        if impl is None:
+        held = quantize.hold(
+            one,
+            weight,
+            bias,
+            plan.dtype,
+            plan.device,
+            prefer=plan.prefer,
+            forget=plan.forget,
+        )
+        if held is None:
             continue
-        linear = impl(weight, bias)
         limit = _LIMITS.get(one, _LOSSLESS_LIMITS[plan.dtype])
         if one == "bf16" or (plan.dtype == torch.bfloat16 and one in quantize.LOSSLESS):
             limit = _LOSSLESS_LIMITS[torch.bfloat16]
-        if _relative_difference(linear, layers, plan) <= limit:
-            return linear, impl.name
+        if apart(held[0](x), expected.float()) <= limit:
+            if not hasattr(held[0], "weight"):
+                held[0].weight = weight_told(weight, plan.dtype)
+            return held
     return None
 
 
-def _relative_difference(linear: PackedLinear, layers: Sequence[nn.Module], plan: Plan) -> float:
-    x = _normal(linear.in_features, plan)
-    expected = torch.cat([layer(x) for layer in layers], dim=-1).float()
-    return _apart(linear(x), expected)
+def weight_told(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Shape and dtype of a weight for classes that ask for them; whoever computes with it fails."""
+    return torch.empty(weight.shape, dtype=dtype, device="meta")
 
 
 # ---- norms ---------------------------------------------------------------------------------------
@@ -269,8 +311,8 @@ def _replace_norm(parent: nn.Module, name: str, plan: Plan, tally: Tally) -> Non
     expected = norm(x)
     for scale in (weight, 1 + weight.float()):
         new = FusedNorm(scale, eps)
-        if _apart(new(x), expected.float()) <= _LOSSLESS_LIMITS[plan.dtype]:
-            setattr(parent, name, new)
+        if apart(new(x), expected.float()) <= _LOSSLESS_LIMITS[plan.dtype]:
+            tally.swap(parent, name, new)
             tally.norms += 1
             return
 
@@ -281,7 +323,7 @@ def _normal(size: int, plan: Plan) -> torch.Tensor:
     return x.to(plan.device, plan.dtype)
 
 
-def _apart(found: torch.Tensor, expected: torch.Tensor) -> float:
+def apart(found: torch.Tensor, expected: torch.Tensor) -> float:
     if found.shape != expected.shape:
         return float("inf")
     apart = (found.float() - expected).norm() / expected.norm().clamp(min=1e-30)

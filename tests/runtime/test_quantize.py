@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from runtime import linear, quantize
-from runtime.linear import Fp8Linear, HalfLinear, Int8Linear
-from runtime.quantize import FormatUnavailable, half_exponent, to_int4, to_int8, ways
+from runtime import int8, quantize
+from runtime.int8 import Int8Linear, to_int8
+from runtime.linear import Fp8Linear, HalfLinear, PieceLinear
+from runtime.quantize import FormatUnavailable, half_exponent, to_int4, ways
 
 CPU = torch.device("cpu")
-ENGINES = quantize._engines()
+ENGINES = int8.engines()
 # Relative difference (Frobenius) from the exact product, for normal weights and inputs.
 PROMISED = {"auto": 1e-6, "fp32": 1e-6, "bf16": 2e-6, "w8a8": 0.015, "w8": 0.012, "int4": 0.1}
 NEEDS_ENGINES = pytest.mark.skipif(not ENGINES, reason="this torch has no int8 engine")
@@ -43,7 +42,7 @@ def test_every_way_of_a_format_keeps_its_promise(chosen, shape, dtype, bias):
     found = ways(chosen, weight, dtype, CPU)
     assert found or (chosen == "int4" and (shape[0] % 16 or shape[1] % 32))
     for way in found:
-        layer = way(weight, addend)
+        layer = way.build(weight, addend)
         y = layer(x)
         assert y.dtype == dtype
         assert y.shape == (1, 9, shape[0])
@@ -58,7 +57,7 @@ def test_the_formats_take_the_memory_that_they_promise():
     for chosen in PROMISED:
         for way in ways(chosen, weight, torch.float32, CPU):
             limit = bytes_each.get(way.name, 4.0 if chosen in quantize.LOSSLESS else 1.01)
-            assert way(weight, None).held_bytes <= limit * weight.numel(), way.name
+            assert way.build(weight, None).held_bytes <= limit * weight.numel(), way.name
 
 
 @NEEDS_ENGINES
@@ -79,7 +78,7 @@ def test_integer_sums_are_exact_at_the_worst_weights(engine, features_in, tokens
         weight *= torch.randint(0, 2, weight.shape, generator=generator) * 2 - 1
     else:
         weight *= sign
-    paired = not quantize.multiplies_exactly(engine)
+    paired = not int8.multiplies_exactly(engine)
     integers, scales = to_int8(weight, paired=paired)
     rows = torch.randint(-127, 128, (tokens, features_in), generator=generator)
     rows[::2] = 127
@@ -114,7 +113,7 @@ def test_a_token_does_not_depend_on_its_batch(chosen):
     for way in ways(chosen, weight, torch.float32, CPU):
         if way.name == "w8-torch":
             continue  # bf16 activations, whose blocking may differ
-        layer = way(weight, None)
+        layer = way.build(weight, None)
         together = layer(x)
         alone = torch.cat([layer(row[None]) for row in x])
         assert torch.equal(together, alone), way.name
@@ -130,7 +129,7 @@ def test_zeros_give_the_bias_and_bad_rows_stay_among_themselves(chosen):
     spoiled = x.clone()
     spoiled[3] = float("nan")
     for way in ways(chosen, weight, torch.float32, CPU):
-        layer = way(weight, bias)
+        layer = way.build(weight, bias)
         y = layer(x)
         assert torch.allclose(y[1], bias, atol=1e-6), way.name
         again = layer(spoiled)
@@ -177,9 +176,11 @@ def test_groups_of_four_bits_hold_their_ends_exactly():
 def test_a_head_with_many_rows_is_held_in_pieces():
     """The pieces give what the whole layer gives, bias and all."""
     weight, bias, x = normal(160, 64), normal(160, seed=1), normal(1, 5, 64, seed=2)
-    whole = ways("fp32", weight, torch.float32, CPU)[-1]
-    layer = replace(whole, piece_rows=48)(weight, bias)
-    assert isinstance(layer, linear.PieceLinear)
+    held = quantize.hold("fp32", weight, bias, torch.float32, CPU, prefer=["fp32"], piece_rows=48)
+    assert held is not None
+    layer, name = held
+    assert name == "fp32"
+    assert isinstance(layer, PieceLinear)
     assert [piece.out_features for piece in layer.pieces] == [48, 48, 48, 16]
     assert apart(layer(x), torch.nn.functional.linear(x, weight, bias)) < 1e-6
     assert layer.held_bytes == 4 * weight.numel()

@@ -11,9 +11,10 @@ from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from policies.schema import Weights
-from runtime.linear import Int4Linear, Int8Linear, MkldnnLinear, PackedLinear, PlainLinear
+from runtime.int8 import Int8Linear
+from runtime.linear import Int4Linear, MkldnnLinear, PackedLinear, PlainLinear
 from runtime.loading import load_model
-from runtime.surgery import Fused, FusedNorm, FusedSlice, Plan, Tally, convert
+from runtime.surgery import Fused, FusedNorm, FusedSlice, Plan, convert
 from tests.runtime.tiny_models import FAMILIES, write_model
 
 CPU = torch.device("cpu")
@@ -68,8 +69,7 @@ def test_every_family_gives_the_same_logits_fused_and_packed(folder, name, way):
     """Each lossless way of holding, for each kind of module that the families have."""
     module = load(folder(name))
     expected = logits(module)
-    tally = Tally()
-    convert(module, plan(prefer=[way]), tally, head=module.get_output_embeddings())
+    tally = convert(module, plan(prefer=[way]), head=module.get_output_embeddings())
     assert relative(logits(module), expected) < 2e-5
     layers = module.config.num_hidden_layers
     assert tally.fused == FUSED_A_LAYER[name] * layers
@@ -87,8 +87,7 @@ def test_rounded_weights_stay_near(folder, name, chosen, limit):
     """Of each kind of linear layer: plain, fused, transposed (GPT-2), tied to the embedding."""
     module = load(folder(name))
     expected = logits(module)
-    tally = Tally()
-    convert(module, plan(chosen), tally, head=module.get_output_embeddings())
+    tally = convert(module, plan(chosen), head=module.get_output_embeddings())
     rows = (logits(module) - expected).norm(dim=-1) / expected.norm(dim=-1)
     assert float(rows.median()) < limit  # single tokens go to other experts
     assert any(way.startswith(chosen[:4]) for way in tally.held) or chosen == "bf16"
@@ -97,10 +96,9 @@ def test_rounded_weights_stay_near(folder, name, chosen, limit):
 def test_each_part_has_its_own_format(folder):
     """Attention, MLP and head are told apart in a whole model."""
     module = load(folder("llama"))
-    tally = Tally()
     head = module.get_output_embeddings()
     chosen = plan(attention="w8a8", mlp="int4", head="fp32")
-    convert(module, chosen, tally, head=head)
+    convert(module, chosen, head=head)
     layer = module.model.layers[1]
     assert isinstance(layer.self_attn.q_proj.fused.linear, Int8Linear)
     assert isinstance(layer.self_attn.o_proj, Int8Linear)
@@ -112,7 +110,7 @@ def test_each_part_has_its_own_format(folder):
 def test_fused_layers_stand_under_their_old_names(folder):
     """Whoever changes the output of one of them finds its features, and changes no sibling's."""
     module = load(folder("qwen2"))
-    convert(module, plan(), Tally())
+    convert(module, plan())
     attention = module.model.layers[1].self_attn
     parts = [attention.q_proj, attention.k_proj, attention.v_proj]
     assert [(one.in_features, one.out_features) for one in parts] == [(64, 64), (64, 32), (64, 32)]
@@ -182,8 +180,7 @@ class Odd(nn.Linear):
 def test_siblings_of_another_structure_are_not_fused(gate):
     """Names alone decide nothing."""
     parent = siblings(gate_proj=gate, up_proj=nn.Linear(8, 8))
-    tally = Tally()
-    convert(parent, plan(), tally)
+    tally = convert(parent, plan())
     assert tally.fused == 0
     assert isinstance(parent.up_proj, PackedLinear)
     assert isinstance(parent.gate_proj, PackedLinear) == (type(gate) is nn.Linear)
@@ -192,8 +189,7 @@ def test_siblings_of_another_structure_are_not_fused(gate):
 def test_one_layer_under_two_names_is_not_fused_with_itself():
     """A module that stands in two places would be multiplied twice in one."""
     one = nn.Linear(8, 8)
-    tally = Tally()
-    convert(siblings(gate_proj=one, up_proj=one), plan(), tally)
+    tally = convert(siblings(gate_proj=one, up_proj=one), plan())
     assert tally.fused == 0
 
 
@@ -207,8 +203,7 @@ class StrangeRMSNorm(LlamaRMSNorm):
 def test_a_norm_that_gives_something_else_is_left_alone():
     """The parity check decides, not the class's name."""
     parent = siblings(norm=StrangeRMSNorm(8), other=LlamaRMSNorm(8))
-    tally = Tally()
-    convert(parent, plan(), tally)
+    tally = convert(parent, plan())
     assert type(parent.norm) is StrangeRMSNorm
     assert isinstance(parent.other, FusedNorm)
     assert tally.norms == 1
@@ -231,8 +226,7 @@ def test_a_layer_that_rounding_spoils_is_held_without_loss():
     with torch.no_grad():
         bad.weight[:, 0] = 3.0  # 0.02 on average beside it: half a step of 3 / 127
     parent = siblings(bad=bad, good=good)
-    tally = Tally()
-    convert(parent, plan("w8a8"), tally)
+    convert(parent, plan("w8a8"))
     assert isinstance(parent.good, Int8Linear)
     assert not isinstance(parent.bad, Int8Linear)
     x = torch.randn(3, 1024)
@@ -242,7 +236,7 @@ def test_a_layer_that_rounding_spoils_is_held_without_loss():
 def test_a_router_keeps_its_weights():
     """Another choice of experts is another model: what stands beside `experts` is not rounded."""
     parent = siblings(gate=nn.Linear(64, 16), experts=nn.Identity(), other=nn.Linear(64, 16))
-    convert(parent, plan("w8a8"), Tally())
+    convert(parent, plan("w8a8"))
     assert not isinstance(parent.gate, Int8Linear)
     assert isinstance(parent.gate, PackedLinear)
     assert isinstance(parent.other, Int8Linear)
