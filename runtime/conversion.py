@@ -109,7 +109,9 @@ def _operate(
     tally = convert(layer, plan)
     chosen = {plan.weights.attention, plan.weights.mlp}
     limit = _LOSSLESS_LIMITS[plan.dtype] if chosen <= set(LOSSLESS) else _ROUNDED_LIMIT
-    if "bf16" in chosen:
+    if plan.rounded:
+        limit = _ROUNDED_LIMIT
+    elif "bf16" in chosen:
         limit = max(limit, _LOSSLESS_LIMITS[torch.bfloat16])
     try:
         far = apart(_first(again()), _first(untouched).float())

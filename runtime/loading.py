@@ -24,6 +24,7 @@ from runtime.kv import BLOCK_TOKENS
 from runtime.model import Model, ModelRefused
 from runtime.paged_kernel import load_library
 from runtime.proof import Reference, own_logits, proof_prompts, prove, reason_of, refusing
+from runtime.quantized_checkpoint import method_of, read_quantized
 from runtime.shards import Shards, open_shards
 from runtime.surgery import Plan, Tally
 
@@ -80,7 +81,10 @@ def load_model(
     _refuse_by_config(config, folder)
     with giving_back():
         module, shards = _read_weights(folder, config, plan)
-        plan = replace(plan, forget=shards.forget)
+        if shards is None:
+            plan = replace(plan, rounded=True)
+        else:
+            plan = replace(plan, forget=shards.forget)
         reference, tally = _convert(module, shards, folder, plan)
         layers = prove(module, folder, reference)
     blocks = max(1, kv_tokens // BLOCK_TOKENS)
@@ -165,17 +169,13 @@ def _refuse_formats(plan: Plan) -> None:
 def _rounding(plan: Plan) -> float | None:
     """How far the formats may move the logits; None where none of them rounds."""
     limits = [_ROUNDING[chosen] for chosen in _formats(plan.weights) if chosen in _ROUNDING]
+    if plan.rounded:
+        limits.append(_ROUNDING["bf16"])
     return max(limits, default=None)
 
 
 def _refuse_by_config(config: Any, folder: Path) -> None:
     text = config.get_text_config()
-    for part in (config, text):
-        if getattr(part, "quantization_config", None):
-            raise ModelRefused(
-                f"{folder}: the checkpoint is quantized, which is not supported; use one in fp32, "
-                "fp16 or bf16"
-            )
     ropes = getattr(text, "rope_parameters", None) or {}
     each = ropes.values() if all(isinstance(rope, dict) for rope in ropes.values()) else [ropes]
     for rope in each:
@@ -187,19 +187,27 @@ def _refuse_by_config(config: Any, folder: Path) -> None:
             )
 
 
-def _read_weights(folder: Path, config: Any, plan: Plan) -> tuple[PreTrainedModel, Shards]:
-    """The model with its weights still in their files, in the dtype of the files."""
-    with refusing(folder, "the weights cannot be loaded", _CHECK_FOLDER):
-        shards = open_shards(folder)
-        family: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-        loaded = family.from_pretrained(
-            None,
-            config=config,
-            state_dict=shards.tensors,
-            dtype=plan.dtype,
-            ignore_mismatched_sizes=True,  # they are refused below, by name
-            output_loading_info=True,
-        )
+def _read_weights(folder: Path, config: Any, plan: Plan) -> tuple[PreTrainedModel, Shards | None]:
+    """The model with its weights still in their files, in the dtype of the files.
+
+    A quantized checkpoint comes into memory as its quantizer reads it: then there are no shards.
+    """
+    method = method_of(config, folder)
+    shards = None
+    if method is not None:
+        loaded = read_quantized(folder, config, plan, method)
+    else:
+        with refusing(folder, "the weights cannot be loaded", _CHECK_FOLDER):
+            shards = open_shards(folder)
+            family: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+            loaded = family.from_pretrained(
+                None,
+                config=config,
+                state_dict=shards.tensors,
+                dtype=plan.dtype,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
+                output_loading_info=True,
+            )
     module: PreTrainedModel = loaded[0]
     _refuse_holes(loaded[1], folder)
     used = module.config._attn_implementation
@@ -213,7 +221,7 @@ def _read_weights(folder: Path, config: Any, plan: Plan) -> tuple[PreTrainedMode
 
 
 def _convert(
-    module: PreTrainedModel, shards: Shards, folder: Path, plan: Plan
+    module: PreTrainedModel, shards: Shards | None, folder: Path, plan: Plan
 ) -> tuple[Reference, Tally]:
     """What the untouched model says to the proof's prompts, and what was made of it."""
     prompts = proof_prompts(module.config.get_text_config().vocab_size, plan.device)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -42,7 +43,8 @@ class Plan:
     """What is wanted: the formats of each part, and the dtype of activations.
 
     Ways of holding named in `prefer` are taken without measuring, where a format has them.
-    `forget` is called when weights that were read are not needed in memory any more.
+    `forget` is called when weights that were read are not needed in memory any more. `rounded`
+    says that the checkpoint itself rounds, perhaps activations too.
     """
 
     weights: Weights
@@ -50,6 +52,7 @@ class Plan:
     device: torch.device
     prefer: tuple[str, ...] = ()
     forget: Callable[[], None] = lambda: None
+    rounded: bool = False
 
 
 @dataclass(slots=True)
@@ -189,21 +192,39 @@ def _attends(root: nn.Module, name: str) -> bool:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return type(module) in (nn.Linear, Conv1D)
+    return type(module) in (nn.Linear, Conv1D) and isinstance(module.weight, torch.Tensor)
 
 
 def _weight_of(layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """weight [N, K], bias [N] or None. GPT-2's Conv1D keeps its weight the other way round."""
-    weight, bias = layer.weight, layer.bias
-    assert isinstance(weight, torch.Tensor)
+    """weight [N, K], bias [N] or None. GPT-2's Conv1D keeps its weight the other way round, a
+    quantizer's tensor class gives plain values when asked."""
+    weight: Any = layer.weight
+    bias = layer.bias
     assert bias is None or isinstance(bias, torch.Tensor)
+    if not _is_plain(weight):
+        weight = weight.dequantize()
     return (weight.t() if isinstance(layer, Conv1D) else weight), bias
+
+
+def _is_plain(weight: torch.Tensor) -> bool:
+    return type(weight) in (torch.Tensor, nn.Parameter)
+
+
+def _stays(layers: Sequence[nn.Module], chosen: WeightFormat) -> bool:
+    """What a quantizer holds in a tensor class of its own stays so under auto."""
+    weights = [layer.weight for layer in layers]
+    return chosen == "auto" and not all(
+        _is_plain(weight) for weight in weights if isinstance(weight, torch.Tensor)
+    )
 
 
 def _replace_linear(
     parent: nn.Module, name: str, chosen: WeightFormat, plan: Plan, tally: Tally, where: str
 ) -> None:
     layer = parent.get_submodule(name)
+    if _stays([layer], chosen):
+        tally.held[type(layer.weight).__name__] += 1
+        return
     new = _packed([layer], chosen, plan)
     if new is None:
         tally.untouched.append(where)
@@ -219,12 +240,15 @@ def _fuse(parent: nn.Module, names: Sequence[str], plan: Plan, tally: Tally, att
     found = [layer for layer in layers if layer is not None and _is_linear(layer)]
     if len(found) < len(names) or len({id(layer) for layer in found}) < len(found):
         return
+    chosen = plan.weights.attention if attends else plan.weights.mlp
+    if _stays(found, chosen):
+        return
     weights = [_weight_of(layer) for layer in found]
     if len({weight.shape[1] for weight, _ in weights}) > 1:
         return
     if len({bias is None for _, bias in weights}) > 1:
         return
-    new = _packed(found, plan.weights.attention if attends else plan.weights.mlp, plan)
+    new = _packed(found, chosen, plan)
     if new is None:
         return
     linear, way = new
