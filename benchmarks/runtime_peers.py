@@ -8,13 +8,13 @@ Says what is compared with what and which goals follow; `lab.side_by_side` runs 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
 from benchmarks.lab import models, peers_setup, stream
-from benchmarks.lab.engines import started
+from benchmarks.lab.engines import Ran, started
 from benchmarks.lab.lineup import (
     BATCHES,
     DECODES,
@@ -78,7 +78,7 @@ _STREAM_GOALS = {
         f"{form}_share_of_stream",
         0.7,
         "at least",
-        f"0.5B geometry: {form} decodes one sequence at 70 % of the bandwidth bound",
+        f"0.5B geometry: {form} decodes one sequence at 70 % of the bandwidth bound, 1 thread",
     )
     for form in ("bf16", "w8a8")
 }
@@ -101,19 +101,25 @@ ABOUT = About(
     ),
     goals=(*(pair.goal for pair in PAIRS), *_STREAM_GOALS.values(), _SMALL_GOAL, _PREFIX_GOAL),
     peers=peers_setup.PEERS,
-    parts=(_STREAM, *(part.geometry.name for part in PARTS)),
+    parts=(_STREAM, *(part.name for part in PARTS)),
     more=f"`--setup [PEER ...]` makes environments and ends; line by line:\n{peers_setup.told()}",
 )
 
 
 @dataclass(slots=True)
 class Found:
-    """What all parts gave, by the name of the model and of the trial."""
+    """What all parts gave, by the name of the part and of the trial."""
 
     rounds: dict[str, dict[Trial, Rounds]] = field(default_factory=dict)
     stream: dict[int, dict[str, float]] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)  # engine on model -> why
-    facts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    facts: dict[str, dict[str, Any]] = field(default_factory=dict)  # part -> engine -> its own
+
+    def trials(self, geometry: Geometry) -> Iterator[tuple[str, Trial, Rounds]]:
+        """Part, trial and rounds of everything that was run on a model."""
+        for part in PARTS:
+            if part.geometry is geometry and part.name in self.rounds:
+                yield from ((part.name, *each) for each in self.rounds[part.name].items())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -130,7 +136,7 @@ def measure(settings: Settings) -> Measured:
     if _STREAM in chosen:
         _measure_stream(found)
     for part in PARTS:
-        if part.geometry.name in chosen:
+        if part.name in chosen:
             _measure_part(shortened(part) if settings.quick else part, found, settings.progress)
     if _STREAM in chosen:
         _measure_stream(found)
@@ -150,17 +156,16 @@ def _measure_stream(found: Found) -> None:
 
 
 def _measure_part(part: Part, found: Found, progress: Callable[[str], None]) -> None:
-    geometry = part.geometry
-    folder = models.make(geometry)
-    progress(f"{geometry.name} is there; {len(part.engines)} engines load it")
+    folder = models.make(part.geometry)
+    progress(f"{part.name}: the model is there; {len(part.engines)} engines load it")
     failed: dict[str, str] = {}
     with started(part.engines, folder, 1, failed) as running:
-        progress(f"{geometry.name}: {len(running)} engines are ready")
-        found.facts[geometry.name] = {name: one.facts for name, one in running.items()}
-        found.rounds[geometry.name] = {
+        progress(f"{part.name}: {len(running)} engines are ready")
+        found.facts[part.name] = {name: one.facts for name, one in running.items()}
+        found.rounds[part.name] = {
             trial: compare(trial, running, failed, progress) for trial in part.trials
         }
-    found.failed |= {f"{geometry.name}: {name}": reason for name, reason in failed.items()}
+    found.failed |= {f"{part.name}: {name}": reason for name, reason in failed.items()}
 
 
 # ---- goals ---------------------------------------------------------------------------------------
@@ -183,7 +188,7 @@ def _pair_value(pair: Pair, found: Found) -> float | None:
 def _pair_ratios(pair: Pair, found: Found) -> dict[str, float]:
     """By trial."""
     ratios = {}
-    for trial, rounds in found.rounds.get(pair.geometry.name, {}).items():
+    for _, trial, rounds in found.trials(pair.geometry):
         value = ratio(rounds, pair.ours, pair.peer)
         if value is not None and (pair.load is None or trial.load.name == pair.load.name):
             ratios[trial.name] = value
@@ -193,21 +198,21 @@ def _pair_ratios(pair: Pair, found: Found) -> dict[str, float]:
 def _stream_shares(form: str, found: Found) -> dict[str, float]:
     """By trial: bytes of weights a token over its time, as a share of the stream rate."""
     name, shares = f"headgate {form}", {}
-    for trial, rounds in found.rounds.get(QWEN_05B.name, {}).items():
+    for part, trial, rounds in found.trials(QWEN_05B):
         runs = rounds.get(name)
-        if runs and trial.threads in found.stream and trial.load.name == DECODES[1].name:
-            weight_bytes = found.facts[QWEN_05B.name][name]["matrix_bytes"]
-            token_s = median(one.wall_s / one.answered for one in runs)
-            rate = found.stream[trial.threads]["best"] * 1e9
+        if runs and 1 in found.stream and (trial.load, trial.threads) == (DECODES[1], 1):
+            weight_bytes = found.facts[part][name]["matrix_bytes"]
+            token_s = median(one.cpu_s / one.answered for one in runs)
+            rate = found.stream[1]["best"] * 1e9
             shares[trial.name] = weight_bytes / token_s / rate
     return shares
 
 
 def _ms_a_token(found: Found) -> float | None:
-    """Of our fastest format."""
+    """Of our fastest format, in CPU time: with one thread that is what an idle machine takes."""
     each = [
-        1e3 * median(one.wall_s / one.answered for one in rounds[engine.name])
-        for rounds in found.rounds.get(LLAMA_22M.name, {}).values()
+        1e3 * median(one.cpu_s / one.answered for one in rounds[engine.name])
+        for _, _, rounds in found.trials(LLAMA_22M)
         for engine in OURS
         if rounds.get(engine.name)
     ]
@@ -217,7 +222,7 @@ def _ms_a_token(found: Found) -> float | None:
 def _prefill_over_ideal(found: Found) -> dict[str, float]:
     """By our formats: prompt tokens computed over those that have to be."""
     over = {}
-    for trial, rounds in found.rounds.get(LLAMA_252M.name, {}).items():
+    for _, trial, rounds in found.trials(LLAMA_252M):
         load = trial.load
         for engine in OURS if load.shared else ():
             if runs := rounds.get(engine.name):
@@ -242,8 +247,10 @@ def _why_not(goal: Goal, found: Found) -> str:
 
 def _told(found: Found) -> dict[str, Any]:
     told: dict[str, Any] = {}
-    for geometry, trials in found.rounds.items():
-        told[geometry] = {trial.name: tell(rounds, ORACLE) for trial, rounds in trials.items()}
+    for part in PARTS:
+        for trial, rounds in found.rounds.get(part.name, {}).items():
+            oracle = _oracle(part.geometry, trial.load, found)
+            told.setdefault(part.name, {})[trial.name] = tell(rounds, oracle)
     told["ratios"] = {pair.goal.name: _pair_ratios(pair, found) for pair in PAIRS}
     told["stream_gb_s"] = {f"{threads} threads": rates for threads, rates in found.stream.items()}
     told["share_of_stream"] = {form: _stream_shares(form, found) for form in _STREAM_GOALS}
@@ -251,6 +258,15 @@ def _told(found: Found) -> dict[str, Any]:
     told["versions"] = _versions(found.facts)
     told["failed"] = found.failed
     return {name: value for name, value in told.items() if value}
+
+
+def _oracle(geometry: Geometry, load: Load, found: Found) -> list[Ran]:
+    """The oracle's answers to a load, from whichever part asked it: rounds have equal prompts."""
+    answers: list[Ran] = []
+    for _, trial, rounds in found.trials(geometry):
+        if trial.load.name == load.name and len(rounds.get(ORACLE, ())) > len(answers):
+            answers = rounds[ORACLE]
+    return answers
 
 
 def _versions(facts: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, Any]:

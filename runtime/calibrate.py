@@ -5,6 +5,7 @@ Knows the model and the layout of steps; knows no sequences. Runs once, before t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from statistics import median
 from time import perf_counter
 
@@ -18,7 +19,12 @@ _DECODES = 8  # of the steps that show what context costs
 
 
 def measure_costs(
-    model: Model, step_tokens: int, max_sequences: int, *, budget_s: float
+    model: Model,
+    step_tokens: int,
+    max_sequences: int,
+    *,
+    budget_s: float,
+    timer: Callable[[], float] = perf_counter,
 ) -> StepCosts:
     """Times steps of 1, 2, 4, ... tokens until `budget_s` is spent; beyond, cost grows evenly.
 
@@ -26,7 +32,7 @@ def measure_costs(
     and zeroed again.
     """
     longest = min(model.context_tokens, model.blocks * BLOCK_TOKENS)
-    ends = perf_counter() + budget_s
+    ends = timer() + budget_s
     sizes: list[int] = []
     seconds: list[float] = []
     size = 1
@@ -36,35 +42,40 @@ def measure_costs(
             break
         spans = _decodes(size, 1) if decodes else _chunk(size, 0)
         sizes.append(size)
-        seconds.append(_timed(model, spans))
-        left = ends - perf_counter()
+        seconds.append(_timed(timer, model, spans))
+        left = ends - timer()
         if left < 2 * _REPEATS * seconds[-1]:
             break
         size *= 2
     decode_token_s = chunk_pair_s = 0.0
-    if ends > perf_counter():
-        decode_token_s = _decode_token_s(model, longest, max_sequences)
-        chunk_pair_s = _chunk_pair_s(model, longest, min(128, sizes[-1]))
+    if ends > timer():
+        decode_token_s = _decode_token_s(timer, model, longest, max_sequences)
+        chunk_pair_s = _chunk_pair_s(timer, model, longest, min(128, sizes[-1]))
     model.wipe(list(range(min(model.blocks, blocks_for(max(longest, step_tokens))))))
     return StepCosts(sizes, seconds, decode_token_s=decode_token_s, chunk_pair_s=chunk_pair_s)
 
 
-def _decode_token_s(model: Model, longest: int, max_sequences: int) -> float:
+def _decode_token_s(
+    timer: Callable[[], float], model: Model, longest: int, max_sequences: int
+) -> float:
     """Seconds that one more token of context costs a decode."""
     batch = min(_DECODES, max_sequences, model.blocks)
     context = min(512, longest, model.blocks // batch * BLOCK_TOKENS)
     if context < 2 * BLOCK_TOKENS:
         return 0.0
-    near, far = _timed(model, _decodes(batch, 1)), _timed(model, _decodes(batch, context))
+    near, far = (
+        _timed(timer, model, _decodes(batch, 1)),
+        _timed(timer, model, _decodes(batch, context)),
+    )
     return max(0.0, far - near) / (batch * (context - 1))
 
 
-def _chunk_pair_s(model: Model, longest: int, count: int) -> float:
+def _chunk_pair_s(timer: Callable[[], float], model: Model, longest: int, count: int) -> float:
     """Seconds that one more query-key pair costs a chunk."""
     before = min(1024, longest - count)
     if count < 2 or before < BLOCK_TOKENS:
         return 0.0
-    near, far = _timed(model, _chunk(count, 0)), _timed(model, _chunk(count, before))
+    near, far = _timed(timer, model, _chunk(count, 0)), _timed(timer, model, _chunk(count, before))
     return max(0.0, far - near) / (pairs(count, before) - pairs(count, 0))
 
 
@@ -77,7 +88,7 @@ def _chunk(count: int, before: int) -> list[Span]:
     return [Span(before + count, count, list(range(blocks_for(before + count))))]
 
 
-def _timed(model: Model, spans: list[Span]) -> float:
+def _timed(timer: Callable[[], float], model: Model, spans: list[Span]) -> float:
     """Median seconds of a step with these spans, logits on the host included."""
     layout = lay_out(spans, model.device, model.scratch_slot)
     tokens = sum(span.count for span in spans)
@@ -85,7 +96,7 @@ def _timed(model: Model, spans: list[Span]) -> float:
     keep = [start + span.count - 1 for start, span in zip(layout.starts, spans, strict=True)]
     times = []
     for _ in range(_REPEATS):
-        started = perf_counter()
+        started = timer()
         model.forward([0] * tokens, positions, layout, keep).max().item()
-        times.append(perf_counter() - started)
+        times.append(timer() - started)
     return median(times)

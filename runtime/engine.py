@@ -69,6 +69,7 @@ class Engine:
         listeners: Many[Listener] = (),
         swap: Swap | None = None,
         now: Callable[[], float] = monotonic,
+        timer: Callable[[], float] = perf_counter,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
@@ -76,6 +77,7 @@ class Engine:
         self.identity = identity  # of weights and their format: cached blocks are only theirs
         self.adapters = adapters
         self.now = now
+        self._timer = timer  # of what steps cost
         self._emit = emit
         self._listeners = tuple(listeners)
         self.swap = swap  # ours to close
@@ -107,7 +109,11 @@ class Engine:
         assert not self._replies, "steps are measured before there is work"
         scheduler = self._scheduler
         costs = measure_costs(
-            self.model, scheduler.step_tokens, scheduler.max_sequences, budget_s=budget_s
+            self.model,
+            scheduler.step_tokens,
+            scheduler.max_sequences,
+            budget_s=budget_s,
+            timer=self._timer,
         )
         scheduler.costs = costs
         if self.swap is not None:
@@ -206,7 +212,7 @@ class Engine:
 
     def step(self) -> list[Output]:
         """One packed forward: what each sequence gained from it."""
-        started, now = perf_counter(), self.now()
+        started, now = self._timer(), self.now()
         copied_s = self._copied_s()
         late = self._past_deadline(now)
         plan = self._scheduler.plan(now)
@@ -221,7 +227,7 @@ class Engine:
             log.exception("a step with %d sequences failed", len(plan))
             reason = (str(error) or type(error).__name__).splitlines()[0]
             return late + [self._fail(work.sequence, reason) for work in plan]
-        seconds = perf_counter() - started
+        seconds = self._timer() - started
         if self._scheduler.costs is not None:  # what tiers copied is not what its tokens cost
             self._scheduler.costs.observe(size, seconds - (self._copied_s() - copied_s))
         self._account(plan, size, len(outputs), seconds, forward_s)
@@ -296,9 +302,9 @@ class Engine:
             named = [work.sequence.adapter for work in plan]
             mine = [self.adapters[name] if name else None for name in named]
             layout.adapters = adapter_rows(mine, [work.count for work in plan], self.model.device)
-        started = perf_counter()
+        started = self._timer()
         logits = self.model.forward(ids, positions, layout, keep)
-        self.clock.forward_s += perf_counter() - started
+        self.clock.forward_s += self._timer() - started
         return logits, rows
 
     def _advance(self, plan: list[Work], logits: torch.Tensor, rows: list[int]) -> list[Output]:

@@ -91,7 +91,8 @@ def compare(
                 failed[name] = str(error)
                 del rounds[name]
         if round_ >= 0:
-            progress(f"{trial.name}: round {round_ + 1} of {trial.rounds}")
+            last = (f"{name} {_tok_cpu_s(runs[-1]):.3g}" for name, runs in rounds.items())
+            progress(f"{trial.name}: round {round_ + 1}, tokens a CPU-second: {', '.join(last)}")
     return rounds
 
 
@@ -113,16 +114,17 @@ def _one(engine: Running, load: Load, prompts: list[list[int]], threads: int) ->
 # ---- what is told --------------------------------------------------------------------------------
 
 
-def tell(rounds: Rounds, oracle: str) -> dict[str, Any]:
+def tell(rounds: Rounds, oracle: list[Ran]) -> dict[str, Any]:
     """Medians by engine; the share of answers' tokens before the first that differs from the
-    oracle's, where that ran."""
+    oracle's, over the rounds that it answered."""
     return {
         name: {
             "tok_s": median(ran.answered / ran.wall_s for ran in runs),
             "tok_cpu_s": median(_tok_cpu_s(ran) for ran in runs),
         }
-        | ({"equal": _equal_share(runs, rounds[oracle])} if oracle in rounds else {})
+        | ({"equal": _equal_share(runs, oracle)} if oracle else {})
         for name, runs in rounds.items()
+        if runs
     }
 
 
@@ -141,7 +143,7 @@ def _tok_cpu_s(ran: Ran) -> float:
 def _equal_share(runs: list[Ran], oracles: list[Ran]) -> float:
     """Behind the first different token two answers have different contexts and do not compare."""
     equal = whole = 0
-    for ran, oracle in zip(runs, oracles, strict=True):
+    for ran, oracle in zip(runs, oracles, strict=False):
         for answer, expected in zip(ran.tokens, oracle.tokens, strict=True):
             whole += len(expected)
             differ = (

@@ -15,7 +15,7 @@ import openvino_genai as genai
 
 from benchmarks.lab.peers.talk import Answers, Tokens, serve
 
-_CACHE_GIB = 2
+_CACHE_GIB = 1
 _EXACT = {
     "INFERENCE_PRECISION_HINT": "f32",
     "KV_CACHE_PRECISION": "f32",

@@ -12,7 +12,7 @@ from benchmarks.lab.peers.talk import Answers, Tokens, serve
 _set_num_threads = torch.set_num_threads  # vLLM replaces it by one that refuses
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 _ENVIRONMENT = {
-    "VLLM_CPU_KVCACHE_SPACE": "2",  # GiB
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # so that the number of threads can change
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # so that its CPU time is this process's
     "VLLM_NO_USAGE_STATS": "1",
