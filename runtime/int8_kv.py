@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from runtime.kv import BLOCK_TOKENS
-from runtime.layer_kv import LayerKV
+from runtime.layer_kv import LayerKV, zeros
 from runtime.step_layout import Group, Shared, Span, StepLayout, minus_infinity, reach_of, rows_of
 from runtime.tails import Own, StepTails, Tail
 
@@ -95,13 +95,13 @@ class Int8KV:
         head = (blocks, tails.kv_heads)
         key_dim, value_dim = tails.keys.shape[3], tails.values.shape[3]
 
-        def zeros(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-            return torch.zeros(*head, *shape, dtype=dtype, device=tails.keys.device)
+        def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+            return zeros((*head, *shape), dtype, tails.keys.device)
 
-        self.keys = zeros(BLOCK_TOKENS, key_dim, dtype=torch.int8)
-        self.key_scales = zeros(key_dim, dtype=torch.bfloat16)
-        self.values = zeros(BLOCK_TOKENS, value_dim, dtype=torch.int8)
-        self.value_scales = zeros(BLOCK_TOKENS, dtype=torch.bfloat16)
+        self.keys = empty(BLOCK_TOKENS, key_dim, dtype=torch.int8)
+        self.key_scales = empty(key_dim, dtype=torch.bfloat16)
+        self.values = empty(BLOCK_TOKENS, value_dim, dtype=torch.int8)
+        self.value_scales = empty(BLOCK_TOKENS, dtype=torch.bfloat16)
 
     @property
     def kv_heads(self) -> int:

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from runtime.attention import PagedLayer, StepHolder, StepLayout
 from runtime.int8_kv import Int8KV
 from runtime.kv import BLOCK_TOKENS
-from runtime.layer_kv import LayerKV, block_format, parts_of, read_blocks, write_blocks
+from runtime.layer_kv import LayerKV, block_format, parts_of, read_blocks, write_blocks, zeros
 from runtime.paged_kernel import kernel_of
 from runtime.surgery import Tally
 from runtime.tails import Tails
@@ -87,12 +87,8 @@ class Model:
     def _pool_of(self, layer: LayerShape) -> LayerKV | Int8KV:
         def empty(blocks: int) -> LayerKV:
             shape = (blocks, layer.kv_heads, BLOCK_TOKENS)
-            return LayerKV(
-                *(
-                    torch.zeros(*shape, dim, dtype=self.dtype, device=self.device)
-                    for dim in (layer.key_dim, layer.value_dim)
-                )
-            )
+            dims = (layer.key_dim, layer.value_dim)
+            return LayerKV(*(zeros((*shape, dim), self.dtype, self.device) for dim in dims))
 
         if self._tails is None:
             return empty(self.blocks + 1)

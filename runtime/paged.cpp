@@ -9,26 +9,39 @@
 #include <cstring>
 #include <type_traits>
 #include <vector>
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
 
 namespace {
 
 constexpr int BLOCK = 16;
 typedef float v8 __attribute__((vector_size(32), aligned(4), may_alias));
 typedef int32_t i8 __attribute__((vector_size(32), aligned(4), may_alias));
-typedef uint16_t h8 __attribute__((vector_size(16), aligned(2), may_alias));
-typedef uint32_t u8v __attribute__((vector_size(32), aligned(4), may_alias));
 
 struct bf16 { uint16_t bits; };
 
 inline v8 load(const float* at) { return *reinterpret_cast<const v8*>(at); }
+#ifdef __AVX2__  // GCC 12 takes the general conversions below apart, element by element
 inline v8 load(const bf16* at) {
-  u8v wide = __builtin_convertvector(*reinterpret_cast<const h8*>(at), u8v) << 16;
+  __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+}
+inline v8 load(const int8_t* at) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(at))));
+}
+#else
+inline v8 load(const bf16* at) {
+  typedef uint16_t h8 __attribute__((vector_size(16), aligned(2), may_alias));
+  typedef uint32_t w8 __attribute__((vector_size(32), aligned(4), may_alias));
+  w8 wide = __builtin_convertvector(*reinterpret_cast<const h8*>(at), w8) << 16;
   return reinterpret_cast<v8&>(wide);
 }
 inline v8 load(const int8_t* at) {
   typedef int8_t b8 __attribute__((vector_size(8), aligned(1), may_alias));
   return __builtin_convertvector(__builtin_convertvector(*reinterpret_cast<const b8*>(at), i8), v8);
 }
+#endif
 inline void store(float* at, float x) { *at = x; }
 inline void store(bf16* at, float x) {
   uint32_t bits;
@@ -127,22 +140,36 @@ struct Step {
 
 namespace {
 
-// scores[row][16] of R = 1 or 2 rows against one block of keys, 8 / R tokens at a time
+// The products of R = 1 or 2 rows with the next 8 / R keys.
+// A function of its own, or GCC 12 runs out of registers where it is used.
+template <int R, typename E>
+__attribute__((noinline)) v8 products(const float* q, int64_t stride, const E* keys, int64_t dim) {
+  constexpr int T = 8 / R;
+  v8 sums[8] = {};
+  for (int64_t d = 0; d < dim; d += 8) {
+    v8 x[R];
+    for (int r = 0; r < R; r++) x[r] = load(q + r * stride + d);
+    for (int i = 0; i < T; i++) {
+      v8 k = load(keys + i * dim + d);
+      for (int r = 0; r < R; r++) sums[r * T + i] += x[r] * k;
+    }
+  }
+  return sums_of(sums);
+}
+
+// scores[row][16] of R rows against one block of keys
 template <int R, typename E>
 inline void dot(const float* q, int64_t stride, const E* keys, int64_t dim, float* scores) {
-  constexpr int T = 8 / R;
-  for (int t = 0; t < BLOCK; t += T) {
-    v8 sums[8] = {};
-    for (int64_t d = 0; d < dim; d += 8) {
-      v8 x[R];
-      for (int r = 0; r < R; r++) x[r] = load(q + r * stride + d);
-      for (int i = 0; i < T; i++) {
-        v8 k = load(keys + (t + i) * dim + d);
-        for (int r = 0; r < R; r++) sums[r * T + i] += x[r] * k;
-      }
+  for (int t = 0; t < BLOCK; t += 8) {
+    v8 first = products<R>(q, stride, keys + t * dim, dim);
+    if (R == 1) {
+      *reinterpret_cast<v8*>(scores + t) = first;
+      continue;
     }
-    v8 all = sums_of(sums);
-    for (int r = 0; r < R; r++) std::memcpy(scores + r * BLOCK + t, reinterpret_cast<float*>(&all) + r * T, T * 4);
+    v8 then = products<R>(q, stride, keys + (t + 4) * dim, dim);
+    // Whole vectors are stored: they are read as such at once, and halves would have to be waited for.
+    *reinterpret_cast<v8*>(scores + t) = __builtin_shufflevector(first, then, 0, 1, 2, 3, 8, 9, 10, 11);
+    *reinterpret_cast<v8*>(scores + BLOCK + t) = __builtin_shufflevector(first, then, 4, 5, 6, 7, 12, 13, 14, 15);
   }
 }
 
