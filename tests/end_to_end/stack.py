@@ -57,6 +57,11 @@ class Program:
     def health(self) -> dict[str, Any]:
         return dict(PROBE.get(f"{self.url}/health").json())
 
+    def cpu_s(self) -> float:
+        """CPU time so far, of all threads: what a busy machine does not stretch."""
+        times = psutil.Process(self.process.pid).cpu_times()
+        return float(times.user + times.system)
+
     def rss_bytes(self) -> int:
         return int(psutil.Process(self.process.pid).memory_info().rss)
 
