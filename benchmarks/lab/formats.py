@@ -88,19 +88,36 @@ def answers(loaded: Loaded, rows: Many[Row]) -> list[str]:
     return [texts[key] for key in keys]
 
 
+@dataclass(frozen=True, slots=True)
+class Given:
+    """A row's prompt with its right answer behind it."""
+
+    prompt: list[int]
+    answer: list[int]
+
+
+def given(loaded: Loaded, row: Row) -> Given:
+    ended = min(loaded.tokenizer.eos_ids)
+    return Given(
+        prompt_of(loaded, row), [*loaded.tokenizer.encode(row.answer, special=False), ended]
+    )
+
+
 @torch.inference_mode()
-def logprobs(loaded: Loaded, row: Row) -> tuple[torch.Tensor, list[int]]:
-    """Log-probabilities [A, V] at each token of the row's right answer, given those before it, and
-    the answer's tokens [A]."""
-    prompt = prompt_of(loaded, row)
-    answer = [*loaded.tokenizer.encode(row.answer, special=False), min(loaded.tokenizer.eos_ids)]
-    ids = (prompt + answer)[:-1]
-    model = loaded.model
-    span = Span(len(ids), len(ids), list(range(blocks_for(len(ids)))))
-    layout = lay_out([span], model.device, model.scratch_slot)
-    keep = list(range(len(prompt) - 1, len(ids)))
-    logits = model.forward(ids, list(range(len(ids))), layout, keep)
-    return logits.float().log_softmax(-1), answer
+def logprobs(loaded: Loaded, rows: Many[Given]) -> torch.Tensor:
+    """Log-probabilities [A, V] at each token of the answers, given those before it, in one step."""
+    model, ids, positions = loaded.model, list[int](), list[int]()
+    spans, keep, used = list[Span](), list[int](), 0
+    for one in rows:
+        own = (one.prompt + one.answer)[:-1]
+        blocks = blocks_for(len(own))
+        spans.append(Span(len(own), len(own), list(range(used, used + blocks))))
+        keep += range(len(ids) + len(one.prompt) - 1, len(ids) + len(own))
+        ids += own
+        positions += range(len(own))
+        used += blocks
+    layout = lay_out(spans, model.device, model.scratch_slot)
+    return model.forward(ids, positions, layout, keep).float().log_softmax(-1)
 
 
 def divergence(reference: torch.Tensor, other: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Numbers out of repeated measurements: medians, percentiles, paired differences.
+"""Numbers out of repeated measurements: medians, percentiles, paired differences, shares.
 
 Medians, because a shared machine adds time now and then and never takes any away.
 """
@@ -9,7 +9,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import median
+from statistics import NormalDist, median
 from typing import Any
 
 _DRAWS = 2000
@@ -54,6 +54,40 @@ def paired_difference(
         raise ValueError("no pairs to compare")
     medians = [median(rng.choices(differences, k=len(differences))) for _ in range(_DRAWS)]
     return Difference(median(differences), percentile(medians, 2.5), percentile(medians, 97.5))
+
+
+def share_interval(hits: int, count: int) -> tuple[float, float]:
+    """Where a share lies with 95 %: the score interval (Wilson 1927). Raises ValueError."""
+    if not 0 <= hits <= count or count == 0:
+        raise ValueError(f"{hits} of {count} is no share")
+    share, z = hits / count, NormalDist().inv_cdf(0.975)
+    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + (z / count / 2) ** 2)
+    # At its ends a sum in floats may leave the share outside by its last digit.
+    return max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half))
+
+
+def sign_test(gained: int, lost: int) -> float:
+    """How likely so lopsided a split of changes, or a worse one, is where neither way is more
+    likely (McNemar's test, exact, two-sided)."""
+    count = gained + lost
+    tail = sum(math.comb(count, few) for few in range(min(gained, lost) + 1))
+    return min(1.0, 2 * tail / int(2**count))
+
+
+def mean_interval(
+    sums: Sequence[float], counts: Sequence[int], rng: random.Random
+) -> tuple[float, float]:
+    """Where the mean of all values lies with 95 %, by bootstrap over the groups that they come in.
+
+    A group is given by its sum and its count. Efron and Tibshirani 1993, chapter 13.
+    """
+    groups = list(zip(sums, counts, strict=True))
+    means = []
+    for _ in range(_DRAWS):
+        drawn = rng.choices(groups, k=len(groups))
+        means.append(sum(total for total, _ in drawn) / sum(count for _, count in drawn))
+    return percentile(means, 2.5), percentile(means, 97.5)
 
 
 def four_digits(value: Any) -> Any:

@@ -9,7 +9,13 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
-from benchmarks.lab.samples import paired_difference, percentile
+from benchmarks.lab.samples import (
+    mean_interval,
+    paired_difference,
+    percentile,
+    share_interval,
+    sign_test,
+)
 
 VALUES = st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=50)
 
@@ -52,3 +58,33 @@ def test_series_that_do_not_pair_up_are_refused():
         paired_difference([1.0, 2.0], [1.0], random.Random(0))
     with pytest.raises(ValueError, match="no pairs"):
         paired_difference([], [], random.Random(0))
+
+
+def test_the_interval_of_a_share_is_wilsons():
+    """Known values: 0 of 10, and 21 of 600."""
+    assert share_interval(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
+    assert share_interval(21, 600) == pytest.approx((0.0230, 0.0529), abs=1e-4)
+    with pytest.raises(ValueError, match="no share"):
+        share_interval(2, 1)
+
+
+@given(st.integers(0, 200), st.integers(1, 200))
+def test_a_share_lies_in_its_interval(hits, more):
+    low, high = share_interval(hits, hits + more)
+    assert 0 <= low <= hits / (hits + more) <= high <= 1
+
+
+def test_as_many_losses_as_gains_say_nothing_and_many_more_say_something():
+    assert sign_test(0, 0) == 1.0
+    assert sign_test(5, 5) == 1.0
+    assert sign_test(0, 1) == 1.0
+    assert sign_test(1, 9) == sign_test(9, 1) == pytest.approx(22 / 1024)
+
+
+def test_the_interval_of_a_mean_is_as_wide_as_its_groups_are_few():
+    """A hundred values of one group are one observation of groups, not a hundred."""
+    noise = random.Random(0)
+    levels = [noise.gauss(5, 1) for _ in range(40)]
+    low, high = mean_interval([100 * one for one in levels], [100] * 40, random.Random(1))
+    assert low < statistics.mean(levels) < high
+    assert 0.4 < high - low < 0.8
