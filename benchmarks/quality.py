@@ -39,9 +39,10 @@ ABOUT = About(
         "the share of answers that are another text than in fp32 (`flips`, with its 95 % "
         "interval), how many became right or wrong (`gained`, `lost`), and how likely so lopsided "
         "a split is by chance (`p`, exact sign test). Over the right answers, given token by "
-        "token, it measures the Kullback-Leibler divergence from fp32's distribution (nats a "
-        "token; the interval of its mean is a bootstrap over rows) and perplexity. Speed is "
-        "measured beside, the variants in turns: decoding 1 and 8 sequences, and a prompt of 512 "
+        "token, it measures the Kullback-Leibler divergence from fp32's distribution (in "
+        "thousandths of a nat a token; the interval of its mean is a bootstrap over rows) and "
+        "perplexity. Speed is measured beside, the variants in turns: decoding 1 and 8 sequences, "
+        "and a prompt of 512 "
         "tokens, as tokens a second, CPU milliseconds a token, and the ratio to fp32's tokens a "
         "second in the same round (median, and the rounds' smallest and largest)."
     ),
@@ -169,7 +170,7 @@ def think(
             lost[name] -= float(own[range(len(answers)), answers].sum())
     tokens = sum(len(one.answer) for one in whole)
     told = {
-        name: {"kl_nats": _told_divergence(far[name]), "perplexity": exp(lost[name] / tokens)}
+        name: {"kl_millinats": _told_divergence(far[name]), "perplexity": exp(lost[name] / tokens)}
         for name in models
     }
     return told, tokens
@@ -181,7 +182,7 @@ def _told_divergence(by_row: Sequence[Sequence[float]]) -> dict[str, float]:
     low, high = mean_interval(sums, counts, random.Random(_SEED))
     told = {"mean": sum(every) / len(every), "mean_low": low, "mean_high": high}
     told |= {"p99": percentile(every, 99), "max": max(every)}
-    return {name: float(f"{value:.3g}") for name, value in told.items()}
+    return {name: float(f"{1000 * value:.3g}") for name, value in told.items()}
 
 
 def time_all(

@@ -54,8 +54,8 @@ def test_a_format_that_rounds_diverges_from_fp32_and_fp32_does_not(models):
     """The comparison has fp32 on one side and the format on the other."""
     told, tokens = think(models, ROWS)
     assert tokens > 0
-    assert told["fp32"]["kl_nats"]["max"] == 0.0
-    found = told["w8a8"]["kl_nats"]
+    assert told["fp32"]["kl_millinats"]["max"] == 0.0
+    found = told["w8a8"]["kl_millinats"]
     assert 0.0 < found["mean_low"] <= found["mean"] <= found["mean_high"] <= found["max"]
     assert told["fp32"]["perplexity"] >= 1.0
 
