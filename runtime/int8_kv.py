@@ -134,9 +134,7 @@ class Int8KV:
     ) -> None:
         """Puts a step's keys and values, [1, KV, T, D] each, into tails and complete blocks."""
         step = tails_of(layout)
-        self.settle(step.leaving)
-        if step.returning:
-            self._bring_back(step.returning)
+        self.prepare(layout)
         for own in step.owns.values():
             if own.blocks:
                 full = slice(own.full[0] * BLOCK_TOKENS, own.full[1] * BLOCK_TOKENS)
@@ -154,6 +152,13 @@ class Int8KV:
             slots = [tail.slot for tail in step.complete]
             blocks = [tail.block for tail in step.complete]
             self._store(blocks, self.tails.keys[slots], self.tails.values[slots])
+
+    def prepare(self, layout: StepLayout) -> None:
+        """What has to happen to tails before a step writes: some leave, some come back."""
+        step = tails_of(layout)
+        self.settle(step.leaving)
+        if step.returning:
+            self._bring_back(step.returning)
 
     def settle(self, begun: Many[Tail]) -> None:
         """Quantizes blocks as far as they go, for their tails are needed elsewhere."""

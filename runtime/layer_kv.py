@@ -56,6 +56,9 @@ class LayerKV:
     def kv_heads(self) -> int:
         return self.keys.shape[1]
 
+    def prepare(self, layout: StepLayout) -> None:
+        """What has to happen before a step writes; here nothing."""
+
     def write(
         self,
         layout: StepLayout,

@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 from policies.schema import WeightFormat, Weights
 from runtime import quantize
 from runtime.allocator import giving_back
+from runtime.compiled import compiled_step
 from runtime.conversion import run_and_convert
 from runtime.kv import BLOCK_TOKENS
 from runtime.model import Model, ModelRefused
@@ -74,7 +75,8 @@ def load_model(
     folder = source if isinstance(source, Path) else _fetch(source, revision)
     config = _read_config(folder)
     where = _device(device)
-    plan = Plan(weights, _dtype(dtype, weights, where), where)
+    library = load_library() if compiles and where.type == "cpu" else None
+    plan = Plan(weights, _dtype(dtype, weights, where), where, library=library)
     _refuse_formats(plan)
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # no hints there
@@ -88,7 +90,6 @@ def load_model(
         reference, tally = _convert(module, shards, folder, plan)
         layers = prove(module, folder, reference)
     blocks = max(1, kv_tokens // BLOCK_TOKENS)
-    library = load_library() if compiles and where.type == "cpu" else None
     model = Model(
         module,
         layers,
@@ -99,6 +100,7 @@ def load_model(
         kv=kv,
         library=library,
     )
+    model.decoder = compiled_step(model, library)
     return model, folder
 
 

@@ -17,10 +17,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from runtime.attention import PagedLayer, StepHolder, StepLayout
+from runtime.compiled import CompiledStep
 from runtime.int8_kv import Int8KV
 from runtime.kv import BLOCK_TOKENS
 from runtime.layer_kv import LayerKV, block_format, parts_of, read_blocks, write_blocks, zeros
-from runtime.paged_kernel import kernel_of
+from runtime.paged_kernel import PagedKernel, kernel_of
 from runtime.surgery import Tally
 from runtime.tails import Tails
 
@@ -76,6 +77,8 @@ class Model:
         for layer, paged in zip(layers, self._layers, strict=True):
             layer.module.paged_layer = paged  # type: ignore[assignment]
         self._pool = [paged.kv for paged in self._layers]
+        self.windows = [layer.window for layer in layers]
+        self.decoder: CompiledStep | None = None  # for short steps, where there is one
         self.use(library)
 
     def use(self, library: CDLL | None) -> None:
@@ -83,6 +86,13 @@ class Model:
         self._library = library
         for paged in self._layers:
             paged.kernel = kernel_of(library, paged.kv)
+        if self.decoder is not None:
+            self.decoder.bind(self.kernels)
+
+    @property
+    def kernels(self) -> list[PagedKernel | None]:
+        """The compiled attention of each layer."""
+        return [paged.kernel for paged in self._layers]
 
     def _pool_of(self, layer: LayerShape) -> LayerKV | Int8KV:
         def empty(blocks: int) -> LayerKV:
@@ -162,6 +172,11 @@ class Model:
         """ids, positions [T] of the packed step -> logits [len(keep), V] of the rows in `keep`."""
         if self._tails is not None:
             self._place_tails(layout)
+        decoder = self.decoder
+        if decoder is not None and decoder.takes(layout):
+            for kv in self._pool:
+                kv.prepare(layout)
+            return decoder(ids, positions, layout, keep)
         self.step.layout = layout
         try:
             row = torch.tensor([ids, positions], dtype=torch.long).to(self.device)

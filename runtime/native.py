@@ -11,6 +11,7 @@ import hashlib
 import logging
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
@@ -46,7 +47,7 @@ def _compiled(source: Path, folder: Path) -> Path:
     compiler = _compiler()
     version = _run([compiler, "--version"])
     flags = [*_FLAGS, *_LINK]
-    text = source.read_bytes()
+    text = _text(source)
     told = "\n".join([version, *flags, _processor()]).encode()
     library = folder / f"{source.stem}-{hashlib.sha256(text + told).hexdigest()[:24]}.so"
     if library.is_file():
@@ -59,6 +60,13 @@ def _compiled(source: Path, folder: Path) -> Path:
         made.replace(library)
     log.info("%s is compiled: %s", source.name, library)
     return library
+
+
+def _text(source: Path) -> bytes:
+    """A file and those beside it that it includes."""
+    text = source.read_bytes()
+    included = re.findall(rb'^#include "([^"]+)"', text, re.MULTILINE)
+    return text + b"".join(_text(source.with_name(name.decode())) for name in included)
 
 
 def _compiler() -> str:

@@ -13,13 +13,13 @@
 #include <immintrin.h>
 #endif
 
+struct bf16 { uint16_t bits; };
+
 namespace {
 
 constexpr int BLOCK = 16;
 typedef float v8 __attribute__((vector_size(32), aligned(4), may_alias));
 typedef int32_t i8 __attribute__((vector_size(32), aligned(4), may_alias));
-
-struct bf16 { uint16_t bits; };
 
 inline v8 load(const float* at) { return *reinterpret_cast<const v8*>(at); }
 #ifdef __AVX2__  // GCC 12 takes the general conversions below apart, element by element
@@ -300,9 +300,10 @@ inline View<int8_t> int8_view(const Rows& rows, int64_t block, int64_t head, int
   return view;
 }
 
-template <typename E>
-void unit(const Layer& layer, const Step& step, int64_t span, int64_t head, const E* query,
-          int64_t q_head, int64_t q_row, int64_t groups, E* out, float scale, int64_t window,
+// E is the pool's element, S that of query and output.
+template <typename E, typename S>
+void unit(const Layer& layer, const Step& step, int64_t span, int64_t head, const S* query,
+          int64_t q_head, int64_t q_row, int64_t groups, S* out, float scale, int64_t window,
           float softcap) {
   int64_t count = step.counts[span], context = step.contexts[span], start = step.starts[span];
   int64_t kd = layer.key_dim, vd = layer.value_dim, n = count * groups, heads = groups * layer.kv_heads;
@@ -325,7 +326,7 @@ void unit(const Layer& layer, const Step& step, int64_t span, int64_t head, cons
   rows.high = rows.low + n;
   for (int64_t r = 0; r < n; r++) {
     int64_t token = r / groups, g = r % groups;
-    const E* from = query + (head * groups + g) * q_head + (start + token) * q_row;
+    const S* from = query + (head * groups + g) * q_head + (start + token) * q_row;
     for (int64_t d = 0; d < kd; d++) rows.q[r * kd + d] = one(from + d) * scale;
     rows.top[r] = -INFINITY;
     rows.high[r] = context - count + token + 1;
@@ -349,23 +350,29 @@ void unit(const Layer& layer, const Step& step, int64_t span, int64_t head, cons
   }
   for (int64_t r = 0; r < n; r++) {
     int64_t token = r / groups, g = r % groups;
-    E* to = out + ((start + token) * heads + head * groups + g) * vd;
+    S* to = out + ((start + token) * heads + head * groups + g) * vd;
     float share = 1.0f / rows.total[r];
     for (int64_t d = 0; d < vd; d++) store(to + d, rows.acc[r * vd + d] * share);
   }
 }
 
 template <typename E>
-void write_kv(const Layer& layer, const Step& step, const E* key, int64_t k_head, int64_t k_row,
-              const E* value, int64_t v_head, int64_t v_row) {
+inline void copy(E* to, const E* from, int64_t count) { std::memcpy(to, from, count * sizeof(E)); }
+inline void copy(bf16* to, const float* from, int64_t count) {
+  for (int64_t i = 0; i < count; i++) store(to + i, from[i]);
+}
+
+template <typename E, typename S>
+void write_kv(const Layer& layer, const Step& step, const S* key, int64_t k_head, int64_t k_row,
+              const S* value, int64_t v_head, int64_t v_row) {
   int64_t kd = layer.key_dim, vd = layer.value_dim;
   for (int64_t t = 0; t < step.tokens; t++) {
     if (step.slots[t] < 0) continue;
     int64_t block = step.slots[t] / BLOCK, offset = step.slots[t] % BLOCK;
     for (int64_t h = 0; h < layer.kv_heads; h++) {
       int64_t row = (block * layer.kv_heads + h) * BLOCK + offset;
-      std::memcpy(static_cast<E*>(layer.keys) + row * kd, key + h * k_head + t * k_row, kd * sizeof(E));
-      std::memcpy(static_cast<E*>(layer.values) + row * vd, value + h * v_head + t * v_row, vd * sizeof(E));
+      copy(static_cast<E*>(layer.keys) + row * kd, key + h * k_head + t * k_row, kd);
+      copy(static_cast<E*>(layer.values) + row * vd, value + h * v_head + t * v_row, vd);
     }
   }
 }
@@ -407,13 +414,13 @@ void quantize(const Layer& layer, const Step& step) {
     }
 }
 
-template <typename E>
-void attend(const Layer& layer, const Step& step, const E* query, int64_t q_head, int64_t q_row,
-            int64_t groups, E* out, float scale, int64_t window, float softcap) {
+template <typename E, typename S>
+void attend(const Layer& layer, const Step& step, const S* query, int64_t q_head, int64_t q_row,
+            int64_t groups, S* out, float scale, int64_t window, float softcap) {
   int64_t units = step.spans * layer.kv_heads;
 #pragma omp parallel for schedule(dynamic) num_threads(step.threads) if (units > 1 && step.threads > 1)
   for (int64_t u = 0; u < units; u++)
-    unit(layer, step, u / layer.kv_heads, u % layer.kv_heads, query, q_head, q_row, groups, out, scale,
+    unit<E>(layer, step, u / layer.kv_heads, u % layer.kv_heads, query, q_head, q_row, groups, out, scale,
          window, softcap);
 }
 

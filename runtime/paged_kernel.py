@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from runtime import native
+from runtime import native, native_linear
 from runtime.int8_kv import Int8KV
 from runtime.kv import BLOCK_TOKENS
 from runtime.layer_kv import LayerKV
@@ -24,7 +24,7 @@ from runtime.step_layout import SHORT_TOKENS, Span, StepLayout, lay_out
 
 log = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_name("paged.cpp")
+SOURCE = Path(__file__).with_name("decode.cpp")  # which includes paged.cpp
 _P, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
@@ -120,7 +120,7 @@ def _offsets(lists: list[list[int]]) -> list[int]:
 class PagedKernel:
     """The library, bound to one layer's pool."""
 
-    __slots__ = ("_attend", "_memory", "_pointer", "_struct", "_write")
+    __slots__ = ("_attend", "_memory", "_struct", "_write", "pointer")
 
     def __init__(self, library: ctypes.CDLL, kv: LayerKV | Int8KV) -> None:
         # What is written token by token: the pool, or the tails beside an int8 pool.
@@ -145,14 +145,14 @@ class PagedKernel:
             self._struct.key_scales = kv.key_scales.data_ptr()
             self._struct.value_codes = kv.values.data_ptr()
             self._struct.value_scales = kv.value_scales.data_ptr()
-        self._pointer = ctypes.addressof(self._struct)
+        self.pointer = ctypes.addressof(self._struct)
 
     def write(self, layout: StepLayout, key: torch.Tensor, value: torch.Tensor) -> None:
         """Puts a step's keys and values, [1, KV, T, D] each, into the pool."""
         key, value = _rows(key), _rows(value)
         self._write(
-            self._pointer,
-            _step(layout).pointer,
+            self.pointer,
+            step_of(layout).pointer,
             key.data_ptr(),
             key.stride(1),
             key.stride(2),
@@ -173,8 +173,8 @@ class PagedKernel:
         """Fills the rows of all short spans: query [1, H, T, D] -> out [T, H, D], contiguous."""
         query = _rows(query)
         self._attend(
-            self._pointer,
-            _step(layout).pointer,
+            self.pointer,
+            step_of(layout).pointer,
             query.data_ptr(),
             query.stride(1),
             query.stride(2),
@@ -190,7 +190,9 @@ def load_library(folder: Path | None = None) -> ctypes.CDLL | None:
     """The compiled library once it has shown that it computes attention; else None, and a log line
     says why. It is kept in `folder`, by default the user's cache."""
     library = native.load(SOURCE, folder or native.cache_folder())
-    if library is not None and not _is_right(library):
+    if library is not None:
+        native_linear.bind(library)
+    if library is not None and not (_is_right(library) and native_linear.is_right(library)):
         log.warning("%s is not used: compiled here, it gives wrong results", SOURCE.name)
         return None
     return library
@@ -225,7 +227,7 @@ def _is_right(library: ctypes.CDLL) -> bool:
     return torch.allclose(out, expected.reshape(6, 40, 16).transpose(0, 1), atol=1e-4)
 
 
-def _step(layout: StepLayout) -> _NativeStep:
+def step_of(layout: StepLayout) -> _NativeStep:
     shared = layout.tails.shared if layout.tails is not None else layout.shared
     return shared.get("native", lambda: _NativeStep(layout))
 

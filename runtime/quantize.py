@@ -9,6 +9,7 @@ Legend: N features out, K features in.
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from runtime.linear import (
     runs,
     small_runs,
 )
+from runtime.native_linear import NativeLinear, adds_bytes_exactly, takes
 from runtime.timing import fastest
 
 LOSSLESS: tuple[WeightFormat, ...] = ("auto", "fp32", "bf16")
@@ -40,6 +42,11 @@ _BYTE_FEATURES = 32
 
 # A layer with more rows is held in pieces: packing wants each in fp32 and packed at the same time.
 PIECE_ROWS = 8192
+
+_NATIVE = "-native"
+# Calling a layer of no more weights takes as long as multiplying. The compiled step calls none, so
+# its ways are taken without measuring.
+_SMALL_WEIGHTS = 2**18
 
 # A layer with more rows is compared by so many of them.
 _SAMPLE_ROWS = 4096
@@ -86,18 +93,25 @@ def check(chosen: WeightFormat, device: torch.device) -> None:
 
 
 def ways(
-    chosen: WeightFormat, weight: torch.Tensor, dtype: torch.dtype, device: torch.device
+    chosen: WeightFormat,
+    weight: torch.Tensor,
+    dtype: torch.dtype,
+    device: torch.device,
+    library: ctypes.CDLL | None = None,
 ) -> list[LinearImpl]:
     """The ways of holding this weight in this format, the one to prefer first; [] if there is none.
 
-    `dtype` is that of the activations. Each takes the weight as the checkpoint has it.
+    `dtype` is that of the activations. Each takes the weight as the checkpoint has it. `library`
+    is compiled code for some ways more.
     """
     if device.type != "cpu":
         return [LinearImpl("fp8", _fp8)] if chosen == "fp8" else [_plain(chosen, dtype)]
-    if chosen in LOSSLESS:
-        return _float_ways(chosen, weight, dtype)
     features_in = weight.shape[1]
     found: list[LinearImpl] = []
+    if library is not None and takes(library, features_in):
+        found += _native_ways(library, chosen, weight, dtype)
+    if chosen in LOSSLESS:
+        return found + _float_ways(chosen, weight, dtype)
     if chosen in ("w8a8", "w8"):
         for engine in engines():
             # Beyond the last whole group of four oneDNN pairs other bytes than it does before.
@@ -121,6 +135,7 @@ def hold(
     prefer: Sequence[str] = (),
     piece_rows: int = PIECE_ROWS,
     forget: Callable[[], None] = lambda: None,
+    library: ctypes.CDLL | None = None,
 ) -> tuple[PackedLinear, str] | None:
     """The layer, in pieces if it has very many rows, and the way in which its first is held.
 
@@ -129,7 +144,7 @@ def hold(
     pieces = []
     names = []
     for rows in runs(weight.shape[0], piece_rows):
-        impl = choose(chosen, weight[rows], dtype, device, prefer=prefer)
+        impl = choose(chosen, weight[rows], dtype, device, prefer=prefer, library=library)
         if impl is None:
             return None
         pieces.append(impl.build(weight[rows], None if bias is None else bias[rows]))
@@ -160,15 +175,19 @@ def choose(
     device: torch.device,
     *,
     prefer: Sequence[str] = (),
+    library: ctypes.CDLL | None = None,
 ) -> LinearImpl | None:
     """One of `prefer`, else the fastest of the ways here; None when this weight has none."""
-    found = ways(chosen, weight, dtype, device)
+    found = ways(chosen, weight, dtype, device, library)
     found = [one for one in found if one.name in prefer] or found
     if len(found) < 2:
         return found[0] if found else None
+    if found[0].name.endswith(_NATIVE) and weight.numel() <= _SMALL_WEIGHTS:
+        return found[0]
     rows, features_in = min(weight.shape[0], _SAMPLE_ROWS), weight.shape[1]
     by_name = {one.name: one for one in found}
-    best = _fastest(chosen, tuple(by_name), rows, features_in, dtype, torch.get_num_threads())
+    threads = torch.get_num_threads()
+    best = _fastest(chosen, tuple(by_name), rows, features_in, dtype, library, threads)
     return by_name[best]
 
 
@@ -180,7 +199,7 @@ def _float_ways(chosen: WeightFormat, weight: torch.Tensor, dtype: torch.dtype) 
 
     A bias keeps the dtype of the activations: it is too small to save anything.
     """
-    narrow = chosen == "bf16" or (chosen == "auto" and dtype == torch.bfloat16)
+    narrow = _is_narrow(chosen, dtype)
     kept = torch.bfloat16 if narrow else torch.float32
     found = []
     if narrow and dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
@@ -198,6 +217,54 @@ def _float_ways(chosen: WeightFormat, weight: torch.Tensor, dtype: torch.dtype) 
     else:
         found.append(_plain(chosen, dtype))
     return found
+
+
+def _is_narrow(chosen: WeightFormat, dtype: torch.dtype) -> bool:
+    """Whether the values of weights are those of bf16."""
+    return chosen == "bf16" or (chosen == "auto" and dtype == torch.bfloat16)
+
+
+def _native_ways(
+    library: ctypes.CDLL, chosen: WeightFormat, weight: torch.Tensor, dtype: torch.dtype
+) -> list[LinearImpl]:
+    """Our own compiled products. A bias keeps the dtype of the activations."""
+    found = []
+    if chosen == "w8a8":
+        found.append(LinearImpl(f"w8a8{_NATIVE}", partial(_native_int8, library)))
+    elif chosen in LOSSLESS:
+        narrow = _is_narrow(chosen, dtype)
+        if narrow or (chosen == "auto" and _is_bf16(weight)):
+            build = partial(_native_float, library, torch.bfloat16, dtype)
+            found.append(LinearImpl(f"bf16{_NATIVE}", build))
+        if not narrow:
+            build = partial(_native_float, library, torch.float32, dtype)
+            found.append(LinearImpl(f"fp32{_NATIVE}", build))
+    return found
+
+
+def _is_bf16(weight: torch.Tensor) -> bool:
+    """Whether bf16 has all of these values."""
+    parts = small_runs(weight)
+    return all(
+        torch.equal(weight[rows].bfloat16().to(weight.dtype), weight[rows]) for rows in parts
+    )
+
+
+def _native_float(
+    library: ctypes.CDLL,
+    kept: torch.dtype,
+    dtype: torch.dtype,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> PackedLinear:
+    return NativeLinear(library, weight.to(kept), None if bias is None else bias.to(dtype))
+
+
+def _native_int8(
+    library: ctypes.CDLL, weight: torch.Tensor, bias: torch.Tensor | None
+) -> PackedLinear:
+    integers, scales = to_int8(weight, paired=not adds_bytes_exactly(library))
+    return NativeLinear(library, integers, bias, scales)
 
 
 def _plain(chosen: WeightFormat, dtype: torch.dtype) -> LinearImpl:
@@ -299,11 +366,12 @@ def _fastest(
     rows: int,
     features_in: int,
     dtype: torch.dtype,
+    library: ctypes.CDLL | None,
     threads: int,  # noqa: ARG001 - part of the key: a choice holds for one number of threads
 ) -> str:
     """The fastest of these ways for weights that all of them can hold."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(rows, features_in, generator=generator).mul_(0.02).bfloat16()
-    known = {one.name: one for one in ways(chosen, weight, dtype, torch.device("cpu"))}
+    known = {one.name: one for one in ways(chosen, weight, dtype, torch.device("cpu"), library)}
     layers = [known[name].build(weight, None) for name in names]
     return names[fastest(layers, [dtype] * len(layers))]

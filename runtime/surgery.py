@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
+from ctypes import CDLL
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,7 +45,7 @@ class Plan:
 
     Ways of holding named in `prefer` are taken without measuring, where a format has them.
     `forget` is called when weights that were read are not needed in memory any more. `rounded`
-    says that the checkpoint itself rounds, perhaps activations too.
+    says that the checkpoint itself rounds, perhaps activations too. `library` is compiled code.
     """
 
     weights: Weights
@@ -53,6 +54,7 @@ class Plan:
     prefer: tuple[str, ...] = ()
     forget: Callable[[], None] = lambda: None
     rounded: bool = False
+    library: CDLL | None = None
 
 
 @dataclass(slots=True)
@@ -134,6 +136,7 @@ class FusedNorm(nn.Module):
     def __init__(self, weight: torch.Tensor, eps: float) -> None:
         super().__init__()
         size = weight.shape[-1]
+        self.eps = eps
         self.register_buffer("weight", weight.float() * size**0.5, persistent=False)
         self.register_buffer("floor", torch.tensor((eps * size) ** 0.5), persistent=False)
         self.weight: torch.Tensor
@@ -291,6 +294,7 @@ def _packed(
             plan.device,
             prefer=plan.prefer,
             forget=plan.forget,
+            library=plan.library,
         )
         if held is None:
             continue

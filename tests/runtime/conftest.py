@@ -23,7 +23,7 @@ def stories260k(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def native_library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    """The compiled attention kernel; whoever needs it is skipped where nothing can compile it."""
+    """The compiled kernels; whoever needs it is skipped where nothing can compile it."""
     if not any(map(shutil.which, ("g++", "clang++", "c++"))):
         pytest.skip("needs a C++ compiler")
     from runtime.paged_kernel import load_library

@@ -72,7 +72,14 @@ def merge(reference: Any, adapter: Path) -> Any:
 class Case:
     """A model with two adapters, and what merged weights answer to each prompt."""
 
-    def __init__(self, folder: Path, family: str, targets: dict[str, tuple[str, ...]]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        family: str,
+        targets: dict[str, tuple[str, ...]],
+        *,
+        compiles: bool = False,
+    ) -> None:
         base = write_model(folder / "base", *FAMILIES[family])
         rng = random.Random(family)
         shared = [rng.randrange(VOCAB) for _ in range(32)]
@@ -87,7 +94,7 @@ class Case:
                 at = write_adapter(folder / "adapters" / name, reference, targets[name], **more)
                 reference = merge(reference, at)
             self.expected[name] = [generate(reference, one, ANSWER) for one in self.prompts]
-        self.model, _ = load_model(base, kv_tokens=2048)
+        self.model, _ = load_model(base, kv_tokens=2048, compiles=compiles)
         self.adapters = load_adapters(self.model, folder / "adapters")
         self.tokenizer = Tokenizer.load(base)
 

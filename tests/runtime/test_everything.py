@@ -1,5 +1,6 @@
 """All at once: prefixes found, preemption, tiers, chunks, adapters, fused layers, scored prompts,
-random neighbours, classes, cancels. No greedy answer differs from `generate` on merged weights.
+random neighbours, classes, cancels, compiled steps. No greedy answer differs from `generate` on
+merged weights.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from hypothesis import given, settings, strategies as st
 
 from cache.disk import DiskTier
 from cache.tiers import MemoryTier, Tiers
+from runtime import loading
 from runtime.costs import StepCosts
 from runtime.engine import Engine
 from runtime.inbox import Order
@@ -73,9 +75,18 @@ schedules = st.fixed_dictionaries(
 )
 
 
-@pytest.fixture(scope="module", params=TARGETS)
+@pytest.fixture(scope="module", params=[*TARGETS, "llama compiled", "qwen2 compiled"])
 def case(request, tmp_path_factory) -> Case:
-    return Case(tmp_path_factory.mktemp(request.param), request.param, TARGETS[request.param])
+    family, *more = request.param.split()
+    folder = tmp_path_factory.mktemp(family)
+    if not more:
+        return Case(folder, family, TARGETS[family])
+    library = request.getfixturevalue("native_library")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loading, "load_library", lambda: library)
+        case = Case(folder, family, TARGETS[family], compiles=True)
+    assert case.model.decoder is not None
+    return case
 
 
 def swap_of(case: Case, folder, host_blocks: int, disk: bool) -> Swap:
