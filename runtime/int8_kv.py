@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from runtime.kv import BLOCK_TOKENS
-from runtime.layer_kv import LayerKV, zeros
+from runtime.layer_kv import LayerKV
+from runtime.pages import zeros
 from runtime.step_layout import Group, Shared, Span, StepLayout, minus_infinity, reach_of, rows_of
 from runtime.tails import Own, StepTails, Tail
 

@@ -9,9 +9,6 @@ L positions seen.
 
 from __future__ import annotations
 
-import contextlib
-import math
-import mmap
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 from itertools import groupby
@@ -23,22 +20,8 @@ import torch
 from runtime.kv import BLOCK_TOKENS
 from runtime.step_layout import Chunk, Group, StepLayout
 
-_LARGE_PAGE = 2 * 2**20
-
 if TYPE_CHECKING:
     from runtime.paged_kernel import PagedKernel
-
-
-def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """A pool's tensor, on Linux in pages of 2 MiB where they are to be had: blocks that lie strewn
-    about are read up to a quarter faster. Memory is taken when it is written to, as always."""
-    size = math.prod(shape) * dtype.itemsize
-    if device.type != "cpu" or size < _LARGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.zeros(shape, dtype=dtype, device=device)
-    memory = mmap.mmap(-1, -(-size // _LARGE_PAGE) * _LARGE_PAGE)
-    with contextlib.suppress(OSError):  # a kernel without them
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype, count=math.prod(shape)).view(shape)
 
 
 @dataclass(frozen=True, slots=True)

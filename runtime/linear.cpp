@@ -33,7 +33,7 @@ namespace {
 enum Format : int64_t { FP32, BF16, INT8 };
 
 constexpr int64_t GROUP = 16;
-constexpr int64_t AHEAD_BYTES = 2048;  // how far one token's weights are fetched before they are used
+constexpr int64_t AHEAD_BYTES = 8192;  // how far one token's weights are fetched before they are used
 
 #if defined(__AVX2__) && defined(__FMA__)
 

@@ -20,8 +20,9 @@ from runtime.attention import PagedLayer, StepHolder, StepLayout
 from runtime.compiled import CompiledStep
 from runtime.int8_kv import Int8KV
 from runtime.kv import BLOCK_TOKENS
-from runtime.layer_kv import LayerKV, block_format, parts_of, read_blocks, write_blocks, zeros
+from runtime.layer_kv import LayerKV, block_format, parts_of, read_blocks, write_blocks
 from runtime.paged_kernel import PagedKernel, kernel_of
+from runtime.pages import zeros
 from runtime.surgery import Tally
 from runtime.tails import Tails
 

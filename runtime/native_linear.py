@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from runtime.linear import PackedLinear
+from runtime.pages import zeros
 
 GROUP = 16
 # Inputs come in eights, the width of a vector.
@@ -128,10 +129,12 @@ def _pack(weight: torch.Tensor) -> torch.Tensor:
     filled = weight.new_zeros(groups * GROUP, features)
     filled[:rows] = weight
     if weight.dtype == torch.int8:  # [G, K / 4, 16, 4]
-        return filled.view(groups, GROUP, features // 4, 4).transpose(1, 2).contiguous()
-    if weight.dtype == torch.bfloat16:  # [G, K, 8, 2]: rows r and r + 8
-        return filled.view(groups, 2, GROUP // 2, features).permute(0, 3, 2, 1).contiguous()
-    return filled.view(groups, GROUP, features).transpose(1, 2).contiguous()  # [G, K, 16]
+        ordered = filled.view(groups, GROUP, features // 4, 4).transpose(1, 2)
+    elif weight.dtype == torch.bfloat16:  # [G, K, 8, 2]: rows r and r + 8
+        ordered = filled.view(groups, 2, GROUP // 2, features).permute(0, 3, 2, 1)
+    else:  # [G, K, 16]
+        ordered = filled.view(groups, GROUP, features).transpose(1, 2)
+    return zeros(tuple(ordered.shape), weight.dtype, weight.device).copy_(ordered)
 
 
 def _pointer(tensor: torch.Tensor | None) -> int | None:

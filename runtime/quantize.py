@@ -47,6 +47,8 @@ _NATIVE = "-native"
 # Calling a layer of no more weights takes as long as multiplying. The compiled step calls none, so
 # its ways are taken without measuring.
 _SMALL_WEIGHTS = 2**18
+# One layer held otherwise and the whole model has no compiled step: others must win by this much.
+_CLEARLY_FASTER = 0.7
 
 # A layer with more rows is compared by so many of them.
 _SAMPLE_ROWS = 4096
@@ -374,4 +376,5 @@ def _fastest(
     weight = torch.randn(rows, features_in, generator=generator).mul_(0.02).bfloat16()
     known = {one.name: one for one in ways(chosen, weight, dtype, torch.device("cpu"), library)}
     layers = [known[name].build(weight, None) for name in names]
-    return names[fastest(layers, [dtype] * len(layers))]
+    clearly = {"clearly": _CLEARLY_FASTER} if names[0].endswith(_NATIVE) else {}
+    return names[fastest(layers, [dtype] * len(layers), **clearly)]
