@@ -355,4 +355,11 @@ void linear(const Linear* layer, const float* x, int64_t tokens, float* y, int64
 #else
 int64_t multiplies() { return 0; }  // torch's kernels stay
 #endif
+
+// Whether this code uses all of the CPU's arithmetic, so that others cannot be faster by wider vectors.
+#if defined(__AVX512F__) || defined(__AMX_TILE__)
+int64_t uses_widest() { return 0; }
+#else
+int64_t uses_widest() { return 1; }
+#endif
 }

@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 
-from runtime.linear import PackedLinear
+from runtime.linear import PackedLinear, small_runs
 from runtime.pages import zeros
 
 GROUP = 16
 # Inputs come in eights, the width of a vector.
 FEATURES = 8
+# Calling a layer of no more weights takes as long as multiplying.
+_SMALL_WEIGHTS = 2**18
 # Activations are bytes around this.
 _MIDDLE = 128
 _P, _I = ctypes.c_void_p, ctypes.c_int64
@@ -60,7 +62,7 @@ class NativeLinear(PackedLinear):
         self._scales = None if scales is None else scales.float().contiguous()
         self._middles = None
         if weight.dtype == torch.int8:
-            self._middles = weight.sum(1, dtype=torch.int32) * _MIDDLE
+            self._middles = _middles(weight)
         self.struct = LinearStruct(
             format=_FORMATS[weight.dtype],
             rows=rows,
@@ -87,6 +89,7 @@ class NativeLinear(PackedLinear):
 def bind(library: ctypes.CDLL) -> None:
     """Tells ctypes the types of the library's functions for linear layers."""
     library.multiplies.restype = _I
+    library.uses_widest.restype = _I
     library.linear.argtypes = [_P, _P, _I, _P, _I]
     library.linear.restype = None
 
@@ -99,6 +102,15 @@ def takes(library: ctypes.CDLL | None, features_in: int) -> bool:
 def adds_bytes_exactly(library: ctypes.CDLL) -> bool:
     """Whether this CPU adds four products of bytes in 32 bits, any bytes."""
     return bool(library.multiplies() > 1)
+
+
+def is_fastest(library: ctypes.CDLL, weights: int) -> bool:
+    """Whether a layer of so many weights is held natively without measuring.
+
+    On CPUs without AVX-512 nothing else came near (docs/log.md). Small layers cost the call, and
+    the compiled step makes none.
+    """
+    return bool(library.uses_widest()) or weights <= _SMALL_WEIGHTS
 
 
 def is_right(library: ctypes.CDLL) -> bool:
@@ -135,6 +147,12 @@ def _pack(weight: torch.Tensor) -> torch.Tensor:
     else:  # [G, K, 16]
         ordered = filled.view(groups, GROUP, features).transpose(1, 2)
     return zeros(tuple(ordered.shape), weight.dtype, weight.device).copy_(ordered)
+
+
+def _middles(integers: torch.Tensor) -> torch.Tensor:
+    """[N] int32: what each row gives for a token whose bytes are all in the middle."""
+    sums = [integers[rows].float().sum(1) for rows in small_runs(integers)]  # exact below 2^24
+    return torch.cat(sums).to(torch.int32) * _MIDDLE
 
 
 def _pointer(tensor: torch.Tensor | None) -> int | None:

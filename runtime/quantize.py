@@ -32,7 +32,7 @@ from runtime.linear import (
     runs,
     small_runs,
 )
-from runtime.native_linear import NativeLinear, adds_bytes_exactly, takes
+from runtime.native_linear import NativeLinear, adds_bytes_exactly, is_fastest, takes
 from runtime.timing import fastest
 
 LOSSLESS: tuple[WeightFormat, ...] = ("auto", "fp32", "bf16")
@@ -44,9 +44,6 @@ _BYTE_FEATURES = 32
 PIECE_ROWS = 8192
 
 _NATIVE = "-native"
-# Calling a layer of no more weights takes as long as multiplying. The compiled step calls none, so
-# its ways are taken without measuring.
-_SMALL_WEIGHTS = 2**18
 # One layer held otherwise and the whole model has no compiled step: others must win by this much.
 _CLEARLY_FASTER = 0.7
 
@@ -184,7 +181,8 @@ def choose(
     found = [one for one in found if one.name in prefer] or found
     if len(found) < 2:
         return found[0] if found else None
-    if found[0].name.endswith(_NATIVE) and weight.numel() <= _SMALL_WEIGHTS:
+    by_us = found[0].name.endswith(_NATIVE)
+    if library is not None and by_us and is_fastest(library, weight.numel()):
         return found[0]
     rows, features_in = min(weight.shape[0], _SAMPLE_ROWS), weight.shape[1]
     by_name = {one.name: one for one in found}

@@ -174,24 +174,47 @@ def test_a_library_that_computes_wrongly_is_noticed(library):
     assert not is_right(Wrong())  # type: ignore[arg-type]
 
 
-def test_small_layers_are_not_measured(library):
+class AVX512:
+    """The library as on a CPU where others may have wider vectors."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._library = library
+
+    def uses_widest(self) -> int:
+        return 0
+
+    def __getattr__(self, name: str):
+        return getattr(self._library, name)
+
+
+@pytest.mark.parametrize("chosen", ["fp32", "auto", "bf16", "w8a8"])
+def test_small_layers_are_not_measured(library, chosen):
     """Their cost is the call, which the compiled step does without."""
-    for chosen in ("fp32", "auto", "bf16", "w8a8"):
-        way = quantize.choose(chosen, normal(32, 64), torch.float32, CPU, library=library)
-        assert way is not None
-        assert way.name.endswith("-native")
+    wider = AVX512(library)
+    way = quantize.choose(chosen, normal(32, 64), torch.float32, CPU, library=wider)
+    assert way is not None
+    assert way.name.endswith("-native")
 
 
-def test_a_choice_is_measured_with_the_library_and_without_it(library):
-    """What was the fastest before the library came is not taken for the fastest with it."""
-    weight = normal(640, 640).bfloat16()
-    without = quantize.choose("w8a8", weight, torch.float32, CPU)
-    chosen = quantize.choose("w8a8", weight, torch.float32, CPU, library=library)
-    assert without is not None
-    assert chosen is not None
-    assert "native" not in without.name
-    preferred = quantize.choose(
-        "w8a8", weight, torch.float32, CPU, prefer=("w8a8-native",), library=library
-    )
-    assert preferred is not None
-    assert preferred.name == "w8a8-native"
+def test_large_layers_are_measured_where_others_may_be_faster(library, monkeypatch):
+    """The fastest is taken, and another one than ours only if it is much faster."""
+    asked = []
+
+    def fastest(layers, dtypes, **how):
+        asked.append((len(layers), how))
+        return 1
+
+    monkeypatch.setattr(quantize, "fastest", fastest)
+    wider = AVX512(library)
+    weight = normal(640, 648).bfloat16()
+    way = quantize.choose("w8a8", weight, torch.float32, CPU, library=wider)
+    found = ways("w8a8", weight, torch.float32, CPU, wider)
+    assert way is not None
+    assert way.name == found[1].name
+    assert asked == [(len(found), {"clearly": 0.7})]
+
+
+def test_without_the_library_nothing_is_native():
+    found = quantize.choose("w8a8", normal(640, 640).bfloat16(), torch.float32, CPU)
+    assert found is not None
+    assert "native" not in found.name
