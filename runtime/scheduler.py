@@ -13,18 +13,18 @@ from bisect import insort
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from heapq import merge
+from itertools import islice
 
 from runtime.costs import StepCosts, StepSize, pairs
 from runtime.kv import BLOCK_TOKENS, BlockPool, blocks_for
 from runtime.loads import Below, Coming, Loads
+from runtime.pace import step_s
 from runtime.sequence import Sequence
 
 # A chunk is never cut smaller than this for the sake of running answers, or a prompt would starve.
 CHUNK_TOKENS_MIN = 16
-# How much longer than its target one token may take when the answer is ahead of its targets.
-GAP_TARGETS = 2.0
-# No step is planned to take longer, also where nothing runs: who comes or leaves waits for its end.
-STEP_S_MAX = 0.5
+# So many prompts are looked at to tell how pressing they are; those behind them are due later.
+PRESSING_MAX = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +85,9 @@ class Scheduler:
         self._on: set[int] = set()  # keys of the running ones
 
     def add(self, sequence: Sequence) -> None:
+        if self.costs is not None:
+            found = len(self.pool.match(sequence.hashes)) * BLOCK_TOKENS
+            sequence.alone_s = self.costs.prefill_s(sequence.prompt_tokens - found, found)
         insort(self.waiting, sequence, key=_rank)
 
     def remove(self, sequence: Sequence) -> None:
@@ -139,7 +142,7 @@ class Scheduler:
 
     def _plan_chunks(self, plan: list[Work], budget: int, now: float) -> None:
         """Adds chunks by rank until the step is full, by tokens or by the time that it may take."""
-        allowed_s = self._allowed_s(now)
+        allowed_s = self._step_s(plan, now)
         self.loads.begin_step(allowed_s)
         least = CHUNK_TOKENS_MIN
         for late in self._behind(now):
@@ -160,22 +163,12 @@ class Scheduler:
             if budget <= 0:
                 return
 
-    def _allowed_s(self, now: float) -> float:
-        """How long this step may take for the answers that run.
-
-        An answer that is ahead of its targets lends that time, up to a gap of `GAP_TARGETS`.
-        """
-        tightest = STEP_S_MAX
-        for one in self.running:
-            target = one.service.tpot_s or self.tpot_s
-            times = one.times
-            if target is None or times.first_token is None or times.last_token is None:
-                continue
-            due = times.first_token + target * one.answer_tokens
-            since = now - times.last_token
-            allowed = min(max(due - now, target - since), GAP_TARGETS * target - since)
-            tightest = min(tightest, allowed)
-        return tightest
+    def _step_s(self, plan: list[Work], now: float) -> float:
+        """How long this step may take; the decodes of `plan` are in it already."""
+        decodes_s = self.costs.estimate(step_size(plan)) if self.costs is not None else 0.0
+        running = [one for one in self.running if one.behind > 1]
+        behind = islice(merge(running, self.waiting, key=_rank), PRESSING_MAX)
+        return step_s(self.running, behind, now, decodes_s=decodes_s, tpot_s=self.tpot_s)
 
     # ---- who -------------------------------------------------------------------------------------
 
@@ -258,7 +251,7 @@ class Scheduler:
         if at >= len(sequence.hashes) or sequence.needed_from < at * BLOCK_TOKENS:
             return False
         maker = self._making.get(sequence.hashes[at])
-        return maker is not None and maker.rank < sequence.rank
+        return maker is not None and maker.seniority < sequence.seniority
 
     def _stop_making(self, sequence: Sequence, hashes: Iterable[bytes]) -> None:
         for one in hashes:

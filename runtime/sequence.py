@@ -19,8 +19,8 @@ from runtime.shapes import FinishReason, TokenLogprob
 
 # How long a request of one priority class waits before it overtakes newer ones of the class above.
 AGING_S = 30.0
-# Within one priority, requests are due this long after they came, unless they say otherwise.
-DEFAULT_TTFT_S = 2.0
+# A request that names no target is due when its prompt alone would be done, and this much later.
+DEFAULT_WAIT_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +114,7 @@ class Sequence:
     times: Times = field(default_factory=Times)
     tokens: list[int] = field(init=False)
     hashes: list[bytes] = field(init=False)
+    alone_s: float = 0.0  # what its prompt takes when nothing else runs, 0 where nobody knows
     computed: int = 0
     cached: int = 0  # prompt tokens that were found when the sequence was first admitted
     sealed: int = 0
@@ -135,10 +136,21 @@ class Sequence:
         """Who comes first: the lower one. It never changes, so waiting alone brings one forward.
 
         Priority counts as `AGING_S` a class, so that nobody is overtaken for ever; within a class
-        the one whose first token is due first, then the one that came first.
+        the one whose first token is due first, then the one that came first. So the shorter of two
+        prompts comes first, unless it came later by more than the longer one takes.
         """
-        due = self.times.arrived + (self.service.ttft_s or DEFAULT_TTFT_S)
-        return due + self.service.priority * AGING_S, self.key
+        return self.due_s + self.service.priority * AGING_S, self.key
+
+    @property
+    def seniority(self) -> tuple[float, int]:
+        """`rank` as if all prompts took equally long."""
+        rank, key = self.rank
+        return rank if self.service.ttft_s else rank - self.alone_s, key
+
+    @property
+    def due_s(self) -> float:
+        """When its first token should leave."""
+        return self.times.arrived + (self.service.ttft_s or DEFAULT_WAIT_S + self.alone_s)
 
     @property
     def prompt_tokens(self) -> int:

@@ -12,6 +12,7 @@ from runtime.scheduler import Scheduler, Work
 from runtime.sequence import Sampling, Sequence, Service, Times
 
 GREEDY = Sampling(temperature=0, max_tokens=40)
+COSTS = StepCosts([1, 16, 128, 1024], [0.010, 0.011, 0.040, 0.300])
 
 
 def advance(scheduler: Scheduler, plan: list[Work] | None = None) -> None:
@@ -39,10 +40,21 @@ class SchedulerMachine(RuleBasedStateMachine):
     found, shared, cut or overwritten wrongly shows as soon as somebody reads it.
     """
 
-    @initialize(blocks=st.integers(4, 20), step_tokens=st.integers(16, 80), batch=st.integers(1, 9))
-    def start(self, blocks, step_tokens, batch):
+    @initialize(
+        blocks=st.integers(4, 20),
+        step_tokens=st.integers(16, 80),
+        batch=st.integers(1, 9),
+        timed=st.booleans(),
+    )
+    def start(self, blocks, step_tokens, batch, timed):
         self.pool = BlockPool(blocks)
-        self.scheduler = Scheduler(self.pool, step_tokens=step_tokens, max_sequences=batch)
+        self.scheduler = Scheduler(
+            self.pool,
+            step_tokens=step_tokens,
+            max_sequences=batch,
+            costs=COSTS if timed else None,
+            tpot_s=0.02 if timed else None,
+        )
         self.alive: list[Sequence] = []
         self.next_key = 0
         self.now = 0.0
@@ -96,6 +108,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.scheduler.seal(one)
             if catches_up:
                 one.tokens.append(2)
+                one.times.first_token = one.times.first_token or self.now
+                one.times.last_token = self.now
                 room = self.pool.total * BLOCK_TOKENS
                 if one.answer_tokens >= 40 or len(one.tokens) >= room:
                     self.alive.remove(one)
@@ -260,9 +274,6 @@ def test_earlier_deadlines_come_first_within_a_class():
     assert [work.sequence.key for work in scheduler.plan()] == [1]
 
 
-COSTS = StepCosts([1, 16, 128, 1024], [0.010, 0.011, 0.040, 0.300])
-
-
 @pytest.mark.parametrize(("target", "expected"), [(None, 511), (0.040, 127), (0.012, 18)])
 def test_chunks_are_cut_to_what_running_answers_allow(target, expected):
     """The tightest target of a running answer and the cost table give the chunk, not a constant."""
@@ -271,9 +282,66 @@ def test_chunks_are_cut_to_what_running_answers_allow(target, expected):
     scheduler.add(talk)
     advance(scheduler)
     talk.times.first_token = talk.times.last_token = 1.0
-    scheduler.add(sequence(1, 900))
+    scheduler.add(sequence(1, 900, ttft_s=60.0))
     chunk = max(work.count for work in scheduler.plan(now=1.0))
     assert chunk == expected
+
+
+@pytest.mark.parametrize(
+    ("priority", "ttft_s", "expected"), [(0, 60.0, 65), (0, 0.4, 86), (0, 0.1, 154), (1, 0.1, 65)]
+)
+def test_a_prompt_that_would_be_late_makes_steps_longer(priority, ttft_s, expected):
+    """Up to two targets, by what it needs to be in time, and never for a class above its own."""
+    scheduler = Scheduler(BlockPool(99), step_tokens=512, max_sequences=8, costs=COSTS)
+    talk = sequence(0, 4, tpot_s=0.024)
+    scheduler.add(talk)
+    advance(scheduler)
+    talk.times.first_token = talk.times.last_token = 1.0
+    scheduler.add(sequence(1, 900, ttft_s=ttft_s, arrived=1.0, priority=priority))
+    chunk = max(work.count for work in scheduler.plan(now=1.0))
+    assert chunk == expected
+
+
+def test_short_prompts_come_before_long_ones_but_not_for_ever():
+    """A long prompt is passed by those that come while it would be computed, not by later ones."""
+    scheduler = Scheduler(BlockPool(999), step_tokens=512, max_sequences=8, costs=COSTS)
+    long = sequence(0, 2000, arrived=1.0)
+    scheduler.add(long)
+    advance(scheduler, scheduler.plan(now=1.0))
+    assert 0.5 < long.alone_s < 0.7
+    scheduler.add(sequence(1, 100, arrived=1.4))
+    scheduler.add(sequence(2, 100, arrived=1.9))
+    assert [work.sequence.key for work in scheduler.plan(now=1.9)] == [1, 0]
+
+
+def test_a_long_prompt_that_is_known_already_counts_as_short():
+    """What the pool holds is not computed: a conversation that goes on does not wait for long."""
+    scheduler = Scheduler(BlockPool(999), step_tokens=4096, max_sequences=8, costs=COSTS)
+    talk = list(range(1600))
+    scheduler.add(sequence(0, talk))
+    advance(scheduler)
+    scheduler.add(sequence(1, 800))
+    scheduler.add(sequence(2, [*talk, 7, 7, 7]))
+    again, new = scheduler.waiting
+    assert (again.key, new.key) == (2, 1)
+    assert again.alone_s < 0.1 * new.alone_s
+
+
+def test_a_short_prompt_waits_for_the_prefix_that_a_longer_one_computes():
+    """It comes first by its length, and yet does not compute again what is on its way."""
+    scheduler = Scheduler(BlockPool(999), step_tokens=256, max_sequences=8, costs=COSTS)
+    shared = list(range(512))
+    long = sequence(0, [*shared, *[7000] * 1500], arrived=1.0)
+    short = sequence(1, [*shared, *[8000] * 10], arrived=1.1)
+    scheduler.add(long)
+    advance(scheduler, scheduler.plan(now=1.0))
+    scheduler.add(short)
+    computed = 0
+    while not short.answer_tokens:
+        plan = scheduler.plan(now=1.1)
+        computed += sum(work.count for work in plan if work.sequence is short)
+        advance(scheduler, plan)
+    assert (computed, short.cached) == (10, 512)
 
 
 def test_a_step_stays_short_also_where_nothing_runs():
