@@ -80,12 +80,13 @@ def make_orders(
     for at, prompt in enumerate(prompts):
         room = limit_tokens if asked.max_tokens == 0 else limit_tokens - 1
         _check_prompt(prompt, _param(asked, at), vocabulary, room)
-    bias = _bias(asked, vocabulary)
+    bias, stop_ids = _bias(asked, vocabulary), _stop_ids(asked, vocabulary)
     orders = [
         Order(
             prompt,
             replace(
                 _sampling(asked, len(prompt), limit_tokens, copy, use),
+                stop_ids=stop_ids,
                 logit_bias=bias,
                 grammar=grammar,
             ),
@@ -113,15 +114,23 @@ def make_orders(
 def _bias(asked: Asked, vocabulary: int) -> tuple[tuple[int, float], ...]:
     bias = tuple((int(token), amount) for token, amount in (asked.logit_bias or {}).items())
     for token, _ in bias:
-        if token >= vocabulary:
-            raise Problem(
-                400,
-                f"logit_bias: token id {token} is out of range, this model's ids are 0 to "
-                f"{vocabulary - 1}",
-                param=f"logit_bias.{token}",
-                code="token_out_of_range",
-            )
+        _check_token(token, f"logit_bias.{token}", vocabulary)
     return bias
+
+
+def _stop_ids(asked: Asked, vocabulary: int) -> frozenset[int]:
+    """An id that no answer can have is a mistake: its sender waits for an end that never comes."""
+    for at, token in enumerate(asked.stop_token_ids or ()):
+        _check_token(token, f"stop_token_ids.{at}", vocabulary)
+    return frozenset(asked.stop_token_ids or ())
+
+
+def _check_token(token: int, param: str, vocabulary: int) -> None:
+    if not 0 <= token < vocabulary:
+        message = (
+            f"{param}: token id {token} is out of range, this model's ids are 0 to {vocabulary - 1}"
+        )
+        raise Problem(400, message, param=param, code="token_out_of_range")
 
 
 def chat_prompt(asked: ChatRequest, tokenizer: Tokenizer, limit_tokens: int) -> list[int]:
@@ -199,14 +208,7 @@ def _check_prompt(prompt: list[int], param: str, vocabulary: int, room: int) -> 
     if not prompt:
         raise Problem(400, f"{param} is empty", param=param, code="empty_prompt")
     for token in (min(prompt), max(prompt)):
-        if not 0 <= token < vocabulary:
-            raise Problem(
-                400,
-                f"{param}: token id {token} is out of range, this model's ids are 0 to "
-                f"{vocabulary - 1}",
-                param=param,
-                code="token_out_of_range",
-            )
+        _check_token(token, param, vocabulary)
     if len(prompt) > room:
         raise _too_long(param, str(len(prompt)), room)
 
@@ -255,7 +257,6 @@ def _sampling(
         seed=None if asked.seed is None else asked.seed * wire.CHOICES_MAX + copy,
         max_tokens=wanted,
         stop=asked.stop,
-        stop_ids=frozenset(asked.stop_token_ids or ()),
         ignore_eos=bool(asked.ignore_eos),
         logprobs=logprobs,
         prompt_logprobs=echo and logprobs is not None,

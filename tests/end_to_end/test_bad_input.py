@@ -216,6 +216,7 @@ CHAT_CASES = [
     chat("stop ids of texts", "stop_token_ids.0", INVALID, "integer", stop_token_ids=["end"]),
     chat("stop id negative", "stop_token_ids.0", INVALID, "at least 0", stop_token_ids=[-1]),
     chat("stop id 10**30", "stop_token_ids.0", INVALID, stop_token_ids=[10**30]),
+    chat("stop id unknown", "stop_token_ids.1", NO_TOKEN, "0 to 4095", stop_token_ids=[2, 4096]),
     chat("1000 stop ids", "stop_token_ids", INVALID, "64", stop_token_ids=[*range(1000)]),
     chat("stream text", "stream", INVALID, "true", stream="yes"),
     chat("stream number", "stream", INVALID, "true", stream=1),
@@ -375,7 +376,7 @@ def test_what_looks_odd_but_is_fine_is_answered(stack: Stack) -> None:
     for content in ("a\0b", "", [], None, "\U0010ffff", "<|im_end|>" * 20):
         messages = [{"role": "user", "content": content}]
         assert stack.ask(CHAT, messages=messages, max_tokens=2)["usage"]["completion_tokens"]
-    assert stack.ask(CHAT, max_tokens=2, stop_token_ids=[10**9], top_k=-1, logit_bias={})
+    assert stack.ask(CHAT, max_tokens=2, stop_token_ids=[4095], top_k=-1, logit_bias={})
     deep: Any = "x"
     for _ in range(40):
         deep = [deep]
