@@ -1,24 +1,17 @@
-"""Who may ask at all: while there are no keys, only what runs on this machine by its own will.
+"""The first thing a request meets: what did not come from this machine is refused.
 
-Loopback alone keeps no browser out: any page can post here across sites, and by DNS rebinding (a
-name of its own that resolves to 127.0.0.1) read the answers. Both show in Host and Origin, which no
-page can forge.
+The rule is `policies.loopback`'s.
 """
 
 from __future__ import annotations
-
-import functools
-import ipaddress
-from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway import problems
 from gateway.call import RawHeaders, request_id
 from gateway.reply import Reply
+from policies.loopback import foreign_header
 from runtime.wire import Problem
-
-LOCAL_MAX_BYTES = 300  # a name of 253, a scheme and a port; longer ones are neither read nor kept
 
 
 class Doorway:
@@ -38,37 +31,10 @@ class Doorway:
 
 
 def refusal(headers: RawHeaders, host: str) -> Problem | None:
-    """403 for a Host or an Origin that is not this machine. HTTP/1.0 may lack a Host."""
-    for name, value in headers:
-        if name == b"host":
-            if not is_local(value, host):
-                return problems.host_not_allowed(value.decode("latin-1"))
-        elif name == b"origin" and not is_local(value, host, origin=True):
-            return problems.origin_not_allowed(value.decode("latin-1"))
+    """403 for a Host or an Origin that is not this machine."""
+    match foreign_header(headers, host):
+        case "host", value:
+            return problems.host_not_allowed(value)
+        case "origin", value:
+            return problems.origin_not_allowed(value)
     return None
-
-
-def is_local(value: bytes, host: str, *, origin: bool = False) -> bool:
-    """Whether `localhost:8080`, or as an origin `http://[::1]:3000`, names a loopback address."""
-    return len(value) <= LOCAL_MAX_BYTES and _is_local(value, host, origin)
-
-
-@functools.lru_cache(maxsize=256)
-def _is_local(value: bytes, host: str, origin: bool) -> bool:
-    text = value.decode("latin-1").strip()
-    try:
-        parts = urlsplit(text if origin else f"http://{text}")
-        name, _ = parts.hostname, parts.port  # the port raises ValueError for what is none
-    except ValueError:
-        return False
-    bare = parts.scheme in ("http", "https") and not (
-        parts.path or parts.query or parts.fragment or "@" in parts.netloc
-    )
-    if name is None or not bare:
-        return False
-    if name in ("localhost", host):
-        return True
-    try:
-        return ipaddress.ip_address(name).is_loopback
-    except ValueError:
-        return False

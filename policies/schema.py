@@ -5,7 +5,6 @@ Every field has a description; `docs/policy.md` is tested to name each of them.
 
 from __future__ import annotations
 
-import ipaddress
 import re
 from typing import Annotated, Literal, get_args
 from urllib.parse import urlsplit
@@ -19,6 +18,8 @@ from pydantic import (
     model_validator,
 )
 
+from policies.loopback import is_loopback
+
 # What a path of a local socket may have, less what the number of a worker adds.
 _IPC_BYTES_MAX = 96
 
@@ -29,19 +30,12 @@ class _Policy(BaseModel):
 
 def _loopback(host: str) -> str:
     """Anything but loopback would serve strangers: there are no keys yet."""
-    if host != "localhost" and not _is_loopback_address(host):
+    if host != "localhost" and not is_loopback(host):
         raise ValueError(
             f"{host!r} is not a loopback address; without API keys only 127.0.0.1, ::1 and "
             "localhost are served"
         )
     return host
-
-
-def _is_loopback_address(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _base_url(url: str) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 import orjson
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -23,6 +24,7 @@ from starlette.types import Receive, Scope, Send
 from runtime import wire
 from runtime.answers import Answer
 from runtime.constraints import compile_grammar, grammar_spec, tools_of
+from runtime.doorway import Doorway
 from runtime.engine import Engine
 from runtime.inbox import EngineStopped, QueueFull
 from runtime.lark import GrammarSpec
@@ -97,6 +99,7 @@ def create_app(worker: Worker) -> Starlette:
             HTTPException: _answer_http_error,
             Exception: _answer_unforeseen,
         },
+        middleware=[Middleware(Doorway)],
         lifespan=worker.lifespan,
     )
 
@@ -302,6 +305,7 @@ def _model(served: Served, name: str) -> dict[str, Any]:
         "owned_by": "headgate",
         "max_model_len": served.engine.limit_tokens,
         "parent": None if name == served.name else served.name,
+        "sampling": dict(served.sampling),
     }
 
 

@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from gateway.doorway import is_local, refusal
+from gateway.doorway import refusal
+from policies.loopback import is_local
 from tests.gateway.world import HELLO, gateway, on_loop, upstream
 
 

@@ -167,6 +167,21 @@ def test_while_the_model_loads_the_worker_says_so(folder: Path) -> None:
         assert world.post().status_code == 200
 
 
+def test_a_web_page_from_elsewhere_gets_nothing_from_a_worker(folder: Path) -> None:
+    """Its port is as near to a browser as the gateway's: the same rule, on every path."""
+    with serving(folder) as world:
+        page = {"origin": "https://evil.example", "content-type": "text/plain"}
+        rebound = {"host": "evil.example:8001"}
+        for path in (CHAT, "/health", "/metrics", "/v1/models", "/reset_prefix_cache", "/nothing"):
+            for headers, code in ((page, "origin_not_allowed"), (rebound, "host_not_allowed")):
+                refused = world.client.post(path, content=json.dumps(HELLO), headers=headers)
+                assert (refused.status_code, refused.json()["error"]["code"]) == (403, code), path
+                assert "evil.example" in refused.json()["error"]["message"]
+        assert world.client.get("/health").json()["prompt_tokens"] == 0
+        local = {"origin": "http://localhost:3000", "host": "[::1]:1"}
+        assert world.client.post(CHAT, json=HELLO, headers=local).status_code == 200
+
+
 def test_every_answer_carries_the_fingerprint_that_the_worker_tells(folder: Path) -> None:
     """Whole and streamed, chat and text: what GET /v1/fingerprint says, on every chunk."""
     with serving(folder) as world:
