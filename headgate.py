@@ -79,8 +79,19 @@ def serve(policy: Path | None) -> None:
 @click.option("--url", help="Base URL. Default: http://127.0.0.1:8080, with HEADGATE_PORT's port.")
 @click.option("--model", help="Model name. Default: the first that the gateway offers.")
 @click.option("--system", help="System prompt.")
+@click.option(
+    "--temperature",
+    type=click.FloatRange(0, 2),
+    help="0 takes the likeliest token. Default: as the model's makers sample, else 0.7.",
+)
 @click.argument("message", required=False)
-def chat(url: str | None, model: str | None, system: str | None, message: str | None) -> None:
+def chat(
+    url: str | None,
+    model: str | None,
+    system: str | None,
+    temperature: float | None,
+    message: str | None,
+) -> None:
     """Talk to a running gateway; answers stream as they are made.
 
     With MESSAGE, or with text on stdin, one answer is printed and the command ends. Otherwise a
@@ -101,7 +112,7 @@ def chat(url: str | None, model: str | None, system: str | None, message: str | 
     """
     from command.chat import talk
 
-    raise SystemExit(talk(url, model, system, message))
+    raise SystemExit(talk(url, model, system, message, temperature))
 
 
 @main.command(short_help="What is installed, what would run, what is wrong.")

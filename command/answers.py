@@ -13,6 +13,9 @@ import aiohttp
 _CONNECT_S = 5.0
 _SILENCE_S = 600.0
 _EVENT_BYTES_MAX = 4 * 2**20
+# Where neither a person nor the model's makers say anything: lively, and seldom nonsense.
+DEFAULT_TEMPERATURE = 0.7
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 class AnswerError(Exception):
@@ -48,6 +51,7 @@ class Talk:
     model: str
     system: str | None = None
     messages: list[dict[str, str]] = field(default_factory=list)
+    sampling: dict[str, float] = field(default_factory=dict)
 
     def body(self) -> dict[str, Any]:
         head = [{"role": "system", "content": self.system}] if self.system else []
@@ -56,6 +60,7 @@ class Talk:
             "messages": head + self.messages,
             "stream": True,
             "stream_options": {"include_usage": True},
+            **self.sampling,
         }
 
 
@@ -64,16 +69,28 @@ def visible(text: str) -> str:
     return "".join(c for c in text if c.isprintable() or c in "\n\t")
 
 
-async def first_model(url: str) -> str:
-    """The name of the first model that the gateway offers. Raises AnswerError."""
+async def offered(url: str) -> dict[str, dict[str, Any]]:
+    """The gateway's models by name, in its order. Raises AnswerError when it does not tell any."""
     async with _session(url) as session, session.get(f"{url}/v1/models") as response:
         if response.status != 200:
             raise AnswerError(await _complaint(response))
         offers = _object(await response.read())
-    models = [entry.get("id") for entry in offers.get("data") or () if isinstance(entry, dict)]
-    if not models or not isinstance(models[0], str):
+    listed = offers.get("data")
+    entries = [one for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
+    models = {one["id"]: one for one in entries if isinstance(one.get("id"), str)}
+    if not models:
         raise AnswerError(f"{url} offers no model: give --model")
-    return models[0]
+    return models
+
+
+def sampling_of(entry: dict[str, Any], temperature: float | None) -> dict[str, float]:
+    """How to sample: what the model's entry in the list recommends, and `temperature` above it."""
+    told = entry.get("sampling")
+    known = told if isinstance(told, dict) else {}
+    fields = {n: known[n] for n in _SAMPLING if isinstance(known.get(n), int | float)}
+    if temperature is not None:
+        fields["temperature"] = temperature
+    return {"temperature": DEFAULT_TEMPERATURE} | fields
 
 
 async def stream(conversation: Talk, clock: Clock) -> AsyncIterator[str]:

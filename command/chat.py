@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from command.answers import AnswerError, Clock, Talk, first_model, stream, visible
+from command.answers import AnswerError, Clock, Talk, offered, sampling_of, stream, visible
 from policies.load import PolicyError, port_of
 
 _HELP = """\
@@ -27,7 +27,13 @@ _HELP = """\
 _HISTORY_LINES = 1000
 
 
-def talk(url: str | None, model: str | None, system: str | None, message: str | None) -> int:
+def talk(
+    url: str | None,
+    model: str | None,
+    system: str | None,
+    message: str | None,
+    temperature: float | None = None,
+) -> int:
     """One answer for a message or for what stdin holds, else a chat; the exit code."""
     try:
         base = _base(url)
@@ -35,8 +41,7 @@ def talk(url: str | None, model: str | None, system: str | None, message: str | 
             message = sys.stdin.buffer.read().decode("utf-8").strip()
             if not message:
                 raise AnswerError("stdin is empty: give a MESSAGE")
-        name = model or asyncio.run(first_model(base))
-        conversation = Talk(base, name, system)
+        conversation = _begin(base, model, system, temperature)
         if message is None:
             _converse(conversation)
         else:
@@ -50,6 +55,18 @@ def talk(url: str | None, model: str | None, system: str | None, message: str | 
         click.echo("stdin is not UTF-8 text", err=True)
         return 1
     return 0
+
+
+def _begin(base: str, model: str | None, system: str | None, temperature: float | None) -> Talk:
+    """A conversation with the model that was named, or with the first one."""
+    try:
+        models = asyncio.run(offered(base))
+    except AnswerError:
+        if model is None:
+            raise
+        models = {}  # some servers list nothing, and answer all the same
+    name = next(iter(models)) if model is None else model
+    return Talk(base, name, system, sampling=sampling_of(models.get(name, {}), temperature))
 
 
 def _base(url: str | None) -> str:

@@ -84,6 +84,7 @@ def load_served(
     from runtime.adapters import load_adapters
     from runtime.engine import Engine
     from runtime.events import BlockEvents
+    from runtime.generation import recommended_sampling
     from runtime.loading import load_model
     from runtime.metrics_page import Page
     from runtime.swap import open_swap
@@ -142,7 +143,10 @@ def load_served(
     logging.getLogger("runtime").info("%s is loaded: %s", source, facts)
     name = served_name(runtime, source)
     page = Page(tally, engine, model_name=name, rank=rank, identity=identity, events=events)
-    return Served(name, engine, tokenizer, facts, int(time.time()), identity, page, events)
+    sampling = recommended_sampling(folder)
+    return Served(
+        name, engine, tokenizer, facts, int(time.time()), identity, page, events, sampling
+    )
 
 
 def give_up(error: BaseException) -> None:

@@ -9,7 +9,7 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.applications import Starlette
@@ -35,6 +35,7 @@ class Served:
     fingerprint: Fingerprint
     metrics: Page
     events: BlockEvents | None = None
+    sampling: dict[str, float] = field(default_factory=dict)  # what the model's makers recommend
 
 
 class Worker:

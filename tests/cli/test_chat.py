@@ -41,6 +41,7 @@ class Stub:
         self.pieces = pieces
         self.status = status
         self.asked: list[dict[str, Any]] = []
+        self.models: dict[str, Any] = {"data": [{"id": "tiny"}]}
         self.hold = threading.Event()  # a piece of b"HOLD" waits for it
 
 
@@ -49,7 +50,7 @@ def serving(stub: Stub) -> Iterator[str]:
     class Answer(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self._head(200)
-            self.wfile.write(b'{"data": [{"id": "tiny"}]}')
+            self.wfile.write(json.dumps(stub.models).encode())
 
         def do_POST(self) -> None:
             stub.asked.append(json.loads(self.rfile.read(int(self.headers["content-length"]))))
@@ -108,6 +109,51 @@ def test_one_message_one_answer() -> None:
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "hi"},
     ]
+
+
+@pytest.mark.parametrize(
+    ("told", "temperature", "sent"),
+    [
+        (None, None, {"temperature": 0.7}),
+        ({}, 0.2, {"temperature": 0.2}),
+        ({"temperature": 0}, None, {"temperature": 0}),
+        (
+            {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "bias": 1, "min_p": "x"},
+            None,
+            {"temperature": 0.6, "top_p": 0.95, "top_k": 20},
+        ),
+        ({"top_k": 20}, 1.5, {"temperature": 1.5, "top_k": 20}),
+        ([], None, {"temperature": 0.7}),
+    ],
+)
+def test_it_samples_as_the_models_makers_do_unless_told_otherwise(
+    told: Any, temperature: float | None, sent: dict[str, float]
+) -> None:
+    """Their generation_config.json comes with the list of models; a person's wish is above it."""
+    stub = Stub(GOOD)
+    stub.models = {"data": [{"id": "other"}, {"id": "tiny", "sampling": told}]}
+    with serving(stub) as url:
+        assert talk(url, "tiny", None, "hi", temperature) == 0
+    (asked,) = stub.asked
+    names = {"temperature", "top_p", "top_k", "min_p", "bias"}
+    assert {name: value for name, value in asked.items() if name in names} == sent
+
+
+def test_a_temperature_can_be_typed_and_a_wrong_one_is_refused() -> None:
+    stub = Stub(GOOD)
+    with serving(stub) as url:
+        assert chat("--url", url, "--temperature", "0", "hi").returncode == 0
+        assert chat("--url", url, "--temperature", "3", "hi").returncode == 2
+    assert [asked["temperature"] for asked in stub.asked] == [0]
+
+
+def test_a_server_that_lists_no_models_is_asked_by_name() -> None:
+    stub = Stub(GOOD)
+    stub.models = {"data": []}
+    with serving(stub) as url:
+        assert talk(url, None, None, "hi") == 1
+        assert talk(url, "m", None, "hi") == 0
+    assert [asked["model"] for asked in stub.asked] == ["m"]
 
 
 def test_a_message_may_come_from_stdin_and_the_port_from_the_environment() -> None:

@@ -78,7 +78,9 @@ def test_completions_take_token_ids_and_echo(client: openai.OpenAI) -> None:
 def test_models_are_listed_and_found(client: openai.OpenAI) -> None:
     """With the context length that tools ask for."""
     assert [model.id for model in client.models.list()] == ["pocket"]
-    assert client.models.retrieve("pocket").model_extra["max_model_len"] == 2048
+    entry = client.models.retrieve("pocket").model_extra
+    assert entry["max_model_len"] == 2048
+    assert entry["sampling"] == {"temperature": 0.0}  # its generation_config.json: do_sample false
 
 
 def test_unknown_fields_and_headers_do_no_harm(client: openai.OpenAI) -> None:

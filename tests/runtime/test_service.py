@@ -42,9 +42,12 @@ def test_choices_of_one_request_share_their_prompt(folder: Path) -> None:
     which counts the prompt once, says that it was not there before."""
     with serving(folder) as world:
         body = HELLO | {"messages": LONG, "n": 3, "temperature": 1.0, "seed": 7}
+        alone = world.client.post(CHAT, json=body | {"n": 1, "cache_salt": "other"}).json()
         answer = world.client.post(CHAT, json=body).json()
         assert len(answer["choices"]) == 3
         assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+        assert answer["usage"]["prompt_tokens"] == alone["usage"]["prompt_tokens"] > 48
+        assert answer["usage"]["completion_tokens"] == 3 * alone["usage"]["completion_tokens"]
         assert world.health()["cached_tokens"] == 2 * 48
 
 
