@@ -34,9 +34,10 @@ class Load:
     shared: int = 0
     decode_only: bool = False
 
-    def prompts(self, round_: int) -> list[list[int]]:
-        """Other ones every round, so that no engine's prefix cache knows them from the last."""
-        rng = random.Random(f"{self.name} {round_} {_SEED}")
+    def prompts(self, round_: int, threads: int) -> list[list[int]]:
+        """Other ones every round and for each number of threads, so that no engine's prefix cache
+        knows them from before."""
+        rng = random.Random(f"{self.name} {threads} {round_} {_SEED}")
 
         def draw(count: int) -> list[int]:
             return [rng.randint(_FIRST_ID, _LAST_ID) for _ in range(count)]
@@ -80,7 +81,7 @@ def compare(
     load = trial.load
     rounds: Rounds = {name: [] for name in trial.engines if name in running and name not in failed}
     for round_ in range(-1, trial.rounds):
-        prompts = load.prompts(round_)
+        prompts = load.prompts(round_, trial.threads)
         for name in _turns(list(rounds), round_):
             try:
                 if round_ < 0:

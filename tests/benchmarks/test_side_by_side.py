@@ -25,10 +25,11 @@ def ran(seconds: float, *answers: list[int]) -> Ran:
 def test_prompts_differ_from_round_to_round_and_come_again_with_the_same_round():
     """A prefix cache of an engine knows nothing of the next round, and a run can be repeated."""
     shared = Load("shared", 3, 24, 4, shared=16)
-    assert shared.prompts(0) == shared.prompts(0)
-    assert shared.prompts(0)[0][:16] != shared.prompts(1)[0][:16]
-    assert len({tuple(prompt[:16]) for prompt in shared.prompts(0)}) == 1
-    assert len({tuple(prompt) for prompt in shared.prompts(0)}) == 3
+    assert shared.prompts(0, 1) == shared.prompts(0, 1)
+    assert shared.prompts(0, 1)[0][:16] != shared.prompts(1, 1)[0][:16]
+    assert shared.prompts(0, 1)[0][:16] != shared.prompts(0, 2)[0][:16]
+    assert len({tuple(prompt[:16]) for prompt in shared.prompts(0, 1)}) == 1
+    assert len({tuple(prompt) for prompt in shared.prompts(0, 1)}) == 3
     assert shared.ideal_prefill == 16 + 3 * 8
 
 
