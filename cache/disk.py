@@ -85,6 +85,7 @@ class DiskTier:
         self._forget_all = False
         self._going_on = True
         self._writes, self._reads = _Pause(clock), _Pause(clock)
+        self._changed: Callable[[bytes], None] | None = None
         self._own: SlotFile | None = None
         self._others: list[SlotView] = []
         self._open_folder()
@@ -102,6 +103,17 @@ class DiskTier:
             return False
         return (own is not None and key in own) or any(key in view for view in self._others)
 
+    def keeps(self, key: bytes) -> bool:
+        own = self._own
+        return key in self._queue or (
+            own is not None and key in own and not self._is_forgotten(key)
+        )
+
+    def watch(self, changed: Callable[[bytes], None]) -> None:
+        self._changed = changed
+        if self._own is not None:
+            self._own.gone = changed
+
     def offer(self, key: bytes, data: Data) -> bool:
         with self._ready:
             waiting = len(self._queue) * self.block_bytes
@@ -110,6 +122,7 @@ class DiskTier:
                 return False
             self._queue[key] = data
             self._ready.notify()
+        self._tell([key])
         return True
 
     def read(self, keys: Sequence[bytes]) -> Iterator[Data | None]:
@@ -131,10 +144,12 @@ class DiskTier:
                 self._queue.clear()
                 self._forget_all = True
             else:
+                keys = list(keys)
                 for key in keys:
                     self._queue.pop(key, None)
                     self._forgotten.add(key)
             self._ready.notify()
+        self._tell(keys or ())  # of all, whoever wants that knows
 
     def touch(self, key: bytes) -> None:
         if self._own is not None:
@@ -225,12 +240,14 @@ class DiskTier:
                 key, data = next(iter(self._queue.items()))
             done = self._write(key, data)
             with self._ready:
+                dropped = [] if done else list(self._queue)
                 if done:
                     self._queue.pop(key, None)  # it may have been forgotten meanwhile
                 else:
-                    self.counts.dropped += len(self._queue)
+                    self.counts.dropped += len(dropped)
                     self._queue.clear()
                 self._ready.notify_all()
+            self._tell(dropped)
 
     def _write(self, key: bytes, data: Data) -> bool:
         try:
@@ -255,8 +272,11 @@ class DiskTier:
             own.close()
         try:
             self._own = claim(self._layout, self._about, self.block_bytes, self.counts.limit_bytes)
+            if self._own is not None:
+                self._own.gone = self._changed
         except OSError as error:
             self._fail(self._writes, error, "open")
+        self._tell([] if own is None else own.keys())  # they may be here again, or gone
         self._count_held()
 
     def refresh(self) -> None:
@@ -295,6 +315,11 @@ class DiskTier:
         if pause.succeeded():
             log.info("the disk tier in %s works again", self.path)
             self.counts.on = not (self._writes.failing or self._reads.failing)
+
+    def _tell(self, keys: Iterable[bytes]) -> None:
+        if self._changed is not None:
+            for key in keys:
+                self._changed(key)
 
     def _count_held(self) -> None:
         self.counts.blocks = 0 if self._own is None else len(self._own)

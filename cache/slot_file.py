@@ -14,7 +14,7 @@ import os
 import struct
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,6 +85,7 @@ class SlotFile:
             )
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.folder = folder
+        self.gone: Callable[[bytes], None] | None = None  # is told what goes, in whatever thread
         self._lock = threading.Lock()
         self._held = hold(folder / "lock")
         try:
@@ -122,6 +123,11 @@ class SlotFile:
 
     def __contains__(self, key: bytes) -> bool:
         return key in self._entries
+
+    def keys(self) -> list[bytes]:
+        """All that is here, the next one to go first."""
+        with self._lock:
+            return list(self._entries)
 
     @property
     def in_place(self) -> bool:
@@ -220,6 +226,8 @@ class SlotFile:
             return self._grown - 1, 0
         key, entry = next(one for one in self._entries.items() if one[1].slot != self._reading)
         del self._entries[key]
+        if self.gone is not None:
+            self.gone(key)
         return entry.slot, 1
 
     def _touch(self, key: bytes, entry: Entry) -> None:
@@ -239,6 +247,8 @@ class SlotFile:
                 return
             del self._entries[key]
             self._free.append(entry.slot)
+        if self.gone is not None:
+            self.gone(key)
         os.pwrite(self._index, _NO_ENTRY, entry.slot * _ENTRY.size)
 
     def _write_entry(self, key: bytes, entry: Entry) -> None:

@@ -75,6 +75,13 @@ class Tier(Protocol):
     def holds(self, key: bytes) -> bool:
         """From what is known in memory, at once. A later `read` may still find nothing."""
 
+    def keeps(self, key: bytes) -> bool:
+        """Whether this process has put it here itself, and it is not gone."""
+
+    def watch(self, changed: Callable[[bytes], None]) -> None:
+        """`changed` is called, in any thread, with each block that this process stores here or
+        that goes; it returns at once."""
+
     def offer(self, key: bytes, data: Data) -> bool:
         """Takes a block to be stored soon, at once; False when it was dropped."""
 
@@ -94,6 +101,10 @@ class Tier(Protocol):
         """Stores what is still on its way down, within bounds, and ends."""
 
 
+def _nobody_asks(_: bytes) -> None:
+    """What is told of changes where nobody watches."""
+
+
 class MemoryTier:
     """Blocks in host memory, the least recently used ones out first. One thread at a time.
 
@@ -105,6 +116,7 @@ class MemoryTier:
     def __init__(self, limit_bytes: int) -> None:
         self.counts = TierCounts(limit_bytes)
         self.rate = Rate()  # of copying to where the blocks are used: whoever does it measures it
+        self.changed: Callable[[bytes], None] = _nobody_asks
         self._blocks: OrderedDict[bytes, Data] = OrderedDict()  # next out first
         self._pins: Counter[bytes] = Counter()
 
@@ -122,6 +134,7 @@ class MemoryTier:
         counts.stored_bytes += len(data)
         counts.blocks += 1
         counts.bytes += len(data)
+        self.changed(key)
         return self._shrink()
 
     def get(self, key: bytes) -> Data:
@@ -156,6 +169,7 @@ class MemoryTier:
                 self.counts.forgotten += 1
                 self.counts.blocks -= 1
                 self.counts.bytes -= len(data)
+                self.changed(key)
 
     @property
     def pinned(self) -> int:
@@ -174,6 +188,7 @@ class MemoryTier:
                     break
         for key, _ in gone:
             del self._blocks[key]
+            self.changed(key)
         counts.blocks -= len(gone)
         counts.evicted += len(gone)
         return gone
@@ -214,6 +229,17 @@ class Tiers:
         if lower is not None:
             self._thread = threading.Thread(target=self._promote, name="tiers-up", daemon=True)
             self._thread.start()
+
+    def watch(self, changed: Callable[[bytes], None]) -> None:
+        """`changed` is called, in any thread, with each block that comes to a tier or goes."""
+        self.memory.changed = changed
+        if self.lower is not None:
+            self.lower.watch(changed)
+
+    def keepers(self) -> dict[str, Callable[[bytes], bool]]:
+        """By a tier's name, what tells whether it keeps a block now; any thread may ask."""
+        lower = {} if self.lower is None else {self.lower.name: self.lower.keeps}
+        return {self.memory.name: self.memory.__contains__, **lower}
 
     def put(self, key: bytes, data: Data) -> None:
         """Stores a block in memory, and on its way down."""

@@ -114,6 +114,9 @@ def load_served(
     identity = fingerprint.take(folder, weights, runtime, model.device, adapters=digests_of)
     content = f"{identity.leaves['weights']} {model.dtype} {runtime.weights}"
     tally = Tally(model.context_tokens)
+    swap = open_swap(model, runtime.tiers, content) if runtime.tiers is not None else None
+    if events and swap:
+        events.follow(swap.tiers)
     engine = Engine(
         model,
         tokenizer,
@@ -127,7 +130,7 @@ def load_served(
         watchers=[events] if events else (),
         listeners=[tally, events] if events else [tally],
         identity=content,
-        swap=open_swap(model, runtime.tiers, content) if runtime.tiers is not None else None,
+        swap=swap,
     )
     engine.calibrate()
     facts = {

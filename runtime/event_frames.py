@@ -58,14 +58,28 @@ class AllBlocksCleared(_Event, frozen=True):
 @dataclass(slots=True)
 class Changes:
     """The net effect of one step or several on what can be found: cleared, then removed, then
-    stored. Never larger than what could be found before and can be found now."""
+    stored. Never larger than what could be found before and can be found now.
+
+    What `below` says of tiers, by their medium, is cleared together with the pool.
+    """
 
     cleared: bool = False
     removed: dict[bytes, None] = field(default_factory=dict)
     stored: dict[bytes, BlockKey] = field(default_factory=dict)
+    below: dict[str, Changes] = field(default_factory=dict)
 
     def __len__(self) -> int:
-        return self.cleared + len(self.removed) + len(self.stored)
+        below = sum(map(len, self.below.values()))
+        return self.cleared + len(self.removed) + len(self.stored) + below
+
+    def part(self, medium: str) -> Changes:
+        """Those of one tier below the pool."""
+        return self.below.setdefault(medium, Changes())
+
+    def parts(self) -> Iterator[tuple[str, Changes]]:
+        """Those of the pool, then of each tier, with the medium."""
+        yield MEDIUM, self
+        yield from self.below.items()
 
     def store(self, keys: Iterable[BlockKey]) -> None:
         self.stored |= {key.hash: key for key in keys}
@@ -79,9 +93,10 @@ class Changes:
         self.cleared = True
         self.removed.clear()
         self.stored.clear()
+        self.below.clear()
 
     def apply_to(self, blocks: dict[bytes, BlockKey]) -> None:
-        """Brings a set of known blocks up to date."""
+        """Brings a set of known blocks of one medium up to date."""
         if self.cleared:
             blocks.clear()
         for one in self.removed:
@@ -104,13 +119,15 @@ def sequence_number(seq: int) -> bytes:
 def _events(changes: Changes) -> Iterator[_Event]:
     if changes.cleared:
         yield AllBlocksCleared()
-    if changes.removed:
-        yield BlockRemoved([_name(one) for one in changes.removed], MEDIUM, GROUP)
-    for chain in chains(changes.stored):
-        yield _stored(chain)
+    for medium, part in changes.parts():
+        if part.removed:
+            yield BlockRemoved([_name(one) for one in part.removed], medium, GROUP)
+    for medium, part in changes.parts():
+        for chain in chains(part.stored):
+            yield _stored(chain, medium)
 
 
-def _stored(chain: list[BlockKey]) -> BlockStored:
+def _stored(chain: list[BlockKey], medium: str) -> BlockStored:
     first = chain[0]
     return BlockStored(
         block_hashes=[_name(key.hash) for key in chain],
@@ -118,7 +135,7 @@ def _stored(chain: list[BlockKey]) -> BlockStored:
         token_ids=[token for key in chain for token in key.tokens],
         block_size=BLOCK_TOKENS,
         lora_id=None,
-        medium=MEDIUM,
+        medium=medium,
         lora_name=first.adapter,
         extra_keys=[_extra(key) for key in chain],
         group_idx=GROUP,

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from runtime.event_frames import Changes, encode
+from runtime.event_frames import MEDIUM, Changes, encode
 
 if TYPE_CHECKING:
     from runtime.kv import BlockKey
@@ -59,7 +59,7 @@ class History:
         self._blocks_max = blocks_max
         self._batches: deque[tuple[bytes, Changes, float]] = deque()
         self._blocks = 0
-        self._before: dict[bytes, BlockKey] = {}
+        self._before: dict[str, dict[bytes, BlockKey]] = {MEDIUM: {}}  # by medium
         self._before_at = 0.0
 
     def add(self, changes: Changes, at: float) -> tuple[int, bytes]:
@@ -72,7 +72,7 @@ class History:
             self._blocks > self._blocks_max and len(self._batches) > 1
         ):
             _, oldest, self._before_at = self._batches.popleft()
-            oldest.apply_to(self._before)
+            self._fold(oldest)
             self._blocks -= len(oldest)
         return seq, payload
 
@@ -81,6 +81,17 @@ class History:
         oldest = self.next_seq - len(self._batches)
         found = [(oldest + at, payload) for at, (payload, *_) in enumerate(self._batches)]
         if start < oldest:
-            snapshot = Changes(cleared=True, stored=dict(self._before))
+            snapshot = Changes(cleared=True, stored=dict(self._before[MEDIUM]))
+            for medium, blocks in self._before.items():
+                if medium != MEDIUM:
+                    snapshot.part(medium).stored.update(blocks)
             return [(oldest - 1, encode(snapshot, self._before_at, self._rank)), *found]
         return found[start - oldest :]
+
+    def _fold(self, changes: Changes) -> None:
+        """Brings what was known before the buffer up to date."""
+        if changes.cleared:
+            for blocks in self._before.values():
+                blocks.clear()
+        for medium, part in changes.parts():
+            part.apply_to(self._before.setdefault(medium, {}))

@@ -21,8 +21,10 @@ import zmq
 from policies.schema import KvEvents
 from runtime.event_frames import END_OF_REPLAY, sequence_number
 from runtime.event_log import History, Outbox
+from runtime.residence import Residence
 
 if TYPE_CHECKING:
+    from cache.tiers import Tiers
     from runtime.account import StepRecord
     from runtime.kv import BlockKey
     from runtime.sequence import Sequence
@@ -61,6 +63,7 @@ class BlockEvents:
         self.counts = EventCounts()
         self._now = now
         self._outbox = Outbox()
+        self._below: Residence | None = None
         self._closing = False
         self._rank = rank
         self._topic = settings.topic.encode()
@@ -89,6 +92,10 @@ class BlockEvents:
             self._context.destroy(linger=0)
             raise
 
+    def follow(self, tiers: Tiers) -> None:
+        """Tells what these tiers below the pool hold, too. To be called before there is work."""
+        self._below = Residence(tiers)
+
     def facts(self) -> dict[str, Any]:
         """Where to subscribe and what was sent so far, for health answers."""
         return {
@@ -107,15 +114,21 @@ class BlockEvents:
 
     def stored(self, keys: Many[BlockKey]) -> None:
         self._outbox.changes.store(keys)
+        if self._below is not None:
+            self._below.stored(keys)
 
     def evicting(self, blocks: Many[tuple[int, bytes]]) -> None:
         """Nothing to tell yet: the blocks can still be found."""
 
     def removed(self, hashes: Many[bytes]) -> None:
         self._outbox.changes.remove(hashes)
+        if self._below is not None:
+            self._below.removed(hashes)
 
     def cleared(self) -> None:
         self._outbox.changes.clear()
+        if self._below is not None:
+            self._below.cleared()
         self._flush()  # nobody may step for a long time
 
     def sampled(self, sequences: Many[Sequence], now: float) -> None:
@@ -129,6 +142,8 @@ class BlockEvents:
             self._flush()
 
     def _flush(self) -> None:
+        if self._below is not None:
+            self._below.tell(self._outbox.changes)
         if self._outbox.flush(self._now()):
             self._ring()
 
@@ -173,7 +188,7 @@ class BlockEvents:
             seq, payload = self._history.add(changes, at)
             self._publish([self._topic, sequence_number(seq), payload])
             self.counts.batches += 1
-            self.counts.blocks += len(changes.stored) + len(changes.removed)
+            self.counts.blocks += len(changes) - changes.cleared
 
     def _publish(self, frames: list[bytes]) -> None:
         """Never waits. A subscriber whose queue is full misses the batch."""

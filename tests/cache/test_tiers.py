@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from hypothesis import given, settings, strategies as st
 
@@ -40,6 +40,12 @@ class Cellar:
 
     def holds(self, one: bytes) -> bool:
         return one in self.blocks
+
+    def keeps(self, one: bytes) -> bool:
+        return one in self.blocks
+
+    def watch(self, changed: Callable[[bytes], None]) -> None:
+        raise AssertionError("nobody watches here")
 
     def offer(self, one: bytes, data: bytes | memoryview) -> bool:
         if not self.refuses:

@@ -16,9 +16,13 @@ END = b"\xff" * 8
 
 @dataclass
 class Known:
-    """What a subscriber believes of one engine, brought up to date by batches in their order."""
+    """What a subscriber believes of one engine, brought up to date by batches in their order.
+
+    `blocks` are those of the engine's own pool, `below` those of its tiers by their medium.
+    """
 
     blocks: dict[int, dict[str, Any]] = field(default_factory=dict)
+    below: dict[str, dict[int, dict[str, Any]]] = field(default_factory=dict)
     last: int = -1
     gaps: list[tuple[int, int]] = field(default_factory=list)
     orphans: int = 0
@@ -29,20 +33,26 @@ class Known:
             match event.pop("type"):
                 case "AllBlocksCleared":
                     self.blocks.clear()
+                    self.below.clear()
                 case "BlockRemoved":
                     for one in event["block_hashes"]:
-                        self.blocks.pop(one, None)
+                        self._of(event["medium"]).pop(one, None)
                 case "BlockStored":
                     self._store(event)
+
+    def _of(self, medium: str) -> dict[int, dict[str, Any]]:
+        return self.blocks if medium == "GPU" else self.below.setdefault(medium, {})
 
     def _store(self, event: dict[str, Any]) -> None:
         parent, size = event["parent_block_hash"], event["block_size"]
         hashes, tokens = event["block_hashes"], event["token_ids"]
         assert len(tokens) == size * len(hashes)
         assert len(event["extra_keys"]) == len(hashes)
-        self.orphans += parent is not None and parent not in self.blocks
+        blocks = self._of(event["medium"])
+        if blocks is self.blocks:  # a tier may have a block without those before it
+            self.orphans += parent is not None and parent not in blocks
         for at, one in enumerate(hashes):
-            self.blocks[one] = {
+            blocks[one] = {
                 "parent": parent,
                 "tokens": tuple(tokens[at * size : (at + 1) * size]),
                 "adapter": event["lora_name"],

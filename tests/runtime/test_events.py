@@ -78,9 +78,15 @@ def test_a_batch_is_byte_for_byte_what_vllm_would_send() -> None:
     changes.store([block(2**64 - 1, 70_000, adapter="pirate", salt="tenant")])
     changes.store([block(5, adapter="pirate", salt="tenant")])
     changes.store([block(6, salt="tenant")])
+    changes.part("CPU").store([block(7, 6)])
+    changes.part("STORAGE").remove([name(5)])
 
     def stored(
-        hashes: list[int], parent: int | None, extra: list[Any], adapter: str | None = None
+        hashes: list[int],
+        parent: int | None,
+        extra: list[Any],
+        adapter: str | None = None,
+        medium: str = "GPU",
     ) -> dict[str, Any]:
         return {
             "type": "BlockStored",
@@ -89,7 +95,7 @@ def test_a_batch_is_byte_for_byte_what_vllm_would_send() -> None:
             "token_ids": [one for one in hashes for _ in range(16)],
             "block_size": 16,
             "lora_id": None,
-            "medium": "GPU",
+            "medium": medium,
             "lora_name": adapter,
             "extra_keys": extra,
             "group_idx": 0,
@@ -100,10 +106,12 @@ def test_a_batch_is_byte_for_byte_what_vllm_would_send() -> None:
     expected = [
         {"type": "AllBlocksCleared"},
         {"type": "BlockRemoved", **gone},
+        {"type": "BlockRemoved", "block_hashes": [5], "medium": "STORAGE", "group_idx": 0},
         stored([1, 300], None, [None, None]),
         stored([2**64 - 1], 70_000, [("pirate",)], "pirate"),
         stored([5], None, [("pirate", "tenant")], "pirate"),
         stored([6], None, [("tenant",)]),
+        stored([7], 6, [None], medium="CPU"),
     ]
     assert encode(changes, 1789095808.25, 3) == pack([1789095808.25, expected, 3])
 
