@@ -249,7 +249,7 @@ class Terminal:
 
     def end(self) -> int:
         self.watchdog.cancel()
-        code = self.process.wait(10)
+        code = self.process.wait(60)
         os.close(self.ours)
         return code
 

@@ -84,7 +84,7 @@ def test_serve_gets_ready_answers_the_printed_question_and_drains() -> None:
         rest = process.stdout.read()
         assert process.wait(STOP_S) == 0, rest
         assert "Traceback" not in rest
-        _, alive = psutil.wait_procs(children, timeout=5)
+        _, alive = psutil.wait_procs(children, timeout=STOP_S)
         assert not [one for one in alive if one.status() != psutil.STATUS_ZOMBIE]
 
 

@@ -176,7 +176,7 @@ async def test_a_client_that_sends_all_before_it_reads_gets_the_refusal(
 @on_loop
 async def test_a_half_sent_body_is_408_and_the_connection_closes(sent: bytes) -> None:
     """A body that stops does not keep its place beyond body_timeout_s."""
-    async with upstream() as fake, gateway(fake, body_timeout_s=0.1) as edge:
+    async with upstream() as fake, gateway(fake, body_timeout_s=0.4) as edge:
         status, error = await answer_to(edge, sent)
         assert (status, error["code"]) == (408, "request_timeout")
         assert edge.pool.in_flight == 0
@@ -189,7 +189,7 @@ async def test_a_half_sent_body_is_408_and_the_connection_closes(sent: bytes) ->
 @on_loop
 async def test_half_sent_headers_are_408_and_the_connection_closes(sent: bytes) -> None:
     """uvicorn would wait for ever."""
-    async with upstream() as fake, gateway(fake, body_timeout_s=0.1) as edge:
+    async with upstream() as fake, gateway(fake, body_timeout_s=0.4) as edge:
         status, error = await answer_to(edge, sent)
         assert (status, error["code"]) == (408, "request_timeout")
         await alive(edge)
@@ -198,7 +198,7 @@ async def test_half_sent_headers_are_408_and_the_connection_closes(sent: bytes) 
 @on_loop
 async def test_headers_that_drip_do_not_outlive_the_deadline() -> None:
     """Each further byte buys no time; on a kept-alive connection neither."""
-    async with upstream() as fake, gateway(fake, body_timeout_s=0.15) as edge:
+    async with upstream() as fake, gateway(fake, body_timeout_s=0.5) as edge:
         reader, writer = await edge.connect()
         writer.write(b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n")
         assert (await reader.readline()).startswith(b"HTTP/1.1 200 ")
@@ -232,10 +232,10 @@ async def test_a_slow_answer_is_not_taken_for_slow_headers() -> None:
     """The deadline of headers ends with them: a long prefill may follow."""
 
     async def answer(peer: Peer) -> None:
-        await asyncio.sleep(0.3)
+        await asyncio.sleep(0.8)
         await peer.json({"choices": []})
 
-    async with upstream(answer) as fake, gateway(fake, body_timeout_s=0.1) as edge:
+    async with upstream(answer) as fake, gateway(fake, body_timeout_s=0.5) as edge:
         await alive(edge)
         await alive(edge)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-import time
 from pathlib import Path
 
 import pytest
@@ -44,11 +43,20 @@ async def slow(peer: Peer) -> None:
     await asyncio.Event().wait()
 
 
-async def left(fake: Fake, since: float) -> float:
-    """Seconds until the upstream saw its connection closed; reported, and generously bounded."""
-    await until(lambda: fake.left_at is not None and fake.running == 0)
-    assert fake.left_at is not None
-    return fake.left_at - since
+NAP_S, NAPS_MAX = 0.005, 100
+
+
+async def left(fake: Fake) -> int:
+    """Naps of 5 ms until the upstream saw its connection closed, reported, and generously bounded.
+
+    On a busy machine each nap takes longer, and so does what is waited for: the number stays.
+    """
+    naps = 0
+    while not fake.was_left or fake.running:
+        await asyncio.sleep(NAP_S)
+        naps += 1
+        assert naps < NAPS_MAX, "the upstream is still asked"
+    return naps
 
 
 @pytest.mark.parametrize("payload", [HELLO, STREAMED], ids=["whole", "stream"])
@@ -63,11 +71,9 @@ async def test_a_disconnect_cancels_the_replica_in_every_phase(answer, payload) 
             await reader.readuntil(CHUNK)
         else:
             await asyncio.sleep(0.02)
-        since = time.perf_counter()
         writer.close()
-        seconds = await left(fake, since)
-        print(f"{answer.__name__}: upstream closed after {1000 * seconds:.1f} ms")
-        assert seconds < 0.5
+        naps = await left(fake)
+        print(f"{answer.__name__}: upstream closed within {naps} naps of {1000 * NAP_S:g} ms")
 
 
 @on_loop
@@ -76,9 +82,8 @@ async def test_a_reset_cancels_the_replica_too() -> None:
     async with upstream(slow) as fake, gateway(fake) as edge:
         reader, writer = await edge.send(STREAMED)
         await reader.readuntil(CHUNK)
-        since = time.perf_counter()
         writer.transport.abort()
-        assert await left(fake, since) < 0.5
+        await left(fake)
 
 
 @on_loop

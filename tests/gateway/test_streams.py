@@ -12,6 +12,7 @@ from tests.gateway.world import (
     DONE,
     HELLO,
     STREAMED,
+    Edge,
     Peer,
     events,
     gateway,
@@ -155,42 +156,59 @@ async def test_a_replica_that_never_answers_is_given_up() -> None:
         await until(lambda: fake.running == 0)
 
 
+COMMENT = b": keep-alive\n\n"
+
+
+async def read_until(edge: Edge, seen: bytes, event: asyncio.Event) -> bytes:
+    """A whole streamed answer; `event` is set once these bytes are in it."""
+    body = b""
+    path = "/v1/chat/completions"
+    async with edge.client.stream("POST", path, json=STREAMED) as response:
+        assert response.headers["content-type"].startswith("text/event-stream")
+        async for part in response.aiter_raw():
+            body += part
+            if seen in body:
+                event.set()
+    return body
+
+
 @on_loop
 async def test_a_long_prefill_is_bridged_with_comments() -> None:
     """200 and keep-alive comments come while the replica works; the stream follows untouched."""
 
+    computed = asyncio.Event()
+
     async def answer(peer: Peer) -> None:
-        await asyncio.sleep(0.2)
+        await computed.wait()
         await peer.stream(CHUNK, DONE)
 
     async with upstream(answer) as fake, gateway(fake, keep_alive_s=0.04) as edge:
-        response = await edge.post(STREAMED)
-        comments, rest = response.content.split(CHUNK)
-        assert comments.count(b": keep-alive\n\n") >= 2
-        assert comments.replace(b": keep-alive\n\n", b"") == b""
+        got = await read_until(edge, COMMENT + COMMENT, computed)
+        comments, rest = got.split(CHUNK)
+        assert comments.replace(COMMENT, b"") == b""
         assert rest == DONE
-        assert response.headers["content-type"].startswith("text/event-stream")
 
 
 @on_loop
 async def test_comments_come_between_events_and_never_inside_one() -> None:
     """Silence after a whole event is commented on; silence inside an event is not."""
 
+    bridged = asyncio.Event()
+
     async def answer(peer: Peer) -> None:
         await peer.head()
         await peer.chunk(CHUNK)
-        await asyncio.sleep(0.15)
+        await bridged.wait()
         await peer.chunk(CHUNK[:20])
         await asyncio.sleep(0.15)
         await peer.chunk(CHUNK[20:] + DONE)
         await peer.end()
 
     async with upstream(answer) as fake, gateway(fake, keep_alive_s=0.04) as edge:
-        body = (await edge.post(STREAMED)).content
         # On a busy machine the wait for the first event is a silence too.
-        assert CHUNK + b": keep-alive\n\n" in body
+        body = await read_until(edge, CHUNK + COMMENT, bridged)
         assert body.endswith(b"\n\n" + CHUNK + DONE)
-        assert body.replace(b": keep-alive\n\n", b"") == CHUNK + CHUNK + DONE
+        assert body.replace(COMMENT, b"") == CHUNK + CHUNK + DONE
 
 
 @on_loop

@@ -6,7 +6,6 @@ import asyncio
 import functools
 import json
 import socket
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -114,7 +113,7 @@ class Fake:
     run_token: str | None = None  # as a worker of ours has it from `headgate serve`
     requests: list[Request] = field(default_factory=list)
     running: int = 0
-    left_at: float | None = None  # when the gateway closed a connection on which an answer ran
+    was_left: bool = False  # the gateway closed a connection on which an answer ran
     connections: int = 0
     url: str = ""
 
@@ -160,7 +159,7 @@ class Fake:
         try:
             await asyncio.wait((work, watch), return_when=asyncio.FIRST_COMPLETED)
             if not work.done():
-                self.left_at = time.perf_counter()
+                self.was_left = True
                 raise ConnectionResetError
             await work
         finally:
