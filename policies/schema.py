@@ -311,8 +311,9 @@ class Runtime(_Policy):
         gt=0,
         le=3_600_000,
         description="Target for the time of one output token, where a request names none "
-        "(`x-slo-tpot-ms`): prefill chunks are cut so that running answers keep it. null: no "
-        "target, chunks fill `step_tokens`.",
+        "(`x-slo-tpot-ms`): prefill chunks are cut so that running answers keep it, and "
+        "take up to twice as long where waiting prompts would be late. null: no target, chunks "
+        "fill `step_tokens`.",
     )
     max_sequences: int = Field(
         64, ge=1, le=4096, description="Sequences in one batch; more wait in arrival order."
