@@ -89,18 +89,18 @@ def load_model(
             plan = replace(plan, forget=shards.forget)
         reference, tally = _convert(module, shards, folder, plan)
         layers = prove(module, folder, reference)
-    blocks = max(1, kv_tokens // BLOCK_TOKENS)
-    model = Model(
-        module,
-        layers,
-        blocks,
-        dtype=plan.dtype,
-        device=where,
-        weights=tally,
-        kv=kv,
-        library=library,
-    )
-    model.decoder = compiled_step(model, library)
+        blocks = max(1, kv_tokens // BLOCK_TOKENS)
+        model = Model(
+            module,
+            layers,
+            blocks,
+            dtype=plan.dtype,
+            device=where,
+            weights=tally,
+            kv=kv,
+            library=library,
+        )
+        model.decoder = compiled_step(model, library)
     return model, folder
 
 

@@ -131,9 +131,10 @@ def own_logits(
     """
     rows = pad_sequence([prompt[0] for prompt in prompts], batch_first=True)
     with refusing(folder, f"{type(module).__name__}'s own forward pass fails", CHECK_CONFIG):
-        logits = module(input_ids=rows, use_cache=False).logits
-        ends = [prompt.shape[1] - 1 for prompt in prompts]
-        return [row[end].float().clone() for row, end in zip(logits, ends, strict=True)]
+        ends = torch.tensor([prompt.shape[1] - 1 for prompt in prompts], device=rows.device)
+        # [prompts, ends, V]: a large vocabulary makes all positions' logits the largest tensor.
+        logits = module(input_ids=rows, use_cache=False, logits_to_keep=ends).logits
+        return [logits[number, number].float().clone() for number in range(len(prompts))]
 
 
 def _record_own(
