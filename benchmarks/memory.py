@@ -39,7 +39,8 @@ ABOUT = About(
         "ready, the peak while it answers, and what stays. `beyond` is the larger peak without "
         "the weights in their format (`weights`, the tied table once) and the KV pool (1,024 "
         "tokens); it holds the interpreter and torch (`base`: a worker at rest whose model has no "
-        "size), activations, and what loading needs. `loading_share` is the peak while loading "
+        "size; `files`: the part that is pages of libraries, which workers share), activations, "
+        "and what loading needs. `loading_share` is the peak while loading "
         "over what stays, both without `base`."
     ),
     goals=(
@@ -68,18 +69,19 @@ def measure(settings: Settings) -> Measured:
     folder = models.make(geometry)
     settings.progress(f"{geometry.name} is there")
     short = models.TINY.context // 2
-    base = _worker(models.make(models.TINY), "auto", compiles=False, prompt_tokens=short).rest
+    empty = _worker(models.make(models.TINY), "auto", compiles=False, prompt_tokens=short)
+    base = empty.rest
     settings.progress(f"a worker without a model takes {base:.0f} MB")
-    results: dict[str, Any] = {"base": base}
+    results: dict[str, Any] = {"base": base, "files": empty.files}
     for form, compiles in _VARIANTS:
         name = f"{form}_compiled" if compiles else form
         weights = models.matrix_parameters(geometry) * _BYTES[form] / 1e6
-        results[name] = _told(_worker(folder, form, compiles=compiles), weights, base)
+        results[name] = told(_worker(folder, form, compiles=compiles), weights, base)
         settings.progress(f"{name} is measured")
-    told = [one for one in results.values() if isinstance(one, dict)]
+    formats = [one for one in results.values() if isinstance(one, dict)]
     values = {
         "bf16_beyond": results["bf16"]["beyond"],
-        "loading_share": max(one["loading_share"] for one in told),
+        "loading_share": max(one["loading_share"] for one in formats),
     }
     return Measured(
         four_digits(results),
@@ -101,7 +103,7 @@ def _worker(
     return footprint(runtime, prompt_tokens, _ANSWER_TOKENS)
 
 
-def _told(found: Footprint, weights: float, base: float) -> dict[str, Any]:
+def told(found: Footprint, weights: float, base: float) -> dict[str, Any]:
     peak = max(found.peak_loading, found.peak_serving)
     return {
         "peak_loading": found.peak_loading,

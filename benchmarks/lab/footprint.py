@@ -41,6 +41,7 @@ class Footprint:
     loaded: float
     peak_serving: float
     rest: float
+    files: float  # of what stays, pages of libraries and other files
     kv: float  # of the pool, as the worker says
     held: Mapping[str, int]  # layers by the way in which they are held
 
@@ -63,15 +64,15 @@ def footprint(runtime: Mapping[str, Any], prompt_tokens: int, answer_tokens: int
         )
         try:
             facts = _await_ready(worker, port, log)
-            peak_loading, loaded = _memory(worker.pid)
+            peak_loading, loaded, _ = _memory(worker.pid)
             Path(f"/proc/{worker.pid}/clear_refs").write_text(_FORGET_PEAK, encoding="ascii")
             _ask(port, prompt_tokens, answer_tokens)
             time.sleep(_SETTLE_S)
-            peak_serving, rest = _memory(worker.pid)
+            peak_serving, rest, files = _memory(worker.pid)
         finally:
             _stop(worker)
     kv = facts["kv_bytes"] / 1e6
-    return Footprint(peak_loading, loaded, peak_serving, rest, kv, facts["weights"])
+    return Footprint(peak_loading, loaded, peak_serving, rest, files, kv, facts["weights"])
 
 
 def _await_ready(worker: subprocess.Popen[bytes], port: int, log: IO[bytes]) -> dict[str, Any]:
@@ -114,15 +115,17 @@ def _call(port: int, method: str, path: str, body: Any = None) -> Any:
     return answer
 
 
-def _memory(pid: int) -> tuple[float, float]:
-    """Peak since the last one was forgotten, and now: resident, file pages included, 10^6 bytes."""
+def _memory(pid: int) -> tuple[float, float, float]:
+    """Resident memory in 10^6 bytes: the peak since the last one was forgotten, now, and how much
+    of that is pages of files."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines()
     except FileNotFoundError:
         raise MeasurementFailed("memory is read from /proc, which this system lacks") from None
-    told = dict(line.split(":", 1) for line in lines if line.startswith("Vm"))
-    peak, now = (int(told[name].split()[0]) * 1024 / 1e6 for name in ("VmHWM", "VmRSS"))
-    return peak, now
+    told = dict(line.split(":", 1) for line in lines)
+    names = ("VmHWM", "VmRSS", "RssFile")
+    peak, now, files = (int(told[name].split()[0]) * 1024 / 1e6 for name in names)
+    return peak, now, files
 
 
 def _stop(worker: subprocess.Popen[bytes]) -> None:
