@@ -40,6 +40,9 @@ class Listener(Protocol):
     def sampled(self, sequences: Many[Sequence], now: float) -> None:
         """Each of them gets a token now; their times are still those of the token before it."""
 
+    def guessed(self, guessed: int, accepted: int, said: int) -> None:
+        """A sequence that got a token has said so many in all: `accepted` of them were guesses."""
+
     def stepped(self, record: StepRecord) -> None: ...
 
     def ended(self, sequence: Sequence, reason: str, now: float) -> None:

@@ -9,7 +9,7 @@ Legend: B rows, V vocabulary of the model.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence as Many
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -47,6 +47,19 @@ class _Tally:
             amount += once
         self._amounts[at] += amount
 
+    def amount(self, token: int) -> float | None:
+        """The number beside a token; None where it is not among them."""
+        at = self._at.get(token)
+        return None if at is None else float(self._amounts[at])
+
+    def put_back(self, token: int, amount: float | None) -> None:
+        """What `amount` said before `token` was added last; tokens go in the reverse order."""
+        at = self._at[token]
+        self._amounts[at] = amount or 0.0
+        if amount is None:
+            assert at == len(self._at) - 1, "what came last is taken back first"
+            del self._at[token]
+
     @property
     def ids(self) -> NDArray[np.int64]:
         return self._ids[: len(self._at)]
@@ -56,15 +69,33 @@ class _Tally:
         return self._amounts[: len(self._at)]
 
 
+class _Guess(NamedTuple):
+    """A guessed token, and what stood there before it."""
+
+    token: int
+    failure: str | None
+    penalized: float | None
+    repeated: float | None
+
+
 class Adjustment:
     """One answer's changes to its logits; `push` tells it each token that was chosen."""
 
-    __slots__ = ("_bias", "_failure", "_grammar", "_penalized", "_repeated", "_sampling")
+    __slots__ = (
+        "_bias",
+        "_failure",
+        "_grammar",
+        "_guessed",
+        "_penalized",
+        "_repeated",
+        "_sampling",
+    )
 
     def __init__(self, sampling: Sampling, prompt: Many[int]) -> None:
         self._sampling = sampling
         self._grammar: Grammar | None = sampling.grammar.begin() if sampling.grammar else None
         self._failure: str | None = None
+        self._guessed: list[_Guess] = []
         self._bias = _Tally()
         for token, amount in sampling.logit_bias:
             self._bias.add(token, amount)
@@ -83,6 +114,36 @@ class Adjustment:
                 self._grammar.accept(token)
             except GrammarFailed as error:
                 self._failure = str(error)
+
+    # ---- guesses: tokens that may have to be taken back ------------------------------------------
+
+    def allows(self, tokens: Many[int]) -> int:
+        """How many of these tokens, from the first, the grammar lets come next."""
+        if self._failure is not None:
+            return 0
+        return len(tokens) if self._grammar is None else self._grammar.allows(tokens)
+
+    def guess(self, token: int) -> None:
+        """Like `push`, for a token that was only guessed."""
+        guess = _Guess(
+            token, self._failure, self._penalized.amount(token), self._repeated.amount(token)
+        )
+        self._guessed.append(guess)
+        self.push(token)
+
+    def keep(self, count: int) -> None:
+        """The first `count` guesses were right; the others are taken back."""
+        one = self._sampling
+        while len(self._guessed) > count:
+            guess = self._guessed.pop()
+            if one.frequency_penalty or one.presence_penalty:
+                self._penalized.put_back(guess.token, guess.penalized)
+            if one.repetition_penalty != 1:
+                self._repeated.put_back(guess.token, guess.repeated)
+            if self._grammar is not None and self._failure is None:
+                self._grammar.rollback(1)
+            self._failure = guess.failure
+        self._guessed.clear()
 
     def apply(self, row: Row) -> str | None:
         """Changes one row of logits [V] in place; or says why no token can come next."""

@@ -76,6 +76,19 @@ def likelihoods(logits: torch.Tensor, samplings: Many[Sampling]) -> Floats:
     return probs
 
 
+def laws(logits: torch.Tensor, samplings: Many[Sampling]) -> torch.Tensor:
+    """The whole law of each row, [R, V], after all filters; each row's sum is 1."""
+    probs = likelihoods(logits, samplings)
+    for row, one in zip(probs, samplings, strict=True):
+        if cuts_tail(one):
+            ids, _ = cut(row, one)
+            kept = row[ids]
+            row[:] = 0.0
+            row[ids] = kept
+    probs /= probs.sum(-1, keepdims=True)
+    return torch.from_numpy(probs)
+
+
 def _draw_from_heads(probs: Floats, samplings: Many[Sampling], uniforms: Sums) -> list[int]:
     """Draws that stay within each row's HEAD likeliest tokens, all rows at once; `cut` for others.
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence as Many
+from dataclasses import replace
 from heapq import heappop, heappush
 from time import monotonic, perf_counter
 from types import MappingProxyType
@@ -34,7 +35,9 @@ from runtime.scheduler import Scheduler, Work, step_size
 from runtime.scoring import score_prompt, scores_prompt
 from runtime.sequence import Output, Reply, Sequence, Times
 from runtime.shapes import FinishReason
+from runtime.speculation import Speculation
 from runtime.swap import Swap
+from runtime.verification import Said, verify
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +71,7 @@ class Engine:
         watchers: Many[PoolWatcher] = (),
         listeners: Many[Listener] = (),
         swap: Swap | None = None,
+        speculation: Speculation | None = None,
         now: Callable[[], float] = monotonic,
         timer: Callable[[], float] = perf_counter,
     ) -> None:
@@ -81,6 +85,7 @@ class Engine:
         self._emit = emit
         self._listeners = tuple(listeners)
         self.swap = swap  # ours to close
+        self.speculation = speculation
         self._pool = BlockPool(
             model.blocks, [*watchers, *([swap.spill] if swap is not None else [])]
         )
@@ -220,6 +225,11 @@ class Engine:
             if self._replies:
                 self._inbox.rest(_IDLE_WAIT_S)
             return late
+        guessed_s = 0.0
+        if self.speculation is not None:
+            planned = self._timer()
+            plan = self.speculation.extend(plan, self._scheduler)
+            guessed_s = self._timer() - planned
         size, forward_s = step_size(plan), self.clock.forward_s
         try:
             outputs = self._advance(plan, *self._forward(plan))
@@ -229,7 +239,8 @@ class Engine:
             return late + [self._fail(work.sequence, reason) for work in plan]
         seconds = self._timer() - started
         if self._scheduler.costs is not None:  # what tiers copied is not what its tokens cost
-            self._scheduler.costs.observe(size, seconds - (self._copied_s() - copied_s))
+            beside_s = self._copied_s() - copied_s + guessed_s + self._spans_s(plan)
+            self._scheduler.costs.observe(size, seconds - beside_s)
         self._account(plan, size, len(outputs), seconds, forward_s)
         return late + outputs
 
@@ -247,6 +258,12 @@ class Engine:
             record = StepRecord(size, len(plan), sampled, seconds, forward_s, running, waiting)
             for listener in self._listeners:
                 listener.stepped(record)
+
+    def _spans_s(self, plan: list[Work]) -> float:
+        """What verifying spans cost beside their tokens."""
+        if self.speculation is None:
+            return 0.0
+        return self.speculation.span_s * sum(work.draft is not None for work in plan)
 
     def _copied_s(self) -> float:
         return 0.0 if self.swap is None else self.swap.copied_s
@@ -291,8 +308,13 @@ class Engine:
             start = len(ids)
             spans.append(Span(end, work.count, sequence.blocks, sequence.sealed * BLOCK_TOKENS))
             ids += sequence.tokens[first:end]
-            positions += range(first, end)
             rows.append(len(keep))
+            if work.draft is not None:
+                ids += work.draft.ids
+                positions += range(first, end)
+                keep += range(start, start + work.count)
+                continue
+            positions += range(first, end)
             if scores_prompt(sequence):
                 keep += range(start, start + work.count)
             else:
@@ -312,8 +334,14 @@ class Engine:
         outputs: list[Output] = []
         sampled: list[Work] = []
         last_rows: list[int] = []
+        guessing: list[Work] = []
+        first_rows: list[int] = []
         for work, row in zip(plan, rows, strict=True):
             sequence = work.sequence
+            if work.draft is not None:
+                guessing.append(work)
+                first_rows.append(row)
+                continue
             catches_up = work.catches_up
             if scores_prompt(sequence):
                 outputs += self._score_prompt(work, logits[row : row + work.count])
@@ -329,7 +357,59 @@ class Engine:
             whole = last_rows == list(range(logits.shape[0]))
             chosen = logits if whole else logits[last_rows]
             outputs += self._sample([work.sequence for work in sampled], chosen)
+        if guessing:
+            outputs += self._verify(guessing, logits, first_rows)
         return outputs
+
+    def _verify(self, works: list[Work], logits: torch.Tensor, starts: list[int]) -> list[Output]:
+        """What sequences say that have guessed; `starts` are their first rows in logits [R, V]."""
+        rows = [
+            row
+            for work, at in zip(works, starts, strict=True)
+            for row in range(at, at + work.count)
+        ]
+        if rows != list(range(logits.shape[0])):
+            logits = logits[rows]
+        finite = sample.finite_rows(logits)
+        if not all(finite):
+            return self._part_spoiled_guesses(works, logits, finite)
+        said = verify(works, logits)
+        outputs: list[Output] = []
+        now = self.now()
+        speaking = [w.sequence for w, one in zip(works, said, strict=True) if one.reason is None]
+        for listener in self._listeners:
+            listener.sampled(speaking, now)
+        for work, one in zip(works, said, strict=True):
+            if one.reason is not None:
+                outputs.append(self._fail(work.sequence, one.reason, "grammar_failed"))
+            else:
+                outputs += self._say_all(work, one, logits, now)
+        return outputs
+
+    def _say_all(self, work: Work, said: Said, logits: torch.Tensor, now: float) -> list[Output]:
+        """A sequence says its accepted guesses and one token more, as far as it goes on."""
+        sequence = work.sequence
+        wanted = sequence.sampling.logprobs
+        tops: list[sample.TopLogprobs | None] = [None] * len(said.tokens)
+        if wanted is not None:
+            tops = sample.top_logprobs(logits[said.rows], said.tokens, [wanted] * len(said.tokens))
+        assert self.speculation is not None
+        self.speculation.settle(sequence, work.guesses, len(said.path))
+        sequence.computed += 1
+        outputs = []
+        for number, (token, top) in enumerate(zip(said.tokens, tops, strict=True)):
+            if number:
+                sequence.computed += 1  # the guess before it was right
+            self._scheduler.seal(sequence)
+            output = self._say(sequence, token, top, now)
+            outputs.append(output)
+            if output.finish_reason:
+                break
+        accepted, guessed = min(len(outputs), len(said.path)), work.guesses
+        for listener in self._listeners:
+            listener.guessed(guessed, accepted, len(outputs))
+        first = replace(outputs[0], accepted_tokens=accepted, rejected_tokens=guessed - accepted)
+        return [first, *outputs[1:]]
 
     def _sample(self, sequences: list[Sequence], logits: torch.Tensor) -> list[Output]:
         """logits [len(sequences), V] -> each sequence's next token and its effect."""
@@ -340,7 +420,7 @@ class Engine:
         if dead:
             return self._part_dead(sequences, logits, dead)
         samplings = [sequence.sampling for sequence in sequences]
-        uniforms = [one.rng.random() if one.rng else None for one in sequences]
+        uniforms = [one.throw() for one in sequences]
         tokens = sample.sample(changed, samplings, uniforms)
         tops = sample.top_logprobs(logits, tokens, [one.logprobs for one in samplings])
         outputs = []
@@ -348,22 +428,28 @@ class Engine:
         for listener in self._listeners:
             listener.sampled(sequences, now)
         for sequence, token, top in zip(sequences, tokens, tops, strict=True):
-            sequence.tokens.append(token)
-            times = sequence.times
-            times.last_token = now
-            if times.first_token is None:
-                times.first_token = now
-                self._prompt_tokens += sequence.prompt_tokens
-                self._cached_tokens += sequence.cached
-            if sequence.adjustment is not None:
-                sequence.adjustment.push(token)
-            reply = self._replies[sequence.key][1]
-            entry = token_logprob(self.tokenizer, token, top, reply.chars) if top else None
-            output = reply.push(token, entry)
-            if output.finish_reason:
-                self._forget(sequence.key, output.finish_reason)
-            outputs.append(output)
+            outputs.append(self._say(sequence, token, top, now))
         return outputs
+
+    def _say(
+        self, sequence: Sequence, token: int, top: sample.TopLogprobs | None, now: float
+    ) -> Output:
+        """One token more, and its effect; its sequence may end by it."""
+        sequence.tokens.append(token)
+        times = sequence.times
+        times.last_token = now
+        if times.first_token is None:
+            times.first_token = now
+            self._prompt_tokens += sequence.prompt_tokens
+            self._cached_tokens += sequence.cached
+        if sequence.adjustment is not None:
+            sequence.adjustment.push(token)
+        reply = self._replies[sequence.key][1]
+        entry = token_logprob(self.tokenizer, token, top, reply.chars) if top else None
+        output = reply.push(token, entry)
+        if output.finish_reason:
+            self._forget(sequence.key, output.finish_reason)
+        return output
 
     def _part_spoiled(
         self, sequences: list[Sequence], logits: torch.Tensor, finite: list[bool]
@@ -378,6 +464,25 @@ class Engine:
         if rest:
             outputs += self._sample([sequences[row] for row in rest], logits[rest])
         return outputs
+
+    def _part_spoiled_guesses(
+        self, works: list[Work], logits: torch.Tensor, finite: list[bool]
+    ) -> list[Output]:
+        """The same for sequences that have guessed, logits [sum of their counts, V]."""
+        outputs: list[Output] = []
+        good: list[Work] = []
+        starts: list[int] = []
+        at = 0
+        for work in works:
+            if all(finite[at : at + work.count]):
+                good.append(work)
+                starts.append(at)
+            else:
+                self.model.wipe(self._scheduler.distrust(work.sequence))
+                why = "the model gave logits that are not finite"
+                outputs.append(self._fail(work.sequence, why))
+            at += work.count
+        return outputs + (self._verify(good, logits, starts) if good else [])
 
     def _part_dead(
         self, sequences: list[Sequence], logits: torch.Tensor, dead: dict[int, str]
@@ -414,5 +519,7 @@ class Engine:
     def _forget(self, key: int, why: str) -> None:
         sequence, _ = self._replies.pop(key)
         self._scheduler.remove(sequence)
+        if self.speculation is not None:
+            self.speculation.end(sequence)
         for listener in self._listeners:
             listener.ended(sequence, why, self.now())

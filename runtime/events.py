@@ -134,6 +134,9 @@ class BlockEvents:
     def sampled(self, sequences: Many[Sequence], now: float) -> None:
         """Tokens are told once their block is full."""
 
+    def guessed(self, guessed: int, accepted: int, said: int) -> None:
+        """Only its blocks count here."""
+
     def stepped(self, record: StepRecord) -> None:  # noqa: ARG002 - only that it ended counts here
         self._flush()
 

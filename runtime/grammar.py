@@ -95,6 +95,22 @@ class Grammar:
                 raise GrammarFailed(f"token {token} may not come here")
         self._tokens.append(token)
 
+    def allows(self, tokens: Sequence[int]) -> int:
+        """How many of these tokens, from the first, may come next; nothing changes."""
+        ends = self._compiled.end_ids
+        if self._ended:
+            return 0
+        until = next((at for at, token in enumerate(tokens) if token in ends), len(tokens))
+        count: int = self._matcher.validate_tokens(list(tokens[:until]))
+        if count < until or until == len(tokens):
+            return count
+        if count and self._matcher.consume_tokens(list(tokens[:count])):
+            may_end = self.may_end
+            self._matcher.rollback(count)
+        else:
+            may_end = count == 0 and self.may_end
+        return count + may_end
+
     def rollback(self, count: int) -> None:
         """Takes back the last `count` accepted tokens."""
         ends = min(count, self._ended)

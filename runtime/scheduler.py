@@ -20,6 +20,7 @@ from runtime.kv import BLOCK_TOKENS, BlockPool, blocks_for
 from runtime.loads import Below, Coming, Loads
 from runtime.pace import step_s
 from runtime.sequence import Sequence
+from spec_decode.draft import Draft
 
 # A chunk is never cut smaller than this for the sake of running answers, or a prompt would starve.
 CHUNK_TOKENS_MIN = 16
@@ -29,15 +30,21 @@ PRESSING_MAX = 16
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """`count` tokens of one sequence to compute in this step."""
+    """`count` tokens of one sequence to compute in this step, those of `draft` among them."""
 
     sequence: Sequence
     count: int
+    draft: Draft | None = None
+
+    @property
+    def guesses(self) -> int:
+        """Tokens at its end that the sequence does not have yet, and perhaps never will."""
+        return 0 if self.draft is None else len(self.draft.ids)
 
     @property
     def catches_up(self) -> bool:
         """True when the step ends with this sequence's next token to sample."""
-        return self.sequence.computed + self.count == len(self.sequence.tokens)
+        return self.sequence.computed + self.count - self.guesses == len(self.sequence.tokens)
 
 
 def step_size(plan: list[Work]) -> StepSize:
@@ -47,6 +54,8 @@ def step_size(plan: list[Work]) -> StepSize:
         tokens += work.count
         if work.count == 1:
             decode_context += work.sequence.computed + 1
+        elif work.draft is not None:
+            decode_context += pairs(work.count, work.sequence.computed)
         else:
             chunk_pairs += pairs(work.count, work.sequence.computed)
     return StepSize(tokens, decode_context, chunk_pairs)
@@ -124,6 +133,17 @@ class Scheduler:
         plan = [work for work in plan if self._runs(work.sequence)]
         # A prompt of one token, or a chunk cut to one, is a decode to the attention kernel.
         return sorted(plan, key=lambda work: work.count > 1)
+
+    def look_ahead(self, sequence: Sequence, guesses: int) -> int:
+        """How many guesses have room behind a running sequence's tokens, its blocks taken.
+
+        Nobody gives way for them, and what running sequences may need next stays free.
+        """
+        missing = blocks_for(len(sequence.tokens) + guesses) - len(sequence.blocks)
+        spare = max(0, self.pool.available - len(self.running))
+        if missing > 0 and spare > 0:
+            sequence.blocks += self.pool.take(min(missing, spare))
+        return min(guesses, len(sequence.blocks) * BLOCK_TOKENS - len(sequence.tokens))
 
     def seal(self, sequence: Sequence) -> None:
         """Lets others find the blocks that the last step has filled."""
@@ -217,7 +237,7 @@ class Scheduler:
             return None
         self.pool.hold(found)
         sequence.blocks += found
-        missing = blocks_for(len(sequence.tokens)) - len(sequence.blocks)
+        missing = max(0, blocks_for(len(sequence.tokens)) - len(sequence.blocks))
         if not self._make_room(missing + len(self.running), sequence, of_all=False):
             self.pool.give_back(sequence.cut_blocks(held))
             return None

@@ -6,7 +6,7 @@ Knows nothing of batches, of scheduling or of HTTP. The engine's thread alone to
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence as Ids
+from collections.abc import Hashable, Sequence as Ids
 from dataclasses import dataclass, field
 
 from cache.blocks import BLOCK_TOKENS, chain_hashes
@@ -63,13 +63,16 @@ class Service:
     """What a request asks of the scheduler. Lower priorities come first, 0 is usual, as in vLLM.
 
     `ttft_s` and `tpot_s` are targets that chunking and order aim at; after `deadline_s` the request
-    is given up.
+    is given up. `tier` and `route` are names that the gateway gives: what is guessed for answers
+    of one may be learned from others of it.
     """
 
     priority: int = 0
     ttft_s: float | None = None
     tpot_s: float | None = None
     deadline_s: float | None = None
+    tier: str = ""
+    route: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +87,8 @@ class Output:
     error: str | None = None
     error_code: str = "engine_error"
     cached_tokens: int = 0  # of the prompt, found instead of computed; the same in every output
+    accepted_tokens: int = 0  # guesses of this step that were right
+    rejected_tokens: int = 0  # and that were not
 
 
 @dataclass(slots=True)
@@ -112,6 +117,7 @@ class Sequence:
     adapter: str | None = None
     salt: str | None = None
     times: Times = field(default_factory=Times)
+    prediction: Ids[int] = ()  # what the client expects the answer to be
     tokens: list[int] = field(init=False)
     hashes: list[bytes] = field(init=False)
     alone_s: float = 0.0  # what its prompt takes when nothing else runs, 0 where nobody knows
@@ -120,6 +126,7 @@ class Sequence:
     sealed: int = 0
     blocks: list[int] = field(default_factory=list)
     rng: random.Random | None = field(init=False)
+    thrown: list[float] = field(default_factory=list)  # numbers of `rng` for the next tokens
     adjustment: Adjustment | None = field(init=False)
     prompt_scored: int = 0
     preemptions: int = 0
@@ -151,6 +158,28 @@ class Sequence:
     def due_s(self) -> float:
         """When its first token should leave."""
         return self.times.arrived + (self.service.ttft_s or DEFAULT_WAIT_S + self.alone_s)
+
+    def throw(self) -> float | None:
+        """The uniform number that the next token is drawn by; None where none is drawn.
+
+        However many tokens are guessed ahead, the answer's n-th token is drawn by the n-th number.
+        """
+        if self.rng is None:
+            return None
+        return self.thrown.pop(0) if self.thrown else self.rng.random()
+
+    def peek(self, at: int) -> float | None:
+        """The number of the token `at` places behind the next one."""
+        if self.rng is None:
+            return None
+        while len(self.thrown) <= at:
+            self.thrown.append(self.rng.random())
+        return self.thrown[at]
+
+    @property
+    def group(self) -> Hashable:
+        """Only sequences of one group may read each other's text."""
+        return self.service.tier, self.adapter, self.salt
 
     @property
     def prompt_tokens(self) -> int:

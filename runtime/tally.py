@@ -77,6 +77,9 @@ class Tally:
         self.first_token_s.observe(taken_s)
         self._judge("ttft", taken_s, sequence.service.ttft_s)
 
+    def guessed(self, guessed: int, accepted: int, said: int) -> None:  # noqa: ARG002 - counted by `Speculation`
+        self.sampled_tokens += said - 1
+
     def stepped(self, record: StepRecord) -> None:
         self.step_tokens.observe(record.size.tokens)
         self.step_s.observe(record.seconds)

@@ -1,0 +1,207 @@
+"""How many tokens to guess, for whom, by whom: as many as make tokens come faster, often none.
+
+A step that verifies B guesses beside its own T tokens yields N + sum of their chances, N being the
+answers in it, and takes draft(B) + verify(T + B) seconds. Guesses are taken in the order of their
+chances while that quotient grows (DSpark's B*; TurboSpec's goodput is the same idea). A guess's
+chance is that of all before it, so the best B are a prefix of each answer's guesses.
+
+Chances come from what was accepted before: of this answer, of its group, of everybody, each level
+leaning on the next as long as it has seen little. Knows numbers; knows no model and no tokens.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence as Many
+from dataclasses import dataclass, field
+
+# Of what was seen before, this is left after each draft: some twenty drafts count.
+FADING = 0.95
+# What is left each time that guesses are passed over for what is known of them.
+FORGETTING = 0.98
+# What a level counts against the one above it, in guesses.
+LEANING = 4.0
+# The chance of a guess before anything was seen.
+FIRST_CHANCE = 0.6
+CHANCE_MAX = 0.98
+# A single guess below this chance is not worth a thought.
+SURVIVAL_MIN = 0.02
+# Guessing has to promise so much more than not guessing to be begun, and this to be gone on with.
+BEGIN_GAIN, STAY_GAIN = 1.06, 1.01
+# After so many steps without a promise nothing is looked at for a while, longer each time.
+PATIENCE, REST_STEPS, REST_STEPS_MAX = 4, 4, 256
+# A batch this much smaller than the one that was too large is looked at again at once.
+SMALLER_BATCH = 0.75
+GROUPS_MAX = 256
+
+
+@dataclass(slots=True)
+class Chances:
+    """How often guesses are right: fading counts of those that were reached and were accepted."""
+
+    reached: float = 0.0
+    right: float = 0.0
+
+    def observe(self, guessed: int, accepted: int) -> None:
+        """`accepted` of a draft of `guessed` tokens; behind the first wrong one nobody knows."""
+        self.reached = self.reached * FADING + min(guessed, accepted + 1)
+        self.right = self.right * FADING + accepted
+
+    def forget(self) -> None:
+        """A guess was not worth its cost: what made it so loses weight, so that it is tried again
+        some day."""
+        self.reached *= FORGETTING
+        self.right *= FORGETTING
+
+    def rate(self, before: float) -> float:
+        """The chance of a guess, leaning on `before` as long as little was seen."""
+        return (self.right + LEANING * before) / (self.reached + LEANING)
+
+
+Kind = tuple[str, int]  # a proposer and its trust
+
+
+@dataclass(slots=True)
+class History:
+    """What became of guesses: of everybody's, by tier and by route, by answer."""
+
+    everybody: dict[Kind, Chances] = field(default_factory=dict)
+    groups: OrderedDict[Hashable, dict[Kind, Chances]] = field(default_factory=OrderedDict)
+    answers: dict[int, dict[Kind, Chances]] = field(default_factory=dict)
+
+    def observe(
+        self, kind: Kind, key: int, groups: Many[Hashable], guessed: int, accepted: int
+    ) -> None:
+        """`accepted` of `guessed` tokens of an answer; of its `groups` the widest comes first."""
+        levels = [self.everybody, self.answers.setdefault(key, {})]
+        for group in groups:
+            if group not in self.groups:
+                while len(self.groups) >= GROUPS_MAX:
+                    self.groups.popitem(last=False)
+                self.groups[group] = {}
+            levels.append(self.groups[group])
+        for level in levels:
+            level.setdefault(kind, Chances()).observe(guessed, accepted)
+
+    def rate(self, kind: Kind, key: int, groups: Many[Hashable]) -> float:
+        """The chance of a guess of this kind for this answer, given those before it are right."""
+        rate = FIRST_CHANCE
+        levels = [self.everybody, *map(self.groups.get, groups), self.answers.get(key)]
+        for level in levels:
+            seen = level.get(kind) if level else None
+            if seen is not None:
+                rate = seen.rate(rate)
+        return min(rate, CHANCE_MAX)
+
+    def forget(self, passed: Many[tuple[Kind, int, Many[Hashable]]]) -> None:
+        """These kinds of guesses were passed over in a step, for these answers and their groups."""
+        everybody = {kind for kind, _, _ in passed}
+        grouped = {(kind, group) for kind, _, groups in passed for group in groups}
+        levels = [(kind, self.everybody) for kind in everybody]
+        levels += [(kind, self.groups.get(group, {})) for kind, group in grouped]
+        levels += [(kind, self.answers.get(key, {})) for kind, key, _ in passed]
+        for kind, level in levels:
+            if kind in level:
+                level[kind].forget()
+
+    def end(self, key: int) -> None:
+        self.answers.pop(key, None)
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """`most` guesses for one answer, each with the chance `rate` after those before. Where they are
+    `priced`, a draft has to run, and `behind` tokens have to be read first."""
+
+    most: int
+    rate: float
+    priced: bool = False
+    behind: int = 0
+
+
+# Seconds of a draft's passes over so many answers each, so many tokens being read first.
+DraftCost = Callable[[Many[int], int], float]
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """How many guesses each offer gets, and what is expected of the step."""
+
+    counts: list[int]
+    tokens: float
+    seconds: float
+
+    @property
+    def speed(self) -> float:
+        return self.tokens / self.seconds
+
+
+def best_budget(
+    offers: Many[Offer],
+    answers: int,
+    step_s: Callable[[int], float],
+    draft_s: DraftCost,
+    room: int,
+) -> Budget:
+    """The B* of a step with `answers` of them, at most `room` guesses; `step_s` takes B."""
+    survivals: list[tuple[float, int]] = []
+    for number, offer in enumerate(offers):
+        chance = 1.0
+        for _ in range(offer.most):
+            chance *= offer.rate
+            if chance < SURVIVAL_MIN:
+                break
+            survivals.append((chance, number))
+    survivals.sort(key=lambda one: -one[0])
+    counts = [0] * len(offers)
+    best = Budget(list(counts), float(answers), step_s(0))
+    tokens, behind = float(answers), 0
+    rows: list[int] = []  # answers of each pass
+    for number_of_guesses, (chance, number) in enumerate(survivals[:room], start=1):
+        offer = offers[number]
+        if offer.priced:
+            behind += 0 if counts[number] else offer.behind
+            if counts[number] == len(rows):
+                rows.append(0)
+            rows[counts[number]] += 1
+        counts[number] += 1
+        tokens += chance
+        seconds = step_s(number_of_guesses) + (draft_s(rows, behind) if rows else 0.0)
+        if tokens * best.seconds > best.tokens * seconds:
+            best = Budget(list(counts), tokens, seconds)
+    return best
+
+
+@dataclass(slots=True)
+class Rest:
+    """Whether it is worth looking at all: with hysteresis, and with pauses where it was not."""
+
+    guessing: bool = False
+    answers: int = 0  # of the step in which it was given up
+    _failures: int = 0
+    _pause: int = REST_STEPS
+    _left: int = 0
+
+    def rests(self, answers: int) -> bool:
+        """True for a step in which nothing is looked at."""
+        if self._left <= 0:
+            return False
+        if answers <= self.answers * SMALLER_BATCH:
+            self._left = 0
+            return False
+        self._left -= 1
+        return True
+
+    def judge(self, gain: float, answers: int) -> bool:
+        """Whether to guess, when it promises `gain` times the speed."""
+        worth = gain >= (STAY_GAIN if self.guessing else BEGIN_GAIN)
+        if worth:
+            self.guessing, self._failures, self._pause = True, 0, REST_STEPS
+            return True
+        self._failures += 1
+        if self._failures >= PATIENCE:
+            self.guessing, self.answers = False, answers
+            self._left = self._pause
+            self._pause = min(2 * self._pause, REST_STEPS_MAX)
+            self._failures = PATIENCE - 1
+        return False
