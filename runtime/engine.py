@@ -153,6 +153,7 @@ class Engine:
             order.adapter,
             order.salt,
             Times(arrived),
+            order.prediction,
         )
 
     def _drain_s(self, waiting: int) -> float:

@@ -38,6 +38,7 @@ class Order:
     service: Service = Service()
     salt: str | None = None
     adapter: str | None = None
+    prediction: Many[int] = ()  # what the client expects the answer to be
 
 
 @dataclass(frozen=True, slots=True)

@@ -89,7 +89,7 @@ class DraftModel(Proposer):
         drafts = self._write(wanted, reads, writes, places)
         for feed, at in zip(writes, places, strict=True):
             draft = drafts[at]
-            # Until the guesses are settled, as if none were right: so it is where nobody looks.
+            # Of the guesses nobody knows yet whether they are right; `settle` adds those that are.
             self._writer.settle(feed.answer, len(feed.answer.tokens))
             self._guessed[feed.answer.key] = 0 if draft is None else len(draft.ids)
         return drafts

@@ -115,10 +115,11 @@ def _behind(
 def _invert(law: torch.Tensor, uniforms: Many[float]) -> list[int]:
     """The token at which each row's running sum passes its uniform share of the whole."""
     sums = law.cumsum(-1, dtype=torch.float64)
-    points = torch.tensor(uniforms, dtype=torch.float64, device=law.device)[:, None] * sums[:, -1:]
+    whole = sums[:, -1:].contiguous()
+    points = torch.tensor(uniforms, dtype=torch.float64, device=law.device)[:, None] * whole
     # right=True: a token of probability 0 is never chosen, whatever the uniform number is.
     at = torch.searchsorted(sums, points, right=True)[:, 0]
     # Nor behind the last possible one, where the product is rounded up to the whole.
-    last = torch.searchsorted(sums, sums[:, -1:])[:, 0]
+    last = torch.searchsorted(sums, whole)[:, 0]
     tokens: list[int] = torch.minimum(at, last).tolist()
     return tokens

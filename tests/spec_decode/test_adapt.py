@@ -1,0 +1,186 @@
+"""Budgets: the best one is found, chances are learned and forgotten, rest is hysteresis."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from spec_decode.adapt import (
+    CHANCE_MAX,
+    FIRST_CHANCE,
+    Chances,
+    History,
+    Offer,
+    Rest,
+    best_budget,
+)
+
+offers = st.lists(
+    st.builds(
+        Offer,
+        most=st.integers(1, 4),
+        rate=st.floats(0.05, 0.98),
+        priced=st.booleans(),
+        behind=st.integers(0, 5),
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+def speed(counts, offers, answers, step_s, draft_s) -> float:
+    """The quotient of one way to share guesses out, by its formula."""
+    tokens = answers + sum(
+        offer.rate**place
+        for offer, count in zip(offers, counts, strict=True)
+        for place in range(1, count + 1)
+    )
+    priced = [count for offer, count in zip(offers, counts, strict=True) if offer.priced]
+    rows = [sum(count > at for count in priced) for at in range(max(priced, default=0))]
+    behind = sum(
+        offer.behind for offer, count in zip(offers, counts, strict=True) if offer.priced and count
+    )
+    return tokens / (step_s(sum(counts)) + (draft_s(rows, behind) if rows else 0.0))
+
+
+@settings(max_examples=200, deadline=None)
+@given(offers=offers, token_s=st.floats(0.01, 1.0), room=st.integers(0, 12))
+def test_no_way_to_share_guesses_out_is_faster_where_guesses_are_free(offers, token_s, room):
+    """Trying every combination finds nothing better than taking the likeliest guesses first."""
+    offers = [Offer(one.most, one.rate) for one in offers]
+    answers = len(offers) + 1
+
+    def step_s(guesses: int) -> float:
+        return 1.0 + token_s * guesses
+
+    budget = best_budget(offers, answers, step_s, lambda rows, behind: 0.0, room)
+    assert sum(budget.counts) <= room
+    assert budget.speed == pytest.approx(
+        speed(budget.counts, offers, answers, step_s, lambda rows, behind: 0.0)
+    )
+    every = itertools.product(*(range(one.most + 1) for one in offers))
+    # A guess that hardly ever comes to be looked at is not counted: see SURVIVAL_MIN.
+    best = max(
+        speed(counts, offers, answers, step_s, lambda rows, behind: 0.0)
+        for counts in every
+        if sum(counts) <= room
+    )
+    assert budget.speed >= best * 0.97
+
+
+@settings(max_examples=100, deadline=None)
+@given(offers=offers, pass_s=st.floats(0.0, 1.0))
+def test_what_a_draft_costs_counts_once_a_pass(offers, pass_s):
+    """The budget's own account of its time is the formula's, and it never falls below no guess."""
+
+    def step_s(guesses: int) -> float:
+        return 1.0 + 0.1 * guesses
+
+    def draft_s(rows, behind) -> float:
+        return sum(pass_s * (1 + 0.1 * count) for count in rows) + 0.01 * behind
+
+    budget = best_budget(offers, len(offers), step_s, draft_s, 100)
+    assert budget.speed == pytest.approx(speed(budget.counts, offers, len(offers), step_s, draft_s))
+    assert budget.speed >= len(offers) / step_s(0) - 1e-9
+
+
+def test_the_published_optima_come_out():
+    """One answer, draft steps of a twentieth, a tenth and a fifth of the target's (numbers.md)."""
+    for share, rate, best, gain in (
+        (0.05, 0.6, 4, 1.92),
+        (0.05, 0.8, 8, 3.09),
+        (0.1, 0.6, 3, 1.67),
+        (0.1, 0.8, 6, 2.47),
+        (0.2, 0.6, 2, 1.40),
+        (0.2, 0.8, 4, 1.87),
+        (0.4, 0.6, 1, 1.14),
+    ):
+        budget = best_budget(
+            [Offer(15, rate, priced=True)],
+            1,
+            lambda guesses: 1.0,
+            lambda rows, behind, share=share: share * len(rows),
+            15,
+        )
+        assert abs(budget.counts[0] - best) <= 1  # the optimum is flat
+        assert budget.speed == pytest.approx(gain, abs=0.01)
+
+
+@settings(max_examples=50, deadline=None)
+@given(rate=st.floats(0.05, 0.95), seed=st.integers(0, 2**32))
+def test_chances_are_learned(rate, seed):
+    """After a hundred drafts the estimate is near what is true."""
+    rng = random.Random(seed)
+    chances = Chances()
+    for _ in range(100):
+        accepted = 0
+        while accepted < 5 and rng.random() < rate:
+            accepted += 1
+        chances.observe(5, accepted)
+    assert chances.rate(FIRST_CHANCE) == pytest.approx(rate, abs=0.3)
+
+
+def test_an_answer_leans_on_its_group_and_the_group_on_everybody():
+    """Before it has shown anything, an answer is expected to do what its neighbours did."""
+    history, kind = History(), ("ngram", 3)
+    assert history.rate(kind, 1, ("chat",)) == FIRST_CHANCE
+    for _ in range(50):
+        history.observe(kind, 7, ("chat",), 4, 4)
+        history.observe(kind, 8, ("code",), 4, 0)
+    assert history.rate(kind, 1, ("chat",)) > 0.8
+    assert history.rate(kind, 1, ("code",)) < 0.3
+    assert 0.2 < history.rate(kind, 1, ("new",)) < 0.8
+    for _ in range(20):
+        history.observe(kind, 1, ("chat",), 4, 0)
+    assert history.rate(kind, 1, ("chat",)) < 0.3, "it has shown that it is different"
+    assert history.rate(("ngram", 9), 1, ("chat",)) == FIRST_CHANCE, "another trust"
+    history.end(1)
+    assert 1 not in history.answers
+
+
+@given(st.lists(st.tuples(st.integers(1, 15), st.integers(0, 15)), max_size=60))
+def test_chances_stay_chances(drafts):
+    """Whatever is observed, a chance lies between 0 and the largest that is believed."""
+    history, kind = History(), ("draft", 0)
+    for guessed, accepted in drafts:
+        history.observe(kind, 1, ("a", "b"), guessed, min(guessed, accepted))
+    assert 0 <= history.rate(kind, 1, ("a", "b")) <= CHANCE_MAX
+
+
+def test_what_is_passed_over_is_tried_again_some_day():
+    """A kind of guess that was always wrong loses its bad name by not being used."""
+    history, kind = History(), ("ngram", 2)
+    for _ in range(50):
+        history.observe(kind, 1, ("chat",), 3, 0)
+    low = history.rate(kind, 2, ("chat",))
+    for _ in range(300):
+        history.forget([(kind, 1, ("chat",)), (kind, 2, ("chat",))])
+    assert low < 0.1
+    assert history.rate(kind, 2, ("chat",)) > 0.5
+
+
+def test_a_gain_that_comes_and_goes_switches_rarely():
+    """Between the gain to begin with and the one to stay with nothing is switched."""
+    rest = Rest()
+    assert not rest.judge(1.03, 8)
+    assert rest.judge(1.2, 8)
+    assert all(rest.judge(gain, 8) for gain in (1.03, 1.05, 1.02) * 10)
+    for _ in range(4):
+        assert not rest.judge(0.99, 8)
+    assert not rest.guessing
+    assert rest.rests(8)
+
+
+def test_rest_grows_longer_and_ends_when_the_batch_shrinks():
+    """Fewer and fewer steps look, until a batch comes for which everything is different."""
+    rest = Rest()
+    looked = [step for step in range(2000) if not rest.rests(64) and not rest.judge(1.0, 64)]
+    assert len(looked) < 30
+    assert looked[-1] - looked[-2] > 200
+    assert rest.rests(60), "a batch of about the same size"
+    assert not rest.rests(16)
+    assert rest.judge(1.5, 16)
+    assert not any(rest.rests(16) for _ in range(10))
