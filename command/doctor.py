@@ -29,6 +29,7 @@ from policies.load import (
     key_problems,
     load,
     resolve_adapters,
+    resolve_draft,
     resolve_model,
     with_environment,
 )
@@ -241,6 +242,7 @@ def _policy(policy: Path) -> Iterator[Finding]:
             yield Finding("wrong", "model", str(error), "mend runtime.model, or the folder")
         try:
             resolve_adapters(policy, runtime)
+            resolve_draft(policy, runtime)
         except PolicyError as error:
             yield Finding("wrong", "adapters", str(error), "mend runtime.adapters, or the folder")
     problems = key_problems(policy, deployment)

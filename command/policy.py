@@ -10,7 +10,15 @@ from pathlib import Path
 import click
 from pydantic import BaseModel
 
-from policies.load import PORT_VARIABLE, PolicyError, load, port_of, resolve_adapters, resolve_model
+from policies.load import (
+    PORT_VARIABLE,
+    PolicyError,
+    load,
+    port_of,
+    resolve_adapters,
+    resolve_draft,
+    resolve_model,
+)
 from policies.schema import Deployment
 
 # Plain YAML text that no parser could take for anything else than this text.
@@ -27,6 +35,7 @@ def check_files(files: Sequence[Path]) -> int:
             if deployment.runtime:
                 resolve_model(file, deployment.runtime)
                 resolve_adapters(file, deployment.runtime)
+                resolve_draft(file, deployment.runtime)
         except PolicyError as error:
             wrong = True
             click.echo(str(error), err=True)

@@ -26,6 +26,7 @@ from policies.load import (
     key_problems,
     load,
     resolve_adapters,
+    resolve_draft,
     resolve_model,
     with_environment,
 )
@@ -86,6 +87,7 @@ def plan(policy: Path) -> Plan:
     model = resolve_model(policy, runtime) if runtime else None
     if runtime:
         resolve_adapters(policy, runtime)
+        resolve_draft(policy, runtime)
     if runtime and not all(map(importlib.util.find_spec, ("torch", "transformers"))):
         raise StartError(
             "the runtime needs torch and transformers, which are not installed: "

@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from policies.model_folder import ModelError, find_model
+from policies.model_folder import ModelError, find_draft, find_model, refuse_large_draft
 from policies.problems import Places, PolicyError, Problem, dotted, explain
 from policies.schema import Deployment, Runtime
 from policies.yaml_tree import parse
@@ -25,6 +25,7 @@ __all__ = [
     "load",
     "port_of",
     "resolve_adapters",
+    "resolve_draft",
     "resolve_folders",
     "resolve_model",
     "with_environment",
@@ -71,6 +72,28 @@ def resolve_adapters(policy: str | Path, runtime: Runtime) -> Path | None:
     path = ("runtime", "adapters")
     message = f"there is no folder {str(folder)!r}; give one with a subfolder for each adapter"
     raise PolicyError(Problem(str(policy), message, places.of(path), dotted(path)))
+
+
+def resolve_draft(policy: str | Path, runtime: Runtime) -> Path | str | None:
+    """The folder of `runtime.speculation.draft`, checked, or a hub name; None without one.
+
+    Raises PolicyError at its line, also where it is no smaller than the model.
+    """
+    name = runtime.speculation.draft
+    if name is None:
+        return None
+    beside = Path(policy).absolute().parent
+    try:
+        draft = find_draft(name, beside)
+        refuse_large_draft(draft, find_model(runtime.model, beside))
+    except ModelError as error:
+        _, places, _ = _read(str(policy))
+        path = ("runtime", "speculation", "draft")
+        place = places.of(path)
+        raise PolicyError(
+            Problem(str(policy), str(error), place, dotted(path), error.suggestion)
+        ) from None
+    return draft
 
 
 def resolve_folders(policy: str | Path, deployment: Deployment) -> Deployment:

@@ -70,6 +70,30 @@ def find_model(name: str, beside: Path) -> Path | str:
     raise ModelError(message, _nearby(folder, name))
 
 
+def find_draft(name: str, beside: Path) -> Path | str:
+    """The same for a model that guesses; `pocket` is the pocket model's. Raises ModelError."""
+    if name != POCKET:
+        return find_model(name, beside)
+    folder = pocket_folder("draft")
+    check_folder(folder)
+    return folder
+
+
+def refuse_large_draft(draft: Path | str, model: Path | str) -> None:
+    """Raises ModelError for a draft whose weights are no smaller than the model's."""
+    if not isinstance(draft, Path) or not isinstance(model, Path):
+        return
+    sizes = [
+        sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        for folder in (draft, model)
+    ]
+    if sizes[0] >= sizes[1]:
+        raise ModelError(
+            f"the draft {draft} has {sizes[0]:,} bytes of weights, the model {sizes[1]:,}: a draft "
+            "has to be smaller, or guessing costs more than it can save"
+        )
+
+
 def _looks_like_a_path(name: str, beside: Path) -> bool:
     if name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1:
         return True

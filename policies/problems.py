@@ -100,19 +100,23 @@ def every_field(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str,
         yield prefix + name, field
         inner = model_inside(field.annotation)
         if inner:
-            many = typing.get_origin(field.annotation) in (tuple, list)
-            yield from every_field(inner, f"{prefix}{name}{'[]' if many else ''}.")
+            origin = typing.get_origin(field.annotation)
+            many = "[]" if origin in (tuple, list) else ".*" if origin is dict else ""
+            yield from every_field(inner, f"{prefix}{name}{many}.")
 
 
 def _walk(model: type[BaseModel], path: Path) -> tuple[type[BaseModel] | None, FieldInfo | None]:
     """The model and the field that a path ends in, as far as the schema knows them."""
     here: type[BaseModel] | None = model
     field: FieldInfo | None = None
+    own_key = False  # the next part is a name that the user gave
     for part in path:
-        if isinstance(part, int):
+        if isinstance(part, int) or own_key:
+            own_key = False
             continue
         field = here.model_fields.get(part) if here else None
         here = model_inside(field.annotation) if field else None
+        own_key = field is not None and typing.get_origin(field.annotation) is dict
     return here, field
 
 

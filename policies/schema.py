@@ -244,6 +244,89 @@ def _each_part(value: object) -> object:
     return dict.fromkeys(Weights.model_fields, value)
 
 
+def _proposer(value: object) -> object:
+    if value == "synthetic":
+        raise ValueError(
+            "synthetic acceptance makes answers up: it is for benchmarks, which build their engine "
+            "themselves"
+        )
+    return value
+
+
+class Guesses(_Policy):
+    """Who guesses tokens ahead, and how many."""
+
+    proposer: Annotated[
+        Literal["off", "auto", "ngram", "prediction", "draft", "self"], BeforeValidator(_proposer)
+    ] = Field(
+        "auto",
+        description="`auto` guesses where it makes answers faster, with whatever there is; a name "
+        "always guesses with that one; `off` never guesses.",
+    )
+    max_tokens: int = Field(
+        7,
+        ge=1,
+        le=15,
+        description="Most tokens guessed for an answer in one step; by name, exactly so many.",
+    )
+
+
+def _guesses(value: object) -> object:
+    """`off` and `auto` alone are proposers."""
+    return {"proposer": value} if isinstance(value, str) else value
+
+
+SomeGuesses = Annotated[Guesses, BeforeValidator(_guesses)]
+
+
+class Speculation(Guesses):
+    """Speculative decoding: tokens are guessed cheaply and verified together, and answers stay what
+    they would have been."""
+
+    draft: str | None = Field(
+        None,
+        min_length=1,
+        description="Model that guesses: `pocket` (its own draft), a folder (relative to the "
+        "policy file), or a hub name. Smaller than `model`, with about the same tokens.",
+    )
+    self_draft: Literal["w8a8", "layers"] | None = Field(
+        None,
+        description="The model guesses for itself: with its weights in 8 bits, or with "
+        "`self_layers` of its layers.",
+    )
+    self_layers: float = Field(
+        0.5, gt=0, lt=1, description="Share of the layers that `self_draft: layers` runs."
+    )
+    recent_tokens: int = Field(
+        65536,
+        ge=0,
+        le=2**24,
+        description="Tokens of recent answers in which `ngram` looks, too, for each tier; answers "
+        "of different `cache_salt` or adapter never see each other. 0: none.",
+    )
+    tiers: dict[str, SomeGuesses] = Field(
+        {}, description="Other guesses for the tiers that requests name (`x-headgate-tier`)."
+    )
+    models: dict[str, SomeGuesses] = Field(
+        {}, description="Other guesses for models by the names that clients send: adapters, too."
+    )
+
+    @property
+    def asked(self) -> set[str]:
+        """All proposers that are asked for by name."""
+        return {one.proposer for one in (self, *self.tiers.values(), *self.models.values())}
+
+    @model_validator(mode="after")
+    def _has_what_it_names(self) -> Speculation:
+        if "draft" in self.asked and self.draft is None:
+            raise ValueError("proposer: draft needs `draft`, the model that guesses")
+        if "self" in self.asked and self.self_draft is None:
+            raise ValueError("proposer: self needs `self_draft`: w8a8 or layers")
+        if self.draft is not None and self.self_draft is not None:
+            raise ValueError("give `draft` or `self_draft`, not both")
+        return self
+
+
 class Runtime(_Policy):
     """Our own engine: one model, one or several worker processes."""
 
@@ -323,6 +406,10 @@ class Runtime(_Policy):
         ge=1,
         le=10**6,
         description="Waiting requests; more are refused with 503 and Retry-After.",
+    )
+    speculation: Annotated[Speculation, BeforeValidator(_guesses)] = Field(
+        Speculation(proposer="off"),
+        description="Tokens guessed ahead: `off`, `auto`, or a mapping.",
     )
     kv_events: KvEvents | None = Field(
         None, description="Publishes which blocks are cached, for prefix-aware routing; off."

@@ -38,14 +38,20 @@ def main(argv: list[str] | None = None) -> None:
             parser.error(f"{args.policy} has no `runtime`")
         source = policy_file.resolve_model(args.policy, policy.runtime)
         adapters = policy_file.resolve_adapters(args.policy, policy.runtime)
+        draft = policy_file.resolve_draft(args.policy, policy.runtime)
     except policy_file.PolicyError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
-    serve(policy, source, adapters, args.port, args.rank)
+    serve(policy, source, adapters, draft, args.port, args.rank)
 
 
 def serve(
-    policy: Deployment, source: Path | str, adapters: Path | None, port: int, rank: int
+    policy: Deployment,
+    source: Path | str,
+    adapters: Path | None,
+    draft: Path | str | None,
+    port: int,
+    rank: int,
 ) -> None:
     """Blocks until the server has been told to stop and running answers have had their time."""
     from runtime.server import create_app
@@ -55,7 +61,7 @@ def serve(
     assert policy.runtime is not None
     runtime = policy.runtime
     worker = Worker(
-        lambda streams: load_served(runtime, source, adapters, streams, rank),
+        lambda streams: load_served(runtime, source, adapters, draft, streams, rank),
         max_body_bytes=policy.gateway.max_body_bytes,
         on_failure=give_up,
         run_token=os.environ.get(RUN_TOKEN_ENV),
@@ -74,7 +80,12 @@ def serve(
 
 
 def load_served(
-    runtime: Runtime, source: Path | str, adapters: Path | None, streams: Streams, rank: int
+    runtime: Runtime,
+    source: Path | str,
+    adapters: Path | None,
+    draft: Path | str | None,
+    streams: Streams,
+    rank: int,
 ) -> Served:
     """Loads model, adapters and tokenizer and builds the engine; runs in the engine's thread."""
     import torch
@@ -87,6 +98,7 @@ def load_served(
     from runtime.generation import recommended_sampling
     from runtime.loading import load_model
     from runtime.metrics_page import Page
+    from runtime.proposers import open_speculation
     from runtime.swap import open_swap
     from runtime.tally import Tally
     from runtime.worker import Served
@@ -111,7 +123,16 @@ def load_served(
     tokenizer = Tokenizer.load(folder)
     adapted = load_adapters(model, adapters) if adapters else {}
     digests_of = {name: one.identity for name, one in adapted.items()}
-    identity = fingerprint.take(folder, weights, runtime, model.device, adapters=digests_of)
+    name = served_name(runtime, source)
+    speculation, drafts = open_speculation(runtime, model, tokenizer, draft, source, name)
+    identity = fingerprint.take(
+        folder,
+        weights,
+        runtime,
+        model.device,
+        adapters=digests_of,
+        draft=fingerprint.read_weights(drafts) if drafts else None,
+    )
     content = f"{identity.leaves['weights']} {model.dtype} {runtime.weights}"
     tally = Tally(model.context_tokens)
     swap = open_swap(model, runtime.tiers, content) if runtime.tiers is not None else None
@@ -131,6 +152,7 @@ def load_served(
         listeners=[tally, events] if events else [tally],
         identity=content,
         swap=swap,
+        speculation=speculation,
     )
     engine.calibrate()
     facts = {
@@ -144,7 +166,6 @@ def load_served(
         "fingerprint": identity.short,
     }
     logging.getLogger("runtime").info("%s is loaded: %s", source, facts)
-    name = served_name(runtime, source)
     page = Page(tally, engine, model_name=name, rank=rank, identity=identity, events=events)
     sampling = recommended_sampling(folder)
     return Served(

@@ -6,7 +6,7 @@ Knows both endpoints' shapes; knows no sockets and no threads.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence as Many
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -52,12 +52,13 @@ class Answer:
         adapter: str | None,
         tools: ToolUse | None = None,
         grammar: CompiledGrammar | None = None,
+        prediction: Many[int] = (),
     ) -> None:
         self._asked = asked
         self._wants_logprobs = alternatives(asked) is not None
         self._copies = asked.n or 1
         self.orders = make_orders(
-            asked, prompts, limit_tokens, vocabulary, service, adapter, tools, grammar
+            asked, prompts, limit_tokens, vocabulary, service, adapter, tools, grammar, prediction
         )
         self._choices = [
             _Choice(index, tools=ToolReply(tools, index) if tools else None)
@@ -111,6 +112,8 @@ class Answer:
             if output.error is not None:
                 raise _failure(output)
             self._usage.completion_tokens += len(output.token_ids)
+            self._usage.accepted_tokens += output.accepted_tokens
+            self._usage.rejected_tokens += output.rejected_tokens
             if choice.index % self._copies == 0:  # a prompt counts once, and so what is known of it
                 self._usage.cached_tokens += output.cached_tokens - choice.cached_tokens
                 choice.cached_tokens = output.cached_tokens

@@ -29,9 +29,10 @@ from spec_decode.draft_model import Feed
 class Runs(Protocol):
     """What is needed of a model."""
 
-    device: torch.device
-    scratch_slot: int
-
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def scratch_slot(self) -> int: ...
     def forward(
         self, ids: list[int], positions: list[int], layout: StepLayout, keep: list[int]
     ) -> torch.Tensor: ...

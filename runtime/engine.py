@@ -24,7 +24,7 @@ from runtime.account import Listener, Load, StepClock, StepRecord
 from runtime.adapters import Adapter, adapter_rows
 from runtime.adjust import adjusted
 from runtime.attention import Span, lay_out
-from runtime.calibrate import measure_costs
+from runtime.calibrate import measure_costs, measure_span_s
 from runtime.costs import StepCosts, StepSize
 from runtime.grammar import Grammars
 from runtime.inbox import Inbox, Order, QueueFull
@@ -121,6 +121,8 @@ class Engine:
             timer=self._timer,
         )
         scheduler.costs = costs
+        if self.speculation is not None:
+            self.speculation.span_s = measure_span_s(self.model, costs, timer=self._timer)
         if self.swap is not None:
             self.swap.costs = costs
             self.swap.measure()
@@ -231,6 +233,7 @@ class Engine:
             planned = self._timer()
             plan = self.speculation.extend(plan, self._scheduler)
             guessed_s = self._timer() - planned
+            self.speculation.counts.seconds += guessed_s
         size, forward_s = step_size(plan), self.clock.forward_s
         try:
             outputs = self._advance(plan, *self._forward(plan))

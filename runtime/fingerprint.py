@@ -95,8 +95,10 @@ def take(
     device: torch.device,
     *,
     adapters: Mapping[str, str] = MappingProxyType({}),
+    draft: Facts | None = None,
 ) -> Fingerprint:
-    """The fingerprint of a model folder as this policy serves it here; `weights` of `read_weights`.
+    """The fingerprint of a model folder as this policy serves it here; `weights` and `draft`, where
+    there is one, are of `read_weights`.
 
     Raises TokenizerUnusable for files that do not parse.
     """
@@ -107,11 +109,12 @@ def take(
     }
     if runtime.tiers is not None and runtime.tiers.disk is not None:
         del configuration["tiers"]["disk"]["path"]
+    del configuration["speculation"]["draft"]  # its leaf says what it is
     configuration["adapters"] = dict(adapters)  # what they are, not where they lie
     return combine(
         {
             "weights": weights,
-            "draft": None,
+            "draft": draft,
             "tokenizer": tokenizer_facts(folder),
             "template": template_facts(folder),
             "engine": engine_facts(),

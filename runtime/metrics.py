@@ -23,6 +23,7 @@ from runtime.distribution import Distribution
 if TYPE_CHECKING:
     from cache.tiers import TierCounts
     from runtime.account import Load
+    from runtime.speculation import Counts
     from runtime.swap import SwapCounts
     from runtime.tally import Tally
 
@@ -42,6 +43,7 @@ class Reading:
     swap: SwapCounts | None
     cache: Mapping[str, str]
     facts: Mapping[str, str]
+    guesses: Counts | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +107,19 @@ def _tier_blocks(r: Reading) -> Values:
 
 def _copy_seconds(r: Reading) -> Values:
     return _by({"out": r.swap.read_s, "in": r.swap.write_s} if r.swap else {})
+
+
+def _guessed(read: Callable[[Counts], Values]) -> Callable[[Reading], Values]:
+    """A value of speculative decoding; none where nothing is ever guessed."""
+    return lambda r: {} if r.guesses is None else read(r.guesses)
+
+
+def _by_place(counts: Counts) -> Values:
+    return {(str(at),): number for at, number in enumerate(counts.accepted_at)}
+
+
+def _by_proposer(counts: Counts) -> Values:
+    return {labels: float(tokens) for labels, tokens in list(counts.by_proposer.items())}
 
 
 def _usage(r: Reading) -> Values:
@@ -316,6 +331,44 @@ COUNTERS = (
         ("way",),
     ),
     Family(("headgate_steps",), "Steps of the engine.", lambda r: r.steps),
+    Family(
+        ("vllm:spec_decode_num_drafts", "headgate_drafts"),
+        "Times that tokens were guessed for an answer; like all of guesses, absent where they are "
+        "off.",
+        _guessed(lambda counts: counts.drafts),
+    ),
+    Family(
+        ("vllm:spec_decode_num_draft_tokens",),
+        "Tokens that were guessed.",
+        _guessed(lambda counts: counts.guessed),
+    ),
+    Family(
+        ("vllm:spec_decode_num_accepted_tokens",),
+        "Of these, tokens that were right; the others were computed in vain.",
+        _guessed(lambda counts: counts.accepted),
+    ),
+    Family(
+        ("vllm:spec_decode_num_accepted_tokens_per_pos", "headgate_accepted_draft_tokens_at"),
+        "The right ones by their place in what was guessed, from 0.",
+        _guessed(_by_place),
+        ("position",),
+    ),
+    Family(
+        ("headgate_draft_tokens",),
+        "Guessed tokens by who guessed them, and whether they were right.",
+        _guessed(_by_proposer),
+        ("proposer", "fate"),
+    ),
+    Family(
+        ("headgate_draft_seconds",),
+        "Time of the engine's thread for guessing, the draft's forward passes included.",
+        _guessed(lambda counts: counts.seconds),
+    ),
+    Family(
+        ("headgate_draft_rest_steps",),
+        "Steps in which nothing was looked at, because guessing did not pay before.",
+        _guessed(lambda counts: counts.rested),
+    ),
     Family(
         ("headgate_forward_seconds",),
         "Seconds inside the model; the rest of the steps' time is the engine's own.",

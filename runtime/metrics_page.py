@@ -89,7 +89,9 @@ class Page(Collector):
         steps, swap = self._engine.clock.steps, self._engine.swap
         tiers = swap.tiers.counts() if swap is not None else {}
         counts = swap.counts if swap is not None else None
-        return Reading(self.tally, load, steps, events, tiers, counts, cache, self._facts)
+        speculation = self._engine.speculation
+        guesses = speculation.counts if speculation is not None else None
+        return Reading(self.tally, load, steps, events, tiers, counts, cache, self._facts, guesses)
 
 
 def _add(metric: Metric, labels: list[str], value: Value) -> None:

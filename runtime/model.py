@@ -91,6 +91,19 @@ class Model:
             self.decoder.bind(self.kernels)
 
     @property
+    def library(self) -> CDLL | None:
+        """The compiled code that it uses, if any."""
+        return self._library
+
+    def share_pool(self, other: Model) -> None:
+        """Reads and writes the other's blocks from now on; both are of the same shape and dtype."""
+        self.blocks, self.scratch_slot = other.blocks, other.scratch_slot
+        for mine, theirs in zip(self._layers, other._layers, strict=True):
+            mine.kv = theirs.kv
+        self._pool = other._pool
+        self.use(self._library)
+
+    @property
     def kernels(self) -> list[PagedKernel | None]:
         """The compiled attention of each layer."""
         return [paged.kernel for paged in self._layers]

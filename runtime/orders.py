@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -32,6 +32,10 @@ SCORED_MAX = 1_000_000
 TTFT_HEADER = b"x-slo-ttft-ms"
 TPOT_HEADER = b"x-slo-tpot-ms"
 DEADLINE_HEADER = b"x-slo-deadline-ms"
+# Names by which a gateway tells what kind of traffic a request is.
+TIER_HEADER = b"x-headgate-tier"
+ROUTE_HEADER = b"x-headgate-route"
+_NAME_CHARS_MAX = 64
 _TARGET_MS_MAX = 86_400_000.0
 
 
@@ -41,11 +45,16 @@ def service_of(asked: Asked, headers: Iterable[tuple[bytes, bytes]]) -> Service:
     Raises Problem 400 for a target that is not a number of milliseconds.
     """
     given = {name: value for name, value in headers if name in _SERVICE_HEADERS}
-    ttft_s, tpot_s, deadline_s = (_seconds(name, given.get(name)) for name in _SERVICE_HEADERS)
-    return Service(asked.priority or 0, ttft_s, tpot_s, deadline_s)
+    ttft_s, tpot_s, deadline_s = (_seconds(name, given.get(name)) for name in _TARGET_HEADERS)
+    tier, route = (
+        given.get(name, b"").decode("latin-1")[:_NAME_CHARS_MAX]
+        for name in (TIER_HEADER, ROUTE_HEADER)
+    )
+    return Service(asked.priority or 0, ttft_s, tpot_s, deadline_s, tier, route)
 
 
-_SERVICE_HEADERS = (TTFT_HEADER, TPOT_HEADER, DEADLINE_HEADER)
+_TARGET_HEADERS = (TTFT_HEADER, TPOT_HEADER, DEADLINE_HEADER)
+_SERVICE_HEADERS = (*_TARGET_HEADERS, TIER_HEADER, ROUTE_HEADER)
 
 
 def _seconds(name: bytes, value: bytes | None) -> float | None:
@@ -71,6 +80,7 @@ def make_orders(
     adapter: str | None = None,
     use: ToolUse | None = None,
     grammar: CompiledGrammar | None = None,
+    prediction: Sequence[int] = (),
 ) -> list[Order]:
     """`n` orders for each prompt, in the order of the answer's choices. Raises Problem 400."""
     copies = asked.n or 1
@@ -93,6 +103,7 @@ def make_orders(
             service,
             asked.cache_salt,
             adapter,
+            prediction,
         )
         for prompt in prompts
         for copy in range(copies)
@@ -196,6 +207,21 @@ def completion_prompts(
             raise _too_long(_param(asked, at), least, limit_tokens) from error
         prompts.append(tokenizer.encode(prompt, special=True))
     return prompts
+
+
+def predicted(asked: Asked, tokenizer: Tokenizer, limit_tokens: int) -> list[int]:
+    """Token ids of what the client expects the answer to be, as far as it can come; [] for none.
+
+    Raises Problem 400 for parts other than text.
+    """
+    if not isinstance(asked, ChatRequest) or asked.prediction is None:
+        return []
+    text = asked.prediction.text()
+    try:
+        tokenizer.check_length(text, limit_tokens)
+    except TooLong:  # all of it cannot come, so that nothing is lost with the rest
+        text = text[: 4 * limit_tokens]
+    return tokenizer.encode(text, special=False)[:limit_tokens]
 
 
 def _param(asked: Asked, at: int) -> str:

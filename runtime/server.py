@@ -33,6 +33,7 @@ from runtime.orders import (
     Asked,
     chat_prompt,
     completion_prompts,
+    predicted,
     service_of,
 )
 from runtime.shapes import Piece
@@ -194,6 +195,7 @@ def _answer(
         adapter=asked.model if asked.model in engine.adapters else None,
         tools=tools,
         grammar=compile_grammar(spec, engine.grammars) if spec else None,
+        prediction=predicted(asked, tokenizer, limit) if engine.speculation else (),
     )
 
 

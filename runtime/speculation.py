@@ -62,7 +62,7 @@ class Counts:
     guessed: int = 0
     accepted: int = 0
     accepted_at: list[int] = field(default_factory=lambda: [0] * GUESSES_MAX)
-    by_proposer: dict[tuple[str, str], int] = field(default_factory=dict)
+    by_proposer: dict[tuple[str, ...], int] = field(default_factory=dict)
     rested: int = 0  # steps in which nothing was looked at
     seconds: float = 0.0  # of the engine's thread
 

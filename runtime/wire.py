@@ -193,6 +193,18 @@ class Message(BaseModel):
         return "".join(texts)
 
 
+class Predicted(_Wire):
+    """What the client expects the answer to be: OpenAI's predicted outputs."""
+
+    type: Literal["content"]
+    content: Annotated[str | tuple[dict[str, Any], ...] | None, PlainValidator(_content)]
+
+    def text(self) -> str:
+        """Raises Problem for parts other than text."""
+        turn = Message(role="assistant", content=self.content)
+        return turn.text("prediction") or ""
+
+
 class ChatRequest(_Sampled):
     """Body of POST /v1/chat/completions."""
 
@@ -209,6 +221,7 @@ class ChatRequest(_Sampled):
     add_generation_prompt: StrictBool = True
     continue_final_message: StrictBool = False
     chat_template_kwargs: dict[str, Any] | None = None
+    prediction: Predicted | None = None
 
     def turns(self) -> list[dict[str, Any]]:
         """Messages as plain dictionaries with string content, for the chat template."""

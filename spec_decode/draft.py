@@ -82,6 +82,8 @@ class Proposer(Protocol):
 
     def settle(self, answer: Answer, accepted: int) -> None:
         """So many of the last guesses are right; the answer's tokens are about to get them."""
+        del answer, accepted
 
     def end(self, answer: Answer) -> None:
         """The answer has ended; nothing more is asked for it."""
+        del answer

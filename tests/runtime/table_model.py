@@ -42,6 +42,12 @@ class TableModel:
         self.rows = 0  # computed so far
         self._kept: dict[int, tuple[int, int]] = {}
 
+    def learn(self, table: dict[tuple[int, int], list[float]]) -> None:
+        self.table = table
+        self._row_of = {pair: row for row, pair in enumerate(table)}
+        self._logits = torch.full((len(table), VOCAB), NEVER)
+        self._logits[:, self.ids] = torch.tensor(list(table.values()))
+
     def logits_behind(self, one: int, two: int) -> list[float]:
         return self.table[one, two]
 
@@ -49,9 +55,9 @@ class TableModel:
         """Another model that says about the same."""
         other = TableModel(self.ids, seed, blocks=self.blocks)
         rng = random.Random(seed)
-        other.table = {
-            key: [value + rng.gauss(0, noise) for value in row] for key, row in self.table.items()
-        }
+        other.learn(
+            {pair: [one + rng.gauss(0, noise) for one in row] for pair, row in self.table.items()}
+        )
         return other
 
     def forward(
@@ -62,12 +68,12 @@ class TableModel:
             if slot != self.scratch_slot:
                 self._kept[slot] = (position, token)
         spans = [span for span in layout.spans for _ in range(span.count)]
-        logits = torch.full((len(keep), VOCAB), NEVER)
-        for number, row in enumerate(keep):
-            at = positions[row]
-            pair = [self._token(spans[row].blocks, max(place, 0)) for place in (at - 1, at)]
-            logits[number, self.ids] = torch.tensor(self.logits_behind(*pair))
-        return logits
+        rows = []
+        for row in keep:
+            at, blocks = positions[row], spans[row].blocks
+            pair = [self._token(blocks, max(place, 0)) for place in (at - 1, at)]
+            rows.append(self._row_of[pair[0], pair[1]])
+        return self._logits[rows]
 
     def _token(self, blocks: list[int], at: int) -> int:
         slot = blocks[at // BLOCK_TOKENS] * BLOCK_TOKENS + at % BLOCK_TOKENS

@@ -33,7 +33,7 @@ from tests.runtime.test_adjust import plain_rule
 from tests.runtime.test_sample import plain_filter
 from tests.runtime.tiny_models import VOCAB
 
-DRAWS = 2000
+DRAWS = 1200
 TOKENS = 3
 PROMPT = "abcdabcaabdcbcda"
 GRAMMAR = "(a[bc]|b[a-d]|d)[a-c]+"
@@ -197,7 +197,7 @@ CASES = [
 
 @pytest.mark.parametrize(("proposer", "name"), CASES)
 def test_the_joint_law_of_three_tokens_is_the_targets(world, proposer, name):
-    """Chi-square and total variation over 2,000 answers: each way of guessing, each option."""
+    """Chi-square and total variation over 1,200 answers: each way of guessing, each option."""
     one = option(world, name)
     order = {"prediction": world.encode("bcd")} if proposer == "prediction" else {}
     seen = drawn(world, PROPOSERS[proposer](world), one, **order)
