@@ -195,7 +195,7 @@ def _answer(
         adapter=asked.model if asked.model in engine.adapters else None,
         tools=tools,
         grammar=compile_grammar(spec, engine.grammars) if spec else None,
-        prediction=predicted(asked, tokenizer, limit) if engine.speculation else (),
+        prediction=predicted(asked, tokenizer, limit),
     )
 
 

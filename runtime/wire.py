@@ -177,20 +177,24 @@ class Message(BaseModel):
 
     def text(self, where: str) -> str | None:
         """Content as one string. Raises Problem for parts other than text: no model here sees."""
-        if self.content is None or isinstance(self.content, str):
-            return self.content
-        texts = []
-        for at, part in enumerate(self.content):
-            kind = part.get("type")
-            if kind not in ("text", "refusal") or not isinstance(part.get(kind), str):
-                param = f"{where}.content.{at}"
-                message = (
-                    f"{param}: a part of type {kind!r} is not supported; send parts of the form "
-                    "{'type': 'text', 'text': ...} or a plain string"
-                )
-                raise Problem(400, message, param=param, code="unsupported_content")
-            texts.append(part[kind])
-        return "".join(texts)
+        return _text_of(self.content, where)
+
+
+def _text_of(content: str | tuple[dict[str, Any], ...] | None, where: str) -> str | None:
+    if content is None or isinstance(content, str):
+        return content
+    texts = []
+    for at, part in enumerate(content):
+        kind = part.get("type")
+        if kind not in ("text", "refusal") or not isinstance(part.get(kind), str):
+            param = f"{where}.content.{at}"
+            message = (
+                f"{param}: a part of type {kind!r} is not supported; send parts of the form "
+                "{'type': 'text', 'text': ...} or a plain string"
+            )
+            raise Problem(400, message, param=param, code="unsupported_content")
+        texts.append(part[kind])
+    return "".join(texts)
 
 
 class Predicted(_Wire):
@@ -201,8 +205,7 @@ class Predicted(_Wire):
 
     def text(self) -> str:
         """Raises Problem for parts other than text."""
-        turn = Message(role="assistant", content=self.content)
-        return turn.text("prediction") or ""
+        return _text_of(self.content, "prediction") or ""
 
 
 class ChatRequest(_Sampled):

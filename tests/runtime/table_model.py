@@ -29,14 +29,14 @@ class TableModel:
 
     device = torch.device("cpu")
     vocab_size = VOCAB
-    context_tokens = 256
+    context_tokens = 4096
 
     def __init__(
         self, ids: list[int], seed: int, *, blocks: int = 256, spread: float = 1.5
     ) -> None:
         rng = random.Random(seed)
         self.ids = ids
-        self.table = {(one, two): [rng.gauss(0, spread) for _ in ids] for one in ids for two in ids}
+        self.learn({(one, two): [rng.gauss(0, spread) for _ in ids] for one in ids for two in ids})
         self.blocks = blocks
         self.scratch_slot = blocks * BLOCK_TOKENS
         self.rows = 0  # computed so far

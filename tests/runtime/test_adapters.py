@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from runtime.adapters import load_adapters
 from runtime.engine import Engine
 from runtime.inbox import Order
 from runtime.loading import load_model
-from runtime.model import ModelRefused
+from runtime.model import Model, ModelRefused
 from runtime.sequence import Sampling
 from tests.runtime.test_oracle import generate
 from tests.runtime.test_server import CHAT, HELLO, serving
@@ -95,8 +96,14 @@ class Case:
                 reference = merge(reference, at)
             self.expected[name] = [generate(reference, one, ANSWER) for one in self.prompts]
         self.model, _ = load_model(base, kv_tokens=2048, compiles=compiles)
+        self.base = base
         self.adapters = load_adapters(self.model, folder / "adapters")
         self.tokenizer = Tokenizer.load(base)
+
+    @cached_property
+    def twin(self) -> Model:
+        """The model once more, without adapters."""
+        return load_model(self.base, kv_tokens=2048)[0]
 
     def engine(self, **limits: int) -> Engine:
         return Engine(

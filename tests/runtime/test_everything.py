@@ -1,11 +1,13 @@
 """All at once: prefixes found, preemption, tiers, chunks, adapters, fused layers, scored prompts,
-random neighbours, classes, cancels, compiled steps. No greedy answer differs from `generate` on
-merged weights.
+random neighbours, classes, cancels, compiled steps, guesses by every proposer. No greedy answer
+differs from `generate` on merged weights.
 """
 
 from __future__ import annotations
 
+import copy
 import os
+import random
 from dataclasses import dataclass
 
 import pytest
@@ -15,11 +17,18 @@ from cache.disk import DiskTier
 from cache.tiers import MemoryTier, Tiers
 from runtime import loading
 from runtime.costs import StepCosts
+from runtime.draft_writer import ModelWriter, SelfWriter
 from runtime.engine import Engine
 from runtime.inbox import Order
+from runtime.self_model import LayersModel
 from runtime.sequence import Sampling, Service
+from runtime.speculation import Mode, Modes, Speculation
 from runtime.surgery import FusedSlice
 from runtime.swap import Swap
+from runtime.vocabulary import Vocabulary
+from spec_decode.draft import Answer, Draft, Outlook, Proposer
+from spec_decode.draft_model import DraftModel
+from spec_decode.ngram import NGram
 from tests.runtime.test_adapters import ANSWER, Case
 
 EXAMPLES = int(os.environ.get("HEADGATE_ORACLE_EXAMPLES", "0"))
@@ -70,6 +79,13 @@ schedules = st.fixed_dictionaries(
         "max_sequences": st.integers(1, 9),
         "host_blocks": st.sampled_from([0, 3, 50]),
         "disk": st.booleans(),
+        "guesses": st.one_of(
+            st.none(),
+            st.tuples(
+                st.sampled_from(["ngram", "prediction", "draft", "self", "auto"]),
+                st.sampled_from([1, 3, 7, 15]),
+            ),
+        ),
         "forget_step": st.one_of(st.none(), st.integers(0, 30)),
     }
 )
@@ -101,6 +117,48 @@ def swap_of(case: Case, folder, host_blocks: int, disk: bool) -> Swap:
     return swap
 
 
+class Half(Proposer):
+    """Guesses what is right half of the time, so that guesses are taken back in mid-block."""
+
+    name = "prediction"
+
+    def __init__(self, case: Case) -> None:
+        self.expected = case.expected
+        self.rng = random.Random(0)
+
+    def outlook(self, answer: Answer, most: int) -> Outlook | None:
+        return Outlook(most, trust=most)
+
+    def propose(self, wanted) -> list[Draft | None]:
+        return [self.guess(answer, most) for answer, most in wanted]
+
+    def guess(self, answer: Answer, most: int) -> Draft:
+        at = len(answer.tokens) - answer.prompt_tokens
+        mine = next(
+            said
+            for said, prompt in zip(self.expected[answer.adapter], self.prompts, strict=True)
+            if prompt == answer.tokens[: answer.prompt_tokens]
+        )
+        right = [*mine[at:], *[0] * most][:most]
+        return Draft([token if self.rng.random() < 0.8 else 5 for token in right])
+
+
+def speculation_of(case: Case, guesses: tuple[str, int] | None) -> Speculation | None:
+    """Every way of guessing; draft and self are the model once more, without its adapters."""
+    if guesses is None:
+        return None
+    name, most = guesses
+    same = Vocabulary(case.model.vocab_size)
+    half = Half(case)
+    half.prompts = case.prompts
+    writer = ModelWriter(case.twin, case.twin.blocks, copy.deepcopy(DEAR_STEPS), same)
+    fewer = SelfWriter(
+        LayersModel(case.model, [0, 1, 2]), case.model.blocks, copy.deepcopy(DEAR_STEPS), same
+    )
+    own = DraftModel(fewer, "self") if name == "self" else DraftModel(writer)
+    return Speculation([half, NGram(), own], Modes(Mode(name, most)))
+
+
 @settings(max_examples=EXAMPLES or 10, deadline=None, derandomize=not EXAMPLES)
 @given(arrivals=arrivals, schedule=schedules)
 def test_no_greedy_answer_ever_changes(case, tmp_path_factory, arrivals, schedule):
@@ -115,6 +173,7 @@ def test_no_greedy_answer_ever_changes(case, tmp_path_factory, arrivals, schedul
         emit=lambda _: None,
         adapters=case.adapters,
         swap=swap,
+        speculation=speculation_of(case, schedule["guesses"]),
         **limits,
     )
     try:
@@ -158,6 +217,32 @@ def play(engine: Engine, case: Case, arrivals: list[Arrival], forget_step: int |
         step += 1
         assert step < 5000, "the schedule does not end"
     return got
+
+
+@pytest.mark.parametrize("name", ["ngram", "prediction", "draft", "self"])
+def test_guesses_are_really_accepted_and_refused(case, name):
+    """The property above is not vacuous: each proposer is right at times, and wrong at times, but
+    for answers that were given before."""
+    case.model.blocks = 128
+    speculation = speculation_of(case, (name, 3))
+    engine = Engine(
+        case.model,
+        case.tokenizer,
+        emit=lambda _: None,
+        adapters=case.adapters,
+        speculation=speculation,
+    )
+    wave = [
+        Arrival(0, prompt, adapter, "greedy", 0, None)
+        for prompt in range(4)
+        for adapter in (None, "one")
+    ]
+    # An answer is remembered, so that a second wave finds it.
+    for _ in range(2):
+        answers = play(engine, case, wave, None)
+        assert answers == [case.expected[one.adapter][one.prompt] for one in wave]
+    assert speculation.counts.accepted > 0
+    assert name == "ngram" or speculation.counts.accepted < speculation.counts.guessed
 
 
 def test_fusion_preemption_and_tiers_are_really_on(case, tmp_path):
