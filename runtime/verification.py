@@ -19,7 +19,7 @@ from runtime import sample
 from runtime.scheduler import Work
 from runtime.sequence import Sequence
 from spec_decode.draft import Draft
-from spec_decode.verify import agreed, descend, judge
+from spec_decode.verify import agreed, judge
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,7 @@ def _adjust_rows(sequence: Sequence, draft: Draft, rows: torch.Tensor) -> tuple[
     """Changes rows [1 + guesses, V] in place; why the first one cannot be, and the guesses whose
     rows could."""
     adjustment = sequence.adjustment
-    assert adjustment is not None and draft.parents is None
+    assert adjustment is not None
     mine = rows.cpu()
     values = mine.numpy()
     reason = adjustment.apply(values[0])
@@ -112,40 +112,22 @@ def _agree(asked: list[_Asked], logits: torch.Tensor) -> list[Said]:
     """Guesses that were certain: a token is drawn in each row, by the number of its place."""
     rows = [row for one in asked for row in one.rows]
     whole = rows == list(range(logits.shape[0]))
-    depths = [_depths(one.draft) for one in asked]
     tokens = sample.sample(
         logits if whole else logits[rows],
         [one.sequence.sampling for one in asked for _ in one.rows],
-        [
-            one.sequence.peek(depth)
-            for one, deep in zip(asked, depths, strict=True)
-            for depth in deep[: one.usable + 1]
-        ],
+        [one.sequence.peek(depth) for one in asked for depth in range(one.usable + 1)],
     )
     answers = []
     at = 0
     for one in asked:
         mine = tokens[at : at + one.usable + 1]
         at += one.usable + 1
-        if one.draft.parents is None:
-            path = list(range(agreed(one.draft.ids[: one.usable], mine)))
-            spoken = mine[: len(path) + 1]
-        else:
-            path, spoken = descend(one.draft.ids, one.draft.parents, mine)
+        path = list(range(agreed(one.draft.ids[: one.usable], mine)))
+        spoken = mine[: len(path) + 1]
         answers.append(_said(one, path, spoken))
         for _ in spoken:
             one.sequence.throw()
     return answers
-
-
-def _depths(draft: Draft) -> list[int]:
-    """How many tokens stand before the one that each row gives."""
-    if draft.parents is None:
-        return list(range(len(draft.ids) + 1))
-    depths = [0]
-    for parent in draft.parents:
-        depths.append(depths[parent + 1] + 1)
-    return depths
 
 
 def _judge(asked: list[_Asked], logits: torch.Tensor) -> list[Said]:

@@ -52,14 +52,12 @@ class Draft:
     """Tokens that may follow. `probs` [len(ids), V] is the law that they were drawn from, None
     where each of them was certain.
 
-    `parents` makes a tree of them: the number of the guess before each one, -1 for the answer's own
-    last token; None for a chain. `forced` is how many of them count as right whatever the target
-    says: a benchmark's answer to a model with random weights.
+    `forced` is how many of them count as right whatever the target says: a benchmark's answer to a
+    model with random weights.
     """
 
     ids: list[int]
     probs: torch.Tensor | None = None
-    parents: tuple[int, ...] | None = None
     forced: int | None = None
 
 
