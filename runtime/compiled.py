@@ -33,6 +33,9 @@ log = logging.getLogger(__name__)
 _P, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
+# A prompt's chunk is computed as fast as by torch up to this length and context, or faster: 22 M
+# parameters 0.48 of the time at 16 tokens, 0.81 at 256, 0.99 behind 512 others, 1.29 behind 2048.
+CHUNK_TOKENS, CHUNK_CONTEXT = 256, 768
 # A step is tried behind a prompt: where that ends, then one token, then three at once.
 _TRIED = (37, 38, 41)
 # Largest relative difference (Frobenius) of the logits from the module's own. In int8 a sum that
@@ -121,8 +124,17 @@ class CompiledStep:
             block.kv = kernel.pointer
 
     def takes(self, layout: StepLayout) -> bool:
-        """Whether all spans are short, and no adapter is asked for."""
-        return layout.longest <= SHORT_TOKENS and not layout.adapters
+        """Whether this step is faster so than by torch: its spans are short enough, and no adapter
+        is asked for."""
+        if layout.adapters:
+            return False
+        return layout.longest <= SHORT_TOKENS or (
+            layout.tails is None
+            and layout.longest <= CHUNK_TOKENS
+            and all(
+                span.context <= CHUNK_CONTEXT or span.count <= SHORT_TOKENS for span in layout.spans
+            )
+        )
 
     def __call__(
         self, ids: Many[int], positions: Many[int], layout: StepLayout, keep: Many[int]
@@ -133,7 +145,7 @@ class CompiledStep:
         logits = torch.empty(len(keep), self._net.head.rows)
         self._run(
             ctypes.addressof(self._net),
-            step_of(layout).pointer,
+            step_of(layout, max(SHORT_TOKENS, layout.longest)).pointer,
             x.data_ptr(),
             numbers[0].ctypes.data,
             len(keep),

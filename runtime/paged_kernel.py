@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_name("decode.cpp")  # which includes paged.cpp
 _P, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+_PIECE_TOKENS = 2 * SHORT_TOKENS
 
 
 class _Layer(ctypes.Structure):
@@ -63,15 +64,17 @@ class _Step(ctypes.Structure):
 
 
 class _NativeStep:
-    """A layout's short spans as the library reads them; holds the arrays that it points to."""
+    """A layout's spans of up to `longest` tokens as the library reads them; holds the arrays that
+    it points to."""
 
     __slots__ = ("arrays", "pointer", "struct")
 
-    def __init__(self, layout: StepLayout) -> None:
+    def __init__(self, layout: StepLayout, longest: int) -> None:
         short = [
-            (start, number, span)
+            (start + first, number, Span(span.context - span.count + end, end - first, span.blocks))
             for number, (start, span) in enumerate(zip(layout.starts, layout.spans, strict=True))
-            if span.count <= SHORT_TOKENS
+            if span.count <= longest
+            for first, end in _pieces(span.count)
         ]
         step = layout.tails
         own = [step.slots[number] if step else [] for _, number, _ in short]
@@ -110,6 +113,12 @@ class _NativeStep:
             threads=torch.get_num_threads(),
         )
         self.pointer = ctypes.addressof(self.struct)
+
+
+def _pieces(tokens: int) -> Iterator[tuple[int, int]]:
+    """A long span's rows in parts, so that threads share it."""
+    for first in range(0, tokens, _PIECE_TOKENS):
+        yield first, min(first + _PIECE_TOKENS, tokens)
 
 
 def _offsets(lists: list[list[int]]) -> list[int]:
@@ -227,9 +236,10 @@ def _is_right(library: ctypes.CDLL) -> bool:
     return torch.allclose(out, expected.reshape(6, 40, 16).transpose(0, 1), atol=1e-4)
 
 
-def step_of(layout: StepLayout) -> _NativeStep:
+def step_of(layout: StepLayout, longest: int = SHORT_TOKENS) -> _NativeStep:
+    """The step with its spans of up to `longest` tokens; longer ones are attended by torch."""
     shared = layout.tails.shared if layout.tails is not None else layout.shared
-    return shared.get("native", lambda: _NativeStep(layout))
+    return shared.get(("native", longest), lambda: _NativeStep(layout, longest))
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
