@@ -34,8 +34,8 @@ ABOUT = About(
     name="quality",
     measures=(
         "Loads pocket in each format of weights (all parts alike, and eight bits with the output "
-        "layer left alone), with activations in bf16, and with the KV cache in eight bits. Every "
-        "variant answers the same held-out rows of all tasks, greedy: the share of exact matches, "
+        "layer left alone), with activations in bf16, with the KV cache in eight bits, and "
+        "compiled. Every variant answers the same held-out rows of all tasks, greedy: the share of exact matches, "
         "the share of answers that are another text than in fp32 (`flips`, with its 95 % "
         "interval), how many became right or wrong (`gained`, `lost`), and how likely so lopsided "
         "a split is by chance (`p`, exact sign test). Over the right answers, given token by "
@@ -85,6 +85,9 @@ def variants() -> dict[str, Variant]:
     found["dtype_bf16"] = Variant(Weights(), dtype="bf16")
     found["kv_int8"] = Variant(plain, kv="int8")
     found["w8a8_kv_int8"] = Variant(eight, kv="int8")
+    found["fp32_compiled"] = Variant(plain, compiles=True)
+    found["w8a8_compiled"] = Variant(eight, compiles=True)
+    found["w8a8_kv_int8_compiled"] = Variant(eight, kv="int8", compiles=True)
     return found
 
 

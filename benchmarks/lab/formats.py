@@ -36,6 +36,7 @@ class Variant:
     weights: Weights
     dtype: Literal["auto", "fp32", "bf16"] = "fp32"
     kv: Literal["auto", "int8"] = "auto"
+    compiles: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +68,7 @@ def load(folder: Path, variant: Variant) -> Loaded:
         dtype=variant.dtype,
         weights=variant.weights,
         kv=variant.kv,
+        compiles=variant.compiles,
     )
     return Loaded(model, Tokenizer.load(folder))
 
