@@ -35,8 +35,8 @@ ABOUT = About(
     measures=(
         "Loads pocket in each format of weights (all parts alike, and eight bits with the output "
         "layer left alone), with activations in bf16, with the KV cache in eight bits, and "
-        "compiled. Every variant answers the same held-out rows of all tasks, greedy: the share of exact matches, "
-        "the share of answers that are another text than in fp32 (`flips`, with its 95 % "
+        "compiled. Every variant answers the same held-out rows of all tasks, greedy: the share of "
+        "exact matches, the share of answers that are another text than in fp32 (`flips`, with its 95 % "
         "interval), how many became right or wrong (`gained`, `lost`), and how likely so lopsided "
         "a split is by chance (`p`, exact sign test). Over the right answers, given token by "
         "token, it measures the Kullback-Leibler divergence from fp32's distribution (in "
