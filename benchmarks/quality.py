@@ -35,16 +35,16 @@ ABOUT = About(
     measures=(
         "Loads pocket in each format of weights (all parts alike, and eight bits with the output "
         "layer left alone), with activations in bf16, with the KV cache in eight bits, and "
-        "compiled. Every variant answers the same held-out rows of all tasks, greedy: the share of "
-        "exact matches, the share of answers that are another text than in fp32 (`flips`, with its 95 % "
-        "interval), how many became right or wrong (`gained`, `lost`), and how likely so lopsided "
-        "a split is by chance (`p`, exact sign test). Over the right answers, given token by "
-        "token, it measures the Kullback-Leibler divergence from fp32's distribution (in "
-        "thousandths of a nat a token; the interval of its mean is a bootstrap over rows) and "
-        "perplexity. Speed is measured beside, the variants in turns: decoding 1 and 8 sequences, "
-        "and a prompt of 512 "
-        "tokens, as tokens a second, CPU milliseconds a token, and the ratio to fp32's tokens a "
-        "second in the same round (median, and the rounds' smallest and largest)."
+        "compiled. Every variant answers the same held-out rows of all tasks, greedy: the share "
+        "of exact matches, the share of answers that are another text than in fp32 (`flips`, with"
+        " its 95 % interval), how many became right or wrong (`gained`, `lost`), and how likely "
+        "so lopsided a split is by chance (`p`, exact sign test). Over the right answers, given "
+        "token by token, it measures the Kullback-Leibler divergence from fp32's distribution (in"
+        " thousandths of a nat a token; the interval of its mean is a bootstrap over rows) and "
+        "perplexity. Speed is measured beside, the variants in turns: decoding 1 and 8 sequences,"
+        " and a prompt of 512 tokens, as tokens a second, CPU milliseconds a token, and the ratio"
+        " to fp32's tokens a second in the same round (median, and the rounds' smallest and "
+        "largest)."
     ),
 )
 
