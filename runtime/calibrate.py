@@ -13,13 +13,15 @@ from typing import Protocol
 import torch
 
 from runtime.attention import Span, lay_out
-from runtime.costs import StepCosts, StepSize, pairs
+from runtime.costs import StepCosts, pairs
 from runtime.kv import BLOCK_TOKENS, blocks_for
-from runtime.step_layout import StepLayout
+from runtime.step_layout import SHORT_TOKENS, StepLayout
 
 _REPEATS = 3
 _DECODES = 8  # of the steps that show what context costs
 _VERIFIED = ((1, 4), (4, 4), (1, 8))  # sequences and tokens of each, of steps that verify
+_TURNS = 5
+_WARM_SHARE = 0.1
 
 
 class Timed(Protocol):
@@ -54,6 +56,9 @@ def measure_costs(
     """
     longest = min(model.context_tokens, model.blocks * BLOCK_TOKENS)
     ends = timer() + budget_s
+    warm = timer() + _WARM_SHARE * budget_s
+    while timer() < warm:  # the first steps of a process are slower than any later one
+        _once(timer, model, _decodes(1, 1))
     sizes: list[int] = []
     seconds: list[float] = []
     size = 1
@@ -76,20 +81,23 @@ def measure_costs(
     return StepCosts(sizes, seconds, decode_token_s=decode_token_s, chunk_pair_s=chunk_pair_s)
 
 
-def measure_span_s(
-    model: Timed, costs: StepCosts, *, timer: Callable[[], float] = perf_counter
-) -> float:
-    """Seconds that a span of several tokens costs beside what its tokens would as decodes, every
-    row of it being read; negative where it is cheaper."""
+def measure_span_s(model: Timed, *, timer: Callable[[], float] = perf_counter) -> float:
+    """Seconds that a span of several tokens costs beside what as many decodes would, all rows being
+    read; negative where it is cheaper."""
     more = []
     for sequences, count in _VERIFIED:
-        if sequences > model.blocks or count > model.context_tokens:
+        tokens = sequences * count
+        if tokens > model.blocks or count > model.context_tokens:
             continue
         spans = [Span(count, count, [at]) for at in range(sequences)]
-        size = StepSize(sequences * count, sequences * pairs(count, 0))
-        whole = _timed(timer, model, spans, every_row=True)
-        more.append((whole - costs.estimate(size)) / sequences)
-    model.wipe(list(range(min(model.blocks, max(one for one, _ in _VERIFIED)))))
+        alone = [Span(count, 1, [at]) for at in range(tokens)]
+        # In turns, and the least of each: what else runs on the machine only ever adds.
+        times = [
+            (_once(timer, model, spans), _once(timer, model, alone)) for _ in range(_TURNS + 1)
+        ]
+        together, apart = (min(column) for column in zip(*times[1:], strict=True))
+        more.append((together - apart) / sequences)
+    model.wipe(list(range(min(model.blocks, max(one * count for one, count in _VERIFIED)))))
     return median(more) if more else 0.0
 
 
@@ -126,19 +134,20 @@ def _chunk(count: int, before: int) -> list[Span]:
     return [Span(before + count, count, list(range(blocks_for(before + count))))]
 
 
-def _timed(
-    timer: Callable[[], float], model: Timed, spans: list[Span], *, every_row: bool = False
-) -> float:
+def _timed(timer: Callable[[], float], model: Timed, spans: list[Span]) -> float:
     """Median seconds of a step with these spans, logits on the host included."""
+    _once(timer, model, spans)  # the first of its size has to find its memory
+    return median(_once(timer, model, spans) for _ in range(_REPEATS))
+
+
+def _once(timer: Callable[[], float], model: Timed, spans: list[Span]) -> float:
+    """Seconds of one step; of spans as short as those that verify every row is read."""
     layout = lay_out(spans, model.device, model.scratch_slot)
     tokens = sum(span.count for span in spans)
     positions = [at for one in spans for at in range(one.context - one.count, one.context)]
     keep = [start + span.count - 1 for start, span in zip(layout.starts, spans, strict=True)]
-    if every_row:
+    if layout.longest <= SHORT_TOKENS:
         keep = list(range(tokens))
-    times = []
-    for _ in range(_REPEATS):
-        started = timer()
-        model.forward([0] * tokens, positions, layout, keep).max().item()
-        times.append(timer() - started)
-    return median(times)
+    started = timer()
+    model.forward([0] * tokens, positions, layout, keep).max().item()
+    return timer() - started

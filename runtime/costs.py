@@ -56,6 +56,27 @@ class StepCosts:
         """Seconds that a step of this size takes."""
         return self._of_tokens(size.tokens) + self._of_context(size)
 
+    def growing(self, size: StepSize, context: int) -> Iterator[float]:
+        """Seconds of a step of this size, then of those with 1, 2, ... tokens more, each of which
+        looks at `context` others as a decode does."""
+        sizes, seconds, last = self.sizes, self.seconds, len(self.sizes) - 1
+        more_s = self.decode_token_s * context
+        beside_s = self._of_context(size)
+        at, tokens = min(bisect_left(sizes, size.tokens), last), size.tokens
+        while True:
+            while at < last and sizes[at] < tokens:
+                at += 1
+            above, top = sizes[at], seconds[at]
+            if tokens > above:
+                yield beside_s + top * tokens / above
+            elif at == 0 or tokens == above:
+                yield beside_s + top
+            else:
+                below, low = sizes[at - 1], seconds[at - 1]
+                yield beside_s + low + (top - low) * (tokens - below) / (above - below)
+            tokens += 1
+            beside_s += more_s
+
     def prefill_s(self, tokens: int, before: int = 0) -> float:
         """Seconds that a prompt of `tokens` takes behind `before` others, by the cheapest steps."""
         largest = self.sizes[-1]

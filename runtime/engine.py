@@ -122,7 +122,7 @@ class Engine:
         )
         scheduler.costs = costs
         if self.speculation is not None:
-            self.speculation.span_s = measure_span_s(self.model, costs, timer=self._timer)
+            self.speculation.span_s = measure_span_s(self.model, timer=self._timer)
         if self.swap is not None:
             self.swap.costs = costs
             self.swap.measure()

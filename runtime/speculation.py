@@ -6,15 +6,17 @@ is guessed a step costs one comparison more. Budgets are `spec_decode.adapt`'s.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence as Many
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence as Many
 from dataclasses import dataclass, field
+from itertools import count
+from time import perf_counter
 from typing import NamedTuple
 
 from runtime.costs import StepCosts, StepSize
 from runtime.scheduler import Scheduler, Work, step_size
 from runtime.scoring import scores_prompt
 from runtime.sequence import Sequence
-from spec_decode.adapt import Budget, History, Kind, Offer, Rest, best_budget
+from spec_decode.adapt import Budget, History, Kind, Lengths, Offer, Rest, best_budget
 from spec_decode.draft import GUESSES_MAX, Draft, Proposer
 
 # A step without a table of costs: what a token more costs, of what the first one does.
@@ -43,6 +45,22 @@ class Modes:
     def of(self, sequence: Sequence) -> Mode:
         mode = self.models.get(sequence.adapter or "")
         return mode or self.tiers.get(sequence.service.tier, self.usual)
+
+
+class _Known(NamedTuple):
+    """What stays the same while a sequence runs."""
+
+    mode: Mode
+    groups: tuple[Hashable, ...]
+
+
+class _Ready(NamedTuple):
+    """A sequence at place `at` of the plan that has use for so many guesses."""
+
+    at: int
+    sequence: Sequence
+    known: _Known
+    most: int
 
 
 class _Choice(NamedTuple):
@@ -76,112 +94,140 @@ class Speculation:
     span_s: float = 0.0
     counts: Counts = field(default_factory=Counts)
     history: History = field(default_factory=History)
+    lengths: Lengths = field(default_factory=Lengths)
+    timer: Callable[[], float] = perf_counter
     _rest: Rest = field(default_factory=Rest)
     _kinds: dict[int, tuple[int, Kind]] = field(default_factory=dict)  # of drafts under way
+    _known: dict[int, _Known] = field(default_factory=dict)
+    _simple: bool = field(init=False)  # everybody is adaptive, and rests together
+
+    def __post_init__(self) -> None:
+        modes = self.modes
+        self._simple = modes.usual.proposer == "auto" and not (modes.tiers or modes.models)
 
     # ---- before a step ---------------------------------------------------------------------------
 
     def extend(self, plan: list[Work], scheduler: Scheduler) -> list[Work]:
         """The plan with guesses behind sequences that catch up, those of one token first."""
-        always = self.modes.usual.proposer == "auto" and not (self.modes.tiers or self.modes.models)
-        if always and self._rest.rests(len(plan)):
+        if self._simple and self._rest.rests(len(plan)):
             self.counts.rested += 1
             return plan
-        ready = [at for at, work in enumerate(plan) if _may_guess(work)]
-        room = min(
-            scheduler.step_tokens - sum(work.count for work in plan),
-            scheduler.scored_rows - len(plan),
-        )
-        if not ready or room <= 0:
+        ready = []
+        for at, work in enumerate(plan):
+            if work.count == 1 and work.catches_up and not scores_prompt(work.sequence):
+                one = self._ready(at, work.sequence)
+                if one.most > 0:
+                    ready.append(one)
+        if not ready:
             return plan
-        choices = self._static(plan, ready)
+        taken = sum(work.count for work in plan)
+        room = min(scheduler.step_tokens - taken, scheduler.scored_rows - len(plan))
+        choices = self._static(ready)
         room -= sum(choice.guesses for choice in choices)
-        automatic = [at for at in ready if self.modes.of(plan[at].sequence).proposer == "auto"]
+        automatic = [one for one in ready if one.known.mode.proposer == "auto"]
         if automatic and room > 0:
             choices += self._adaptive(plan, automatic, scheduler.costs, room)
         return self._draft(plan, choices, scheduler) if choices else plan
 
-    def _static(self, plan: list[Work], ready: list[int]) -> list[_Choice]:
+    def _ready(self, at: int, sequence: Sequence) -> _Ready:
+        known = self._known.get(sequence.key)
+        if known is None:
+            known = _Known(self.modes.of(sequence), _groups(sequence))
+            self._known[sequence.key] = known
+        # The last token of all need not be guessed.
+        left = sequence.sampling.max_tokens - sequence.answer_tokens - 1
+        return _Ready(at, sequence, known, min(known.mode.most, left))
+
+    def _static(self, ready: list[_Ready]) -> list[_Choice]:
         """Guesses of those whose policy names a proposer, as many as it says."""
         choices = []
-        for at in ready:
-            sequence = plan[at].sequence
-            mode = self.modes.of(sequence)
+        for one in ready:
             for number, proposer in enumerate(self.proposers):
-                if proposer.name == mode.proposer:
-                    outlook = proposer.outlook(sequence, _most(sequence, mode))
+                if proposer.name == one.known.mode.proposer:
+                    outlook = proposer.outlook(one.sequence, one.most)
                     if outlook is not None and outlook.most > 0:
                         kind = (proposer.name, outlook.trust)
-                        choices.append(_Choice(at, number, outlook.most, kind))
+                        choices.append(_Choice(one.at, number, outlook.most, kind))
         return choices
 
     def _adaptive(
-        self, plan: list[Work], ready: list[int], costs: StepCosts | None, room: int
+        self, plan: list[Work], ready: list[_Ready], costs: StepCosts | None, room: int
     ) -> list[_Choice]:
         """Guesses as far as they make tokens come faster."""
-        free, priced = self._offers(plan, ready)
-        step_s = _StepSeconds(plan, ready, costs, self.span_s)
+        started = self.timer()
+        free, priced = self._offers(ready)
+        size = step_size(plan)
+        context = sum(len(one.sequence.tokens) for one in ready) // len(ready)
         answers = sum(work.catches_up for work in plan)
-        best, chosen = self._best(free, answers, step_s, room)
+
+        def best(offered: list[_Offered]) -> Budget:
+            steps_s = _steps_s(size, costs, context, self.span_s, len(offered))
+            offers = [one.offer for one in offered]
+            return best_budget(offers, answers, steps_s, self._pass_s, room)
+
+        plain_s = next(_steps_s(size, costs, context, 0.0, 0))
+        chosen, budget = free, best(free)
         if priced:
-            other, mixed = self._best(_better(free, priced), answers, step_s, room)
-            if other.speed > best.speed:
-                best, chosen = other, mixed
-        gain = best.speed * step_s(0) / answers
+            mixed = _better(free, priced)
+            other = best(mixed)
+            if other.speed > budget.speed:
+                chosen, budget = mixed, other
+        gain = budget.speed * plain_s / answers
         choices = [
             one.choice._replace(guesses=count)
-            for one, count in zip(chosen, best.counts, strict=True)
+            for one, count in zip(chosen, budget.counts, strict=True)
             if count
         ]
-        if self._rest.judge(gain, len(plan)) and choices:
-            taken = {(choice.at, choice.proposer) for choice in choices}
-            self._pass_over(plan, [*free, *priced], taken)
-            return choices
-        self._pass_over(plan, [*free, *priced], set())
-        return []
+        look_share = (self.timer() - started) / plain_s
+        if not self._rest.judge(gain, len(plan), look_share):
+            choices = []
+        taken = {(choice.at, choice.proposer) for choice in choices}
+        self._pass_over(ready, [*free, *priced], taken)
+        return choices
 
-    def _offers(self, plan: list[Work], ready: list[int]) -> tuple[list[_Offered], list[_Offered]]:
+    def _pass_s(self, rows: int) -> float:
+        """Of the one proposer that costs anything."""
+        return sum(proposer.pass_s(rows) for proposer in self.proposers)
+
+    def _offers(self, ready: list[_Ready]) -> tuple[list[_Offered], list[_Offered]]:
         """What could be guessed for nothing, one offer a sequence, and what at a price."""
         free: list[_Offered] = []
         priced: list[_Offered] = []
-        for at in ready:
-            sequence = plan[at].sequence
-            most = _most(sequence, self.modes.of(sequence))
-            groups = _groups(sequence)
+        for one in ready:
             best: _Offered | None = None
             for number, proposer in enumerate(self.proposers):
-                outlook = proposer.outlook(sequence, most)
+                outlook = proposer.outlook(one.sequence, one.most)
                 if outlook is None or outlook.most < 1:
                     continue
                 kind = (proposer.name, outlook.trust)
-                rate = self.history.rate(kind, sequence.key, groups)
-                costs = proposer.cost_s((1,), outlook.behind) > 0
-                offer = Offer(outlook.most, rate, costs, outlook.behind)
-                offered = _Offered(offer, _Choice(at, number, outlook.most, kind))
-                if costs:
-                    priced.append(offered)
+                rate = self.history.rate(kind, one.sequence.key, one.known.groups)
+                choice = _Choice(one.at, number, outlook.most, kind)
+                if proposer.pass_s(1) > 0:
+                    read_s = proposer.read_s(outlook.behind) / self._steps_left(one, rate)
+                    priced.append(_Offered(Offer(outlook.most, rate, True, read_s), choice))
                 elif best is None or rate > best.offer.rate:
-                    best = offered
+                    best = _Offered(Offer(outlook.most, rate), choice)
             if best is not None:
                 free.append(best)
         return free, priced
 
-    def _best(
-        self, offered: list[_Offered], answers: int, step_s: _StepSeconds, room: int
-    ) -> tuple[Budget, list[_Offered]]:
-        priced = next((one.choice.proposer for one in offered if one.offer.priced), 0)
-        draft_s = self.proposers[priced].cost_s
-        offers = [one.offer for one in offered]
-        return best_budget(offers, answers, step_s, draft_s, room), offered
+    def _steps_left(self, one: _Ready, rate: float) -> float:
+        """In how many steps an answer will probably be done, its guesses being right so often."""
+        said = one.sequence.answer_tokens
+        most = one.sequence.sampling.max_tokens - said
+        tokens = self.lengths.left(one.known.groups[-1], said, most)
+        return max(1.0, tokens * (1.0 - rate))
 
     def _pass_over(
-        self, plan: list[Work], offered: list[_Offered], taken: set[tuple[int, int]]
+        self, ready: list[_Ready], offered: list[_Offered], taken: set[tuple[int, int]]
     ) -> None:
+        """What was not taken is known a little less from now on."""
+        by_place = {one.at: one for one in ready}
         passed = []
-        for one in offered:
-            if (one.choice.at, one.choice.proposer) not in taken:
-                sequence = plan[one.choice.at].sequence
-                passed.append((one.choice.kind, sequence.key, _groups(sequence)))
+        for _, choice in offered:
+            if (choice.at, choice.proposer) not in taken:
+                one = by_place[choice.at]
+                passed.append((choice.kind, one.sequence.key, one.known.groups))
         if passed:
             self.history.forget(passed)
 
@@ -226,6 +272,9 @@ class Speculation:
         """A sequence has ended, or was cancelled."""
         self._kinds.pop(sequence.key, None)
         self.history.end(sequence.key)
+        known = self._known.pop(sequence.key, None)
+        if known is not None:
+            self.lengths.observe(known.groups[-1], sequence.answer_tokens)
         for proposer in self.proposers:
             proposer.end(sequence)
 
@@ -235,28 +284,16 @@ class _Offered(NamedTuple):
     choice: _Choice
 
 
-class _StepSeconds:
-    """Seconds of a plan's step with so many guesses beside it."""
-
-    def __init__(
-        self, plan: list[Work], ready: list[int], costs: StepCosts | None, span_s: float
-    ) -> None:
-        self._size = step_size(plan)
-        self._costs = costs
-        self._span_s = span_s
-        self._spans = len(ready)
-        self._context = sum(len(plan[at].sequence.tokens) for at in ready) // len(ready)
-
-    def __call__(self, guesses: int) -> float:
-        size = self._size
-        if self._costs is None:
-            return 1.0 + _TOKEN_SHARE * (size.tokens + guesses - 1)
-        more = StepSize(
-            size.tokens + guesses,
-            size.decode_context + guesses * self._context,
-            size.chunk_pairs,
-        )
-        return self._costs.estimate(more) + self._span_s * min(guesses, self._spans)
+def _steps_s(
+    size: StepSize, costs: StepCosts | None, context: int, span_s: float, spans: int
+) -> Iterator[float]:
+    """Seconds of a step of this size, and with 1, 2, ... guesses; the first ones open spans."""
+    if costs is None:
+        steps_s: Iterator[float] = (_TOKEN_SHARE * (size.tokens + more + 9) for more in count())
+    else:
+        steps_s = costs.growing(size, context)
+    for more, seconds in enumerate(steps_s):
+        yield seconds + span_s * min(more, spans)
 
 
 def _better(free: list[_Offered], priced: list[_Offered]) -> list[_Offered]:
@@ -267,17 +304,6 @@ def _better(free: list[_Offered], priced: list[_Offered]) -> list[_Offered]:
         if other is None or one.offer.rate > other.offer.rate:
             best[one.choice.at] = one
     return list(best.values())
-
-
-def _may_guess(work: Work) -> bool:
-    """True for the next token of an answer, with room behind it."""
-    sequence = work.sequence
-    return work.count == 1 and work.catches_up and not scores_prompt(sequence)
-
-
-def _most(sequence: Sequence, mode: Mode) -> int:
-    """Guesses that an answer has use for: the last token of all need not be guessed."""
-    return min(mode.most, sequence.sampling.max_tokens - sequence.answer_tokens - 1)
 
 
 def _groups(sequence: Sequence) -> tuple[Hashable, ...]:

@@ -12,7 +12,7 @@ leaning on the next as long as it has seen little. Knows numbers; knows no model
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence as Many
+from collections.abc import Callable, Hashable, Iterable, Sequence as Many
 from dataclasses import dataclass, field
 
 # Of what was seen before, this is left after each draft: some twenty drafts count.
@@ -26,13 +26,20 @@ FIRST_CHANCE = 0.6
 CHANCE_MAX = 0.98
 # A single guess below this chance is not worth a thought.
 SURVIVAL_MIN = 0.02
+# After so many guesses that made nothing faster, none that is less likely will.
+HOPELESS = 24
 # Guessing has to promise so much more than not guessing to be begun, and this to be gone on with.
 BEGIN_GAIN, STAY_GAIN = 1.06, 1.01
-# After so many steps without a promise nothing is looked at for a while, longer each time.
-PATIENCE, REST_STEPS, REST_STEPS_MAX = 4, 4, 256
+# Looking in vain may take this share of the time in the long run. After some vain looks in a row
+# steps rest between them, longer and longer until the share is reached.
+LOOK_SHARE = 0.004
+PATIENCE = 4
+REST_STEPS_MAX = 256
 # A batch this much smaller than the one that was too large is looked at again at once.
 SMALLER_BATCH = 0.75
 GROUPS_MAX = 256
+# The length of an answer before any has ended.
+FIRST_LENGTH = 64.0
 
 
 @dataclass(slots=True)
@@ -111,16 +118,16 @@ class History:
 @dataclass(frozen=True, slots=True)
 class Offer:
     """`most` guesses for one answer, each with the chance `rate` after those before. Where they are
-    `priced`, a draft has to run, and `behind` tokens have to be read first."""
+    `priced`, a draft has to run, and to read for `read_s` seconds first."""
 
     most: int
     rate: float
     priced: bool = False
-    behind: int = 0
+    read_s: float = 0.0
 
 
-# Seconds of a draft's passes over so many answers each, so many tokens being read first.
-DraftCost = Callable[[Many[int], int], float]
+# Seconds of one pass of a draft over so many answers.
+PassCost = Callable[[int], float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,39 +144,45 @@ class Budget:
 
 
 def best_budget(
-    offers: Many[Offer],
-    answers: int,
-    step_s: Callable[[int], float],
-    draft_s: DraftCost,
-    room: int,
+    offers: Many[Offer], answers: int, steps_s: Iterable[float], pass_s: PassCost, room: int
 ) -> Budget:
-    """The B* of a step with `answers` of them, at most `room` guesses; `step_s` takes B."""
+    """The B* of a step with `answers` of them, at most `room` guesses. `steps_s` has the seconds of
+    the step without a guess, with one, with two, ..."""
     survivals: list[tuple[float, int]] = []
     for number, offer in enumerate(offers):
-        chance = 1.0
+        chance, rate = 1.0, offer.rate
         for _ in range(offer.most):
-            chance *= offer.rate
+            chance *= rate
             if chance < SURVIVAL_MIN:
                 break
             survivals.append((chance, number))
-    survivals.sort(key=lambda one: -one[0])
+    if len(offers) > 1:
+        survivals.sort(key=lambda one: -one[0])
+    seconds_of = iter(steps_s)
     counts = [0] * len(offers)
-    best = Budget(list(counts), float(answers), step_s(0))
-    tokens, behind = float(answers), 0
+    tokens, beside_s = float(answers), 0.0
+    best_tokens, best_s, best = tokens, next(seconds_of), 0
     rows: list[int] = []  # answers of each pass
-    for number_of_guesses, (chance, number) in enumerate(survivals[:room], start=1):
+    for guesses, (chance, number) in enumerate(survivals[:room], start=1):
         offer = offers[number]
         if offer.priced:
-            behind += 0 if counts[number] else offer.behind
-            if counts[number] == len(rows):
+            place = counts[number]
+            if place == len(rows):
                 rows.append(0)
-            rows[counts[number]] += 1
+            beside_s += pass_s(rows[place] + 1) - (pass_s(rows[place]) if rows[place] else 0.0)
+            beside_s += 0.0 if place else offer.read_s
+            rows[place] += 1
         counts[number] += 1
         tokens += chance
-        seconds = step_s(number_of_guesses) + (draft_s(rows, behind) if rows else 0.0)
-        if tokens * best.seconds > best.tokens * seconds:
-            best = Budget(list(counts), tokens, seconds)
-    return best
+        seconds = next(seconds_of) + beside_s
+        if tokens * best_s > best_tokens * seconds:
+            best_tokens, best_s, best = tokens, seconds, guesses
+        elif guesses - best >= HOPELESS:
+            break
+    counts = [0] * len(offers)
+    for _, number in survivals[:best]:
+        counts[number] += 1
+    return Budget(counts, best_tokens, best_s)
 
 
 @dataclass(slots=True)
@@ -178,9 +191,8 @@ class Rest:
 
     guessing: bool = False
     answers: int = 0  # of the step in which it was given up
-    _failures: int = 0
-    _pause: int = REST_STEPS
     _left: int = 0
+    _vain: int = 0  # looks in a row
 
     def rests(self, answers: int) -> bool:
         """True for a step in which nothing is looked at."""
@@ -192,16 +204,31 @@ class Rest:
         self._left -= 1
         return True
 
-    def judge(self, gain: float, answers: int) -> bool:
-        """Whether to guess, when it promises `gain` times the speed."""
-        worth = gain >= (STAY_GAIN if self.guessing else BEGIN_GAIN)
-        if worth:
-            self.guessing, self._failures, self._pause = True, 0, REST_STEPS
-            return True
-        self._failures += 1
-        if self._failures >= PATIENCE:
-            self.guessing, self.answers = False, answers
-            self._left = self._pause
-            self._pause = min(2 * self._pause, REST_STEPS_MAX)
-            self._failures = PATIENCE - 1
-        return False
+    def judge(self, gain: float, answers: int, look_share: float) -> bool:
+        """Whether to guess, when it promises `gain` times the speed. `look_share` is how long it
+        took to find that out, of what the step takes."""
+        self.guessing = gain >= (STAY_GAIN if self.guessing else BEGIN_GAIN)
+        self._vain = 0 if self.guessing else self._vain + 1
+        if self._vain > PATIENCE:
+            self.answers = answers
+            longest = min(int(look_share / LOOK_SHARE), REST_STEPS_MAX)
+            self._left = min(longest, 2 ** min(self._vain - PATIENCE - 1, 8))
+        return self.guessing
+
+
+@dataclass(slots=True)
+class Lengths:
+    """How long answers of a group are, to tell how many steps what is read now will serve."""
+
+    means: OrderedDict[Hashable, float] = field(default_factory=OrderedDict)
+
+    def observe(self, group: Hashable, tokens: int) -> None:
+        before = self.means.pop(group, None)
+        while len(self.means) >= GROUPS_MAX:
+            self.means.popitem(last=False)
+        self.means[group] = tokens if before is None else before + (tokens - before) * 0.1
+
+    def left(self, group: Hashable, said: int, most: int) -> float:
+        """Tokens that are still to come of an answer that has said so many and may say so many."""
+        mean = self.means.get(group, FIRST_LENGTH)
+        return max(1.0, min(float(most), max(mean, 1.5 * said) - said))

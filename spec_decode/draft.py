@@ -70,9 +70,14 @@ class Proposer(Protocol):
     def outlook(self, answer: Answer, most: int) -> Outlook | None:
         """What could be guessed now, at next to no cost; None: nothing."""
 
-    def cost_s(self, rows: Many[int], behind: int) -> float:
-        """Seconds for passes over so many answers each, and for reading so many tokens first."""
-        del rows, behind  # a look into a table does not show beside a forward pass
+    def pass_s(self, rows: int) -> float:
+        """Seconds of a pass that guesses one token for each of so many answers."""
+        del rows  # a look into a table does not show beside a forward pass
+        return 0.0
+
+    def read_s(self, tokens: int) -> float:
+        """Seconds to read so many tokens before the first guess."""
+        del tokens
         return 0.0
 
     def propose(self, wanted: Many[tuple[Answer, int]]) -> list[Draft | None]:

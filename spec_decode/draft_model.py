@@ -17,8 +17,6 @@ from spec_decode.draft import Answer, Draft, Outlook, Proposer
 
 # A prompt is read in portions, so that no step waits for all of it.
 READ_TOKENS = 512
-# Reading is paid once and serves about so many steps.
-STEPS_SERVED = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +63,11 @@ class DraftModel(Proposer):
     def outlook(self, answer: Answer, most: int) -> Outlook | None:
         return Outlook(most, behind=len(answer.tokens) - self._writer.known(answer) - 1)
 
-    def cost_s(self, rows: Many[int], behind: int) -> float:
-        passes = sum(self._writer.pass_s(count) for count in rows)
-        return passes + (self._writer.read_s(behind) / STEPS_SERVED if behind > 1 else 0.0)
+    def pass_s(self, rows: int) -> float:
+        return self._writer.pass_s(rows)
+
+    def read_s(self, tokens: int) -> float:
+        return self._writer.read_s(tokens) if tokens > 1 else 0.0
 
     def propose(self, wanted: Many[tuple[Answer, int]]) -> list[Draft | None]:
         """Chains of as many tokens as wanted; None for answers that are still being read."""

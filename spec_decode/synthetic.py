@@ -32,9 +32,9 @@ class Synthetic(Proposer):
         del answer
         return Outlook(most)
 
-    def cost_s(self, rows: Many[int], behind: int) -> float:
-        del behind
-        return self._pass_s * len(rows)
+    def pass_s(self, rows: int) -> float:
+        del rows
+        return self._pass_s
 
     def propose(self, wanted: Many[tuple[Answer, int]]) -> list[Draft | None]:
         return [self._propose(count) for _, count in wanted]

@@ -67,6 +67,15 @@ def test_the_largest_chunk_fits_and_one_token_more_does_not(allowed, beside, bef
     assert found == most or takes(found + 1) > allowed
 
 
+@given(one=sizes, context=st.integers(0, 3000))
+def test_steps_that_grow_cost_what_each_of_them_costs(one, context):
+    """Token by token, over the points of the table and beyond them."""
+    costs = table()
+    for more, seconds in zip(range(40), costs.growing(one, context), strict=False):
+        step = StepSize(one.tokens + more, one.decode_context + more * context, one.chunk_pairs)
+        assert seconds == pytest.approx(costs.estimate(step))
+
+
 def test_it_learns_what_steps_really_take():
     """From a table that is wrong by a factor, noisy steps of all sizes lead to the truth."""
     truth = StepCosts(

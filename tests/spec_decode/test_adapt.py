@@ -11,8 +11,13 @@ from hypothesis import given, settings, strategies as st
 from spec_decode.adapt import (
     CHANCE_MAX,
     FIRST_CHANCE,
+    FIRST_LENGTH,
+    GROUPS_MAX,
+    LOOK_SHARE,
+    REST_STEPS_MAX,
     Chances,
     History,
+    Lengths,
     Offer,
     Rest,
     best_budget,
@@ -24,14 +29,14 @@ offers = st.lists(
         most=st.integers(1, 4),
         rate=st.floats(0.05, 0.98),
         priced=st.booleans(),
-        behind=st.integers(0, 5),
+        read_s=st.floats(0.0, 0.5),
     ),
     min_size=1,
     max_size=4,
 )
 
 
-def speed(counts, offers, answers, step_s, draft_s) -> float:
+def speed(counts, offers, answers, step_s, pass_s) -> float:
     """The quotient of one way to share guesses out, by its formula."""
     tokens = answers + sum(
         offer.rate**place
@@ -40,10 +45,10 @@ def speed(counts, offers, answers, step_s, draft_s) -> float:
     )
     priced = [count for offer, count in zip(offers, counts, strict=True) if offer.priced]
     rows = [sum(count > at for count in priced) for at in range(max(priced, default=0))]
-    behind = sum(
-        offer.behind for offer, count in zip(offers, counts, strict=True) if offer.priced and count
+    read_s = sum(
+        offer.read_s for offer, count in zip(offers, counts, strict=True) if offer.priced and count
     )
-    return tokens / (step_s(sum(counts)) + (draft_s(rows, behind) if rows else 0.0))
+    return tokens / (step_s(sum(counts)) + sum(map(pass_s, rows)) + read_s)
 
 
 @settings(max_examples=200, deadline=None)
@@ -56,15 +61,15 @@ def test_no_way_to_share_guesses_out_is_faster_where_guesses_are_free(offers, to
     def step_s(guesses: int) -> float:
         return 1.0 + token_s * guesses
 
-    budget = best_budget(offers, answers, step_s, lambda rows, behind: 0.0, room)
+    budget = best_budget(offers, answers, map(step_s, itertools.count()), lambda rows: 0.0, room)
     assert sum(budget.counts) <= room
     assert budget.speed == pytest.approx(
-        speed(budget.counts, offers, answers, step_s, lambda rows, behind: 0.0)
+        speed(budget.counts, offers, answers, step_s, lambda rows: 0.0)
     )
     every = itertools.product(*(range(one.most + 1) for one in offers))
     # A guess that hardly ever comes to be looked at is not counted: see SURVIVAL_MIN.
     best = max(
-        speed(counts, offers, answers, step_s, lambda rows, behind: 0.0)
+        speed(counts, offers, answers, step_s, lambda rows: 0.0)
         for counts in every
         if sum(counts) <= room
     )
@@ -79,11 +84,11 @@ def test_what_a_draft_costs_counts_once_a_pass(offers, pass_s):
     def step_s(guesses: int) -> float:
         return 1.0 + 0.1 * guesses
 
-    def draft_s(rows, behind) -> float:
-        return sum(pass_s * (1 + 0.1 * count) for count in rows) + 0.01 * behind
+    def cost_s(rows: int) -> float:
+        return pass_s * (1 + 0.1 * rows)
 
-    budget = best_budget(offers, len(offers), step_s, draft_s, 100)
-    assert budget.speed == pytest.approx(speed(budget.counts, offers, len(offers), step_s, draft_s))
+    budget = best_budget(offers, len(offers), map(step_s, itertools.count()), cost_s, 100)
+    assert budget.speed == pytest.approx(speed(budget.counts, offers, len(offers), step_s, cost_s))
     assert budget.speed >= len(offers) / step_s(0) - 1e-9
 
 
@@ -101,8 +106,8 @@ def test_the_published_optima_come_out():
         budget = best_budget(
             [Offer(15, rate, priced=True)],
             1,
-            lambda guesses: 1.0,
-            lambda rows, behind, share=share: share * len(rows),
+            itertools.repeat(1.0),
+            lambda rows, share=share: share,
             15,
         )
         assert abs(budget.counts[0] - best) <= 1  # the optimum is flat
@@ -165,22 +170,55 @@ def test_what_is_passed_over_is_tried_again_some_day():
 def test_a_gain_that_comes_and_goes_switches_rarely():
     """Between the gain to begin with and the one to stay with nothing is switched."""
     rest = Rest()
-    assert not rest.judge(1.03, 8)
-    assert rest.judge(1.2, 8)
-    assert all(rest.judge(gain, 8) for gain in (1.03, 1.05, 1.02) * 10)
-    for _ in range(4):
-        assert not rest.judge(0.99, 8)
-    assert not rest.guessing
-    assert rest.rests(8)
+    assert not rest.judge(1.03, 8, 0.0)
+    assert rest.judge(1.2, 8, 0.0)
+    assert all(rest.judge(gain, 8, 0.0) for gain in (1.03, 1.05, 1.02) * 10)
+    assert not rest.judge(0.99, 8, 0.0)
+    assert not rest.judge(1.03, 8, 0.0)
 
 
-def test_rest_grows_longer_and_ends_when_the_batch_shrinks():
-    """Fewer and fewer steps look, until a batch comes for which everything is different."""
+@given(share=st.floats(0.0, 3.0))
+def test_looking_in_vain_takes_next_to_nothing_of_the_time(share):
+    """However long a look takes against a step, looks that find nothing take half a per cent."""
     rest = Rest()
-    looked = [step for step in range(2000) if not rest.rests(64) and not rest.judge(1.0, 64)]
-    assert len(looked) < 30
-    assert looked[-1] - looked[-2] > 200
+    looks = sum(1 for _ in range(5000) if not rest.rests(64) and not rest.judge(1.0, 64, share))
+    assert looks * share / 5000 <= 0.005 + share / REST_STEPS_MAX + 16 * share / 5000
+    assert share > LOOK_SHARE or looks == 5000, "and where it costs nothing every step looks"
+
+
+def test_a_look_that_finds_something_ends_the_pauses():
+    """Text that repeats itself now and then is looked at in every step."""
+    rest = Rest()
+    for _ in range(50):
+        assert rest.judge(2.0, 1, 0.1)
+        for _ in range(4):
+            assert not rest.rests(1)
+            assert not rest.judge(1.0, 1, 0.1)
+
+
+def test_rest_ends_when_the_batch_shrinks():
+    """For a smaller batch everything is different: it is looked at at once."""
+    rest = Rest()
+    for _ in range(2000):
+        assert rest.rests(64) or not rest.judge(1.0, 64, 0.5)
+    while not rest.rests(64):
+        rest.judge(1.0, 64, 0.5)
     assert rest.rests(60), "a batch of about the same size"
     assert not rest.rests(16)
-    assert rest.judge(1.5, 16)
+    assert rest.judge(1.5, 16, 0.5)
     assert not any(rest.rests(16) for _ in range(10))
+
+
+def test_lengths_tell_what_is_to_come():
+    """From other answers of the group; one that has outlived them goes on for half its length."""
+    lengths = Lengths()
+    assert lengths.left("chat", 0, 1000) == FIRST_LENGTH
+    for _ in range(100):
+        lengths.observe("chat", 20)
+    assert lengths.left("chat", 5, 1000) == pytest.approx(15)
+    assert lengths.left("chat", 100, 1000) == pytest.approx(50)
+    assert lengths.left("chat", 100, 7) == 7
+    assert lengths.left("chat", 20, 1) == 1
+    for number in range(1000):
+        lengths.observe(number, 5)
+    assert len(lengths.means) <= GROUPS_MAX
