@@ -10,9 +10,9 @@ from __future__ import annotations
 import ctypes
 import logging
 from collections.abc import Iterator, Sequence as Many
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -84,6 +84,17 @@ class _Net(ctypes.Structure):
     )
 
 
+class Decoder(Protocol):
+    """Computes whole steps in the place of a model's module, where it takes them."""
+
+    def takes(self, layout: StepLayout) -> bool: ...
+    def bind(self, kernels: Many[PagedKernel | None]) -> None: ...
+    def unrounded(self) -> AbstractContextManager[None]: ...
+    def __call__(
+        self, ids: Many[int], positions: Many[int], layout: StepLayout, keep: Many[int]
+    ) -> torch.Tensor: ...
+
+
 class CompiledStep:
     """A whole step in one call, on the layers' own weights."""
 
@@ -100,7 +111,7 @@ class CompiledStep:
         self._run.restype = None
         self._memory: list[Any] = []  # what the structs point into
         self._linear: list[LinearStruct] = []  # the modules' own, and copies
-        inner, layers = _inside(module)
+        inner, layers = inside(module)
         blocks = (self._block(*pair) for pair in zip(layers, windows, strict=True))
         self._blocks = (_Block * len(layers))(*blocks)
         self._net = self._whole(module, inner, layers)
@@ -158,19 +169,19 @@ class CompiledStep:
 
     def _whole(self, module: PreTrainedModel, inner: Any, layers: list[Any]) -> _Net:
         config = module.config.get_text_config()
-        _want(config.hidden_act == "silu", "its activation is not silu")
+        want(config.hidden_act == "silu", "its activation is not silu")
         rotary = inner.rotary_emb
         first = layers[0].self_attn
         dim = int(first.head_dim)
-        _want(rotary.inv_freq.numel() == dim // 2, "only part of each head is turned by position")
+        want(rotary.inv_freq.numel() == dim // 2, "only part of each head is turned by position")
         heads = self._blocks[0].out.columns // dim
-        norm, eps = _norm(inner.norm)
+        norm, eps = norm_of(inner.norm)
         norms = [
             one
             for layer in layers
             for one in (layer.input_layernorm, layer.post_attention_layernorm)
         ]
-        _want(all(_norm(one)[1] == eps for one in norms), "norms differ in eps")
+        want(all(norm_of(one)[1] == eps for one in norms), "norms differ in eps")
         return _Net(
             layers=len(layers),
             hidden=norm.numel(),
@@ -191,14 +202,14 @@ class CompiledStep:
         attention, mlp = layer.self_attn, layer.mlp
         norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
         return _Block(
-            qkv=self._pieces(_fused(attention, "q_proj", "k_proj", "v_proj")),
+            qkv=self._pieces(fused_of(attention, "q_proj", "k_proj", "v_proj")),
             out=self._pieces(attention.o_proj),
-            gate_up=self._pieces(_fused(mlp, "gate_proj", "up_proj")),
+            gate_up=self._pieces(fused_of(mlp, "gate_proj", "up_proj")),
             down=self._pieces(mlp.down_proj),
-            norm_attention=self._point(_norm(layer.input_layernorm)[0]),
-            norm_mlp=self._point(_norm(layer.post_attention_layernorm)[0]),
-            norm_query=None if norms[0] is None else self._point(_norm(norms[0])[0]),
-            norm_key=None if norms[1] is None else self._point(_norm(norms[1])[0]),
+            norm_attention=self._point(norm_of(layer.input_layernorm)[0]),
+            norm_mlp=self._point(norm_of(layer.post_attention_layernorm)[0]),
+            norm_query=None if norms[0] is None else self._point(norm_of(norms[0])[0]),
+            norm_key=None if norms[1] is None else self._point(norm_of(norms[1])[0]),
             window=window or 0,
         )
 
@@ -220,38 +231,38 @@ class CompiledStep:
         return kept.data_ptr()
 
 
-def _want(holds: bool, otherwise: str) -> None:
+def want(holds: bool, otherwise: str) -> None:
     if not holds:
         raise NotOfThisKind(otherwise)
 
 
-def _inside(module: PreTrainedModel) -> tuple[Any, list[Any]]:
+def inside(module: PreTrainedModel) -> tuple[Any, list[Any]]:
     """The part below the head, and its layers."""
     inner: Any = module.base_model
     layers = list(getattr(inner, "layers", []))
-    _want(bool(layers), "it has no list of layers")
+    want(bool(layers), "it has no list of layers")
     for layer in layers:
         names = {name for name, _ in layer.named_children()}
         known = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
-        _want(names == known, f"a layer consists of {', '.join(sorted(names))}")
+        want(names == known, f"a layer consists of {', '.join(sorted(names))}")
     return inner, layers
 
 
-def _fused(parent: Any, *names: str) -> Any:
+def fused_of(parent: Any, *names: str) -> Any:
     """The one layer that stands behind siblings."""
     slices = [getattr(parent, name) for name in names]
     fused = {one.fused for one in slices if isinstance(one, FusedSlice)}
-    _want(len(fused) == 1, f"{', '.join(names)} are not fused")
+    want(len(fused) == 1, f"{', '.join(names)} are not fused")
     linear = fused.pop().linear
-    _want(tuple(linear.slices) == names, f"other layers are fused with {names[0]}")
+    want(tuple(linear.slices) == names, f"other layers are fused with {names[0]}")
     return linear
 
 
-def _norm(norm: Any) -> tuple[torch.Tensor, float]:
+def norm_of(norm: Any) -> tuple[torch.Tensor, float]:
     """The factors of an RMS norm [size], and its epsilon, also of one that surgery has fused."""
     weight: torch.Tensor = norm.weight.float()
     size = weight.numel()
-    _want(size % 8 == 0, "a norm's size is not in eights")
+    want(size % 8 == 0, "a norm's size is not in eights")
     if isinstance(norm, FusedNorm):
         return weight / size**0.5, norm.eps
     return weight, float(getattr(norm, "variance_epsilon", None) or norm.eps)
@@ -265,8 +276,8 @@ def compiled_step(model: Model, library: ctypes.CDLL | None) -> CompiledStep | N
     if None in kernels:
         return None
     try:
-        _want(model.blocks >= blocks_for(_TRIED[-1]), "the KV pool is too small to try it")
-        _want(model.context_tokens >= _TRIED[-1], "the context is too short to try it")
+        want(model.blocks >= blocks_for(_TRIED[-1]), "the KV pool is too small to try it")
+        want(model.context_tokens >= _TRIED[-1], "the context is too short to try it")
         step = CompiledStep(library, model.module, model.dtype, model.windows)
     except NotOfThisKind as error:
         log.info("tokens are decoded by torch's operators: %s", error)
@@ -276,25 +287,25 @@ def compiled_step(model: Model, library: ctypes.CDLL | None) -> CompiledStep | N
             "tokens are decoded by torch's operators: the model is of another kind (%s)", error
         )
         return None
-    apart = _apart(model, step)
+    differs = apart(model, step)
     limit = _CLOSE[model.dtype]
-    if not apart <= limit:
+    if not differs <= limit:
         log.info(
             "tokens are decoded by torch's operators: compiled, logits differ by %.2g, limit %.2g",
-            apart,
+            differs,
             limit,
         )
         return None
     return step
 
 
-def _apart(model: Model, step: CompiledStep) -> float:
-    """How far the step's logits are from the module's own: for a token, and for three at once."""
+def apart(model: Model, step: Decoder) -> float:
+    """How far a step's logits are from the module's own: for a token, and for three at once."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, model.vocab_size, (_TRIED[-1],), generator=generator).tolist()
     table = list(range(blocks_for(len(ids))))
 
-    def logits(first: int, end: int, decoder: CompiledStep | None) -> torch.Tensor:
+    def logits(first: int, end: int, decoder: Decoder | None) -> torch.Tensor:
         model.decoder = decoder
         if decoder is not None:
             decoder.bind(model.kernels)  # pools may have moved meanwhile

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from runtime.attention import PagedLayer, StepHolder, StepLayout
-from runtime.compiled import CompiledStep
+from runtime.compiled import Decoder
 from runtime.int8_kv import Int8KV
 from runtime.kv import BLOCK_TOKENS
 from runtime.layer_kv import LayerKV, block_format, parts_of, read_blocks, write_blocks
@@ -79,7 +79,7 @@ class Model:
             layer.module.paged_layer = paged  # type: ignore[assignment]
         self._pool = [paged.kv for paged in self._layers]
         self.windows = [layer.window for layer in layers]
-        self.decoder: CompiledStep | None = None  # for short steps, where there is one
+        self.decoder: Decoder | None = None  # for short steps, where there is one
         self.use(library)
 
     def use(self, library: CDLL | None) -> None:

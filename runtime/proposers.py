@@ -15,6 +15,7 @@ from policies.schema import Guesses, Runtime, Weights
 from runtime.calibrate import Timed, measure_costs
 from runtime.costs import StepCosts
 from runtime.draft_writer import ModelWriter, SelfWriter
+from runtime.lean import lean_step
 from runtime.loading import load_model
 from runtime.model import Model, ModelRefused
 from runtime.self_model import LayersModel
@@ -106,6 +107,8 @@ def _draft_model(
             f"runtime.speculation.draft: {folder} writes with other tokens: {error}; take a draft "
             "of the same family"
         ) from None
+    if draft.decoder is None:
+        draft.decoder = lean_step(draft)
     costs = _timed(runtime, draft)
     return DraftModel(ModelWriter(draft, model.blocks, costs, vocabulary)), folder
 

@@ -17,6 +17,7 @@ from runtime.calibrate import measure_costs
 from runtime.draft_writer import ModelWriter, SelfWriter
 from runtime.engine import Engine
 from runtime.inbox import Order
+from runtime.lean import lean_step
 from runtime.loading import load_model
 from runtime.model import Model
 from runtime.self_model import LayersModel
@@ -105,6 +106,8 @@ class Bench:
         draft, _ = load_model(
             self._draft, kv_tokens=_KV_TOKENS, device="cpu", dtype="fp32", compiles=self._compiles
         )
+        if draft.decoder is None:
+            draft.decoder = lean_step(draft)
         costs = measure_costs(draft, _TIMED_TOKENS, 32, budget_s=0.5, timer=clock)
         return DraftModel(ModelWriter(draft, self.model.blocks, costs, same, timer=clock))
 
