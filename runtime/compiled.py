@@ -300,25 +300,29 @@ def compiled_step(model: Model, library: ctypes.CDLL | None) -> CompiledStep | N
 
 
 def apart(model: Model, step: Decoder) -> float:
-    """How far a step's logits are from the module's own: for a token, and for three at once."""
+    """How far a step's logits are from the module's own: for a token, and for three at once.
+
+    At the first positions and at the last ones: some models scale queries by how far they are.
+    """
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, model.vocab_size, (_TRIED[-1],), generator=generator).tolist()
     table = list(range(blocks_for(len(ids))))
 
-    def logits(first: int, end: int, decoder: Decoder | None) -> torch.Tensor:
+    def logits(first: int, end: int, at: int, decoder: Decoder | None) -> torch.Tensor:
         model.decoder = decoder
         if decoder is not None:
             decoder.bind(model.kernels)  # pools may have moved meanwhile
         layout = lay_out([Span(end, end - first, table)], model.device, model.scratch_slot)
-        rows = list(range(end - first))
-        return model.forward(ids[first:end], list(range(first, end)), layout, rows).float()
+        positions, rows = list(range(at + first, at + end)), list(range(end - first))
+        return model.forward(ids[first:end], positions, layout, rows).float()
 
-    logits(0, _TRIED[0], None)
     worst = 0.0
-    with step.unrounded():
-        for first, end in pairwise(_TRIED):
-            expected, found = logits(first, end, None), logits(first, end, step)
-            worst = max(worst, float((found - expected).norm() / expected.norm()))
+    for at in (0, model.context_tokens - _TRIED[-1]):
+        logits(0, _TRIED[0], at, None)
+        with step.unrounded():
+            for first, end in pairwise(_TRIED):
+                expected, found = (logits(first, end, at, one) for one in (None, step))
+                worst = max(worst, float((found - expected).norm() / expected.norm()))
     model.decoder = None
     model.wipe(table)
     return worst

@@ -305,6 +305,7 @@ void unrounded_groups(const Linear& layer, const float* x, int64_t tokens, int64
 
 // y [T, N] = x [T, K] through a layer; with `add`, on top of what y holds. Rows of y are `y_row` apart.
 void multiply(const Linear& layer, const float* x, int64_t tokens, float* y, int64_t y_row, bool add, int64_t threads) {
+  if (tokens == 0) return;  // two tokens' code would take it
   static thread_local std::vector<uint8_t> codes;
   static thread_local std::vector<float> units;
   const uint8_t* bytes = nullptr;

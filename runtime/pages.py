@@ -23,7 +23,9 @@ def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> t
     size = count * dtype.itemsize
     if device.type != "cpu" or size < _LARGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.zeros(shape, dtype=dtype, device=device)
-    memory = mmap.mmap(-1, size + _LARGE_PAGE)
+    # Private, or it is shared memory, for which most kernels have large pages switched off.
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    memory = mmap.mmap(-1, size + _LARGE_PAGE, flags=flags)
     start = -ctypes.addressof(ctypes.c_char.from_buffer(memory)) % _LARGE_PAGE
     with contextlib.suppress(OSError):  # a kernel without them
         memory.madvise(mmap.MADV_HUGEPAGE, start, size // _LARGE_PAGE * _LARGE_PAGE)

@@ -105,6 +105,25 @@ def test_a_model_that_computes_otherwise_is_not_taken(compiling, tmp_path, what,
     assert "logits differ" in caplog.text
 
 
+def test_what_a_model_does_only_far_from_the_beginning_is_seen(compiling, tmp_path, caplog):
+    """Ministral 3 scales queries by their position: by one, up to what it was first trained for."""
+    rope = {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 8.0,
+        "original_max_position_embeddings": 64,
+        "llama_4_scaling_beta": 0.1,
+    }
+    config = {"head_dim": 16, "sliding_window": None, "rope_parameters": rope}
+    folder = write_model(tmp_path / "ministral3", "Ministral3Config", config)
+    caplog.set_level(logging.INFO)
+    model, _ = load_model(folder, kv_tokens=1024, compiles=True)
+    plain, _ = load_model(folder, kv_tokens=1024)
+    assert model.decoder is None
+    assert "logits differ" in caplog.text
+    assert greedy(model, folder) == greedy(plain, folder)
+
+
 def test_a_format_without_compiled_products_stays_with_torch(compiling, tmp_path, caplog):
     """Weight-only formats have no compiled layer: nothing is copied to make one."""
     folder = write_model(tmp_path / "llama", *FAMILIES["llama"])

@@ -85,6 +85,21 @@ def test_a_token_does_not_feel_the_others(library, rows, eights, tokens, kind, t
     assert torch.equal(together, alone)
 
 
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "w8a8"])
+def test_no_tokens_are_no_rows(library, kind):
+    """Nothing is read, nothing is written: an expert that nobody chose, a step without logits."""
+    layer = ways(kind, normal(48, 64).bfloat16(), torch.float32, CPU, library)[0].build(
+        normal(48, 64).bfloat16(), None
+    )
+    assert layer(torch.empty(0, 64)).shape == (0, 48)
+    assert isinstance(layer, NativeLinear)
+    untouched = torch.full((2, 48), 7.0)
+    library.linear(
+        ctypes.addressof(layer.struct), normal(2, 64).data_ptr(), 0, untouched.data_ptr(), 1
+    )
+    assert (untouched == 7).all()
+
+
 def test_two_threads_share_the_rows_of_a_large_layer(library):
     """Small ones stay with one thread; here both have work, and nothing is left out."""
     weight = normal(1001, 512).mul_(0.05).bfloat16()

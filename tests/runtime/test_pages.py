@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import psutil
 import pytest
@@ -24,6 +25,22 @@ def test_they_are_ordinary_zeros(shape, dtype):
     assert not tensor.any()
     tensor.view(-1)[-1] = 1
     assert tensor.sum() == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="large pages are asked for on Linux")
+def test_they_are_private():
+    """Most kernels give large pages to private memory that asks for them, and to shared memory
+    never."""
+    tensor = zeros((8 * MIB,), torch.int8, CPU)
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    (rights,) = [
+        rights
+        for addresses, rights, *_ in lines
+        if int(addresses.partition("-")[0], 16)
+        <= tensor.data_ptr()
+        < int(addresses.partition("-")[2], 16)
+    ]
+    assert rights == "rw-p"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="large pages are asked for on Linux")
