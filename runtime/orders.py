@@ -66,7 +66,8 @@ def _seconds(name: bytes, value: bytes | None) -> float | None:
         given_ms = math.nan
     if not 0 < given_ms <= _TARGET_MS_MAX:
         header, got = name.decode(), value[:40].decode("latin-1")
-        message = f"header {header}: expected milliseconds above 0, got {got!r}"
+        most = f"{_TARGET_MS_MAX:.0f}"
+        message = f"header {header}: expected milliseconds above 0 and at most {most}, got {got!r}"
         raise Problem(400, message, param=header, code="invalid_value")
     return given_ms / 1000
 

@@ -384,8 +384,15 @@ inline float scale_of(float largest, bf16* at) {
   return scale == 0 ? 1.0f : scale;
 }
 
+// The larger magnitude; what is not finite is not hidden, unlike by std::fmax.
+inline float larger_of(float top, float x) {
+  x = std::fabs(x);
+  return x > top || std::isnan(x) ? x : top;
+}
+
 inline int8_t code_of(float x, float scale) {
   float code = std::nearbyint(x / scale);
+  if (std::isnan(code)) return 0;  // its scale is not finite, and tells
   return static_cast<int8_t>(code > 127 ? 127 : code < -127 ? -127 : code);
 }
 
@@ -399,14 +406,14 @@ void quantize(const Layer& layer, const Step& step) {
       View<E> tail = view_of<E>(layer.keys, layer.values, step.complete_tails[c], h, 0, layer);
       for (int64_t d = 0; d < kd; d++) {
         float top = 0;
-        for (int t = 0; t < BLOCK; t++) top = std::fmax(top, std::fabs(one(tail.keys + t * kd + d)));
+        for (int t = 0; t < BLOCK; t++) top = larger_of(top, one(tail.keys + t * kd + d));
         float scale = scale_of(top, layer.key_scales + place * kd + d);
         for (int t = 0; t < BLOCK; t++)
           layer.key_codes[(place * BLOCK + t) * kd + d] = code_of(one(tail.keys + t * kd + d), scale);
       }
       for (int t = 0; t < BLOCK; t++) {
         float top = 0;
-        for (int64_t d = 0; d < vd; d++) top = std::fmax(top, std::fabs(one(tail.values + t * vd + d)));
+        for (int64_t d = 0; d < vd; d++) top = larger_of(top, one(tail.values + t * vd + d));
         float scale = scale_of(top, layer.value_scales + place * BLOCK + t);
         for (int64_t d = 0; d < vd; d++)
           layer.value_codes[(place * BLOCK + t) * vd + d] = code_of(one(tail.values + t * vd + d), scale);

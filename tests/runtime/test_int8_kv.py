@@ -95,6 +95,24 @@ class Pool:
         return paged_attention(module, query, key, value, None, **kwargs)[0][0]
 
 
+@pytest.mark.parametrize("spoiled", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("part", ["keys", "values"])
+def test_what_is_not_finite_stays_so_in_eight_bits(backend, part, spoiled):
+    """A token that went wrong is not made one that only looks right when its block is complete."""
+    torch.manual_seed(0)
+    pool = Pool(2, 1, (8, 8), backend)
+    query, keys, values = (torch.randn(1, 1, BLOCK_TOKENS + 1, 8) for _ in range(3))
+    (keys if part == "keys" else values)[0, 0, 3, 5] = spoiled
+
+    def step(first: int, end: int) -> torch.Tensor:
+        rows = [one[:, :, first:end] for one in (query, keys, values)]
+        return pool.step([Span(end, end - first, [0, 1])], *rows, scaling=1.0)
+
+    for first in range(0, BLOCK_TOKENS, 4):
+        step(first, first + 4)
+    assert not step(BLOCK_TOKENS, BLOCK_TOKENS + 1).isfinite().all()
+
+
 cuts = st.lists(st.one_of(st.just(1), st.integers(1, 20), st.integers(1, 300)), min_size=1)
 
 
