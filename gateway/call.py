@@ -22,7 +22,15 @@ CHAT_PATH = "/v1/chat/completions"
 COMPLETIONS_PATH = "/v1/completions"
 
 FORWARDED = frozenset(
-    (b"x-correlation-id", b"x-session-id", b"x-session-affinity", b"traceparent", b"tracestate")
+    (
+        b"x-correlation-id",
+        b"x-session-id",
+        b"x-session-affinity",
+        b"x-headgate-tier",
+        b"x-headgate-route",
+        b"traceparent",
+        b"tracestate",
+    )
 )
 FORWARDED_PREFIX = b"x-slo-"
 FORWARDED_MAX = 32  # headers
@@ -110,6 +118,10 @@ def _parse(path: str, body: bytes, headers: RawHeaders, request_id: str) -> Call
             authorization = _plain(value)
         elif name in FORWARDED or name.startswith(FORWARDED_PREFIX):
             text = _plain(value)
+            if text is None and name.startswith(
+                FORWARDED_PREFIX
+            ):  # not in silence: it is a promise
+                raise problems.wrong_value(name.decode("latin-1"), "milliseconds", "other bytes")
             if text is not None and len(forwarded) < FORWARDED_MAX:
                 forwarded[name.decode("latin-1")] = text
     return Call(path, model, stream, body, forwarded, authorization)

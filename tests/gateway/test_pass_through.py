@@ -108,13 +108,15 @@ async def test_completions_take_the_same_way() -> None:
 
 @on_loop
 async def test_headers_that_matter_reach_our_workers_and_others_do_not() -> None:
-    """Ids, session, SLO and trace headers go on; cookies, the client's key and its host stay."""
+    """Ids, session, targets, tier and trace go on; cookies, the client's key and its host stay."""
     sent = {
         "x-request-id": "r-1",
         "x-correlation-id": "c-1",
         "x-session-id": "s-1",
         "x-session-affinity": "a-1",
         "x-slo-ttft-ms": "200",
+        "x-headgate-tier": "batch",
+        "x-headgate-route": "summaries",
         "traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-03",
         "tracestate": "v=1",
     }
@@ -126,6 +128,16 @@ async def test_headers_that_matter_reach_our_workers_and_others_do_not() -> None
         assert not set(kept_back) & set(got)
         assert got["accept-encoding"] == "identity"
         assert response.headers["x-request-id"] == "r-1"
+
+
+@on_loop
+async def test_a_target_that_cannot_go_on_is_refused() -> None:
+    """A request is not served without the deadline that it names."""
+    async with upstream() as fake, gateway(fake) as edge:
+        response = await edge.post(HELLO, headers={b"x-slo-deadline-ms": "٣٠٠".encode()})
+        assert response.status_code == 400
+        assert response.json()["error"]["param"] == "x-slo-deadline-ms"
+        assert fake.requests == []
 
 
 @on_loop
