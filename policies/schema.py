@@ -257,7 +257,8 @@ class Guesses(_Policy):
     """Who guesses tokens ahead, and how many."""
 
     proposer: Annotated[
-        Literal["off", "auto", "ngram", "prediction", "draft", "self"], BeforeValidator(_proposer)
+        Literal["off", "auto", "ngram", "tree", "prediction", "draft", "self"],
+        BeforeValidator(_proposer),
     ] = Field(
         "auto",
         description="`auto` guesses where it makes answers faster, with whatever there is; a name "

@@ -310,12 +310,15 @@ class Engine:
             sequence, first = work.sequence, work.sequence.computed
             end = first + work.count
             start = len(ids)
-            spans.append(Span(end, work.count, sequence.blocks, sequence.sealed * BLOCK_TOKENS))
+            parents = None if work.draft is None else work.draft.parents
+            sealed = sequence.sealed * BLOCK_TOKENS
+            spans.append(Span(end, work.count, sequence.blocks, sealed, parents))
             ids += sequence.tokens[first:end]
             rows.append(len(keep))
             if work.draft is not None:
                 ids += work.draft.ids
-                positions += range(first, end)
+                positions += range(first, end - work.guesses)
+                positions += [end - work.guesses + depth for depth in work.draft.depths]
                 keep += range(start, start + work.count)
                 continue
             positions += range(first, end)
@@ -390,6 +393,20 @@ class Engine:
                 outputs += self._say_all(work, one, logits, now)
         return outputs
 
+    def _straighten(self, sequence: Sequence, path: list[int]) -> None:
+        """Brings what was computed for the accepted guesses of a tree behind the sequence's own."""
+        if path == list(range(len(path))):
+            return
+        behind = len(sequence.tokens)
+        slots = [
+            [
+                sequence.blocks[at // BLOCK_TOKENS] * BLOCK_TOKENS + at % BLOCK_TOKENS
+                for at in range(behind, behind + count)
+            ]
+            for count in (path[-1] + 1, len(path))
+        ]
+        self.model.move([slots[0][number] for number in path], slots[1])
+
     def _say_all(self, work: Work, said: Said, logits: torch.Tensor, now: float) -> list[Output]:
         """A sequence says its accepted guesses and one token more, as far as it goes on."""
         sequence = work.sequence
@@ -398,7 +415,8 @@ class Engine:
         if wanted is not None:
             tops = sample.top_logprobs(logits[said.rows], said.tokens, [wanted] * len(said.tokens))
         assert self.speculation is not None
-        self.speculation.settle(sequence, work.guesses, len(said.path))
+        self.speculation.settle(sequence, work.draft, len(said.path))
+        self._straighten(sequence, said.path)
         sequence.computed += 1
         outputs = []
         for number, (token, top) in enumerate(zip(said.tokens, tops, strict=True)):

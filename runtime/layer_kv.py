@@ -63,8 +63,20 @@ class LayerKV:
         return self._blocks(group.pool_rows(self.kv_heads), len(group.rows))
 
     def chunks(self, layout: StepLayout, window: int | None, longer_than: int) -> list[Chunk]:
-        """The spans of more tokens than that."""
-        return [chunk for chunk in layout.chunks(window) if chunk.count > longer_than]
+        """The spans of more tokens than that, and trees."""
+        return [
+            chunk
+            for chunk in layout.chunks(window)
+            if chunk.count > longer_than or chunk.parents is not None
+        ]
+
+    def move(self, origins: Many[int], targets: Many[int]) -> None:
+        """Copies keys and values from slots to others, all read before any is written."""
+        places = [divmod(slot, BLOCK_TOKENS) for slot in (*origins, *targets)]
+        blocks, offsets = (list(column) for column in zip(*places, strict=True))
+        count = len(origins)
+        for pool in (self.keys, self.values):
+            pool[blocks[count:], :, offsets[count:]] = pool[blocks[:count], :, offsets[:count]]
 
     def see(
         self, chunk: Chunk, _key: torch.Tensor, _value: torch.Tensor

@@ -90,6 +90,12 @@ class Model:
         if self.decoder is not None:
             self.decoder.bind(self.kernels)
 
+    def move(self, origins: Many[int], targets: Many[int]) -> None:
+        """Copies what slots hold to others, in every layer; not for a pool in int8."""
+        for kv in self._pool:
+            assert isinstance(kv, LayerKV), "trees of guesses need a pool of whole numbers"
+            kv.move(origins, targets)
+
     @property
     def library(self) -> CDLL | None:
         """The compiled code that it uses, if any."""

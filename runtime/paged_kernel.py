@@ -73,7 +73,7 @@ class _NativeStep:
         short = [
             (start + first, number, Span(span.context - span.count + end, end - first, span.blocks))
             for number, (start, span) in enumerate(zip(layout.starts, layout.spans, strict=True))
-            if span.count <= longest
+            if span.chain_tokens <= longest
             for first, end in _pieces(span.count)
         ]
         step = layout.tails

@@ -26,6 +26,7 @@ from spec_decode.draft_model import DraftModel
 from spec_decode.ngram import NGram
 from spec_decode.prediction import Prediction
 from spec_decode.self_draft import kept_layers
+from spec_decode.tree import Tree
 
 # A draft's steps are timed up to this size, for at most so long.
 _TIMED_TOKENS = 256
@@ -55,6 +56,13 @@ def open_speculation(
         proposers.append(Prediction())
     if asked & {"auto", "ngram"}:
         proposers.append(NGram(runtime.speculation.recent_tokens))
+    if "tree" in asked:
+        if runtime.kv == "int8" or any(model.windows):
+            raise ModelRefused(
+                "runtime.speculation: proposer tree goes neither with runtime.kv: int8 nor with "
+                "sliding windows; take ngram"
+            )
+        proposers.append(Tree(0))
     if draft is not None and asked & {"auto", "draft"}:
         proposer, folder = _draft_model(runtime, model, tokenizer, draft)
         proposers.append(proposer)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence as Many
 from dataclasses import dataclass, field
-from itertools import count
+from itertools import count, takewhile
 from time import perf_counter
 from typing import NamedTuple
 
@@ -252,12 +252,15 @@ class Speculation:
 
     # ---- behind a step ---------------------------------------------------------------------------
 
-    def settle(self, sequence: Sequence, guessed: int, accepted: int) -> None:
+    def settle(self, sequence: Sequence, draft: Draft | None, accepted: int) -> None:
         """So many guesses of a sequence are right; its tokens are about to get them."""
+        assert draft is not None
+        guessed = len(draft.ids)
         number, kind = self._kinds.pop(sequence.key)
         proposer = self.proposers[number]
         proposer.settle(sequence, accepted)
-        self.history.observe(kind, sequence.key, _groups(sequence), guessed, accepted)
+        deep = guessed if draft.parents is None else max(draft.depths) + 1
+        self.history.observe(kind, sequence.key, _groups(sequence), deep, accepted)
         counts = self.counts
         counts.drafts += 1
         counts.guessed += guessed
@@ -319,6 +322,9 @@ def _allowed(sequence: Sequence, draft: Draft | None) -> Draft | None:
     sequence.adjustment.keep(0)  # a proposer may have looked ahead
     if draft is None or draft.forced is not None:
         return draft
+    if draft.parents is not None:  # masks follow one chain: the first branch
+        chain = takewhile(lambda one: one[0] == one[1] + 1, enumerate(draft.parents))
+        draft = Draft(draft.ids[: sum(1 for _ in chain)])
     count = sequence.adjustment.allows(draft.ids)
     if count == len(draft.ids):
         return draft

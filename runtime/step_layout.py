@@ -32,6 +32,7 @@ _PADDING_BLOCKS = 8
 # A longer span computes more than it reads, and is a prompt's chunk; up to here it may be what a
 # sequence guessed, and its tokens may be taken back.
 SHORT_TOKENS = 16
+_NO_CHAIN = 1 << 30
 
 _T = TypeVar("_T")
 
@@ -40,13 +41,21 @@ _T = TypeVar("_T")
 class Span:
     """`count` tokens of one sequence that end at its token number `context`, kept in `blocks`.
 
-    Others may read the first `sealed` positions: what is computed there again is not written.
+    Others may read the first `sealed` positions: what is computed there again is not written. With
+    `parents` the tokens behind the first are a tree: each sees, of the span, what leads to it. The
+    number of a token's parent counts from the second token, -1 is the first.
     """
 
     context: int
     count: int
     blocks: list[int]
     sealed: int = 0
+    parents: tuple[int, ...] | None = None
+
+    @property
+    def chain_tokens(self) -> int:
+        """Its tokens, one behind the other; more than any kernel takes where they are a tree."""
+        return self.count if self.parents is None else _NO_CHAIN
 
 
 @dataclass(slots=True)
@@ -98,12 +107,15 @@ class Chunk:
     window: int | None  # None where the window hides nothing
     blocks: torch.Tensor  # [blocks]
     skip: int  # positions of the first block that lie before `length`
+    parents: tuple[int, ...] | None = None
     _shared: Shared = field(default_factory=Shared)
 
     @property
     def before(self) -> int | None:
-        """Positions that all rows see, before its own; None where a window hides some."""
-        return self.length - self.count if self.window is None else None
+        """Positions that all rows see, before its own; None where a window hides some, or where its
+        own are not a chain."""
+        whole = self.window is None and self.parents is None
+        return self.length - self.count if whole else None
 
     def pool_rows(self, kv_heads: int) -> torch.Tensor:
         """[KV * blocks] rows of a pool [blocks * KV, ...]."""
@@ -117,11 +129,22 @@ class Chunk:
             rows = torch.arange(self.length - self.count, self.length, device=device)[:, None]
             columns = torch.arange(self.length, device=device)
             hidden = columns > rows
+            if self.parents is not None:
+                hidden[:, self.length - self.count :] = ~_leads_to(self.parents).to(device)
             if self.window is not None:
                 hidden |= columns <= rows - self.window
             return minus_infinity(hidden, dtype)
 
         return self._shared.get(dtype, make)
+
+
+def _leads_to(parents: Many[int]) -> torch.Tensor:
+    """[n + 1, n + 1] whether the token of a column leads to that of a row, or is it."""
+    seen = torch.eye(len(parents) + 1, dtype=torch.bool)
+    seen[:, 0] = True
+    for number, parent in enumerate(parents, start=1):
+        seen[number] |= seen[parent + 1]
+    return seen
 
 
 def rows_of(blocks: torch.Tensor, kv_heads: int) -> torch.Tensor:
@@ -152,7 +175,7 @@ class StepLayout:
     @property
     def longest(self) -> int:
         """Tokens of the longest span."""
-        return max((span.count for span in self.spans), default=0)
+        return max((span.chain_tokens for span in self.spans), default=0)
 
     def write_rows(self, kv_heads: int) -> torch.Tensor:
         """[T * KV] rows of a pool [blocks * KV * 16, D] that keys and values go to, token first."""
@@ -215,7 +238,7 @@ class StepLayout:
             blocks = torch.tensor(span.blocks[first:end], device=self.device)
             skip = span.context - seen - first * BLOCK_TOKENS
             hides = None if window is None or span.context <= window else window
-            chunks.append(Chunk(start, span.count, seen, hides, blocks, skip))
+            chunks.append(Chunk(start, span.count, seen, hides, blocks, skip, span.parents))
         return chunks
 
 

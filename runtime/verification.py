@@ -19,7 +19,7 @@ from runtime import sample
 from runtime.scheduler import Work
 from runtime.sequence import Sequence
 from spec_decode.draft import Draft
-from spec_decode.verify import agreed, judge
+from spec_decode.verify import agreed, descend, judge
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,7 @@ def _adjust_rows(sequence: Sequence, draft: Draft, rows: torch.Tensor) -> tuple[
     """Changes rows [1 + guesses, V] in place; why the first one cannot be, and the guesses whose
     rows could."""
     adjustment = sequence.adjustment
-    assert adjustment is not None
+    assert adjustment is not None and draft.parents is None, "masks follow one chain"
     mine = rows.cpu()
     values = mine.numpy()
     reason = adjustment.apply(values[0])
@@ -115,19 +115,27 @@ def _agree(asked: list[_Asked], logits: torch.Tensor) -> list[Said]:
     tokens = sample.sample(
         logits if whole else logits[rows],
         [one.sequence.sampling for one in asked for _ in one.rows],
-        [one.sequence.peek(depth) for one in asked for depth in range(one.usable + 1)],
+        [one.sequence.peek(depth) for one in asked for depth in _places(one)],
     )
     answers = []
     at = 0
     for one in asked:
         mine = tokens[at : at + one.usable + 1]
         at += one.usable + 1
-        path = list(range(agreed(one.draft.ids[: one.usable], mine)))
-        spoken = mine[: len(path) + 1]
+        if one.draft.parents is None:
+            path = list(range(agreed(one.draft.ids[: one.usable], mine)))
+            spoken = mine[: len(path) + 1]
+        else:
+            path, spoken = descend(one.draft.ids, one.draft.parents, mine)
         answers.append(_said(one, path, spoken))
         for _ in spoken:
             one.sequence.throw()
     return answers
+
+
+def _places(one: _Asked) -> list[int]:
+    """How many tokens come before the one that each row gives."""
+    return [0, *(depth + 1 for depth in one.draft.depths[: one.usable])]
 
 
 def _judge(asked: list[_Asked], logits: torch.Tensor) -> list[Said]:

@@ -52,13 +52,25 @@ class Draft:
     """Tokens that may follow. `probs` [len(ids), V] is the law that they were drawn from, None
     where each of them was certain.
 
-    `forced` is how many of them count as right whatever the target says: a benchmark's answer to a
-    model with random weights.
+    `parents` makes a tree of them: the number of the guess before each one, -1 for the answer's own
+    last token; None for a chain. `forced` is how many of them count as right whatever the target
+    says: a benchmark's answer to a model with random weights.
     """
 
     ids: list[int]
     probs: torch.Tensor | None = None
+    parents: tuple[int, ...] | None = None
     forced: int | None = None
+
+    @property
+    def depths(self) -> list[int]:
+        """How many guesses lead to each of them."""
+        if self.parents is None:
+            return list(range(len(self.ids)))
+        depths: list[int] = []
+        for parent in self.parents:
+            depths.append(0 if parent < 0 else depths[parent] + 1)
+        return depths
 
 
 class Proposer(Protocol):

@@ -7,7 +7,7 @@ trust in what followed. Saxena 2023 (prompt lookup decoding), with an index inst
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence as Many
+from collections.abc import Hashable, Iterator, Sequence as Many
 from dataclasses import dataclass, field
 
 from spec_decode.draft import Answer, Draft, Outlook, Proposer
@@ -45,10 +45,17 @@ class Index:
 
     def find(self, text: Many[int]) -> tuple[int, int]:
         """(place behind the longest match of the end of `text`, its length); length 0: none."""
+        best, length = 0, 0
+        for place, same in self.matches(text):
+            if same > length:
+                best, length = place, same
+        return best, length
+
+    def matches(self, text: Many[int]) -> Iterator[tuple[int, int]]:
+        """(place behind it, length) of the last matches of the end of `text`, the latest first."""
         size = len(text)
         if size < 2:
-            return 0, 0
-        best, length = 0, 0
+            return
         place = self.last.get((text[-2], text[-1]), -1)
         for _ in range(CANDIDATES):
             if place < 0:
@@ -61,10 +68,8 @@ class Index:
                 and self.tokens[place - 1 - same] == text[size - 1 - same]
             ):
                 same += 1
-            if same > length:
-                best, length = place, same
+            yield place, same
             place = self.earlier[place - 1]
-        return best, length
 
 
 class Recent:
@@ -106,11 +111,7 @@ class NGram(Proposer):
 
     def outlook(self, answer: Answer, most: int) -> Outlook | None:
         """The longest match in the answer itself, or a longer one in its group's recent ones."""
-        own = self._own.get(answer.key)
-        if own is None:
-            own = self._own[answer.key] = Index(answer.tokens)
-        # The last token has nothing behind it yet.
-        own.catch_up(len(answer.tokens) - 1)
+        own = self.index_of(answer)
         tail = answer.tokens[-LONGEST:]
         place, length = own.find(tail)
         tokens = own.tokens
@@ -123,6 +124,14 @@ class NGram(Proposer):
             return None
         self._found[answer.key] = _Found(len(answer.tokens), tokens, place)
         return Outlook(most, trust=length)
+
+    def index_of(self, answer: Answer) -> Index:
+        """Of the answer itself, but for its last token, which has nothing behind it yet."""
+        own = self._own.get(answer.key)
+        if own is None:
+            own = self._own[answer.key] = Index(answer.tokens)
+        own.catch_up(len(answer.tokens) - 1)
+        return own
 
     def propose(self, wanted: Many[tuple[Answer, int]]) -> list[Draft | None]:
         return [self._propose(answer, most) for answer, most in wanted]

@@ -29,6 +29,27 @@ def agreed(guesses: Many[int], tokens: Many[int]) -> int:
     return count
 
 
+def descend(
+    guesses: Many[int], parents: Many[int], tokens: Many[int]
+) -> tuple[list[int], list[int]]:
+    """The path through a tree of certain guesses that the drawn tokens take.
+
+    `tokens` has one for the answer's last token and one for each guess: what was drawn behind it.
+    Gives the numbers of the accepted guesses, and the tokens that are said: theirs, and one more.
+    """
+    children: dict[tuple[int, int], int] = {}
+    for number, (guess, parent) in enumerate(zip(guesses, parents, strict=True)):
+        children.setdefault((parent, guess), number)
+    path: list[int] = []
+    at = -1
+    said = [tokens[0]]
+    while (following := children.get((at, said[-1]))) is not None:
+        path.append(following)
+        at = following
+        said.append(tokens[at + 1])
+    return path, said
+
+
 def judge(
     target: torch.Tensor, drafted: torch.Tensor, guesses: Many[Many[int]], uniforms: Many[float]
 ) -> tuple[list[int], list[int]]:

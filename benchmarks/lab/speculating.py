@@ -29,6 +29,7 @@ from spec_decode.draft_model import DraftModel
 from spec_decode.ngram import NGram
 from spec_decode.prediction import Prediction
 from spec_decode.self_draft import kept_layers
+from spec_decode.tree import Tree
 
 _KV_TOKENS = 32768
 _TIMED_TOKENS = 256
@@ -49,6 +50,7 @@ WAYS = (
     OFF,
     Way("ngram 3", "ngram", 3, ("ngram",)),
     Way("ngram 7", "ngram", 7, ("ngram",)),
+    Way("tree 7", "tree", 7, ("tree",)),
     Way("draft 3", "draft", 3, ("draft",)),
     Way("draft 5", "draft", 5, ("draft",)),
     Way("self 3", "self", 3, ("self",)),
@@ -92,6 +94,8 @@ class Bench:
     def _proposer(self, name: str) -> Proposer:
         if name == "ngram":
             return NGram()
+        if name == "tree":
+            return Tree(0)
         if name == "prediction":
             return Prediction()
         same = Vocabulary(self.model.vocab_size)

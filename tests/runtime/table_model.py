@@ -67,13 +67,25 @@ class TableModel:
         for slot, token, position in zip(layout.slots.tolist(), ids, positions, strict=True):
             if slot != self.scratch_slot:
                 self._kept[slot] = (position, token)
-        spans = [span for span in layout.spans for _ in range(span.count)]
         rows = []
+        owners = [
+            (start, span)
+            for start, span in zip(layout.starts, layout.spans, strict=True)
+            for _ in range(span.count)
+        ]
         for row in keep:
-            at, blocks = positions[row], spans[row].blocks
-            pair = [self._token(blocks, max(place, 0)) for place in (at - 1, at)]
+            start, span = owners[row]
+            at = positions[row]
+            if span.parents is not None and row > start:
+                pair = [ids[start + 1 + span.parents[row - start - 1]], ids[row]]
+            else:
+                pair = [self._token(span.blocks, max(place, 0)) for place in (at - 1, at)]
             rows.append(self._row_of[pair[0], pair[1]])
         return self._logits[rows]
+
+    def move(self, origins: list[int], targets: list[int]) -> None:
+        moved = [self._kept[slot] for slot in origins]
+        self._kept.update(zip(targets, moved, strict=True))
 
     def _token(self, blocks: list[int], at: int) -> int:
         slot = blocks[at // BLOCK_TOKENS] * BLOCK_TOKENS + at % BLOCK_TOKENS

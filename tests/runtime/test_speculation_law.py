@@ -61,6 +61,21 @@ class Uncertain(Proposer):
         return drafts
 
 
+class Branches(Proposer):
+    """Two guesses for the next place, one behind the second of them."""
+
+    name = "tree"
+
+    def __init__(self, world: World) -> None:
+        self.ids = [world.ids[0], world.ids[1], world.ids[2]]
+
+    def outlook(self, answer: Answer, most: int) -> Outlook | None:
+        return Outlook(most)
+
+    def propose(self, wanted: Any) -> list[Draft | None]:
+        return [Draft(self.ids, parents=(-1, -1, 1)) if count >= 3 else None for _, count in wanted]
+
+
 def draft_model(world: World, noise: float) -> DraftModel:
     model = world.model.like(noise, seed=7)
     return DraftModel(ModelWriter(model, model.blocks, COSTS, Vocabulary(VOCAB)))
@@ -143,7 +158,7 @@ def drawn(world: World, proposer: Proposer, one: Sampling, **order: Any) -> Coun
     said = answers(engine, prompts, [one] * DRAWS, **order)
     assert speculation.counts.guessed > DRAWS / 4, "hardly anything was guessed"
     assert speculation.counts.accepted > 0
-    return Counter(map(world.decode, said))
+    return Counter(world.decode(one[:TOKENS]) for one in said)
 
 
 def misfit(seen: Counter[str], expected: dict[str, float]) -> tuple[float, float]:
@@ -190,6 +205,15 @@ def test_the_joint_law_of_three_tokens_is_the_targets(world, proposer, name):
     pvalue, apart = misfit(seen, expected)
     assert pvalue > 1e-4
     assert apart < noise_floor(expected)
+
+
+def test_a_tree_of_guesses_keeps_the_law_too(world):
+    """Two candidates for one place, one of them with a guess behind it."""
+    one = option(world, "temperature 1")
+    seen = drawn(world, Branches(world), replace(one, max_tokens=2 * TOKENS))
+    pvalue, apart = misfit(seen, joint(world, one))
+    assert pvalue > 1e-4
+    assert apart < noise_floor(joint(world, one))
 
 
 def accepting_at_q(

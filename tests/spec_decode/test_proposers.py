@@ -12,6 +12,7 @@ from spec_decode.ngram import CANDIDATES, LONGEST, Index, NGram
 from spec_decode.prediction import Prediction
 from spec_decode.self_draft import kept_layers
 from spec_decode.synthetic import Synthetic
+from spec_decode.tree import Tree
 
 
 @dataclass
@@ -118,6 +119,36 @@ def test_what_is_remembered_is_bounded():
     assert len(ngram._groups) <= 64
     assert kept <= 64 * 80
     assert not ngram._own
+
+
+def test_a_tree_has_what_followed_at_several_places():
+    """The longest match goes on longest; where places agree they share their guesses."""
+    text = Text([7, 1, 2, 5, 8, 1, 2, 6, 6, 1, 2, 5, 9, 7, 1, 2])
+    tree = Tree(0)
+    assert tree.outlook(text, 6) is not None
+    draft = tree.propose([(text, 6)])[0]
+    assert draft is not None
+    assert draft.parents is not None
+    paths = []
+    for number in range(len(draft.ids)):
+        path, at = [], number
+        while at >= 0:
+            path.insert(0, draft.ids[at])
+            at = draft.parents[at]
+        paths.append(path)
+    assert [5, 8, 1] in paths, "behind the three tokens that stood there before"
+    assert [6] in paths, "behind the last two"
+    assert len(draft.ids) <= 6
+    assert draft.depths == [len(path) - 1 for path in paths]
+
+
+def test_a_tree_of_one_branch_is_a_chain():
+    """So that it is verified as one."""
+    tree, text = Tree(0), Text([9, 1, 2, 3, 4, 1, 2])
+    assert tree.outlook(text, 3) is not None
+    draft = tree.propose([(text, 3)])[0]
+    assert draft is not None
+    assert (draft.ids, draft.parents) == ([3], None)
 
 
 def test_a_prediction_is_followed_from_its_beginning():

@@ -1,4 +1,4 @@
-"""Rejection sampling, vectorised, beside the plain rule."""
+"""Rejection sampling, vectorised, beside the plain rule; trees beside chains."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from spec_decode.verify import agreed, judge
+from spec_decode.verify import agreed, descend, judge
 
 
 def plain_rule(target, drafted, guesses, uniforms):
@@ -79,3 +79,35 @@ def test_certain_guesses_count_up_to_the_first_that_was_not_drawn(guesses, token
     assert guesses[:count] == tokens[:count]
     ended = count == min(len(guesses), len(tokens))
     assert ended or guesses[count] != tokens[count]
+
+
+@given(
+    guesses=st.lists(st.integers(0, 2), min_size=1, max_size=12),
+    data=st.data(),
+)
+def test_a_path_through_a_tree_is_that_of_the_drawn_tokens(guesses, data):
+    """The path goes from parent to child, each child being what was drawn there, to a token that
+    nobody had guessed."""
+    parents = [data.draw(st.integers(-1, at - 1)) for at in range(len(guesses))]
+    tokens = data.draw(
+        st.lists(st.integers(0, 2), min_size=len(guesses) + 1, max_size=len(guesses) + 1)
+    )
+    path, said = descend(guesses, parents, tokens)
+    assert len(said) == len(path) + 1
+    at = -1
+    for number, token in zip(path, said, strict=False):
+        assert parents[number] == at
+        assert guesses[number] == token == tokens[at + 1]
+        at = number
+    assert said[-1] == tokens[at + 1]
+    ends = [guess for guess, parent in zip(guesses, parents, strict=True) if parent == at]
+    assert said[-1] not in ends
+
+
+@given(st.lists(st.integers(0, 3), max_size=8), st.lists(st.integers(0, 3), max_size=9))
+def test_a_chain_is_a_tree_without_branches(guesses, tokens):
+    """Both rules say the same of it."""
+    tokens = (tokens + [0] * 9)[: len(guesses) + 1]
+    path, said = descend(guesses, range(-1, len(guesses) - 1), tokens)
+    assert path == list(range(agreed(guesses, tokens)))
+    assert said == tokens[: len(path) + 1]
