@@ -64,6 +64,7 @@ class ModelWriter:
         self._timer = timer
         self._holds: list[bytes | None] = [None] * blocks  # hash of what a block has, when complete
         self._read: dict[int, _Read] = {}
+        self._context = 0  # of a sequence in the last pass, on average
 
     def known(self, answer: Answer) -> int:
         sequence = cast(Sequence, answer)
@@ -99,7 +100,7 @@ class ModelWriter:
         return self._costs.prefill_s(tokens)
 
     def pass_s(self, rows: int) -> float:
-        return self._costs.estimate(StepSize(rows))
+        return self._costs.estimate(StepSize(rows, rows * self._context))
 
     def run(
         self, reads: Many[Feed], writes: Many[Feed]
@@ -113,6 +114,7 @@ class ModelWriter:
             rows[at] = row
         wanted = rows[len(reads) :]
         chosen = self._choose(writes, logits if wanted == rows else logits[wanted])
+        self._context = sum(feed.first for feed in feeds) // len(feeds)
         self._costs.observe(_size(feeds), self._timer() - started)
         return chosen
 

@@ -21,6 +21,8 @@ from spec_decode.draft import GUESSES_MAX, Draft, Proposer
 
 # A step without a table of costs: what a token more costs, of what the first one does.
 _TOKEN_SHARE = 0.1
+# How much one step's choosing tells of what choosing takes.
+_LEARNING = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +101,7 @@ class Speculation:
     _rest: Rest = field(default_factory=Rest)
     _kinds: dict[int, tuple[int, Kind]] = field(default_factory=dict)  # of drafts under way
     _known: dict[int, _Known] = field(default_factory=dict)
+    _beside_s: float = 0.0
     _simple: bool = field(init=False)  # everybody is adaptive, and rests together
 
     def __post_init__(self) -> None:
@@ -156,16 +159,17 @@ class Speculation:
         """Guesses as far as they make tokens come faster."""
         started = self.timer()
         free, priced = self._offers(ready)
-        size = step_size(plan)
+        decodes = [work for work in plan if work.count == 1]
+        answers = len(decodes)
         context = sum(len(one.sequence.tokens) for one in ready) // len(ready)
-        answers = sum(work.catches_up for work in plan)
+        step = _Step(step_size(decodes), step_size(plan), context, self.span_s, self._beside_s)
 
         def best(offered: list[_Offered]) -> Budget:
-            steps_s = _steps_s(size, costs, context, self.span_s, len(offered))
             offers = [one.offer for one in offered]
+            steps_s = step.seconds(costs, len(offered))
             return best_budget(offers, answers, steps_s, self._pass_s, room)
 
-        plain_s = next(_steps_s(size, costs, context, 0.0, 0))
+        plain_s = next(step.seconds(costs, 0))
         chosen, budget = free, best(free)
         if priced:
             mixed = _better(free, priced)
@@ -178,9 +182,12 @@ class Speculation:
             for one, count in zip(chosen, budget.counts, strict=True)
             if count
         ]
-        look_share = (self.timer() - started) / plain_s
+        took_s = self.timer() - started
+        look_share = took_s / plain_s
         if not self._rest.judge(gain, len(plan), look_share):
             choices = []
+        if choices:  # to verify takes about as long again as to choose
+            self._beside_s += (2.0 * took_s - self._beside_s) * _LEARNING
         taken = {(choice.at, choice.proposer) for choice in choices}
         self._pass_over(ready, [*free, *priced], taken)
         return choices
@@ -287,16 +294,30 @@ class _Offered(NamedTuple):
     choice: _Choice
 
 
-def _steps_s(
-    size: StepSize, costs: StepCosts | None, context: int, span_s: float, spans: int
-) -> Iterator[float]:
-    """Seconds of a step of this size, and with 1, 2, ... guesses; the first ones open spans."""
-    if costs is None:
-        steps_s: Iterator[float] = (_TOKEN_SHARE * (size.tokens + more + 9) for more in count())
-    else:
-        steps_s = costs.growing(size, context)
-    for more, seconds in enumerate(steps_s):
-        yield seconds + span_s * min(more, spans)
+class _Step(NamedTuple):
+    """What a step of guesses is weighed by: it has to make its decodes faster, and a prompt's chunk
+    beside them is work of its own that guesses only hold up."""
+
+    decodes: StepSize
+    whole: StepSize
+    context: int  # of a sequence that guesses
+    span_s: float
+    beside_s: float  # of the engine's own, where something is guessed
+
+    def seconds(self, costs: StepCosts | None, spans: int) -> Iterator[float]:
+        """Of the decodes with no guess, and with 1, 2, ...; the first ones open spans."""
+        if costs is None:
+            steps_s: Iterator[float] = (
+                _TOKEN_SHARE * (self.decodes.tokens + more + 9) for more in count()
+            )
+            less_s = beside_s = 0.0
+        else:
+            steps_s = costs.growing(self.whole, self.context)
+            less_s = costs.estimate(self.whole) - costs.estimate(self.decodes)
+            beside_s = self.beside_s
+        yield next(steps_s) - less_s
+        for more, seconds in enumerate(steps_s, start=1):
+            yield seconds - less_s + beside_s + self.span_s * min(more, spans)
 
 
 def _better(free: list[_Offered], priced: list[_Offered]) -> list[_Offered]:
