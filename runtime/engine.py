@@ -23,7 +23,7 @@ from runtime import sample
 from runtime.account import Listener, Load, StepClock, StepRecord
 from runtime.adapters import Adapter, adapter_rows
 from runtime.adjust import adjusted
-from runtime.attention import Span, lay_out
+from runtime.attention import lay_out
 from runtime.calibrate import measure_costs, measure_span_s
 from runtime.costs import StepCosts, StepSize
 from runtime.grammar import Grammars
@@ -31,6 +31,7 @@ from runtime.inbox import Inbox, Order, QueueFull
 from runtime.kv import BLOCK_TOKENS, BlockPool, PoolWatcher
 from runtime.logprobs import token_logprob
 from runtime.model import Model
+from runtime.packing import pack
 from runtime.scheduler import Scheduler, Work, step_size
 from runtime.scoring import score_prompt, scores_prompt
 from runtime.sequence import Output, Reply, Sequence, Times
@@ -301,40 +302,16 @@ class Engine:
 
     def _forward(self, plan: list[Work]) -> tuple[torch.Tensor, list[int]]:
         """Logits of the rows that are read, and per work the first of its rows in them."""
-        ids: list[int] = []
-        positions: list[int] = []
-        keep: list[int] = []
-        rows: list[int] = []
-        spans = []
-        for work in plan:
-            sequence, first = work.sequence, work.sequence.computed
-            end = first + work.count
-            start = len(ids)
-            parents = None if work.draft is None else work.draft.parents
-            sealed = sequence.sealed * BLOCK_TOKENS
-            spans.append(Span(end, work.count, sequence.blocks, sealed, parents))
-            ids += sequence.tokens[first:end]
-            rows.append(len(keep))
-            if work.draft is not None:
-                ids += work.draft.ids
-                positions += range(first, end - work.guesses)
-                positions += [end - work.guesses + depth for depth in work.draft.depths]
-                keep += range(start, start + work.count)
-                continue
-            positions += range(first, end)
-            if scores_prompt(sequence):
-                keep += range(start, start + work.count)
-            else:
-                keep.append(start + work.count - 1)
-        layout = lay_out(spans, self.model.device, self.model.scratch_slot)
+        packed = pack(plan)
+        layout = lay_out(packed.spans, self.model.device, self.model.scratch_slot)
         if self.adapters:
             named = [work.sequence.adapter for work in plan]
             mine = [self.adapters[name] if name else None for name in named]
             layout.adapters = adapter_rows(mine, [work.count for work in plan], self.model.device)
         started = self._timer()
-        logits = self.model.forward(ids, positions, layout, keep)
+        logits = self.model.forward(packed.ids, packed.positions, layout, packed.keep)
         self.clock.forward_s += self._timer() - started
-        return logits, rows
+        return logits, packed.rows
 
     def _advance(self, plan: list[Work], logits: torch.Tensor, rows: list[int]) -> list[Output]:
         """Counts what was computed, samples for those that caught up, ends those that are done."""

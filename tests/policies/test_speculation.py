@@ -1,0 +1,100 @@
+"""How speculation is asked for, and what each mistake is told before anything starts."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from policies.load import PolicyError, load, resolve_draft
+from policies.model_folder import pocket_folder
+from policies.schema import Guesses, Runtime, Speculation
+
+
+def write(folder: Path, *lines: str) -> Path:
+    file = folder / "policy.yaml"
+    file.write_text("version: 1\nruntime:\n  model: pocket\n" + "\n".join(lines) + "\n")
+    return file
+
+
+def loaded(folder: Path, *lines: str) -> Runtime:
+    runtime = load(write(folder, *lines)).runtime
+    assert runtime is not None
+    return runtime
+
+
+def told(folder: Path, *lines: str) -> str:
+    with pytest.raises(PolicyError) as caught:
+        load(write(folder, *lines))
+    return str(caught.value).removeprefix(f"{folder / 'policy.yaml'}:")
+
+
+def test_it_is_off_unless_asked_for_and_a_word_is_enough(tmp_path: Path) -> None:
+    """`off`, `auto` and a mapping; tiers and models in the same forms."""
+    assert loaded(tmp_path).speculation.asked == {"off"}
+    assert loaded(tmp_path, "  speculation: off").speculation.proposer == "off"
+    assert loaded(tmp_path, "  speculation: auto").speculation == Speculation(proposer="auto")
+    whole = loaded(
+        tmp_path,
+        "  speculation:",
+        "    proposer: ngram",
+        "    max_tokens: 4",
+        "    tiers: {batch: off, chat: {proposer: auto, max_tokens: 9}}",
+        "    models: {mine: tree}",
+    ).speculation
+    assert whole.tiers == {"batch": Guesses(proposer="off"), "chat": Guesses(max_tokens=9)}
+    assert whole.models == {"mine": Guesses(proposer="tree")}
+    assert whole.asked == {"ngram", "off", "auto", "tree"}
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{max_tokens: 0}", "4:29  runtime.speculation.max_tokens  expected at least 1"),
+        ("{max_tokens: 1000}", "4:29  runtime.speculation.max_tokens  expected at most 15"),
+        ("{proposer: synthetic}", "it is for benchmarks, which build their engine themselves"),
+        ("{proposer: ngrm}", "did you mean 'ngram'?"),
+        ("{proposer: draft}", "proposer: draft needs `draft`, the model that guesses"),
+        ("{tiers: {a: {proposer: draft}}}", "proposer: draft needs `draft`"),
+        ("{proposer: self}", "proposer: self needs `self_draft`: w8a8 or layers"),
+        ("{draft: pocket, self_draft: w8a8}", "give `draft` or `self_draft`, not both"),
+        ("{tiers: {a: {max_tokens: 99}}}", "runtime.speculation.tiers.a.max_tokens  expected at"),
+        ("{tiers: {a: {prposer: auto}}}", "did you mean 'proposer'?"),
+        ("{self_draft: layers, self_layers: 1.0}", "self_layers  expected less than 1"),
+        ("on", "expected"),
+    ],
+)
+def test_what_cannot_be_is_told_at_its_place(tmp_path: Path, line: str, message: str) -> None:
+    """Numbers out of bounds, names that are none, proposers without what they need."""
+    assert message in told(tmp_path, f"  speculation: {line}")
+
+
+def test_a_draft_is_found_like_a_model_and_pocket_has_one(tmp_path: Path) -> None:
+    """Beside the policy file, on the hub, or the one that ships."""
+    shutil.copytree(pocket_folder("draft"), tmp_path / "mine")
+    for name, folder in (
+        ("pocket", pocket_folder("draft")),
+        ("mine", tmp_path / "mine"),
+        ("owner/name", "owner/name"),
+    ):
+        runtime = loaded(tmp_path, f"  speculation: {{draft: {name}}}")
+        assert resolve_draft(tmp_path / "policy.yaml", runtime) == folder
+    assert resolve_draft(tmp_path / "policy.yaml", loaded(tmp_path)) is None
+
+
+def test_a_draft_that_is_missing_or_too_large_is_told_at_its_line(tmp_path: Path) -> None:
+    """Before a worker starts: no such folder, one without weights, the target itself."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    shutil.copytree(pocket_folder("target"), tmp_path / "large")
+    for name, why in (
+        ("./none", "no such folder"),
+        ("empty", "has no weights"),
+        ("large", "a draft has to be smaller"),
+    ):
+        runtime = loaded(tmp_path, "  speculation:", f"    draft: {name}")
+        with pytest.raises(PolicyError, match=why) as caught:
+            resolve_draft(tmp_path / "policy.yaml", runtime)
+        assert f"{tmp_path / 'policy.yaml'}:5:12  runtime.speculation.draft" in str(caught.value)
