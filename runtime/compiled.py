@@ -276,8 +276,7 @@ def compiled_step(model: Model, library: ctypes.CDLL | None) -> CompiledStep | N
     if None in kernels:
         return None
     try:
-        want(model.blocks >= blocks_for(_TRIED[-1]), "the KV pool is too small to try it")
-        want(model.context_tokens >= _TRIED[-1], "the context is too short to try it")
+        want_room(model)
         step = CompiledStep(library, model.module, model.dtype, model.windows)
     except NotOfThisKind as error:
         log.info("tokens are decoded by torch's operators: %s", error)
@@ -297,6 +296,12 @@ def compiled_step(model: Model, library: ctypes.CDLL | None) -> CompiledStep | N
         )
         return None
     return step
+
+
+def want_room(model: Model) -> None:
+    """What `apart` needs. Raises NotOfThisKind."""
+    want(model.blocks >= blocks_for(_TRIED[-1]), "the KV pool is too small to try it")
+    want(model.context_tokens >= _TRIED[-1], "the context is too short to try it")
 
 
 def apart(model: Model, step: Decoder) -> float:

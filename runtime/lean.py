@@ -20,8 +20,7 @@ import torch
 from torch.nn import functional
 
 from runtime.attention import paged_attention
-from runtime.compiled import NotOfThisKind, apart, fused_of, inside, norm_of, want
-from runtime.kv import blocks_for
+from runtime.compiled import NotOfThisKind, apart, fused_of, inside, norm_of, want, want_room
 from runtime.model import Model
 from runtime.paged_kernel import PagedKernel
 from runtime.step_layout import StepLayout
@@ -30,8 +29,6 @@ log = logging.getLogger(__name__)
 
 # Largest relative difference (Frobenius) of the logits from the module's own.
 _CLOSE = 1e-3
-# Tokens of a prompt that it is tried behind, and with.
-_TRIED_TOKENS = 41
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,8 +155,7 @@ class LeanStep:
 def lean_step(model: Model) -> LeanStep | None:
     """The step of a model that agrees with the model itself; else None, and a log line says why."""
     try:
-        want(model.blocks >= blocks_for(_TRIED_TOKENS), "the KV pool is too small to try it")
-        want(model.context_tokens >= _TRIED_TOKENS, "the context is too short to try it")
+        want_room(model)
         step = LeanStep(model)
     except (NotOfThisKind, AttributeError) as error:  # a module may be named otherwise
         log.info("the draft runs as transformers' class: %s", error)

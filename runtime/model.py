@@ -197,10 +197,21 @@ class Model:
             for kv in self._pool:
                 kv.prepare(layout)
             return decoder(ids, positions, layout, keep)
+        return self.run(self.module, ids, positions, layout, keep)
+
+    def run(
+        self,
+        module: nn.Module,
+        ids: list[int],
+        positions: list[int],
+        layout: StepLayout,
+        keep: list[int],
+    ) -> torch.Tensor:
+        """`forward` by torch's operators, through a module whose attention layers are ours."""
         self.step.layout = layout
         try:
             row = torch.tensor([ids, positions], dtype=torch.long).to(self.device)
-            logits: torch.Tensor = self.module(
+            logits: torch.Tensor = module(
                 input_ids=row[:1],
                 position_ids=row[1:],
                 use_cache=False,

@@ -60,18 +60,7 @@ class LayersModel:
         """As `Model.forward`: logits [len(keep), V]."""
         if self._decoder is not None and self._decoder.takes(layout):
             return self._decoder(ids, positions, layout, keep)
-        self._model.step.layout = layout
-        try:
-            row = torch.tensor([ids, positions], dtype=torch.long).to(self.device)
-            logits: torch.Tensor = self._module(
-                input_ids=row[:1],
-                position_ids=row[1:],
-                use_cache=False,
-                logits_to_keep=torch.tensor(keep, dtype=torch.long, device=self.device),
-            ).logits
-        finally:
-            self._model.step.layout = None
-        return logits[0]
+        return self._model.run(self._module, ids, positions, layout, keep)
 
 
 def _with_layers(module: Any, kept: Many[int]) -> Any:

@@ -49,17 +49,25 @@ def load(folder: Path) -> Loaded:
     return Loaded(model, Tokenizer.load(folder))
 
 
-def decode_steps(loaded: Loaded, prompts: Many[list[int]], sampling: Sampling) -> list[Step]:
-    """The steps from the last sequence's first token to the first sequence's last one.
-
-    All sequences decode in each of them, so prefill is in none.
-    """
-    engine = Engine(loaded.model, loaded.tokenizer, emit=lambda _: None)
+def decoding(
+    model: Model, tokenizer: Tokenizer, prompts: Many[list[int]], sampling: Sampling
+) -> Engine:
+    """An engine in which every prompt has got its first token, and nothing else runs."""
+    engine = Engine(model, tokenizer, emit=lambda _: None)
     keys = set(engine.submit([Order(prompt, sampling) for prompt in prompts]))
     engine.take_orders(wait=False)
     begun: set[int] = set()
     while begun != keys:
         begun |= {output.key for output in engine.step() if output.token_ids}
+    return engine
+
+
+def decode_steps(loaded: Loaded, prompts: Many[list[int]], sampling: Sampling) -> list[Step]:
+    """The steps from the last sequence's first token to the first sequence's last one.
+
+    All sequences decode in each of them, so prefill is in none.
+    """
+    engine = decoding(loaded.model, loaded.tokenizer, prompts, sampling)
     steps = []
     outputs: list[Output] = []
     while not any(output.finish_reason for output in outputs):

@@ -8,7 +8,6 @@ from __future__ import annotations
 import http.client
 import json
 import random
-import signal
 import subprocess
 import sys
 import tempfile
@@ -20,14 +19,13 @@ from typing import IO, Any
 
 from benchmarks.lab.conditions import ROOT
 from benchmarks.lab.report import MeasurementFailed
-from benchmarks.lab.stack import ask_health
+from benchmarks.lab.stack import ask_health, stop
 from command.machine import free_ports
 
 _HOST = "127.0.0.1"
 _POLL_S = 0.05
 _READY_LIMIT_S = 300.0
 _ANSWER_LIMIT_S = 300.0
-_STOP_LIMIT_S = 30.0
 _SETTLE_S = 1.0
 _QUOTED_BYTES = 2000
 _FORGET_PEAK = "5"  # what /proc/PID/clear_refs takes to begin a new peak (proc(5))
@@ -70,7 +68,7 @@ def footprint(runtime: Mapping[str, Any], prompt_tokens: int, answer_tokens: int
             time.sleep(_SETTLE_S)
             peak_serving, rest, files = _memory(worker.pid)
         finally:
-            _stop(worker)
+            stop(worker)
     kv = facts["kv_bytes"] / 1e6
     return Footprint(peak_loading, loaded, peak_serving, rest, files, kv, facts["weights"])
 
@@ -126,13 +124,3 @@ def _memory(pid: int) -> tuple[float, float, float]:
     names = ("VmHWM", "VmRSS", "RssFile")
     peak, now, files = (int(told[name].split()[0]) * 1024 / 1e6 for name in names)
     return peak, now, files
-
-
-def _stop(worker: subprocess.Popen[bytes]) -> None:
-    if worker.poll() is None:
-        worker.send_signal(signal.SIGTERM)
-    try:
-        worker.wait(_STOP_LIMIT_S)
-    except subprocess.TimeoutExpired:
-        worker.kill()
-        worker.wait()

@@ -13,6 +13,7 @@ from typing import Literal
 
 import torch
 
+from benchmarks.lab.engine_steps import decoding
 from cache.tokens import Tokenizer
 from command.machine import cores
 from pocket.tasks import Row
@@ -130,12 +131,7 @@ def divergence(reference: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 def decode_speed(loaded: Loaded, prompts: Many[list[int]], tokens: int) -> Speed:
     """All sequences decode in each step that is timed: prefill is in none."""
     sampling = Sampling(temperature=0.0, max_tokens=tokens, ignore_eos=True)
-    engine = Engine(loaded.model, loaded.tokenizer, emit=lambda _: None)
-    keys = set(engine.submit([Order(prompt, sampling) for prompt in prompts]))
-    engine.take_orders(wait=False)
-    begun: set[int] = set()
-    while begun != keys:
-        begun |= {output.key for output in engine.step() if output.token_ids}
+    engine = decoding(loaded.model, loaded.tokenizer, prompts, sampling)
     made, outputs = 0, list[Output]()
     wall, cpu = perf_counter(), process_time()
     while not any(output.finish_reason for output in outputs):

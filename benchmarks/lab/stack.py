@@ -60,7 +60,7 @@ def serve() -> Iterator[Stack]:
             health = _await_ready(command, port, log)
             yield _look_at(command, port, time.perf_counter() - started, health)
         finally:
-            _stop(command)
+            stop(command)
 
 
 def _await_ready(command: subprocess.Popen[bytes], port: int, log: IO[bytes]) -> dict[str, Any]:
@@ -118,7 +118,8 @@ def ask_health(port: int) -> tuple[int, dict[str, Any]]:
         connection.close()
 
 
-def _stop(command: subprocess.Popen[bytes]) -> None:
+def stop(command: subprocess.Popen[bytes]) -> None:
+    """Asks a process to end, and ends it when it does not."""
     if command.poll() is None:
         command.send_signal(signal.SIGTERM)
     try:
