@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gateway.app import create_app
+from gateway.edge import Edge, Live
 from gateway.listener import Server, configure
 from gateway.replica import replicas_of
 from gateway.upstream import Pool
@@ -34,10 +35,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("no replica: give --replica URL, or upstreams in the policy", file=sys.stderr)
         return 2
     settings = policy.gateway
-    pool = Pool(settings, replicas)
+    live = Live(Edge(policy, Pool(settings, replicas)))
     port = settings.port if options.port is None else options.port
-    config = configure(create_app(pool), settings, host=settings.host, port=port)
-    Server(config, pool).run()
+    config = configure(create_app(live), settings, host=settings.host, port=port)
+    Server(config, live).run()
     return 0
 
 

@@ -14,25 +14,25 @@ from starlette.types import ASGIApp
 from gateway.call import CHAT_PATH, COMPLETIONS_PATH
 from gateway.chat import Completions
 from gateway.doorway import Doorway
+from gateway.edge import Live
 from gateway.status import Allowed, fingerprints, health, model, models, unknown_path
-from gateway.upstream import Pool
 
 
-def create_app(pool: Pool) -> ASGIApp:
-    """Serves the replicas of `pool`, whose probes and connections live as long as the app."""
+def create_app(live: Live) -> ASGIApp:
+    """Serves by the edge that is current; its probes and connections live as long as the app."""
 
     @asynccontextmanager
     async def lifespan(_app: Router) -> AsyncIterator[None]:
-        async with pool:
+        async with live.edge.pool:
             yield
 
     routes = [
-        Route(CHAT_PATH, Allowed("POST", Completions(CHAT_PATH, pool))),
-        Route(COMPLETIONS_PATH, Allowed("POST", Completions(COMPLETIONS_PATH, pool))),
-        Route("/health", Allowed("GET", health(pool))),
-        Route("/v1/fingerprint", Allowed("GET", fingerprints(pool))),
-        Route("/v1/models", Allowed("GET", models(pool))),
-        Route("/v1/models/{model:path}", Allowed("GET", model(pool))),
+        Route(CHAT_PATH, Allowed("POST", Completions(CHAT_PATH, live))),
+        Route(COMPLETIONS_PATH, Allowed("POST", Completions(COMPLETIONS_PATH, live))),
+        Route("/health", Allowed("GET", health(live))),
+        Route("/v1/fingerprint", Allowed("GET", fingerprints(live))),
+        Route("/v1/models", Allowed("GET", models(live))),
+        Route("/v1/models/{model:path}", Allowed("GET", model(live))),
     ]
     router = Router(routes, default=unknown_path, redirect_slashes=False, lifespan=lifespan)
-    return Doorway(router, pool.settings.host)
+    return Doorway(router, live.edge.settings.host)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,6 +54,7 @@ class Call:
     body: bytes = field(repr=False)
     headers: dict[str, str] = field(default_factory=dict)
     authorization: str | None = field(default=None, repr=False)
+    data: Mapping[str, Any] = field(default_factory=dict, repr=False)  # the body, parsed once
 
 
 async def read_body(headers: RawHeaders, receive: Receive, settings: Gateway) -> bytes:
@@ -124,7 +125,7 @@ def _parse(path: str, body: bytes, headers: RawHeaders, request_id: str) -> Call
                 raise problems.wrong_value(name.decode("latin-1"), "milliseconds", "other bytes")
             if text is not None and len(forwarded) < FORWARDED_MAX:
                 forwarded[name.decode("latin-1")] = text
-    return Call(path, model, stream, body, forwarded, authorization)
+    return Call(path, model, stream, body, forwarded, authorization, data)
 
 
 def request_id(headers: RawHeaders) -> str:

@@ -10,9 +10,9 @@ from starlette.types import Receive, Scope, Send
 
 from gateway import problems
 from gateway.call import Call, ClientGone, parse_call, read_body, request_id
+from gateway.edge import Edge, Live
 from gateway.relay import Silence, relay
 from gateway.reply import Reply
-from gateway.upstream import Pool
 from runtime.wire import Problem
 
 log = logging.getLogger("headgate.gateway")
@@ -21,9 +21,9 @@ log = logging.getLogger("headgate.gateway")
 class Completions:
     """The endpoint of one path, as an ASGI application."""
 
-    def __init__(self, path: str, pool: Pool) -> None:
+    def __init__(self, path: str, live: Live) -> None:
         self.path = path
-        self.pool = pool
+        self.live = live
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         reply = Reply(send, request_id(scope["headers"]))
@@ -42,20 +42,21 @@ class Completions:
 
     async def _answer(self, scope: Scope, receive: Receive, reply: Reply) -> None:
         """Takes a place, reads and parses, then listens to replica and client at once."""
-        self.pool.enter()
+        edge = self.live.edge
+        edge.pool.enter()
         try:
             headers = scope["headers"]
-            body = await read_body(headers, receive, self.pool.settings)
+            body = await read_body(headers, receive, edge.settings)
             call = parse_call(self.path, body, headers, reply.request_id)
             clock = asyncio.get_running_loop().time
-            silence = Silence(self.pool.settings, reply, stream=call.stream, clock=clock)
-            await attend(self._forward(call, reply, silence), receive, silence)
+            silence = Silence(edge.settings, reply, stream=call.stream, clock=clock)
+            await attend(self._forward(edge, call, reply, silence), receive, silence)
         finally:
-            self.pool.leave()
+            edge.pool.leave()
 
-    async def _forward(self, call: Call, reply: Reply, silence: Silence) -> None:
+    async def _forward(self, edge: Edge, call: Call, reply: Reply, silence: Silence) -> None:
         """Opens the call on a replica and relays its answer."""
-        async with self.pool.open(call) as response:
+        async with edge.pool.open(call) as response:
             silence.answering()
             await relay(response, reply, silence, stream=call.stream)
 

@@ -19,7 +19,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 
 from gateway import problems
 from gateway.call import request_id
-from gateway.upstream import Pool
+from gateway.edge import Live
 from policies.schema import Gateway
 from runtime.wire import Problem
 
@@ -219,13 +219,13 @@ class Server(uvicorn.Server):
     A second SIGINT ends it at once.
     """
 
-    def __init__(self, config: uvicorn.Config, pool: Pool) -> None:
+    def __init__(self, config: uvicorn.Config, live: Live) -> None:
         super().__init__(config)
-        self._pool = pool
+        self._live = live
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002  # uvicorn's
         """Without uvicorn's replay of the signal: a drained gateway exits with 0."""
         if self.should_exit and sig == signal.SIGINT:
             self.force_exit = True
-        self._pool.draining = True
+        self._live.edge.pool.draining = True
         self.should_exit = True

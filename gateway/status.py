@@ -10,6 +10,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway import problems
 from gateway.call import request_id
+from gateway.edge import Live
 from gateway.reply import Reply
 from gateway.upstream import Pool
 from runtime.wire import Problem
@@ -40,10 +41,11 @@ async def unknown_path(scope: Scope, _receive: Receive, send: Send) -> None:
         await reply.fail(problems.unknown_path(scope["path"]))
 
 
-def health(pool: Pool) -> ASGIApp:
+def health(live: Live) -> ASGIApp:
     """200 when any replica can take requests, else 503; both with the state of each."""
 
     def answer(_scope: Scope) -> Answer:
+        pool = live.edge.pool
         if pool.draining:
             status = "draining"
         elif any(replica.healthy for replica in pool.replicas):
@@ -67,20 +69,21 @@ def health(pool: Pool) -> ASGIApp:
     return _as_json(answer)
 
 
-def models(pool: Pool) -> ASGIApp:
+def models(live: Live) -> ASGIApp:
     """The union over healthy replicas, as OpenAI lists models."""
 
     def answer(_scope: Scope) -> Answer:
-        return 200, {"object": "list", "data": list(_served(pool).values())}
+        return 200, {"object": "list", "data": list(_served(live.edge.pool).values())}
 
     return _as_json(answer)
 
 
-def model(pool: Pool) -> ASGIApp:
+def model(live: Live) -> ASGIApp:
     """One entry of that list."""
 
     def answer(scope: Scope) -> Answer:
         name = scope["path_params"]["model"]
+        pool = live.edge.pool
         served = _served(pool)
         if name not in served:
             raise problems.model_not_found(name, sorted(served), _down(pool))
@@ -89,10 +92,11 @@ def model(pool: Pool) -> ASGIApp:
     return _as_json(answer)
 
 
-def fingerprints(pool: Pool) -> ASGIApp:
+def fingerprints(live: Live) -> ASGIApp:
     """What each replica answers at the same path; null for one that is down or has none."""
 
     async def app(scope: Scope, _receive: Receive, send: Send) -> None:
+        pool = live.edge.pool
         found = await pool.ask_all("/v1/fingerprint")
         data = [
             {"url": replica.url, "fingerprint": fingerprint}

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.gateway.world import HELLO, STREAMED, Edge, Peer, gateway, on_loop, until, upstream
+from tests.gateway.world import HELLO, STREAMED, Front, Peer, gateway, on_loop, until, upstream
 
 POST = b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\n"
 
@@ -23,7 +23,7 @@ def problem(response: Any, status: int) -> dict[str, Any]:
     return error
 
 
-async def answer_to(edge: Edge, data: bytes) -> tuple[int, dict[str, Any]]:
+async def answer_to(edge: Front, data: bytes) -> tuple[int, dict[str, Any]]:
     """Status and error of what comes for raw bytes, up to the end of the connection."""
     reader, writer = await edge.connect()
     writer.write(data)
@@ -32,7 +32,7 @@ async def answer_to(edge: Edge, data: bytes) -> tuple[int, dict[str, Any]]:
     return int(head.split(b" ")[1]), json.loads(body)["error"]
 
 
-async def alive(edge: Edge) -> None:
+async def alive(edge: Front) -> None:
     assert (await edge.post(HELLO)).status_code == 200
 
 

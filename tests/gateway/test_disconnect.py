@@ -13,8 +13,8 @@ from tests.gateway.world import (
     DONE,
     HELLO,
     STREAMED,
-    Edge,
     Fake,
+    Front,
     Peer,
     gateway,
     on_loop,
@@ -112,7 +112,7 @@ async def short_stream(peer: Peer) -> None:
     await peer.end()
 
 
-async def visit(edge: Edge, rng: random.Random) -> bool:
+async def visit(edge: Front, rng: random.Random) -> bool:
     """One stream, read whole or left: before its headers, after some chunks, by close or reset."""
     reader, writer = await edge.send(STREAMED | {"pause_s": rng.choice((0.001, 0.005, 0.02))})
     whole = rng.random() < 0.3

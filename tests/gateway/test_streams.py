@@ -12,7 +12,7 @@ from tests.gateway.world import (
     DONE,
     HELLO,
     STREAMED,
-    Edge,
+    Front,
     Peer,
     events,
     gateway,
@@ -159,7 +159,7 @@ async def test_a_replica_that_never_answers_is_given_up() -> None:
 COMMENT = b": keep-alive\n\n"
 
 
-async def read_until(edge: Edge, seen: bytes, event: asyncio.Event) -> bytes:
+async def read_until(edge: Front, seen: bytes, event: asyncio.Event) -> bytes:
     """A whole streamed answer; `event` is set once these bytes are in it."""
     body = b""
     path = "/v1/chat/completions"

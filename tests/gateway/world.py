@@ -16,10 +16,11 @@ import uvloop
 from uvicorn.server import ServerState
 
 from gateway.app import create_app
+from gateway.edge import Edge, Live
 from gateway.listener import configure
 from gateway.replica import Replica
 from gateway.upstream import Pool
-from policies.schema import Gateway
+from policies.schema import Deployment, Gateway, Runtime
 from runtime.wire import CHALLENGE_HEADER, run_proof
 
 LIMIT_S = 60.0  # against hanging; on a machine busy with other work processes start slowly
@@ -183,7 +184,7 @@ async def upstream(answer: Answer = pong, **more: Any) -> AsyncIterator[Fake]:
 
 
 @dataclass
-class Edge:
+class Front:
     """A listening gateway, its inside, and a client of it."""
 
     pool: Pool
@@ -216,7 +217,7 @@ class Edge:
 @asynccontextmanager
 async def gateway(
     *replicas: Fake | Replica | str, wait: bool = True, **settings: Any
-) -> AsyncIterator[Edge]:
+) -> AsyncIterator[Front]:
     """Listens on a free port; with `wait`, every replica has been found healthy."""
     policy = Gateway(**settings)
     pool = Pool(
@@ -226,7 +227,9 @@ async def gateway(
             for r in replicas
         ],
     )
-    app = create_app(pool)
+    deployment = Deployment(version=1, gateway=policy, runtime=Runtime())
+    live = Live(Edge(deployment, pool))
+    app = create_app(live)
     config = configure(app, policy, host="127.0.0.1", port=0)
     config.load()
     state = ServerState()
@@ -239,7 +242,7 @@ async def gateway(
         async with pool, httpx.AsyncClient(base_url=url, timeout=LIMIT_S) as client:
             if wait:
                 await until(lambda: all(replica.healthy for replica in pool.replicas))
-            edge = Edge(pool, url, port, client)
+            edge = Front(pool, url, port, client)
             try:
                 yield edge
             finally:

@@ -1,0 +1,87 @@
+"""What the models of a policy file share: their base, and types that check a value by itself."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict
+
+from policies.loopback import is_loopback
+
+# What a path of a local socket may have, less what the number of a worker adds.
+_IPC_BYTES_MAX = 96
+
+
+class PolicyModel(BaseModel):
+    """Frozen, strict about types, and without a place for unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+def loopback_address(host: str) -> str:
+    """Anything but loopback would serve strangers: there are no keys yet."""
+    if host != "localhost" and not is_loopback(host):
+        raise ValueError(
+            f"{host!r} is not a loopback address; without API keys only 127.0.0.1, ::1 and "
+            "localhost are served"
+        )
+    return host
+
+
+def base_url(url: str) -> str:
+    wrong = ValueError(f"{url!r} is not a base URL such as http://127.0.0.1:8000")
+    try:
+        parts = urlsplit(url)
+        readable = parts.hostname and parts.port != 0 and url.isascii() and url.isprintable()
+    except ValueError:  # half an IPv6 address, a port beyond 65535
+        raise wrong from None
+    if parts.scheme not in ("http", "https") or not readable or " " in url:
+        raise wrong
+    if parts.query or parts.fragment:
+        raise ValueError(f"{url!r} has a query or a fragment, which a base URL cannot have")
+    return url.rstrip("/").removesuffix("/v1")
+
+
+def event_endpoint(endpoint: str) -> str:
+    """Where block events leave. They name tokens of prompts, so only this machine may listen."""
+    wrong = ValueError(
+        f"{endpoint!r} is not an endpoint such as tcp://127.0.0.1:5557 or ipc:///run/headgate"
+    )
+    if endpoint.startswith("ipc://"):
+        if not endpoint.isprintable() or not 0 < len(endpoint[6:].encode()) <= _IPC_BYTES_MAX:
+            raise wrong
+        return endpoint
+    match = re.fullmatch(r"tcp://(\[[^\]]+\]|[^\[\]:]+):([0-9]{1,5})", endpoint)
+    if match is None or int(match[2]) > 65535:
+        raise wrong
+    loopback_address(match[1].strip("[]"))
+    return endpoint
+
+
+def integer_one(value: object) -> object:
+    """A Literal compares by equality, so that `true` and `1.0` would pass for 1."""
+    if type(value) is not int:
+        raise ValueError(f"expected the integer 1, got {value!r}")
+    return value
+
+
+_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?(?:([kMGT])B|([KMGT])iB)")
+
+
+def _size(value: object) -> object:
+    """`2 GiB` and `500 MB` are bytes; anything but a size is left to the field's own type."""
+    if not isinstance(value, str):
+        return value
+    match = _SIZE.fullmatch(value.strip())
+    if match is None:
+        raise ValueError(
+            f"expected a number of bytes, or a size such as 500 MB or 2 GiB, got {value[:40]!r}"
+        )
+    number, decimal, binary = match.groups()
+    unit = 1000 ** " kMGT".index(decimal) if decimal else 1024 ** " KMGT".index(binary)
+    return int(float(number) * unit)
+
+
+Size = Annotated[int, BeforeValidator(_size)]
