@@ -32,6 +32,14 @@ FORWARDED = frozenset(
         b"tracestate",
     )
 )
+# What the gateway itself reads of a body. The rest of the tree is given up at once, so that the
+# garbage collector has nothing of it to walk; the bytes go on whole.
+READ = (
+    "add_generation_prompt", "cache_salt", "chat_template_kwargs", "continue_final_message",
+    "documents", "max_completion_tokens", "max_tokens", "messages", "n", "prompt",
+    "prompt_cache_key", "response_format", "seed", "service_tier", "stream_options",
+    "temperature", "tool_choice", "tools", "top_k", "top_p", "user",
+)  # fmt: skip
 FORWARDED_PREFIX = b"x-slo-"
 FORWARDED_MAX = 32  # headers
 HEADER_VALUE_MAX_BYTES = 4096
@@ -54,7 +62,7 @@ class Call:
     body: bytes = field(repr=False)
     headers: dict[str, str] = field(default_factory=dict)
     authorization: str | None = field(default=None, repr=False)
-    data: Mapping[str, Any] = field(default_factory=dict, repr=False)  # the body, parsed once
+    data: Mapping[str, Any] = field(default_factory=dict, repr=False)  # of the body: READ
 
 
 async def read_body(headers: RawHeaders, receive: Receive, settings: Gateway) -> bytes:
@@ -125,7 +133,15 @@ def _parse(path: str, body: bytes, headers: RawHeaders, request_id: str) -> Call
                 raise problems.wrong_value(name.decode("latin-1"), "milliseconds", "other bytes")
             if text is not None and len(forwarded) < FORWARDED_MAX:
                 forwarded[name.decode("latin-1")] = text
-    return Call(path, model, stream, body, forwarded, authorization, data)
+    return Call(
+        path,
+        model,
+        stream,
+        body,
+        forwarded,
+        authorization,
+        {name: data[name] for name in READ if name in data},
+    )
 
 
 def request_id(headers: RawHeaders) -> str:
