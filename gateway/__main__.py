@@ -10,10 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gateway.app import create_app
-from gateway.edge import Edge, Live
+from gateway.edge import Live, build
 from gateway.listener import Server, configure
 from gateway.replica import replicas_of
-from gateway.upstream import Pool
 from policies.load import PolicyError, key_problems, load, with_environment
 
 
@@ -35,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("no replica: give --replica URL, or upstreams in the policy", file=sys.stderr)
         return 2
     settings = policy.gateway
-    live = Live(Edge(policy, Pool(settings, replicas)))
+    live = Live(build(policy, replicas))
     port = settings.port if options.port is None else options.port
     config = configure(create_app(live), settings, host=settings.host, port=port)
     Server(config, live).run()

@@ -23,7 +23,7 @@ def create_app(live: Live) -> ASGIApp:
 
     @asynccontextmanager
     async def lifespan(_app: Router) -> AsyncIterator[None]:
-        async with live.edge.pool:
+        async with live.running():
             yield
 
     routes = [

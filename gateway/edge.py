@@ -6,13 +6,17 @@ policy never changes what is under way.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 
+from gateway.replica import Replica
 from gateway.upstream import Pool
 from policies.schema import Deployment, Gateway
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Edge:
     """The parts that serve by one policy."""
 
@@ -23,10 +27,85 @@ class Edge:
     def settings(self) -> Gateway:
         return self.policy.gateway
 
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """The parts that live over time: begun in this order, ended in reverse."""
+        async with self.pool:
+            yield
+
+
+def build(policy: Deployment, replicas: Sequence[Replica], before: Edge | None = None) -> Edge:
+    """The parts by a policy. What `before` has learned and still holds goes on in the new edge."""
+    known = {replica.identity: replica for replica in before.pool.replicas} if before else {}
+    kept = [known.get(replica.identity, replica) for replica in replicas]
+    return Edge(policy, Pool(policy.gateway, kept))
+
+
+class Live:
+    """Holds the current edge, and those before it until their last request has left."""
+
+    def __init__(self, edge: Edge) -> None:
+        self.edge = edge
+        self._runs: dict[Edge, _Run] = {}
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Serves by the edge, and ends all of them on the way out."""
+        await self._begin(self.edge)
+        try:
+            yield
+        finally:
+            runs = list(self._runs.values())
+            for run in runs:
+                run.replaced.set()
+                run.stopped.set()
+            await asyncio.gather(*(run.task for run in runs if run.task is not None))
+
+    async def replace(self, edge: Edge) -> None:
+        """New requests go by `edge` once its parts have begun; what is under way is left alone.
+
+        Raises what kept a part from beginning; then nothing has changed.
+        """
+        await self._begin(edge)
+        old, self.edge = self.edge, edge
+        self._runs[old].replaced.set()
+
+    @property
+    def count(self) -> int:
+        """Edges that have not ended: 1, and more while requests go on by an earlier policy."""
+        return len(self._runs)
+
+    async def _begin(self, edge: Edge) -> None:
+        run = self._runs[edge] = _Run()
+        run.task = asyncio.create_task(self._run(edge, run))
+        await first_of(asyncio.shield(run.task), run.begun.wait())
+        if run.task.done():
+            run.task.result()
+
+    async def _run(self, edge: Edge, run: _Run) -> None:
+        """One edge from its begin to its end, in one task: some parts must end where they began."""
+        try:
+            async with edge.running():
+                run.begun.set()
+                await run.replaced.wait()
+                await first_of(edge.pool.emptied(), run.stopped.wait())
+        finally:
+            del self._runs[edge]
+
+
+async def first_of(*waits: Awaitable[object]) -> None:
+    """Returns when one of them is done; the others are cancelled."""
+    tasks = [asyncio.ensure_future(wait) for wait in waits]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+
 
 @dataclass(slots=True)
-class Live:
-    """Holds the current edge; whoever replaces it starts the new one before and ends the old one
-    when its last request has left."""
-
-    edge: Edge
+class _Run:
+    begun: asyncio.Event = field(default_factory=asyncio.Event)
+    replaced: asyncio.Event = field(default_factory=asyncio.Event)
+    stopped: asyncio.Event = field(default_factory=asyncio.Event)
+    task: asyncio.Task[None] | None = None

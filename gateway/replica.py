@@ -30,6 +30,11 @@ class Replica:
     tried: bool = False  # an own worker that was ready once, a foreign server that was asked once
     doubt: asyncio.Event = field(default_factory=asyncio.Event, repr=False)
 
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """What makes it the same server to us after a change of policy."""
+        return self.url, self.own, self.api_key, self.run_token
+
     def mark_down(self, error: str) -> None:
         """Takes no more requests until a probe, which is asked for at once, finds it well."""
         if self.healthy or not (self.own or self.tried):  # our own ones are refused while they load

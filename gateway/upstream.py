@@ -90,6 +90,11 @@ class Pool:
         if not self.in_flight:
             self._empty.set()
 
+    async def emptied(self) -> None:
+        """Returns once nobody has a place."""
+        while self.in_flight:
+            await self._empty.wait()
+
     @asynccontextmanager
     async def open(self, call: Call) -> AsyncIterator[aiohttp.ClientResponse]:
         """The answer of the replica that took the call, from its headers on; closed on the way out.

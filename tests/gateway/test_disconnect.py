@@ -143,7 +143,7 @@ async def test_sixty_four_streams_with_random_disconnects_leave_nothing_behind()
         await until(lambda: edge.pool.in_flight == 0)
         await until(lambda: one.running + two.running == 0)
         assert all(replica.in_flight == 0 for replica in edge.pool.replicas)
-        await until(lambda: len(tasks_of_the_gateway()) == 2)  # the two probes
+        await until(lambda: len(tasks_of_the_gateway()) == 3)  # two probes, and the edge's run
 
 
 def tasks_of_the_gateway() -> list[str]:

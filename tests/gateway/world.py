@@ -16,7 +16,7 @@ import uvloop
 from uvicorn.server import ServerState
 
 from gateway.app import create_app
-from gateway.edge import Edge, Live
+from gateway.edge import Live, build
 from gateway.listener import configure
 from gateway.replica import Replica
 from gateway.upstream import Pool
@@ -220,15 +220,12 @@ async def gateway(
 ) -> AsyncIterator[Front]:
     """Listens on a free port; with `wait`, every replica has been found healthy."""
     policy = Gateway(**settings)
-    pool = Pool(
-        policy,
-        [
-            r if isinstance(r, Replica) else Replica(getattr(r, "url", r), own=True)
-            for r in replicas
-        ],
-    )
     deployment = Deployment(version=1, gateway=policy, runtime=Runtime())
-    live = Live(Edge(deployment, pool))
+    known = [
+        r if isinstance(r, Replica) else Replica(getattr(r, "url", r), own=True) for r in replicas
+    ]
+    live = Live(build(deployment, known))
+    pool = live.edge.pool
     app = create_app(live)
     config = configure(app, policy, host="127.0.0.1", port=0)
     config.load()
@@ -239,7 +236,7 @@ async def gateway(
     port = server.sockets[0].getsockname()[1]
     url = f"http://127.0.0.1:{port}"
     try:
-        async with pool, httpx.AsyncClient(base_url=url, timeout=LIMIT_S) as client:
+        async with live.running(), httpx.AsyncClient(base_url=url, timeout=LIMIT_S) as client:
             if wait:
                 await until(lambda: all(replica.healthy for replica in pool.replicas))
             edge = Front(pool, url, port, client)
