@@ -56,16 +56,16 @@ class Completions:
 
     async def _forward(self, edge: Edge, call: Call, reply: Reply, silence: Silence) -> None:
         """Opens the call on a replica and relays its answer."""
-        async with edge.pool.open(call) as response:
-            silence.answering()
-            await relay(response, reply, silence, stream=call.stream)
+        async with edge.pool.open(call) as answer:
+            silence.answering(answer.interrupt)
+            await relay(answer, reply, silence, stream=call.stream)
 
 
 async def attend(forward: Coroutine[None, None, None], receive: Receive, silence: Silence) -> None:
-    """Runs `forward` until it is done, the client goes, or the replica's time is up.
+    """Runs `forward` until it is done or the client goes; looks at the replica's silence meanwhile.
 
     Whatever ends it, nothing is left running: a cancelled `forward` closes its connection to the
-    replica before this returns. Raises what `forward` raised, and the Problem of a timeout.
+    replica before this returns. Raises what `forward` raised.
     """
     work = asyncio.create_task(forward)
     gone = asyncio.create_task(_gone(receive))

@@ -6,12 +6,20 @@ that a replica answers are relayed as they came and do not stand here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from runtime.wire import Problem
 
 NAMED_MAX = 20  # models or replicas named in one message
 QUOTED_CHARS = 200  # of anything that a client or a replica sent
+# Codes of those below that a replica caused: its circuit counts them.
+REPLICA_FAILED = frozenset(
+    (
+        "upstream_cut", "upstream_encoding", "upstream_failed", "upstream_idle_timeout",
+        "upstream_not_streaming", "upstream_stream_cut", "upstream_timeout",
+    )
+)  # fmt: skip
 
 
 def quote(text: str) -> str:
@@ -155,12 +163,13 @@ def loading(states: Sequence[str]) -> Problem:
     return Problem(503, message, code="no_replica", headers={"retry-after": "1"})
 
 
-def no_replica(model: str, states: Sequence[str]) -> Problem:
+def no_replica(model: str, states: Sequence[str], after_s: float = 1.0) -> Problem:
+    after = max(1, math.ceil(after_s))
     message = (
-        f"no replica can take a request for {quote(model)} now; try again in a second "
+        f"no replica can take a request for {quote(model)} now; try again in {after} s "
         f"({listing(states)})"
     )
-    return Problem(503, message, code="no_replica", headers={"retry-after": "1"})
+    return Problem(503, message, code="no_replica", headers={"retry-after": str(after)})
 
 
 def upstream_failed(url: str, reason: str) -> Problem:

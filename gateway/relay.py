@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import re
 from collections.abc import Callable
 from contextlib import suppress
 
-import aiohttp
-
 from gateway import problems
-from gateway.replica import describe
+from gateway.answer import Answer, Cut
 from gateway.reply import Headers, Reply
 from policies.schema import Gateway
 from runtime.wire import Problem, parse_object
@@ -45,12 +44,12 @@ class Silence:
         self._settings = settings
         self._reply = reply
         self._stream = stream
-        self._answering = False
+        self._interrupt: Callable[[Problem], None] | None = None
         self._commented = self.since
 
-    def answering(self) -> None:
-        """The headers came: from here on idle_timeout_s counts instead of first_byte_timeout_s."""
-        self._answering = True
+    def answering(self, interrupt: Callable[[Problem], None]) -> None:
+        """An answer has begun: from here on its silence is limited, and ended by `interrupt`."""
+        self._interrupt = interrupt
         self.since = self.clock()
 
     def due_s(self) -> float:
@@ -61,117 +60,106 @@ class Silence:
         rest_s = min(self._settings.keep_alive_s, self._settings.idle_timeout_s)
         if self.since is None:
             return rest_s
-        due = self.since + self._limit_s()
+        due = self.since + self._settings.idle_timeout_s if self._interrupt else math.inf
         if self._stream:
             due = min(due, self._comment_at(self.since))
         return min(max(due - self.clock(), 0.0), rest_s)
 
     async def look(self) -> None:
-        """Comments when it is time to. Raises Problem when the replica's time is up."""
+        """Comments when it is time to; interrupts the answer when the replica's time is up."""
         now = self.clock()
         if self.since is None:
             return
-        if now - self.since >= self._limit_s():
-            limit_s = self._limit_s()
-            raise (problems.idle_timeout if self._answering else problems.upstream_timeout)(limit_s)
+        if self._interrupt is not None and now - self.since >= self._settings.idle_timeout_s:
+            self.since = None
+            self._interrupt(problems.idle_timeout(self._settings.idle_timeout_s))
+            return
         if self._stream and now >= self._comment_at(self.since):
             self._commented = now
             await self._reply.comment()
-
-    def _limit_s(self) -> float:
-        settings = self._settings
-        return settings.idle_timeout_s if self._answering else settings.first_byte_timeout_s
 
     def _comment_at(self, since: float) -> float:
         return max(since, self._commented) + self._settings.keep_alive_s
 
 
-async def relay(
-    response: aiohttp.ClientResponse, reply: Reply, silence: Silence, *, stream: bool
-) -> None:
-    """The whole of `response`, as the stream or the body that it is. Raises Problem."""
-    if stream and response.status == 200 and is_stream(response):
-        await relay_stream(response, reply, silence)
+async def relay(answer: Answer, reply: Reply, silence: Silence, *, stream: bool) -> None:
+    """The whole of `answer`, as the stream or the body that it is. Raises Problem."""
+    if stream and answer.status == 200 and answer.is_stream:
+        await relay_stream(answer, reply, silence)
     elif reply.started:
-        await relay_late(response, reply, silence)
+        await relay_late(answer, reply, silence)
     else:
-        body = await read_whole(response, silence, WHOLE_MAX_BYTES)
-        await reply.whole(response.status, passed_headers(response), body)
+        body = await read_whole(answer, silence, WHOLE_MAX_BYTES)
+        await reply.whole(answer.status, passed_headers(answer), body)
 
 
-def is_stream(response: aiohttp.ClientResponse) -> bool:
-    content_type = response.headers.get("content-type", "text/event-stream")
-    return content_type.lower().startswith("text/event-stream")
-
-
-async def relay_stream(response: aiohttp.ClientResponse, reply: Reply, silence: Silence) -> None:
+async def relay_stream(answer: Answer, reply: Reply, silence: Silence) -> None:
     """Chunks as they come, until the replica ends. Raises Problem when it ends without [DONE]."""
-    encoding = response.headers.get("content-encoding", "identity")
-    if encoding.lower() != "identity":
-        raise problems.answer_encoded(encoding)
-    await reply.begin_stream(passed_headers(response))
-    content, clock = response.content, silence.clock
+    if answer.encoding != "identity":
+        raise problems.answer_encoded(answer.encoding)
+    await reply.begin_stream(passed_headers(answer))
+    clock = silence.clock
     reason = "it ended without [DONE]"
     try:
         while not reply.terminated:
             silence.since = clock()
-            chunk = await content.readany()
+            chunk = await answer.readany()
             silence.since = None
             if not chunk:
                 break
             await reply.write(chunk)
-    except aiohttp.ClientError as error:
-        reason = describe(error)
+    except Cut as error:
+        reason = str(error)
     if not reply.terminated:
         raise problems.stream_cut(reason)
-    await _linger(content, reply)
+    await _linger(answer, reply)
     await reply.end_stream()
 
 
-async def _linger(content: aiohttp.StreamReader, reply: Reply) -> None:
+async def _linger(answer: Answer, reply: Reply) -> None:
     """What follows [DONE]: mostly the end, after which the connection can serve again."""
-    if content.at_eof():
+    if answer.at_eof():
         return
-    with suppress(TimeoutError, aiohttp.ClientError):
+    with suppress(TimeoutError, Cut):
         async with asyncio.timeout(LINGER_S):
-            while chunk := await content.readany():
+            while chunk := await answer.readany():
                 await reply.write(chunk)
 
 
-async def relay_late(response: aiohttp.ClientResponse, reply: Reply, silence: Silence) -> None:
+async def relay_late(answer: Answer, reply: Reply, silence: Silence) -> None:
     """An answer that is no stream, for a client that was told 200 meanwhile: an error in band."""
-    if response.status < 400:
-        raise problems.not_a_stream(response.headers.get("content-type", ""))
-    body = await read_whole(response, silence, LATE_ERROR_MAX_BYTES)
+    if answer.status < 400:
+        raise problems.not_a_stream(answer.headers.get("content-type", ""))
+    body = await read_whole(answer, silence, LATE_ERROR_MAX_BYTES)
     try:
         payload = parse_object(body)
     except Problem:
         payload = {}
     if not isinstance(payload.get("error"), dict):
-        raise problems.late_error(response.status, body.decode("utf-8", "replace"))
+        raise problems.late_error(answer.status, body.decode("utf-8", "replace"))
     await reply.fail_in_band(payload)
 
 
-async def read_whole(response: aiohttp.ClientResponse, silence: Silence, limit_bytes: int) -> bytes:
+async def read_whole(answer: Answer, silence: Silence, limit_bytes: int) -> bytes:
     """The complete body. Raises Problem 502 for one that is cut or too large."""
     pieces: list[bytes] = []
     size_bytes = 0
     try:
-        while piece := await response.content.readany():
+        while piece := await answer.readany():
             silence.since = silence.clock()
             pieces.append(piece)
             size_bytes += len(piece)
             if size_bytes > limit_bytes:
                 raise problems.answer_too_large(limit_bytes)
-    except aiohttp.ClientError as error:
-        raise problems.answer_cut(describe(error)) from None
+    except Cut as error:
+        raise problems.answer_cut(str(error)) from None
     return b"".join(pieces)
 
 
-def passed_headers(response: aiohttp.ClientResponse) -> Headers:
+def passed_headers(answer: Answer) -> Headers:
     """The replica's headers but for those that belong to a connection or to us."""
     return [
         (lowered, value)
-        for name, value in response.raw_headers
+        for name, value in answer.raw_headers
         if (lowered := name.lower()) not in OWN_HEADERS and not FORBIDDEN.search(value)
     ]

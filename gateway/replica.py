@@ -8,7 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from gateway.breaker import Circuit
 from gateway.problems import listing, quote
+from policies.retrying import Breaker
 from policies.schema import Deployment
 from runtime.wire import RUN_TOKEN_ENV
 
@@ -26,6 +28,8 @@ class Replica:
     models: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     healthy: bool = False
     in_flight: int = 0
+    circuit: Circuit = field(default_factory=lambda: Circuit(Breaker()), repr=False)
+    rests_until: float = 0.0  # loop time; it is busy, and others are asked first
     error: str | None = None
     tried: bool = False  # an own worker that was ready once, a foreign server that was asked once
     doubt: asyncio.Event = field(default_factory=asyncio.Event, repr=False)
@@ -50,8 +54,14 @@ class Replica:
         self.healthy = self.tried = True
         self.error = None
 
+    def takes(self, now: float) -> bool:
+        """Whether a request may be sent to it, as far as its failures go."""
+        return self.circuit.allows(now)
+
     def state(self) -> str:
         """For messages: where it is and how it is."""
+        if self.healthy and self.circuit.trial_at is not None:
+            return f"{self.url} is well by its health and failed its last requests"
         if self.healthy:
             return f"{self.url} is ready"
         return (
@@ -67,14 +77,18 @@ def replicas_of(
     Raises KeyError for a key that is not set, or empty.
     """
     token = environ.get(RUN_TOKEN_ENV)
-    own = [Replica(url.rstrip("/"), own=True, run_token=token) for url in workers]
+    breaker = policy.gateway.breaker
+    own = [
+        Replica(url.rstrip("/"), own=True, run_token=token, circuit=Circuit(breaker))
+        for url in workers
+    ]
     foreign = []
     for upstream in policy.upstreams:
         name = upstream.api_key_env
         key = environ.get(name, "").strip() if name else None
         if key == "":  # "Authorization: Bearer " with nothing behind it helps nobody
             raise KeyError(name)
-        foreign.append(Replica(upstream.url, api_key=key))
+        foreign.append(Replica(upstream.url, api_key=key, circuit=Circuit(breaker)))
     return own + foreign
 
 

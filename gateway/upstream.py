@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import io
 import random
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
 from types import SimpleNamespace, TracebackType
 from typing import Any
@@ -17,20 +17,19 @@ from typing import Any
 import aiohttp
 
 from gateway import problems, route
+from gateway.answer import Answer, Attempt
+from gateway.attempts import Attempts, Failed, Stale, Unreachable
 from gateway.call import Call
 from gateway.health import Watch, ask
 from gateway.replica import Replica, describe
+from gateway.retries import Budget
 from policies.schema import Gateway
+from runtime.wire import Problem
 
 KEEP_ALIVE_S = 30.0  # an idle connection to a replica is kept this long
 READ_BUFFER_BYTES = 2**16  # the replica is not read further while the client lags by twice this
 COPIED_BODY_MAX_BYTES = 2**20  # aiohttp wants larger bodies as a file
-STALE_MAX = 3  # reset keep-alive connections that one request may meet
 GOODBYE_S = 1.0  # for the last words of requests that outlived the drain
-
-
-class Stale(Exception):
-    """A kept-alive connection turned out to be closed before any byte of an answer."""
 
 
 class Pool:
@@ -43,6 +42,7 @@ class Pool:
         self.replicas = tuple(replicas)
         self.draining = False
         self.in_flight = 0
+        self._budget = Budget.of(settings.retries)
         self._rng = rng or random.Random()  # noqa: S311  # ties between replicas, no secret
         self._session: aiohttp.ClientSession | None = None
         self._probes: list[asyncio.Task[None]] = []
@@ -96,36 +96,27 @@ class Pool:
             await self._empty.wait()
 
     @asynccontextmanager
-    async def open(self, call: Call) -> AsyncIterator[aiohttp.ClientResponse]:
-        """The answer of the replica that took the call, from its headers on; closed on the way out.
+    async def open(self, call: Call) -> AsyncIterator[Answer]:
+        """The answer to the call, from its first event or its headers on; closed on the way out.
 
-        Another replica is tried when connecting failed, or when one answered 503 and another may
-        take it; never once a byte of an answer went to the client. Raises Problem.
+        Replicas are tried by the rules of attempts.py. Raises Problem.
         """
-        passed: set[Replica] = set()
-        stale = 0
-        while True:
-            replica = self._choose(call.model, passed)
-            replica.in_flight += 1
-            response = None
-            try:
-                response = await self._send(replica, call)
-                if response.status != 503 or not self._another(call.model, passed | {replica}):
-                    yield response
-                    return
-                passed.add(replica)
-                replica.doubt.set()
-            except Stale as error:
-                stale += 1
-                if stale > STALE_MAX:
-                    raise problems.upstream_failed(replica.url, str(error)) from None
-            except Unreachable as error:
-                replica.mark_down(str(error))
-                passed.add(replica)
-            finally:
-                replica.in_flight -= 1
-                if response is not None:
-                    response.close()
+        attempts = Attempts(
+            call, self.settings, self._budget, self._rng, self._send, self._choose,
+            lambda: self.replicas, self._why_none,
+        )  # fmt: skip
+        answer = await attempts.answer()
+        well: bool | None = None  # a client that leaves says nothing of the replica
+        try:
+            yield answer
+            well = answer.well
+        except Problem as problem:
+            if problem.code in problems.REPLICA_FAILED:
+                well = False
+                answer.attempt.replica.doubt.set()
+            raise
+        finally:
+            answer.close(well=well)
 
     async def ask_all(self, path: str) -> list[dict[str, Any] | None]:
         """What each replica answers to a GET, in their order; None where that is no JSON object."""
@@ -133,22 +124,16 @@ class Pool:
         session = self._session
         return await asyncio.gather(*(ask(session, replica, path) for replica in self.replicas))
 
-    def _choose(self, model: str, passed: set[Replica]) -> Replica:
-        rest = [replica for replica in self.replicas if replica not in passed]
-        replica = route.choose(rest, model, self._rng)
-        if replica is None:
-            raise self._why_none(model)
-        return replica
+    def _choose(self, replicas: Iterable[Replica], model: str) -> Replica | None:
+        return route.choose(replicas, model, self._rng)
 
-    def _another(self, model: str, passed: set[Replica]) -> bool:
-        rest = (replica for replica in self.replicas if replica not in passed)
-        return route.choose(rest, model, self._rng) is not None
-
-    def _why_none(self, model: str) -> Exception:
+    def _why_none(self, model: str) -> Problem:
         states = [replica.state() for replica in self.replicas]
         healthy = [replica for replica in self.replicas if replica.healthy]
         if any(model in replica.models for replica in self.replicas):
-            return problems.no_replica(model, states)
+            now = asyncio.get_running_loop().time()
+            waits = [r.circuit.wait_s(now) for r in healthy if model in r.models]
+            return problems.no_replica(model, states, min(waits, default=1.0))
         if healthy:
             served = sorted({name for replica in healthy for name in replica.models})
             down = [replica.state() for replica in self.replicas if not replica.healthy]
@@ -157,34 +142,31 @@ class Pool:
             return problems.loading(states)
         return problems.no_replica(model, states)
 
-    async def _send(self, replica: Replica, call: Call) -> aiohttp.ClientResponse:
-        """Sends the call's bytes, waits for the headers. Raises Unreachable, Stale or Problem."""
+    async def _send(self, attempt: Attempt, call: Call) -> Answer:
+        """Sends the call's bytes, waits for the headers. Raises Unreachable, Stale, Failed."""
         assert self._session is not None, "the pool is used outside of its lifespan"
+        replica = attempt.replica
         large = len(call.body) > COPIED_BODY_MAX_BYTES
-        attempt = SimpleNamespace(reused=False)
+        context = SimpleNamespace(reused=False)
         try:
-            return await self._session.post(
+            response = await self._session.post(
                 replica.url + call.path,
                 data=io.BytesIO(call.body) if large else call.body,
                 headers=_headers(replica, call),
                 allow_redirects=False,
-                trace_request_ctx=attempt,
+                trace_request_ctx=context,
             )
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
             raise Unreachable(f"cannot connect: {describe(error)}") from None
         except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
-            replica.doubt.set()
             half_answered = not isinstance(getattr(error, "message", ""), str)
-            if attempt.reused and not half_answered:
+            if context.reused and not half_answered:
+                replica.doubt.set()
                 raise Stale(describe(error)) from None
-            raise problems.upstream_failed(replica.url, describe(error)) from None
+            raise Failed(describe(error)) from None
         except aiohttp.ClientError as error:
-            replica.doubt.set()
-            raise problems.upstream_failed(replica.url, describe(error)) from None
-
-
-class Unreachable(Exception):
-    """No connection to a replica could be made: nothing of the request was sent."""
+            raise Failed(describe(error)) from None
+        return Answer(response, attempt)
 
 
 def _headers(replica: Replica, call: Call) -> dict[str, str]:

@@ -7,6 +7,7 @@ from typing import Annotated
 from pydantic import AfterValidator, Field
 
 from policies.fields import PolicyModel, base_url, loopback_address
+from policies.retrying import Breaker, Retries
 
 
 class Gateway(PolicyModel):
@@ -54,6 +55,8 @@ class Gateway(PolicyModel):
         le=10**6,
         description="Requests at once; more are refused with 503 and Retry-After.",
     )
+    retries: Retries = Field(Retries(), description="When a request is sent again.")
+    breaker: Breaker = Field(Breaker(), description="When a replica that fails is left alone.")
 
 
 class Upstream(PolicyModel):

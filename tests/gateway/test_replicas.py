@@ -83,13 +83,16 @@ def test_an_upstream_out_of_reach_is_logged_once_though_it_never_was_well(
 
 @on_loop
 async def test_a_503_is_retried_elsewhere_and_relayed_when_there_is_nowhere_else() -> None:
-    """A full replica passes its request on; a full fleet's answer reaches the client."""
-    async with upstream(busy) as full, upstream() as free, gateway(full, free) as edge:
-        edge.pool.replicas[1].in_flight = 5
-        for payload in (HELLO, STREAMED):
+    """A full replica passes its request on, and is left alone for as long as it says; a full
+    fleet's answer reaches the client."""
+    for payload in (HELLO, STREAMED):
+        async with upstream(busy) as full, upstream() as free, gateway(full, free) as edge:
+            edge.pool.replicas[1].in_flight = 5
             assert (await edge.post(payload)).status_code == 200
-        assert len(full.requests) == len(free.requests) == 2
-        edge.pool.replicas[1].in_flight = 0
+            assert len(full.requests) == len(free.requests) == 1
+            assert (await edge.post(payload)).status_code == 200
+            assert (len(full.requests), len(free.requests)) == (1, 2)
+            edge.pool.replicas[1].in_flight = 0
     async with upstream(busy) as one, upstream(busy) as two, gateway(one, two) as edge:
         response = await edge.post(HELLO)
         assert (response.status_code, response.headers["retry-after"]) == (503, "3")
@@ -112,18 +115,20 @@ async def test_nothing_is_retried_after_the_first_byte(payload: dict) -> None:
 
 
 @on_loop
-async def test_a_replica_that_dies_on_a_fresh_request_is_502_without_a_retry() -> None:
-    """It may have done the work: only a connection that idled before is known to have done none."""
+async def test_a_replica_that_dies_on_a_fresh_request_is_502_where_nothing_is_retried() -> None:
+    """With one attempt, only a connection that idled before, and did no work, is replaced."""
 
     async def answer(peer: Peer) -> None:
         peer.abort()
 
-    async with upstream(answer) as one, upstream(answer) as two, gateway(one, two) as edge:
-        for pool_connections in range(2):
-            response = await edge.post(HELLO, headers={"x-request-id": str(pool_connections)})
-            if response.status_code == 502:
-                break
-        assert response.json()["error"]["code"] == "upstream_failed"
+    once = {"max_attempts": 1}
+    async with upstream(answer) as one, upstream(answer) as two:
+        async with gateway(retries=once) as edge:  # never probed: all connections are fresh
+            edge.pool.replicas = (ready(one.url, "m"), ready(two.url, "m"))
+            response = await edge.post(HELLO)
+            assert response.status_code == 502
+            assert response.json()["error"]["code"] == "upstream_failed"
+            assert len(one.requests) + len(two.requests) == 1
 
 
 @on_loop
