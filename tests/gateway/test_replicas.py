@@ -122,13 +122,16 @@ async def test_a_replica_that_dies_on_a_fresh_request_is_502_where_nothing_is_re
         peer.abort()
 
     once = {"max_attempts": 1}
-    async with upstream(answer) as one, upstream(answer) as two:
-        async with gateway(retries=once) as edge:  # never probed: all connections are fresh
-            edge.pool.replicas = (ready(one.url, "m"), ready(two.url, "m"))
-            response = await edge.post(HELLO)
-            assert response.status_code == 502
-            assert response.json()["error"]["code"] == "upstream_failed"
-            assert len(one.requests) + len(two.requests) == 1
+    async with (
+        upstream(answer) as one,
+        upstream(answer) as two,
+        gateway(retries=once) as edge,
+    ):
+        edge.pool.replicas = (ready(one.url, "m"), ready(two.url, "m"))  # no probe's connections
+        response = await edge.post(HELLO)
+        assert response.status_code == 502
+        assert response.json()["error"]["code"] == "upstream_failed"
+        assert len(one.requests) + len(two.requests) == 1
 
 
 @on_loop
