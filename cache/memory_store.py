@@ -10,8 +10,8 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import count, islice
+from dataclasses import dataclass
+from itertools import count
 from typing import Generic, TypeVar
 
 from cache.store import BUCKET_KEPT_S, QUOTA_KEPT_S, Bucket, Entries, Rule, Taken, Want
@@ -28,9 +28,9 @@ class MemoryStore:
         self._levels: Expiring[Level] = Expiring(keys_max)
         self._values: Expiring[bytes] = Expiring(keys_max)
         self._sums: Expiring[float] = Expiring(keys_max)
-        self._logs: Expiring[_Log] = Expiring(keys_max)
+        self._logs: Expiring[deque[_Entry]] = Expiring(keys_max)
         self._boards: dict[str, Expiring[bytes]] = {}
-        self._births = count(1)
+        self._numbers = count(1)
         self._keys_max = keys_max
 
     # ---- limits ---------------------------------------------------------------------------------
@@ -104,24 +104,19 @@ class MemoryStore:
 
     async def append(self, key: str, entries: Sequence[bytes], keep: int, ttl_s: float) -> None:
         now = self._clock()
-        log = self._logs.get(key, now) or _Log(f"{next(self._births)}")
-        log.entries.extend(entries)
-        log.end += len(entries)
-        while len(log.entries) > keep:
-            log.entries.popleft()
+        log = self._logs.get(key, now) or deque(maxlen=keep)
+        log.extend(_Entry(next(self._numbers), now + ttl_s, data) for data in entries)
         self._logs.set(key, log, now + ttl_s, now)
 
     async def read(self, key: str, after: str, limit: int) -> Entries:
-        log = self._logs.get(key, self._clock())
-        if log is None:
-            return Entries((), after)
-        born, _, place = after.partition("-")
-        # A cursor of a log that has expired since is the beginning of the one that took its place.
-        begin = int(place) if born == log.born else 0
-        first = log.end - len(log.entries)
-        skip = max(0, begin - first)
-        found = tuple(islice(log.entries, skip, skip + limit))
-        return Entries(found, f"{log.born}-{first + skip + len(found)}" if found else after)
+        now = self._clock()
+        read = int(after or 0)
+        fresh = [
+            entry
+            for entry in self._logs.get(key, now) or ()
+            if entry.number > read and now < entry.ends_at
+        ][:limit]
+        return Entries(tuple(e.data for e in fresh), str(fresh[-1].number) if fresh else after)
 
     async def post(self, board: str, owner: str, note: bytes, ttl_s: float) -> None:
         now = self._clock()
@@ -176,11 +171,11 @@ def full(rule: Rule) -> float:
     return rule.capacity if isinstance(rule, Bucket) else rule.limit
 
 
-@dataclass(slots=True)
-class _Log:
-    born: str  # which of the logs that had this key
-    entries: deque[bytes] = field(default_factory=deque)
-    end: int = 0  # entries that were ever appended
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    number: int  # grows over all logs, so that a cursor stays behind what comes
+    ends_at: float
+    data: bytes
 
 
 @dataclass(slots=True)

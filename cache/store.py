@@ -117,7 +117,7 @@ class Store(Protocol):
         """Adds to a counter and returns its sum; the first to add sets its time to live."""
 
     async def append(self, key: str, entries: Sequence[bytes], keep: int, ttl_s: float) -> None:
-        """Adds to a log, which keeps its last `keep` entries, until `ttl_s` after the last one."""
+        """Adds to a log, which keeps its last `keep` entries, each for `ttl_s`."""
 
     async def read(self, key: str, after: str, limit: int) -> Entries:
         """At most `limit` entries after a cursor; `""` is the beginning."""

@@ -1,17 +1,21 @@
-"""What every store does alike, in memory here."""
+"""What every store does alike, in memory and in Redis."""
 
 from __future__ import annotations
 
 import asyncio
-import functools
 import math
-from collections.abc import Callable, Coroutine
+import secrets
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
 import pytest
 
 from cache.memory_store import Expiring, MemoryStore
+from cache.redis_store import RedisStore
 from cache.store import Bucket, Quota, Store, Taken, Want, key
+from tests.redis_server import RedisServer, needs_redis, redis_server
+
+Open = Callable[[Callable[[], float]], Store]
 
 
 class Clock:
@@ -24,17 +28,38 @@ class Clock:
         return self.now
 
 
-Test = Callable[[Store, Clock], Coroutine[Any, Any, None]]
+@pytest.fixture(scope="module")
+def server() -> Iterator[RedisServer]:
+    with redis_server() as server:
+        yield server
 
 
-def with_store(test: Test) -> Callable[[], None]:
-    @functools.wraps(test, assigned=("__name__", "__doc__", "__module__"))
-    def sync() -> None:
-        clock = Clock()
-        asyncio.run(test(MemoryStore(clock), clock))
+@pytest.fixture(params=["memory", pytest.param("redis", marks=needs_redis)])
+def opened(request: pytest.FixtureRequest) -> Open:
+    """How to open one kind of store; each test of Redis has a namespace of its own."""
+    if request.param == "memory":
+        return MemoryStore
+    server: RedisServer = request.getfixturevalue("server")
+    namespace = secrets.token_hex(8)
+    return lambda clock: RedisStore(server.url, namespace=namespace, timeout_s=10, clock=clock)
 
-    del sync.__wrapped__  # pytest would ask for its arguments
-    return sync
+
+def with_store(test: Callable[[Store, Clock], Coroutine[Any, Any, None]]) -> Callable[..., None]:
+    """The test on both kinds."""
+
+    def on_both(opened: Open) -> None:
+        async def run() -> None:
+            clock = Clock()
+            store = opened(clock)
+            try:
+                await test(store, clock)
+            finally:
+                await store.aclose()
+
+        asyncio.run(run())
+
+    on_both.__name__, on_both.__doc__ = test.__name__, test.__doc__
+    return on_both
 
 
 A, B = key("limit", "tenant a"), key("limit", "tenant b")
