@@ -38,10 +38,13 @@ class Attempt:
         self.trial = replica.circuit.begin(self.began)
         replica.in_flight += 1
 
-    def answered(self) -> None:
+    def answered(self, *, stream: bool) -> None:
         """The answer has begun: a trial has succeeded, however long it goes on."""
+        now = self._clock.time()
+        if stream:
+            self.replica.saw_ttft(now - self.began)
         if self.trial:
-            self.replica.circuit.succeeded(self._clock.time(), trial=True)
+            self.replica.circuit.succeeded(now, trial=True)
             self.trial = False
 
     def end(self, well: bool | None) -> None:
@@ -136,9 +139,13 @@ class Answer:
 
     def close(self, *, well: bool | None) -> None:
         """Leaves the replica, which stops its work; `well` as in `Attempt.end`."""
+        self.drop()
+        self.attempt.end(well)
+
+    def drop(self) -> None:
+        """Closes the connection, unless it can serve again; the place is given back elsewhere."""
         self._ended = True
         self._response.close()
-        self.attempt.end(well)
 
     def leave(self) -> None:
         """Closes an error that another attempt follows; what was read of it can still be given."""

@@ -7,35 +7,28 @@ may be tried and when; how a request is sent is the pool's, what answers mean is
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from gateway import problems
-from gateway.answer import Answer, Attempt, Cut
+from gateway.answer import Answer, Attempt
 from gateway.call import Call
+from gateway.exchange import Failed, Late, Send, Stale, Unreachable, exchange
+from gateway.hedge import due_s, race, spare
 from gateway.replica import Replica
 from gateway.retries import Budget, Meaning, retry_after_s
 from policies.schema import Gateway
 from runtime.wire import Problem
 
 STALE_MAX = 3  # reset keep-alive connections that one request may meet
-PAUSE_S = 0.05  # before the same replica is tried again, doubled each time, and up to half as long
+PAUSE_S = 0.05  # before a replica is asked again, doubled each time; with up to half as much more
 REST_MAX_S = 30.0  # a replica that is busy is avoided no longer, whatever its Retry-After says
 DEADLINE_HEADER = "x-slo-deadline-ms"
-
-
-class Unreachable(Exception):
-    """No connection to a replica could be made: nothing of the request was sent."""
-
-
-class Stale(Exception):
-    """A kept-alive connection turned out to be closed before any byte of an answer."""
-
-
-class Failed(Exception):
-    """The replica got the request, and no answer came of it."""
+TTFT_HEADER = "x-slo-ttft-ms"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +46,10 @@ class Attempts:
 
     call: Call
     settings: Gateway
-    budget: Budget
+    budget: Budget  # of attempts behind the first
+    duplicates: Budget  # of bytes of prompts that are sent twice at once
     rng: random.Random
-    send: Callable[[Attempt, Call], Awaitable[Answer]]  # raises Unreachable, Stale, Failed
+    send: Send
     choose: Callable[[Iterable[Replica], str], Replica | None]
     replicas: Callable[[], Iterable[Replica]]
     why_none: Callable[[str], Problem]
@@ -68,34 +62,26 @@ class Attempts:
     async def answer(self) -> Answer:
         """The answer that goes to the client: a good one, or the last bad one. Raises Problem."""
         self.budget.request(self.began)
+        if self.settings.hedge is not None:
+            self.duplicates.request(self.began, len(self.call.body))
         failure: Answer | Problem | None = None
         while (replica := self._next()) is not None:
-            attempt = Attempt(replica, asyncio.get_running_loop())
             try:
-                answer = await self._try(attempt)
+                answer = await self._try(replica)
             except Stale as error:
-                attempt.end(None)
                 self.stale += 1
                 if self.stale > STALE_MAX:
                     raise problems.upstream_failed(replica.url, str(error)) from None
                 continue
-            except Unreachable as error:
-                attempt.end(False)
-                self._note(attempt, "unreachable")
-                replica.mark_down(str(error))
+            except Unreachable:
                 self.passed.add(replica)
                 continue
             except Failed as error:
-                attempt.end(False)
-                self._note(attempt, "failed")
-                replica.doubt.set()
                 failure = problems.upstream_failed(replica.url, str(error))
             else:
-                self._note(attempt, str(answer.status))
                 if answer.meaning is Meaning.ANSWER:
                     return answer
                 failure = answer
-            self.made += 1
             if not await self._again(replica, failure):
                 break
         if failure is None:
@@ -104,49 +90,103 @@ class Attempts:
             raise failure
         return failure
 
-    # ---- one attempt ----------------------------------------------------------------------------
+    # ---- one attempt, or two at once ------------------------------------------------------------
 
-    async def _try(self, attempt: Attempt) -> Answer:
-        """Raises Unreachable, Stale, Failed, and Problem when the time of all attempts is up.
+    async def _try(self, replica: Replica) -> Answer:
+        """Raises Unreachable, Stale, Failed, and Problem when the time of all attempts is up."""
+        policy = self.settings.hedge
+        if policy is None or not self.call.stream:
+            return await self._once(replica)
+        target_s = self._header_s(TTFT_HEADER) or policy.ttft_s
+        return await race(
+            self._once(replica),
+            lambda: self._second(replica),
+            due_s(policy, target_s, replica.ttft_s),
+            lambda answer: answer.meaning is Meaning.ANSWER,
+            Answer.leave,
+        )
 
-        Whatever else ends it gives the place back.
-        """
-        answer = None
+    def _second(self, first: Replica) -> Coroutine[Any, Any, Answer] | None:
+        """The same request to another replica that has capacity to spare, within the budget."""
+        other = self._next(besides=first)
+        if other is None or not spare(other.in_flight, first.in_flight):
+            return None
+        if not self.duplicates.take(asyncio.get_running_loop().time(), len(self.call.body)):
+            return None
+        self.passed.add(other)
+        return self._once(other)
+
+    async def _once(self, replica: Replica) -> Answer:
+        """One request to one replica, whose place there is given back unless an answer comes."""
+        attempt = Attempt(replica, asyncio.get_running_loop())
+        self.made += 1
+        outcome, well = "left", None
         try:
-            async with asyncio.timeout_at(self.began + self.settings.first_byte_timeout_s):
-                answer = await self.send(attempt, self.call)
-                await answer.look(stream=self.call.stream)
-        except (Unreachable, Stale, Failed):
+            answer = await exchange(
+                self.send, attempt, self.call, self.settings,
+                self.began + self.settings.first_byte_timeout_s,
+                lambda: self._may_leave(replica),
+            )  # fmt: skip
+            outcome = str(answer.status)
+            attempt.answered(stream=self.call.stream)
+            return answer
+        except Unreachable as error:
+            outcome, well = "unreachable", False
+            self.made -= 1  # nothing was sent
+            replica.mark_down(str(error))
             raise
-        except Cut as error:
-            _give_up(answer, attempt, well=False)
-            raise Failed(str(error)) from None
-        except TimeoutError:
-            _give_up(answer, attempt, well=False)
-            attempt.replica.doubt.set()
-            raise problems.upstream_timeout(self.settings.first_byte_timeout_s) from None
-        except BaseException:
-            _give_up(answer, attempt, well=None)
+        except Stale:
+            outcome = "stale"
+            self.made -= 1
             raise
-        attempt.answered()
-        return answer
+        except Late:
+            outcome = "late"  # which a long prompt is, too
+            raise
+        except Failed:
+            outcome, well = "failed", False
+            raise
+        except Problem:
+            outcome, well = "timeout", False
+            raise
+        finally:
+            self.tried.append(Tried(replica.url, outcome, attempt.began - self.began))
+            if not outcome.isdigit():
+                attempt.end(well)
+                if outcome not in ("left", "unreachable"):
+                    replica.doubt.set()
+
+    def _may_leave(self, replica: Replica) -> bool:
+        """Whether another attempt may follow one that is late."""
+        now = asyncio.get_running_loop().time()
+        if self.made >= self.settings.retries.max_attempts or not self.budget.allows(now):
+            return False
+        return self._next(besides=replica, awake=True) is not None
 
     # ---- what follows ---------------------------------------------------------------------------
 
-    def _next(self) -> Replica | None:
-        """Whom to ask now: someone who does not rest, else one who does."""
+    def _next(self, *, besides: Replica | None = None, awake: bool = False) -> Replica | None:
+        """Whom to ask now: someone who does not rest, else, but for `awake`, one who does."""
         now = asyncio.get_running_loop().time()
-        may = [r for r in self.replicas() if r not in self.passed and r.takes(now)]
-        awake = [replica for replica in may if replica.rests_until <= now]
+        may = [
+            replica
+            for replica in self.replicas()
+            if replica not in self.passed and replica is not besides and replica.takes(now)
+        ]
+        rested = [replica for replica in may if replica.rests_until <= now]
         model = self.call.model
-        return self.choose(awake, model) or self.choose(may, model)
+        chosen = self.choose(rested, model)
+        return chosen if chosen or awake or len(rested) == len(may) else self.choose(may, model)
 
     async def _again(self, replica: Replica, failure: Answer | Problem) -> bool:
         """Whether to try once more, after the wait that it takes; a bad answer is closed then."""
-        wait_s = self._wait_s(replica, failure)
-        if wait_s is None or self.made >= self.settings.retries.max_attempts:
+        now = asyncio.get_running_loop().time()
+        after_s = self._note_failure(replica, failure, now)
+        self.passed.add(replica)
+        wait_s = 0.0 if self._next() is not None else self._pause_s(after_s)
+        in_time = wait_s <= self.settings.retries.retry_after_max_s
+        if not in_time or (wait_s and now + wait_s >= self._deadline()):
             return False
-        if not self.budget.take(asyncio.get_running_loop().time()):
+        if self.made >= self.settings.retries.max_attempts or not self.budget.take(now):
             return False
         if isinstance(failure, Answer):
             failure.leave()
@@ -155,36 +195,33 @@ class Attempts:
             await asyncio.sleep(wait_s)
         return True
 
-    def _wait_s(self, replica: Replica, failure: Answer | Problem) -> float | None:
-        """0 for another replica, else how long until this one may be asked again; None: never."""
-        now = asyncio.get_running_loop().time()
-        after_s = None
-        if isinstance(failure, Answer):
-            after_s = retry_after_s(failure.headers, time.time())
-            if failure.meaning is Meaning.BUSY:
-                replica.rests_until = now + min(after_s or 0.0, REST_MAX_S)
-            else:
-                replica.doubt.set()
-        self.passed.add(replica)
-        if self._next() is not None:
-            return 0.0
-        pause_s = PAUSE_S * 2 ** (self.made - 1) * (1 + self.rng.random() / 2)
-        wait_s = pause_s if after_s is None else after_s
-        too_long = wait_s > self.settings.retries.retry_after_max_s
-        return None if too_long or now + wait_s >= self._deadline() else wait_s
+    def _note_failure(
+        self, replica: Replica, failure: Answer | Problem, now: float
+    ) -> float | None:
+        """Seconds after which the replica wants to be asked again, if it says so. It rests as long,
+        unless it is the client's own key that is asked to wait."""
+        if isinstance(failure, Problem):
+            return None
+        after_s = retry_after_s(failure.headers, time.time())
+        if failure.meaning is Meaning.BROKEN:
+            replica.doubt.set()
+        elif failure.status == 503 or replica.own or replica.api_key or not self.call.authorization:
+            replica.rests_until = now + min(after_s or 0.0, REST_MAX_S)
+        return after_s
+
+    def _pause_s(self, after_s: float | None) -> float:
+        """How long to wait until a replica is asked a second time."""
+        pause_s: float = PAUSE_S * 2 ** (self.made - 1) * (1 + self.rng.random() / 2)
+        return max(pause_s, after_s or 0.0)
 
     def _deadline(self) -> float:
         """When the client gives up, by its own words."""
+        deadline_s = self._header_s(DEADLINE_HEADER)
+        return math.inf if deadline_s is None else self.began + deadline_s
+
+    def _header_s(self, name: str) -> float | None:
+        """A header's milliseconds; None without one, or for one that the replica will refuse."""
         try:
-            return self.began + float(self.call.headers[DEADLINE_HEADER]) / 1000
-        except (KeyError, ValueError):  # none, or one that the replica will refuse
-            return float("inf")
-
-    def _note(self, attempt: Attempt, outcome: str) -> None:
-        self.tried.append(Tried(attempt.replica.url, outcome, attempt.began - self.began))
-
-
-def _give_up(answer: Answer | None, attempt: Attempt, *, well: bool | None) -> None:
-    if answer is not None:
-        answer.close(well=well)
-    attempt.end(well)
+            return float(self.call.headers[name]) / 1000
+        except (KeyError, ValueError):
+            return None

@@ -14,6 +14,8 @@ from policies.retrying import Breaker
 from policies.schema import Deployment
 from runtime.wire import RUN_TOKEN_ENV
 
+TTFT_WEIGHT = 0.2  # of the latest first token
+
 log = logging.getLogger("headgate.gateway")
 
 
@@ -30,6 +32,7 @@ class Replica:
     in_flight: int = 0
     circuit: Circuit = field(default_factory=lambda: Circuit(Breaker()), repr=False)
     rests_until: float = 0.0  # loop time; it is busy, and others are asked first
+    ttft_s: float | None = None  # to first tokens of late, recent ones weighing more
     error: str | None = None
     tried: bool = False  # an own worker that was ready once, a foreign server that was asked once
     doubt: asyncio.Event = field(default_factory=asyncio.Event, repr=False)
@@ -57,6 +60,10 @@ class Replica:
     def takes(self, now: float) -> bool:
         """Whether a request may be sent to it, as far as its failures go."""
         return self.circuit.allows(now)
+
+    def saw_ttft(self, took_s: float) -> None:
+        before_s = took_s if self.ttft_s is None else self.ttft_s
+        self.ttft_s = before_s + TTFT_WEIGHT * (took_s - before_s)
 
     def state(self) -> str:
         """For messages: where it is and how it is."""

@@ -14,8 +14,6 @@ from typing import Any
 
 import orjson
 
-from policies.retrying import Retries
-
 WINDOW_S = 10.0
 SLOTS = 10  # of the window
 REFUSED_FOR_ITS_CONTENT = (
@@ -109,6 +107,7 @@ class Budget:
     """Extra attempts within any ten seconds: a share of the requests in them, and a minimum.
 
     So a fleet that fails as a whole gets little more than its load, instead of several times it.
+    Amounts are requests, or whatever else a request weighs.
     """
 
     share: float
@@ -117,22 +116,22 @@ class Budget:
     _requests: int = 0
     _retries: int = 0
 
-    @classmethod
-    def of(cls, policy: Retries) -> Budget:
-        return cls(policy.budget_share, policy.budget_min_per_s)
-
-    def request(self, now: float) -> None:
+    def request(self, now: float, amount: int = 1) -> None:
         """One more request came."""
-        self._slot(now).requests += 1
-        self._requests += 1
+        self._slot(now).requests += amount
+        self._requests += amount
 
-    def take(self, now: float) -> bool:
+    def allows(self, now: float, amount: int = 1) -> bool:
+        """Whether one more attempt is within the budget."""
+        self._slot(now)
+        return self._retries + amount <= self.share * self._requests + self.min_per_s * WINDOW_S
+
+    def take(self, now: float, amount: int = 1) -> bool:
         """Whether one more attempt is allowed; it is counted when it is."""
-        slot = self._slot(now)
-        if self._retries + 1 > self.share * self._requests + self.min_per_s * WINDOW_S:
+        if not self.allows(now, amount):
             return False
-        slot.retries += 1
-        self._retries += 1
+        self._slots[-1].retries += amount
+        self._retries += amount
         return True
 
     def _slot(self, now: float) -> _Slot:

@@ -18,8 +18,9 @@ import aiohttp
 
 from gateway import problems, route
 from gateway.answer import Answer, Attempt
-from gateway.attempts import Attempts, Failed, Stale, Unreachable
+from gateway.attempts import Attempts
 from gateway.call import Call
+from gateway.exchange import Failed, Stale, Unreachable
 from gateway.health import Watch, ask
 from gateway.replica import Replica, describe
 from gateway.retries import Budget
@@ -42,7 +43,9 @@ class Pool:
         self.replicas = tuple(replicas)
         self.draining = False
         self.in_flight = 0
-        self._budget = Budget.of(settings.retries)
+        retries, hedge = settings.retries, settings.hedge
+        self._budget = Budget(retries.budget_share, retries.budget_min_per_s)
+        self._duplicates = Budget(hedge.budget_share if hedge else 0.0, 0.0)
         self._rng = rng or random.Random()  # noqa: S311  # ties between replicas, no secret
         self._session: aiohttp.ClientSession | None = None
         self._probes: list[asyncio.Task[None]] = []
@@ -102,8 +105,8 @@ class Pool:
         Replicas are tried by the rules of attempts.py. Raises Problem.
         """
         attempts = Attempts(
-            call, self.settings, self._budget, self._rng, self._send, self._choose,
-            lambda: self.replicas, self._why_none,
+            call, self.settings, self._budget, self._duplicates, self._rng, self._send,
+            self._choose, lambda: self.replicas, self._why_none,
         )  # fmt: skip
         answer = await attempts.answer()
         well: bool | None = None  # a client that leaves says nothing of the replica

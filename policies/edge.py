@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import AfterValidator, Field
 
 from policies.fields import PolicyModel, base_url, loopback_address
-from policies.retrying import Breaker, Retries
+from policies.retrying import Breaker, Hedge, Retries
 
 
 class Gateway(PolicyModel):
@@ -57,6 +57,9 @@ class Gateway(PolicyModel):
     )
     retries: Retries = Field(Retries(), description="When a request is sent again.")
     breaker: Breaker = Field(Breaker(), description="When a replica that fails is left alone.")
+    hedge: Hedge | None = Field(
+        None, description="Asks a second replica while the first one is late; off."
+    )
 
 
 class Upstream(PolicyModel):

@@ -25,6 +25,19 @@ class Retries(PolicyModel):
         le=300,
         description="Longest Retry-After that is waited for, where no other replica is left.",
     )
+    headers_failover_s: float | None = Field(
+        30.0,
+        gt=0,
+        le=86400,
+        description="A stream whose headers take longer is asked for elsewhere, where it can be.",
+    )
+    ttft_failover_s: float | None = Field(
+        None,
+        gt=0,
+        le=86400,
+        description="A stream whose first token takes longer is asked for elsewhere, where it can "
+        "be.",
+    )
 
 
 class Breaker(PolicyModel):
@@ -48,4 +61,25 @@ class Breaker(PolicyModel):
         le=3600,
         description="How long an open circuit waits for a trial; twice as long after each failed "
         "one, eight times at most.",
+    )
+
+
+class Hedge(PolicyModel):
+    """When a second replica is asked while the first one is late."""
+
+    after_s: float = Field(
+        0.1, ge=0, le=600, description="No second attempt is begun before the first is this old."
+    )
+    ttft_s: float = Field(
+        0.5,
+        gt=0,
+        le=3600,
+        description="Target that a first token must be predicted to miss, where the request names "
+        "none (`x-slo-ttft-ms`).",
+    )
+    budget_share: float = Field(
+        0.05,
+        gt=0,
+        le=1,
+        description="Prompts sent twice in ten seconds, as a share of all that were sent, by size.",
     )

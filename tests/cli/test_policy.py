@@ -19,7 +19,7 @@ from policies.yaml_tree import parse
 ROOT = Path(__file__).parents[2]
 WHOLE = """\
 version: 1
-gateway: {port: 9000}
+gateway: {port: 9000, hedge: {after_s: 0.2}}
 runtime:
   model: ../tiny
   served_name: "tiny: 1"
