@@ -137,7 +137,7 @@ def doctor(policy: Path | None, deep: bool, as_json: bool) -> None:
     raise SystemExit(examine(_default(policy), deep=deep, as_json=as_json))
 
 
-@main.group(short_help="Check a policy file, or show it with its defaults.")
+@main.group(short_help="Check a policy file, show it with its defaults, make keys for it.")
 def policy() -> None:
     """Work with policy files. docs/policy.md describes every field."""
 
@@ -186,6 +186,23 @@ def show(file: Path | None) -> None:
         click.echo(show_file(_default(file), os.environ), nl=False)
     except PolicyError as error:
         _fail(str(error), 2)
+
+
+@policy.command(short_help="Make a key for a tenant, and print its hash.")
+def key() -> None:
+    """Print a new random key, and its SHA-256 hash for the policy, which keeps no keys.
+
+    \b
+    Example:
+      headgate policy key
+
+    \b
+    Exit codes:
+      0  printed
+    """
+    from command.policy import key_lines
+
+    click.echo(key_lines(), nl=False)
 
 
 def _default(policy: Path | None) -> Path:

@@ -1,4 +1,4 @@
-"""`headgate policy check` and `headgate policy show`."""
+"""`headgate policy check`, `headgate policy show` and `headgate policy key`."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from policies.load import (
     resolve_model,
 )
 from policies.schema import Deployment
+from policies.slo import key_hash, new_key
 
 # Plain YAML text that no parser could take for anything else than this text.
 _PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9_./-]*|[0-9]+\.[0-9]+\.[0-9]+\.[0-9]+|https?://[\w.:/-]+")
@@ -54,35 +55,52 @@ def show_file(file: Path, environ: Mapping[str, str]) -> str:
     return "\n".join([*lines, *_fields(deployment, "")]) + "\n"
 
 
+def key_lines() -> str:
+    """A new key, and what of it stands in a policy."""
+    key = new_key()
+    return (
+        f"key:  {key}\n"
+        "      (shown once: give it to the tenant, who sends it as `Authorization: Bearer ...`)\n"
+        f"hash: {key_hash(key)}\n"
+        "      (for gateway.tenants.NAME.keys in the policy)\n"
+    )
+
+
 def _fields(model: BaseModel, indent: str) -> Iterator[str]:
     for name, field in type(model).model_fields.items():
         value = getattr(model, name)
         mark = "  # set" if name in model.model_fields_set else ""
-        inner = isinstance(value, BaseModel)
-        if inner or isinstance(value, tuple) or isinstance(model, Deployment):
+        if isinstance(value, BaseModel | tuple | dict) or isinstance(model, Deployment):
             yield ""
         yield f"{indent}# {field.description}"
-        if inner:
+        if isinstance(value, BaseModel):
             yield f"{indent}{name}:{mark}"
             yield from _fields(value, indent + "  ")
-        elif isinstance(value, tuple) and value:
+        elif isinstance(value, tuple | dict) and value:
             yield f"{indent}{name}:{mark}"
-            for entry in value:
-                yield from _entry(entry, indent + "  ")
+            yield from _entries(value, indent + "  ")
         else:
             yield f"{indent}{name}: {scalar(value)}{mark}"
 
 
-def _entry(entry: BaseModel, indent: str) -> Iterator[str]:
-    """One member of a list: its first line carries the dash."""
-    yield f"{indent}-"
-    yield from _fields(entry, indent + "  ")
+def _entries(value: tuple[object, ...] | dict[str, object], indent: str) -> Iterator[str]:
+    """The members of a list, each behind its dash, or of a mapping, each under its name."""
+    named = isinstance(value, dict)
+    for head, entry in value.items() if isinstance(value, dict) else (("-", one) for one in value):
+        lead = f"{indent}{scalar(head)}:" if named else f"{indent}-"
+        if isinstance(entry, BaseModel):
+            yield lead
+            yield from _fields(entry, indent + "  ")
+        else:
+            yield f"{lead} {scalar(entry)}"
 
 
 def scalar(value: object) -> str:
     """A value as YAML 1.2 that reads back as the same value."""
     if value == ():
         return "[]"
+    if value == {}:
+        return "{}"
     if isinstance(value, str):
         plain = _PLAIN.fullmatch(value) and value.lower() not in _NOT_TEXT
         return value if plain else f'"{"".join(map(_escaped, value))}"'

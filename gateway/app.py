@@ -35,4 +35,4 @@ def create_app(live: Live) -> ASGIApp:
         Route("/v1/models/{model:path}", Allowed("GET", model(live))),
     ]
     router = Router(routes, default=unknown_path, redirect_slashes=False, lifespan=lifespan)
-    return Doorway(router, live.edge.settings.host)
+    return Doorway(router, live)

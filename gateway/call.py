@@ -36,7 +36,7 @@ FORWARDED = frozenset(
 # garbage collector has nothing of it to walk; the bytes go on whole.
 READ = (
     "add_generation_prompt", "cache_salt", "chat_template_kwargs", "continue_final_message",
-    "documents", "max_completion_tokens", "max_tokens", "messages", "n", "prompt",
+    "documents", "max_completion_tokens", "max_tokens", "messages", "n", "priority", "prompt",
     "prompt_cache_key", "response_format", "seed", "service_tier", "stream_options",
     "temperature", "tool_choice", "tools", "top_k", "top_p", "user",
 )  # fmt: skip

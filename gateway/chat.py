@@ -46,8 +46,12 @@ class Completions:
         edge.pool.enter()
         try:
             headers = scope["headers"]
+            tenant = edge.keys.tenant(headers)
             body = await read_body(headers, receive, edge.settings)
             call = parse_call(self.path, body, headers, reply.request_id)
+            service = edge.tiers.tier(call, tenant)
+            reply.more.append((b"x-headgate-tier", service.tier.encode()))
+            call = edge.tiers.told(call, tenant, service)
             clock = asyncio.get_running_loop().time
             silence = Silence(edge.settings, reply, stream=call.stream, clock=clock)
             await attend(self._forward(edge, call, reply, silence), receive, silence)

@@ -7,11 +7,14 @@ policy never changes what is under way.
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
+from gateway.keys import Keys, salt_secret
 from gateway.replica import Replica
+from gateway.tiers import Tiers
 from gateway.upstream import Pool
 from policies.schema import Deployment, Gateway
 
@@ -22,6 +25,8 @@ class Edge:
 
     policy: Deployment
     pool: Pool
+    keys: Keys
+    tiers: Tiers
 
     @property
     def settings(self) -> Gateway:
@@ -38,7 +43,13 @@ def build(policy: Deployment, replicas: Sequence[Replica], before: Edge | None =
     """The parts by a policy. What `before` has learned and still holds goes on in the new edge."""
     known = {replica.identity: replica for replica in before.pool.replicas} if before else {}
     kept = [known.get(replica.identity, replica) for replica in replicas]
-    return Edge(policy, Pool(policy.gateway, kept))
+    settings = policy.gateway
+    if before is not None and before.settings.secret_env == settings.secret_env:
+        secret = before.tiers.salt_secret
+    else:
+        secret = salt_secret(settings, os.environ)
+    pool = Pool(settings, kept)
+    return Edge(policy, pool, Keys.of(settings), Tiers.of(settings, secret))
 
 
 class Live:

@@ -72,6 +72,19 @@ def origin_not_allowed(origin: str) -> Problem:
     return Problem(403, message, code="origin_not_allowed")
 
 
+def key_missing() -> Problem:
+    message = (
+        "no API key came with the request; send `Authorization: Bearer ...` with the key that "
+        "this gateway's operator gave you"
+    )
+    return Problem(401, message, code="missing_api_key", headers={"www-authenticate": "Bearer"})
+
+
+def key_wrong() -> Problem:
+    message = "the API key is not known here; check it, or ask this gateway's operator for one"
+    return Problem(401, message, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
+
+
 # ---- the route ----------------------------------------------------------------------------------
 
 
@@ -144,6 +157,14 @@ def missing(field: str, expected: str) -> Problem:
 def wrong_value(field: str, expected: str, got: str) -> Problem:
     message = f"{field}: expected {expected}, got {got}"
     return Problem(400, message, param=field, code="invalid_value")
+
+
+def unknown_tier(name: str, tiers: Sequence[str]) -> Problem:
+    message = (
+        f"there is no tier {quote(name)}; expected one of {listing(tiers)}, which are the policy's "
+        "gateway.tiers"
+    )
+    return Problem(400, message, param="x-headgate-tier", code="unknown_tier")
 
 
 # ---- the replica --------------------------------------------------------------------------------

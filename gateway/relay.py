@@ -23,7 +23,7 @@ OWN_HEADERS = frozenset(
     (
         b"connection", b"content-length", b"date", b"keep-alive", b"proxy-authenticate",
         b"proxy-connection", b"server", b"set-cookie", b"te", b"trailer", b"transfer-encoding",
-        b"upgrade", b"x-request-id",
+        b"upgrade", b"x-headgate-tier", b"x-request-id",
     )
 )  # fmt: skip
 # uvicorn refuses a whole answer for one of these in a header's value.

@@ -21,14 +21,19 @@ Headers = list[tuple[bytes, bytes]]
 
 
 class Reply:
-    """One answer. `started`: headers are out; `streaming`: as SSE; `terminated`: after `[DONE]`."""
+    """One answer. `started`: headers are out; `streaming`: as SSE; `terminated`: after `[DONE]`.
 
-    __slots__ = ("_send", "_tail", "complete", "request_id", "started", "streaming", "terminated")
+    `more`: headers of the gateway's own, sent with whatever the answer is."""
+
+    __slots__ = (
+        "_send", "_tail", "complete", "more", "request_id", "started", "streaming", "terminated",
+    )  # fmt: skip
 
     def __init__(self, send: Send, request_id: str) -> None:
         self._send = send
         self._tail = b"\n\n"
         self.request_id = request_id
+        self.more: Headers = []
         self.started = False
         self.streaming = False
         self.terminated = False
@@ -105,7 +110,7 @@ class Reply:
 
     async def _start(self, status: int, headers: Headers) -> None:
         self.started = True
-        headers.append((b"x-request-id", self.request_id.encode()))
+        headers += (*self.more, (b"x-request-id", self.request_id.encode()))
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
 
     async def _finish(self, body: bytes) -> None:

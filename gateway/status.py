@@ -42,10 +42,14 @@ async def unknown_path(scope: Scope, _receive: Receive, send: Send) -> None:
 
 
 def health(live: Live) -> ASGIApp:
-    """200 when any replica can take requests, else 503; both with the state of each."""
+    """200 when any replica can take requests, else 503; both with the state of each.
 
-    def answer(_scope: Scope) -> Answer:
-        pool = live.edge.pool
+    Without a key, where one is needed, it tells no more than that.
+    """
+
+    def answer(scope: Scope) -> Answer:
+        edge = live.edge
+        pool = edge.pool
         if pool.draining:
             status = "draining"
         elif any(replica.healthy for replica in pool.replicas):
@@ -53,6 +57,10 @@ def health(live: Live) -> ASGIApp:
         else:
             starting = any(not replica.tried for replica in pool.replicas)
             status = "starting" if starting else "down"
+        code = 200 if status == "ready" else 503
+        if not edge.keys.knows(scope["headers"]):
+            shortly = [{"healthy": replica.healthy} for replica in pool.replicas]
+            return code, {"status": status, "replicas": shortly}
         replicas = [
             {
                 "url": replica.url,
@@ -64,7 +72,7 @@ def health(live: Live) -> ASGIApp:
             for replica in pool.replicas
         ]
         payload = {"status": status, "in_flight": pool.in_flight, "replicas": replicas}
-        return 200 if status == "ready" else 503, payload
+        return code, payload
 
     return _as_json(answer)
 

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
-from policies.fields import PolicyModel, base_url, loopback_address
+from policies.fields import PolicyModel, base_url, refuse
 from policies.retrying import Breaker, Hedge, Retries
+from policies.slo import SHIPPED, Name, Tenant, Tier, TierTable, misfits
 
 
 class Gateway(PolicyModel):
     """The edge that clients talk to."""
 
-    host: Annotated[str, AfterValidator(loopback_address)] = Field(
-        "127.0.0.1", description="Address to listen on; loopback only."
+    host: str = Field(
+        "127.0.0.1",
+        min_length=1,
+        description="Address to listen on; one that is not loopback needs `tenants` with keys.",
     )
     port: int = Field(
         8080,
@@ -60,6 +63,26 @@ class Gateway(PolicyModel):
     hedge: Hedge | None = Field(
         None, description="Asks a second replica while the first one is late; off."
     )
+    tiers: TierTable = Field(
+        {name: Tier(**tier) for name, tier in SHIPPED.items()},
+        description="What requests of a kind are promised: changes to the tiers that ship, and "
+        "further ones, by name.",
+    )
+    tenants: dict[Name, Tenant] = Field(
+        {},
+        description="Who may ask, by name. Empty: whoever runs on this machine, without a key.",
+    )
+    secret_env: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z_][A-Za-z0-9_]*$",
+        description="Environment variable with the secret that the salts of tenants are made of; "
+        "the same for all gateways before the same replicas. Default: a new one at each start.",
+    )
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Gateway:
+        refuse(misfits(self.host, self.tiers, self.tenants))
+        return self
 
 
 class Upstream(PolicyModel):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Annotated
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from policies.loopback import is_loopback
 
@@ -20,12 +22,25 @@ class PolicyModel(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
+def refuse(misfits: Iterable[tuple[tuple[str | int, ...], str, object]]) -> None:
+    """For what several fields say together: raises each complaint at the place that it names."""
+    errors = [
+        InitErrorDetails(
+            type=PydanticCustomError("value_error", "{error}", {"error": why}),
+            loc=where,
+            input=value,
+        )
+        for where, why, value in misfits
+    ]
+    if errors:
+        raise ValidationError.from_exception_data("policy", errors)
+
+
 def loopback_address(host: str) -> str:
-    """Anything but loopback would serve strangers: there are no keys yet."""
+    """Raises ValueError for anything that strangers could reach."""
     if host != "localhost" and not is_loopback(host):
         raise ValueError(
-            f"{host!r} is not a loopback address; without API keys only 127.0.0.1, ::1 and "
-            "localhost are served"
+            f"{host!r} is not a loopback address; only 127.0.0.1, ::1 and localhost are served"
         )
     return host
 

@@ -120,15 +120,19 @@ def resolve_folders(policy: str | Path, deployment: Deployment) -> Deployment:
 def key_problems(
     policy: str | Path, deployment: Deployment, environ: Mapping[str, str] = os.environ
 ) -> list[Problem]:
-    """What is wrong with the keys that `upstreams[].api_key_env` names, each at its line."""
+    """What is wrong with the secrets that `upstreams[].api_key_env` and `gateway.secret_env` name,
+    each at its line."""
+    named: list[tuple[tuple[str | int, ...], str | None]] = [
+        (("upstreams", index, "api_key_env"), upstream.api_key_env)
+        for index, upstream in enumerate(deployment.upstreams)
+    ]
+    named.append((("gateway", "secret_env"), deployment.gateway.secret_env))
     found = []
-    for index, upstream in enumerate(deployment.upstreams):
-        name = upstream.api_key_env
+    for path, name in named:
         key = environ.get(name, "").strip() if name else None
         if key is None or (key and key.isascii() and key.isprintable()):
             continue
         why = "holds what no HTTP header can carry" if key else "is not set, or empty"
-        path = ("upstreams", index, "api_key_env")
         _, places, _ = _read(str(policy))
         message = f"the environment variable {name} {why}"
         found.append(Problem(str(policy), message, places.of(path), dotted(path)))

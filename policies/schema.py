@@ -1,7 +1,7 @@
 """The shape of a policy file: frozen models that forbid unknown keys. Knows no YAML and no files.
 
-The parts stand in `edge.py` (the gateway) and `engine.py` (the runtime). Every field has a
-description; `docs/policy.md` is tested to name each of them.
+The parts stand in `edge.py` (the gateway), `slo.py` (its tiers and tenants) and `engine.py` (the
+runtime). Every field has a description; `docs/policy.md` is tested to name each of them.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from policies.engine import (
     Weights,
 )
 from policies.fields import PolicyModel, integer_one
+from policies.slo import Tenant, Tier
 
 __all__ = [
     "Deployment",
@@ -31,6 +32,8 @@ __all__ = [
     "KvEvents",
     "Runtime",
     "Speculation",
+    "Tenant",
+    "Tier",
     "Tiers",
     "Upstream",
     "WeightFormat",

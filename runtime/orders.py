@@ -32,6 +32,8 @@ SCORED_MAX = 1_000_000
 TTFT_HEADER = b"x-slo-ttft-ms"
 TPOT_HEADER = b"x-slo-tpot-ms"
 DEADLINE_HEADER = b"x-slo-deadline-ms"
+# The gateway's word on how urgent a request is, which goes before the body's own `priority`.
+PRIORITY_HEADER = b"x-headgate-priority"
 # Names by which a gateway tells what kind of traffic a request is.
 TIER_HEADER = b"x-headgate-tier"
 ROUTE_HEADER = b"x-headgate-route"
@@ -40,9 +42,9 @@ _TARGET_MS_MAX = 86_400_000.0
 
 
 def service_of(asked: Asked, headers: Iterable[tuple[bytes, bytes]]) -> Service:
-    """What the request asks of the scheduler: its `priority`, and the targets in its headers.
+    """What the request asks of the scheduler: its priority, and the targets in its headers.
 
-    Raises Problem 400 for a target that is not a number of milliseconds.
+    Raises Problem 400 for a target that is not a number of milliseconds, and for no priority.
     """
     given = {name: value for name, value in headers if name in _SERVICE_HEADERS}
     ttft_s, tpot_s, deadline_s = (_seconds(name, given.get(name)) for name in _TARGET_HEADERS)
@@ -50,11 +52,25 @@ def service_of(asked: Asked, headers: Iterable[tuple[bytes, bytes]]) -> Service:
         given.get(name, b"").decode("latin-1")[:_NAME_CHARS_MAX]
         for name in (TIER_HEADER, ROUTE_HEADER)
     )
-    return Service(asked.priority or 0, ttft_s, tpot_s, deadline_s, tier, route)
+    priority = _priority(given.get(PRIORITY_HEADER), asked.priority or 0)
+    return Service(priority, ttft_s, tpot_s, deadline_s, tier, route)
+
+
+def _priority(told: bytes | None, own: int) -> int:
+    """Raises Problem 400 for what is no integer within the bounds of `priority`."""
+    if told is None:
+        return own
+    digits = told.removeprefix(b"-")
+    if not (digits.isdigit() and len(digits) <= 4 and int(digits) <= wire.PRIORITY_MAX):
+        header = PRIORITY_HEADER.decode()
+        expected = f"an integer from -{wire.PRIORITY_MAX} to {wire.PRIORITY_MAX}"
+        message = f"header {header}: expected {expected}, got {told[:40].decode('latin-1')!r}"
+        raise Problem(400, message, param=header, code="invalid_value")
+    return int(told)
 
 
 _TARGET_HEADERS = (TTFT_HEADER, TPOT_HEADER, DEADLINE_HEADER)
-_SERVICE_HEADERS = (*_TARGET_HEADERS, TIER_HEADER, ROUTE_HEADER)
+_SERVICE_HEADERS = (*_TARGET_HEADERS, PRIORITY_HEADER, TIER_HEADER, ROUTE_HEADER)
 
 
 def _seconds(name: bytes, value: bytes | None) -> float | None:

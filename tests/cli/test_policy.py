@@ -19,7 +19,14 @@ from policies.yaml_tree import parse
 ROOT = Path(__file__).parents[2]
 WHOLE = """\
 version: 1
-gateway: {port: 9000, hedge: {after_s: 0.2}}
+gateway:
+  port: 9000
+  hedge: {after_s: 0.2}
+  tiers: {gold: {ttft_ms: 250, priority: 0}, batch: {queue_max: 10}}
+  tenants:
+    acme:
+      keys: [8254c329a92850f6d539dd376f4816ee2764517da5e0235514af433164480d7a]
+      tiers: [gold]
 runtime:
   model: ../tiny
   served_name: "tiny: 1"

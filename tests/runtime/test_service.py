@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from runtime.orders import service_of
+from runtime.wire import parse_chat
 from tests.runtime.test_server import CHAT, HELLO, World, serving
 from tests.runtime.tiny_models import FAMILIES, write_model
 
@@ -103,6 +106,8 @@ def test_an_urgent_request_overtakes_those_that_wait(folder: Path) -> None:
         ({}, {"x-slo-tpot-ms": "nan"}, "x-slo-tpot-ms"),
         ({}, {"x-slo-deadline-ms": "inf"}, "x-slo-deadline-ms"),
         ({}, {"x-slo-deadline-ms": "0"}, "x-slo-deadline-ms"),
+        ({}, {"x-headgate-priority": "high"}, "x-headgate-priority"),
+        ({}, {"x-headgate-priority": "1001"}, "x-headgate-priority"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_by_name(
@@ -113,3 +118,10 @@ def test_what_cannot_be_meant_is_refused_by_name(
         answer = world.client.post(CHAT, json=HELLO | change, headers=headers)
         assert answer.status_code == 400
         assert answer.json()["error"]["param"] == param
+
+
+def test_the_gateways_word_goes_before_the_bodys_priority() -> None:
+    """A tenant may write any `priority`; how urgent its request is, the gateway says."""
+    asked = parse_chat(json.dumps(HELLO | {"priority": -9}).encode())
+    assert service_of(asked, []).priority == -9
+    assert service_of(asked, [(b"x-headgate-priority", b"3")]).priority == 3

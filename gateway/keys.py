@@ -1,0 +1,87 @@
+"""Who asks: the tenant of a request's key. Knows hashes of keys, never a key itself."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from gateway import problems
+from gateway.call import RawHeaders
+from policies.schema import Gateway, Tenant
+from runtime.wire import RUN_TOKEN_ENV, Problem
+
+SCHEME = b"bearer "
+_NOBODY = ("", "0" * 64)  # compared with where no tenant has the key, so that both take as long
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """A tenant by its name. Without tenants in the policy everybody is `ANYONE`."""
+
+    name: str
+    rights: Tenant | None = None
+
+
+ANYONE = Known("")
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """The tenants of a policy by the hashes of their keys."""
+
+    owners: Mapping[str, tuple[str, str]] = field(repr=False)  # hash -> name and the hash again
+    tenants: Mapping[str, Known]
+
+    @classmethod
+    def of(cls, policy: Gateway) -> Keys:
+        owners = {
+            digest: (name, digest)
+            for name, tenant in policy.tenants.items()
+            for digest in tenant.keys
+        }
+        return cls(owners, {name: Known(name, rights) for name, rights in policy.tenants.items()})
+
+    @property
+    def required(self) -> bool:
+        """Whether a request needs a key."""
+        return bool(self.tenants)
+
+    def knows(self, headers: RawHeaders) -> bool:
+        """Whether `tenant` would name one."""
+        try:
+            self.tenant(headers)
+        except Problem:
+            return False
+        return True
+
+    def tenant(self, headers: RawHeaders) -> Known:
+        """Whose key the request bears. Raises Problem 401 for none, several, or a wrong one.
+
+        The table is searched by the key's hash, of which a guesser controls no bit, and the hash
+        that was found is compared in constant time: time tells nothing of any key.
+        """
+        if not self.tenants:
+            return ANYONE
+        given = [value for name, value in headers if name == b"authorization"]
+        if not given:
+            raise problems.key_missing()
+        scheme, key = given[0][: len(SCHEME)], given[0][len(SCHEME) :].strip()
+        digest = hashlib.sha256(key).hexdigest()
+        name, known = self.owners.get(digest, _NOBODY)
+        right = hmac.compare_digest(digest, known)
+        if not right or len(given) > 1 or scheme.lower() != SCHEME:
+            raise problems.key_wrong()
+        return self.tenants[name]
+
+
+def salt_secret(policy: Gateway, environ: Mapping[str, str]) -> bytes:
+    """What salts are made of: the policy's variable, else one for all that `headgate serve` has
+    started together. The variable is set and not empty: `policies.load` has seen to it."""
+    named = environ.get(policy.secret_env, "") if policy.secret_env else ""
+    shared = named or environ.get(RUN_TOKEN_ENV, "") or secrets.token_hex(32)
+    return hashlib.sha256(
+        b"salts of headgate\0" + shared.encode("utf-8", "surrogateescape")
+    ).digest()

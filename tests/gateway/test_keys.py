@@ -1,0 +1,152 @@
+"""Keys: who has none gets nothing, whose is whose, and no key goes further than the door."""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import Any
+
+import pytest
+
+from gateway.keys import ANYONE, Keys, salt_secret
+from gateway.replica import Replica
+from policies.schema import Gateway, Tenant
+from policies.slo import key_hash
+from runtime.wire import Problem
+from tests.gateway.world import HELLO, gateway, on_loop, upstream
+
+ACME = {"authorization": "Bearer hg-acme"}
+
+
+def tenants(**more: dict[str, Any]) -> dict[str, Tenant]:
+    """Each with the key `hg-NAME`."""
+    return {
+        name: Tenant(keys=(key_hash(f"hg-{name}"),), **fields)
+        for name, fields in ({"acme": {}, "rival": {}} | more).items()
+    }
+
+
+def test_without_tenants_everybody_is_anyone() -> None:
+    assert Keys.of(Gateway()).tenant([]) is ANYONE
+
+
+def test_a_key_names_its_tenant_whatever_the_scheme_is_spelled_like() -> None:
+    keys = Keys.of(Gateway(tenants=tenants()))
+    for scheme in (b"Bearer ", b"bearer ", b"BEARER  "):
+        assert keys.tenant([(b"authorization", scheme + b"hg-rival")]).name == "rival"
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        [],
+        [(b"authorization", b"")],
+        [(b"authorization", b"Bearer")],
+        [(b"authorization", b"Bearer ")],
+        [(b"authorization", b"Bearer hg-acm")],
+        [(b"authorization", b"Bearer hg-acmee")],
+        [(b"authorization", b"Basic hg-acme")],
+        [(b"authorization", b"Bearer " + key_hash("hg-acme").encode())],
+        [(b"authorization", b"Bearer \xff\x00")],
+        [(b"authorization", b"Bearer hg-acme"), (b"authorization", b"Bearer hg-rival")],
+        [(b"x-api-key", b"hg-acme")],
+    ],
+)
+def test_anything_else_is_401(headers: list[tuple[bytes, bytes]]) -> None:
+    """Two keys are none: of a pair, another program might read the other one."""
+    with pytest.raises(Problem) as caught:
+        Keys.of(Gateway(tenants=tenants())).tenant(headers)
+    assert caught.value.status == 401
+    assert caught.value.headers == {"www-authenticate": "Bearer"}
+
+
+@on_loop
+async def test_without_a_key_no_path_tells_anything() -> None:
+    """Before the body is read; /health says only that it is well."""
+    async with upstream() as fake, gateway(fake, tenants=tenants()) as edge:
+        for path in ("/v1/models", "/v1/models/m", "/v1/fingerprint", "/nothing"):
+            response = await edge.client.get(path)
+            assert response.status_code == 401, path
+            error = response.json()["error"]
+            assert set(error) == {"message", "type", "param", "code"}
+            assert error["code"] == "missing_api_key"
+        response = await edge.post(b"{", headers={"authorization": "Bearer guess"})
+        assert (response.status_code, response.json()["error"]["code"]) == (401, "invalid_api_key")
+        health = (await edge.client.get("/health")).json()
+        assert health == {"status": "ready", "replicas": [{"healthy": True}]}
+        assert fake.url in (await edge.client.get("/health", headers=ACME)).text
+        assert (await edge.client.get("/v1/models", headers=ACME)).status_code == 200
+        assert fake.requests == []
+
+
+@on_loop
+async def test_with_keys_any_name_and_page_may_ask_and_needs_one() -> None:
+    """No page knows a key, so that Host and Origin tell nothing any more."""
+    foreign = {"host": "api.example.org", "origin": "https://app.example.org"}
+    async with upstream() as fake, gateway(fake, tenants=tenants()) as edge:
+        assert (await edge.post(HELLO, headers=foreign)).status_code == 401
+        assert (await edge.post(HELLO, headers=foreign | ACME)).status_code == 200
+
+
+@on_loop
+async def test_a_tenants_key_goes_no_further(caplog: pytest.LogCaptureFixture) -> None:
+    """Neither to own workers nor to others' servers, nor into the log."""
+    with caplog.at_level(logging.DEBUG):
+        async with (
+            upstream() as own,
+            upstream(models=("other",)) as other,
+            gateway(own, Replica(other.url), tenants=tenants()) as edge,
+        ):
+            for fake, model in ((own, "m"), (other, "other")):
+                response = await edge.post(HELLO | {"model": model}, headers=ACME)
+                assert response.status_code == 200
+                (request,) = fake.requests
+                assert "hg-acme" not in str(request)
+    assert "hg-acme" not in caplog.text
+
+
+@on_loop
+async def test_an_isolated_tenants_salt_is_nobody_elses() -> None:
+    """The same request of two tenants, and of one tenant's two users: four salts, each its own
+    again, and a salt that stands there cannot name another tenant's."""
+    everyone = tenants(acme={"isolate": True}, rival={"isolate": True}, plain={})
+    async with upstream() as fake, gateway(fake, tenants=everyone) as edge:
+
+        async def salt_of(tenant: str, **more: Any) -> Any:
+            key = {"authorization": f"Bearer hg-{tenant}"}
+            assert (await edge.post(HELLO | more, headers=key)).status_code == 200
+            body = json.loads(fake.requests[-1].body)
+            salt = body.pop("cache_salt", None)
+            assert body == HELLO
+            return salt
+
+        acme, rival = await salt_of("acme"), await salt_of("rival")
+        user = await salt_of("acme", cache_salt="user")
+        stolen = await salt_of("rival", cache_salt=acme)
+        odd = await salt_of("acme", cache_salt=None)
+        assert len({acme, rival, user, stolen}) == 4
+        assert odd == acme
+        assert await salt_of("acme", cache_salt="user") == user
+        assert await salt_of("plain") is None
+        assert await salt_of("plain", cache_salt="own") == "own"
+
+
+@on_loop
+async def test_a_salt_written_twice_or_with_escapes_does_not_slip_by() -> None:
+    everyone = tenants(acme={"isolate": True})
+    async with upstream() as fake, gateway(fake, tenants=everyone) as edge:
+        body = b'{"model":"m","cache_salt":"a","messages":[{}],"cache\\u005fsalt":"b"} \n'
+        assert (await edge.post(body, headers=ACME)).status_code == 200
+        sent = fake.requests[-1].body
+        assert sent.count(b"salt") == 1
+        assert json.loads(sent)["cache_salt"] not in ("a", "b")
+
+
+def test_salts_are_made_of_the_policys_secret_or_of_the_runs() -> None:
+    """Gateways that know the same secret make the same salts; without one each makes its own."""
+    named = Gateway(secret_env="S")
+    assert salt_secret(named, {"S": "x"}) == salt_secret(named, {"S": "x"})
+    assert salt_secret(named, {"S": "x"}) != salt_secret(named, {"S": "y"})
+    run = {"HEADGATE_RUN_TOKEN": "t"}
+    assert salt_secret(Gateway(), run) == salt_secret(Gateway(), run)
+    assert salt_secret(Gateway(), {}) != salt_secret(Gateway(), {})
