@@ -10,7 +10,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import Generic, TypeVar
 
@@ -23,8 +23,15 @@ V = TypeVar("V")
 class MemoryStore:
     """`cache.store.Store` for one process."""
 
-    def __init__(self, clock: Callable[[], float] = time.time, keys_max: int = KEYS_MAX) -> None:
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.time,
+        keys_max: int = KEYS_MAX,
+        among: int = 1,
+    ) -> None:
+        """One of `among` processes that cannot ask each other gives its share of every rule."""
         self._clock = clock
+        self._among = among
         self._levels: Expiring[Level] = Expiring(keys_max)
         self._values: Expiring[bytes] = Expiring(keys_max)
         self._sums: Expiring[float] = Expiring(keys_max)
@@ -36,7 +43,7 @@ class MemoryStore:
     # ---- limits ---------------------------------------------------------------------------------
 
     async def take(self, wants: Sequence[Want]) -> Taken:
-        now = self._clock()
+        now, wants = self._clock(), self._shares(wants)
         levels = [self._level(want, now) for want in wants]
         waits = [
             level.wait_s(want.rule, want.amount, now)
@@ -54,16 +61,21 @@ class MemoryStore:
 
     async def settle(self, changes: Sequence[Want]) -> None:
         now = self._clock()
-        for change in changes:
+        for change in self._shares(changes):
             level = self._level(change, now)
             left = min(full(change.rule), level.left + change.amount)
             self._keep(change, Level(left, level.at), now)
 
     async def restore(self, left: Sequence[Want]) -> None:
         now = self._clock()
-        for want in left:
+        for want in self._shares(left):
             level = self._level(want, now)
             self._keep(want, Level(min(level.left, want.amount), level.at), now)
+
+    def _shares(self, wants: Sequence[Want]) -> Sequence[Want]:
+        if self._among == 1:
+            return wants
+        return [replace(want, rule=want.rule.share(self._among)) for want in wants]
 
     def _level(self, want: Want, now: float) -> Level:
         level = self._levels.get(want.key, now)
@@ -106,7 +118,7 @@ class MemoryStore:
         now = self._clock()
         log = self._logs.get(key, now) or deque(maxlen=keep)
         log.extend(_Entry(next(self._numbers), now + ttl_s, data) for data in entries)
-        self._logs.set(key, log, now + ttl_s, now)
+        self._logs.set(key, log, max((entry.ends_at for entry in log), default=now), now)
 
     async def read(self, key: str, after: str, limit: int) -> Entries:
         now = self._clock()
@@ -199,6 +211,10 @@ class Expiring(Generic[V]):
     def get(self, key: str, now: float) -> V | None:
         kept = self._kept.get(key)
         return kept.value if kept is not None and now < kept.ends_at else None
+
+    def ends_at(self, key: str) -> float:
+        """When a kept entry ends."""
+        return self._kept[key].ends_at
 
     def set(self, key: str, value: V, ends_at: float, now: float) -> None:
         known = self._kept.get(key)

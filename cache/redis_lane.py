@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
 from redis.asyncio import Connection
@@ -17,6 +18,7 @@ from redis.exceptions import RedisError, ResponseError
 from cache.store import StoreDown
 
 CONNECT_S = 1.0  # TCP, TLS, AUTH and SELECT
+BUSY_S = 0.005  # a timer that comes so late says that the event loop was held up
 TOGETHER_MAX = 128  # commands in one write
 WAITING_MAX = 4096  # commands; more are refused at once
 
@@ -82,7 +84,7 @@ class Lane:
             connection = self._connection = self._connect()
             async with asyncio.timeout(CONNECT_S):
                 await connection.connect()  # type: ignore[no-untyped-call]  # redis's
-        async with asyncio.timeout(self._timeout_s):
+        async with self._in_time():
             packed = connection.pack_commands([words for words, _ in orders])
             await connection.send_packed_command(packed, check_health=False)
             for _, answer in orders:
@@ -96,6 +98,31 @@ class Lane:
                     answer.set_exception(said)
                 else:
                     answer.set_result(said)
+
+    @asynccontextmanager
+    async def _in_time(self) -> AsyncIterator[None]:
+        """TimeoutError after `timeout_s`; where this process was busy meanwhile, as long again: the
+        answer may lie there unread."""
+        loop = asyncio.get_running_loop()
+        async with asyncio.timeout(None) as limit:
+            timer: asyncio.TimerHandle
+
+            def arm() -> asyncio.TimerHandle:
+                due_s = loop.time() + self._timeout_s
+                return loop.call_at(due_s, look, due_s)
+
+            def look(due_s: float) -> None:
+                nonlocal timer
+                if loop.time() - due_s > BUSY_S:
+                    timer = arm()
+                else:
+                    limit.reschedule(loop.time())
+
+            timer = arm()
+            try:
+                yield
+            finally:
+                timer.cancel()
 
     async def _hang_up(self) -> None:
         if self._connection is not None:

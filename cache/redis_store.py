@@ -6,13 +6,10 @@ that what is read depends on one clock. All keys share a hash tag and so one slo
 
 from __future__ import annotations
 
-import asyncio
-import hashlib
 import math
 import struct
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from redis.asyncio import Connection, ConnectionPool
@@ -21,124 +18,10 @@ from redis.backoff import NoBackoff
 from redis.exceptions import NoScriptError, ResponseError
 
 from cache.redis_lane import Lane, Word
-from cache.store import (
-    BUCKET_KEPT_S,
-    ENTRY_BYTES_MAX,
-    QUOTA_KEPT_S,
-    Bucket,
-    Entries,
-    StoreDown,
-    Taken,
-    Want,
-)
+from cache.redis_scripts import APPEND, COUNT, LIMITS, POST, SWAP, Script
+from cache.store import ENTRY_BYTES_MAX, Bucket, Entries, StoreDown, Taken, Want
 
 SLACK_S = 60.0  # Redis forgets an entry so long after its end: clocks differ
-
-# Rules: KEYS one each; ARGV now, what to do, then each one's full, refill a second, end (-1: none)
-# and amount.
-# The same arithmetic as cache.memory_store.Level; `left` and `at` are kept as two doubles.
-_LIMITS = """
-local now, what = tonumber(ARGV[1]), ARGV[2]
-local lefts, ats, waits, longest = {}, {}, {}, 0
-local function rule(i)
-  local a = 4 * i - 1
-  return tonumber(ARGV[a]), tonumber(ARGV[a + 1]), tonumber(ARGV[a + 2]), tonumber(ARGV[a + 3])
-end
-for i, key in ipairs(KEYS) do
-  local full, per_s, ends_at, amount = rule(i)
-  local kept = redis.call('GET', key)
-  local left, at = full, now
-  if kept then
-    left, at = struct.unpack('<dd', kept)
-    local later = math.max(at, now)
-    left = math.min(full, left + (later - at) * per_s)
-    at = later
-  end
-  local wait = 0
-  if ends_at < 0 then
-    local lacking = math.min(amount, full) - left
-    if lacking > 0 then wait = per_s > 0 and lacking / per_s or math.huge end
-  elseif amount > left then
-    wait = amount <= full and math.max(1, ends_at - now) or math.huge
-  end
-  lefts[i], ats[i], waits[i] = left, at, wait
-  longest = math.max(longest, wait)
-end
-if what == 'take' and longest > 0 then
-  local said = {0, string.format('%.17g', longest)}
-  for i = 1, #KEYS do
-    said[2 * i + 1] = string.format('%.17g', lefts[i])
-    said[2 * i + 2] = waits[i] > 0 and 1 or 0
-  end
-  return said
-end
-local said = {1}
-for i, key in ipairs(KEYS) do
-  local full, per_s, ends_at, amount = rule(i)
-  local left = lefts[i]
-  if what == 'take' then left = left - amount
-  elseif what == 'settle' then left = math.min(full, left + amount)
-  else left = math.min(left, amount) end
-  local kept_s
-  if ends_at >= 0 then kept_s = ends_at + QUOTA_KEPT_S - now
-  else kept_s = (per_s > 0 and (full - left) / per_s or QUOTA_KEPT_S) + BUCKET_KEPT_S end
-  local kept_ms = math.min(math.max(1, math.ceil(1000 * kept_s)), 1e12)
-  redis.call('SET', key, struct.pack('<dd', left, ats[i]), 'PX', string.format('%.0f', kept_ms))
-  said[i + 1] = string.format('%.17g', left)
-end
-return said
-""".replace("QUOTA_KEPT_S", str(QUOTA_KEPT_S)).replace("BUCKET_KEPT_S", str(BUCKET_KEPT_S))
-
-# KEYS one; ARGV now, has old, old, has new, new with its end, milliseconds.
-_SWAP = """
-local now = tonumber(ARGV[1])
-local kept = redis.call('GET', KEYS[1])
-if kept and struct.unpack('<d', kept) <= now then kept = false end
-local same
-if ARGV[2] == '0' then same = not kept else same = kept and string.sub(kept, 9) == ARGV[3] end
-if not same then return 0 end
-if ARGV[4] == '0' then redis.call('DEL', KEYS[1])
-else redis.call('SET', KEYS[1], ARGV[5], 'PX', ARGV[6]) end
-return 1
-"""
-
-# KEYS one; ARGV now, amount, end, milliseconds.
-_COUNT = """
-local kept = redis.call('GET', KEYS[1])
-local ends, sum = tonumber(ARGV[3]), 0
-if kept then
-  local kept_ends, kept_sum = struct.unpack('<dd', kept)
-  if tonumber(ARGV[1]) < kept_ends then ends, sum = kept_ends, kept_sum else kept = nil end
-end
-sum = sum + tonumber(ARGV[2])
-local packed = struct.pack('<dd', ends, sum)
-if kept then redis.call('SET', KEYS[1], packed, 'KEEPTTL')
-else redis.call('SET', KEYS[1], packed, 'PX', ARGV[4]) end
-return string.format('%.17g', sum)
-"""
-
-# KEYS one; ARGV keep, milliseconds, then entries with their end.
-_APPEND = """
-for i = 3, #ARGV do
-  redis.call('XADD', KEYS[1], 'MAXLEN', ARGV[1], '*', 'e', ARGV[i])
-end
-redis.call('PEXPIRE', KEYS[1], ARGV[2])
-"""
-
-
-@dataclass(frozen=True, slots=True)
-class Script:
-    """Lua that Redis knows by its digest once it has seen it."""
-
-    text: str
-    sha: str
-
-    @classmethod
-    def of(cls, text: str) -> Script:
-        return cls(text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
-
-
-LIMITS, SWAP, COUNT, APPEND = map(Script.of, (_LIMITS, _SWAP, _COUNT, _APPEND))
 
 
 class RedisStore:
@@ -233,13 +116,10 @@ class RedisStore:
         return Entries(fresh, found[-1][0].decode() if found else after)
 
     async def post(self, board: str, owner: str, note: bytes, ttl_s: float) -> None:
-        name = self._prefix + board
         if ttl_s > 0:
-            dated = self._dated(note, ttl_s)
-            setting = self._ask("HSET", name, owner, dated)
-            await asyncio.gather(setting, self._ask("PEXPIRE", name, _ms(ttl_s)))
+            await self._run(POST, (board,), (owner, self._dated(note, ttl_s), _ms(ttl_s)))
         else:
-            await self._ask("HDEL", name, owner)
+            await self._ask("HDEL", self._prefix + board, owner)
 
     async def notes(self, board: str) -> Mapping[str, bytes]:
         name = self._prefix + board

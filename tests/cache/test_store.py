@@ -193,6 +193,15 @@ async def test_a_log_is_read_on_from_a_cursor(store: Store, clock: Clock) -> Non
 
 
 @with_store
+async def test_a_short_lived_entry_takes_no_older_one_along(store: Store, clock: Clock) -> None:
+    """Once the whole log ended with what was appended last."""
+    await store.append(A, [b"long"], keep=4, ttl_s=100)
+    await store.append(A, [b"short"], keep=4, ttl_s=0.5)
+    clock.now += 0.5
+    assert (await store.read(A, "", 10)).entries == (b"long",)
+
+
+@with_store
 async def test_notes_of_owners_that_stopped_are_gone(store: Store, clock: Clock) -> None:
     board = key("pending")
     await store.post(board, "one", b"12", 2)

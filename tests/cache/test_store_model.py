@@ -181,7 +181,7 @@ class Stores(RuleBasedStateMachine):
 
 def check(kind: type[Stores]) -> None:
     run_state_machine_as_test(
-        kind, settings=settings(max_examples=40, stateful_step_count=40, deadline=None)
+        kind, settings=settings(max_examples=60, stateful_step_count=40, deadline=None)
     )
 
 
