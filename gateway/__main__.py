@@ -13,6 +13,7 @@ from gateway.app import create_app
 from gateway.edge import Live, build
 from gateway.listener import Server, configure
 from gateway.replica import replicas_of
+from gateway.state import StoreMissing, open_state
 from policies.load import PolicyError, key_problems, load, with_environment
 
 
@@ -27,14 +28,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if problems := key_problems(options.policy, policy):
             raise PolicyError(*problems)
         replicas = replicas_of(policy, options.replica, os.environ)
-    except PolicyError as error:
+        state = open_state(policy.gateway, os.environ, options.policy.absolute().parent)
+    except (PolicyError, StoreMissing) as error:
         print(error, file=sys.stderr)
         return 2
     if not replicas:
         print("no replica: give --replica URL, or upstreams in the policy", file=sys.stderr)
         return 2
     settings = policy.gateway
-    live = Live(build(policy, replicas))
+    live = Live(build(policy, replicas, state=state))
     port = settings.port if options.port is None else options.port
     config = configure(create_app(live), settings, host=settings.host, port=port)
     Server(config, live).run()

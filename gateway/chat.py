@@ -43,6 +43,7 @@ class Completions:
     async def _answer(self, scope: Scope, receive: Receive, reply: Reply) -> None:
         """Takes a place, reads and parses, then listens to replica and client at once."""
         edge = self.live.edge
+        edge.state.begin()
         edge.pool.enter()
         try:
             headers = scope["headers"]

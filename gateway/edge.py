@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from gateway.keys import Keys, salt_secret
 from gateway.replica import Replica
+from gateway.state import State, in_memory
 from gateway.tiers import Tiers
 from gateway.upstream import Pool
 from policies.schema import Deployment, Gateway
@@ -27,6 +28,7 @@ class Edge:
     pool: Pool
     keys: Keys
     tiers: Tiers
+    state: State  # of the process: the same for every edge
 
     @property
     def settings(self) -> Gateway:
@@ -39,7 +41,12 @@ class Edge:
             yield
 
 
-def build(policy: Deployment, replicas: Sequence[Replica], before: Edge | None = None) -> Edge:
+def build(
+    policy: Deployment,
+    replicas: Sequence[Replica],
+    before: Edge | None = None,
+    state: State | None = None,
+) -> Edge:
     """The parts by a policy. What `before` has learned and still holds goes on in the new edge."""
     known = {replica.identity: replica for replica in before.pool.replicas} if before else {}
     kept = [known.get(replica.identity, replica) for replica in replicas]
@@ -49,7 +56,9 @@ def build(policy: Deployment, replicas: Sequence[Replica], before: Edge | None =
     else:
         secret = salt_secret(settings, os.environ)
     pool = Pool(settings, kept)
-    return Edge(policy, pool, Keys.of(settings), Tiers.of(settings, secret))
+    if state is None:
+        state = before.state if before is not None else in_memory(settings)
+    return Edge(policy, pool, Keys.of(settings), Tiers.of(settings, secret), state)
 
 
 class Live:
@@ -62,15 +71,16 @@ class Live:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Serves by the edge, and ends all of them on the way out."""
-        await self._begin(self.edge)
-        try:
-            yield
-        finally:
-            runs = list(self._runs.values())
-            for run in runs:
-                run.replaced.set()
-                run.stopped.set()
-            await asyncio.gather(*(run.task for run in runs if run.task is not None))
+        async with self.edge.state.running():
+            await self._begin(self.edge)
+            try:
+                yield
+            finally:
+                runs = list(self._runs.values())
+                for run in runs:
+                    run.replaced.set()
+                    run.stopped.set()
+                await asyncio.gather(*(run.task for run in runs if run.task is not None))
 
     async def replace(self, edge: Edge) -> None:
         """New requests go by `edge` once its parts have begun; what is under way is left alone.

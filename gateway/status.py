@@ -71,7 +71,12 @@ def health(live: Live) -> ASGIApp:
             }
             for replica in pool.replicas
         ]
-        payload = {"status": status, "in_flight": pool.in_flight, "replicas": replicas}
+        payload = {
+            "status": status,
+            "in_flight": pool.in_flight,
+            "replicas": replicas,
+            "state": live.edge.state.health(),
+        }
         return code, payload
 
     return _as_json(answer)

@@ -9,6 +9,7 @@ from pydantic import AfterValidator, Field, model_validator
 from policies.fields import PolicyModel, base_url, refuse
 from policies.retrying import Breaker, Hedge, Retries
 from policies.slo import SHIPPED, Name, Tenant, Tier, TierTable, misfits
+from policies.state import StateStore
 
 
 class Gateway(PolicyModel):
@@ -71,6 +72,16 @@ class Gateway(PolicyModel):
     tenants: dict[Name, Tenant] = Field(
         {},
         description="Who may ask, by name. Empty: whoever runs on this machine, without a key.",
+    )
+    store: StateStore | None = Field(
+        None, description="A Redis for what several gateways share; none: this process's memory."
+    )
+    processes: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="Gateway processes on the one port, started and watched by `headgate serve`; "
+        "without `store` each gives its share of every limit.",
     )
     secret_env: str | None = Field(
         None,

@@ -120,13 +120,15 @@ def resolve_folders(policy: str | Path, deployment: Deployment) -> Deployment:
 def key_problems(
     policy: str | Path, deployment: Deployment, environ: Mapping[str, str] = os.environ
 ) -> list[Problem]:
-    """What is wrong with the secrets that `upstreams[].api_key_env` and `gateway.secret_env` name,
-    each at its line."""
+    """What is wrong with the secrets that the policy names by their variables, each at its line."""
     named: list[tuple[tuple[str | int, ...], str | None]] = [
         (("upstreams", index, "api_key_env"), upstream.api_key_env)
         for index, upstream in enumerate(deployment.upstreams)
     ]
     named.append((("gateway", "secret_env"), deployment.gateway.secret_env))
+    if deployment.gateway.store is not None:
+        password_env = deployment.gateway.store.password_env
+        named.append((("gateway", "store", "password_env"), password_env))
     found = []
     for path, name in named:
         key = environ.get(name, "").strip() if name else None

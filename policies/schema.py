@@ -1,7 +1,8 @@
 """The shape of a policy file: frozen models that forbid unknown keys. Knows no YAML and no files.
 
-The parts stand in `edge.py` (the gateway), `slo.py` (its tiers and tenants) and `engine.py` (the
-runtime). Every field has a description; `docs/policy.md` is tested to name each of them.
+The parts stand in `edge.py` (the gateway), `slo.py` (its tiers and tenants), `state.py` (what
+gateways share) and `engine.py` (the runtime). Every field has a description; `docs/policy.md` is
+tested to name each of them.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from policies.engine import (
 )
 from policies.fields import PolicyModel, integer_one
 from policies.slo import Tenant, Tier
+from policies.state import StateStore
 
 __all__ = [
     "Deployment",
@@ -32,6 +34,7 @@ __all__ = [
     "KvEvents",
     "Runtime",
     "Speculation",
+    "StateStore",
     "Tenant",
     "Tier",
     "Tiers",

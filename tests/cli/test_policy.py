@@ -22,6 +22,7 @@ version: 1
 gateway:
   port: 9000
   hedge: {after_s: 0.2}
+  store: {redis: "redis://cache:6379"}
   tiers: {gold: {ttft_ms: 250, priority: 0}, batch: {queue_max: 10}}
   tenants:
     acme:
