@@ -14,7 +14,7 @@ from gateway.edge import Live, build
 from gateway.listener import Server, configure
 from gateway.replica import replicas_of
 from gateway.state import StoreMissing, open_state
-from policies.load import PolicyError, key_problems, load, with_environment
+from policies.load import PolicyError, key_problems, load, resolve_discovery, with_environment
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
     try:
-        policy = with_environment(load(options.policy))
+        policy = resolve_discovery(options.policy, with_environment(load(options.policy)))
         if problems := key_problems(options.policy, policy):
             raise PolicyError(*problems)
         replicas = replicas_of(policy, options.replica, os.environ)
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (PolicyError, StoreMissing) as error:
         print(error, file=sys.stderr)
         return 2
-    if not replicas:
+    if not replicas and not policy.discovery:
         print("no replica: give --replica URL, or upstreams in the policy", file=sys.stderr)
         return 2
     settings = policy.gateway

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
+from gateway.discovery import sources_of
 from gateway.keys import Keys, salt_secret
 from gateway.replica import Replica
 from gateway.state import State, in_memory
@@ -48,14 +49,13 @@ def build(
     state: State | None = None,
 ) -> Edge:
     """The parts by a policy. What `before` has learned and still holds goes on in the new edge."""
-    known = {replica.identity: replica for replica in before.pool.replicas} if before else {}
-    kept = [known.get(replica.identity, replica) for replica in replicas]
     settings = policy.gateway
     if before is not None and before.settings.secret_env == settings.secret_env:
         secret = before.tiers.salt_secret
     else:
         secret = salt_secret(settings, os.environ)
-    pool = Pool(settings, kept)
+    known = before.pool.replicas if before is not None else ()
+    pool = Pool(settings, replicas, sources_of(policy.discovery), known)
     if state is None:
         state = before.state if before is not None else in_memory(settings)
     return Edge(policy, pool, Keys.of(settings), Tiers.of(settings, secret), state)

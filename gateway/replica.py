@@ -10,6 +10,7 @@ from typing import Any
 
 from gateway.breaker import Circuit
 from gateway.problems import listing, quote
+from policies.discovery import Kind
 from policies.retrying import Breaker
 from policies.schema import Deployment
 from runtime.wire import RUN_TOKEN_ENV
@@ -27,6 +28,10 @@ class Replica:
     own: bool = False
     api_key: str | None = field(default=None, repr=False)
     run_token: str | None = field(default=None, repr=False)  # which our own workers must know
+    kind: Kind = "openai"
+    weight: float = 1.0
+    draining: bool = False  # takes nothing new
+    gone: bool = False  # not named by its source any more: it leaves when it is idle
     models: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     healthy: bool = False
     in_flight: int = 0
@@ -58,8 +63,14 @@ class Replica:
         self.error = None
 
     def takes(self, now: float) -> bool:
-        """Whether a request may be sent to it, as far as its failures go."""
-        return self.circuit.allows(now)
+        """Whether a request may be sent to it, as far as its failures go and it is not to rest."""
+        return not self.draining and self.circuit.allows(now)
+
+    def adopt(self, newer: Replica, breaker: Breaker) -> None:
+        """Goes by what a new policy says of the same server."""
+        self.kind, self.weight, self.draining = newer.kind, newer.weight, newer.draining
+        self.gone = False
+        self.circuit.policy = breaker
 
     def saw_ttft(self, took_s: float) -> None:
         before_s = took_s if self.ttft_s is None else self.ttft_s
@@ -67,6 +78,8 @@ class Replica:
 
     def state(self) -> str:
         """For messages: where it is and how it is."""
+        if self.draining:
+            return f"{self.url} takes nothing new"
         if self.healthy and self.circuit.trial_at is not None:
             return f"{self.url} is well by its health and failed its last requests"
         if self.healthy:
@@ -84,18 +97,22 @@ def replicas_of(
     Raises KeyError for a key that is not set, or empty.
     """
     token = environ.get(RUN_TOKEN_ENV)
-    breaker = policy.gateway.breaker
-    own = [
-        Replica(url.rstrip("/"), own=True, run_token=token, circuit=Circuit(breaker))
-        for url in workers
-    ]
+    own = [Replica(url.rstrip("/"), own=True, run_token=token, kind="headgate") for url in workers]
     foreign = []
     for upstream in policy.upstreams:
         name = upstream.api_key_env
         key = environ.get(name, "").strip() if name else None
         if key == "":  # "Authorization: Bearer " with nothing behind it helps nobody
             raise KeyError(name)
-        foreign.append(Replica(upstream.url, api_key=key, circuit=Circuit(breaker)))
+        foreign.append(
+            Replica(
+                upstream.url,
+                api_key=key,
+                kind=upstream.kind,
+                weight=upstream.weight,
+                draining=upstream.drain,
+            )
+        )
     return own + foreign
 
 

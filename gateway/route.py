@@ -16,23 +16,28 @@ class Candidate(Protocol):
     def models(self) -> Container[str]: ...
     @property
     def in_flight(self) -> int: ...
+    @property
+    def weight(self) -> float: ...
 
 
 C = TypeVar("C", bound=Candidate)
 
 
 def choose(replicas: Iterable[C], model: str, rng: random.Random) -> C | None:
-    """The healthy replica that serves `model` with the least in flight; None when there is none.
+    """The healthy replica that serves `model` and has, with this request, the least in flight for
+    its weight; None when there is none.
 
     Ties are broken at random: by index, an idle fleet would send all requests to its first replica.
     """
     least: list[C] = []
+    least_load = 0.0
     for replica in replicas:
         if not replica.healthy or model not in replica.models:
             continue
-        if not least or replica.in_flight < least[0].in_flight:
-            least = [replica]
-        elif replica.in_flight == least[0].in_flight:
+        load = (replica.in_flight + 1) / replica.weight
+        if not least or load < least_load:
+            least, least_load = [replica], load
+        elif load == least_load:
             least.append(replica)
     if len(least) > 1:
         return rng.choice(least)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from gateway import problems
 from gateway.call import request_id
 from gateway.edge import Live
+from gateway.replica import Replica
 from gateway.reply import Reply
 from gateway.upstream import Pool
 from runtime.wire import Problem
@@ -50,9 +52,10 @@ def health(live: Live) -> ASGIApp:
     def answer(scope: Scope) -> Answer:
         edge = live.edge
         pool = edge.pool
+        now = asyncio.get_running_loop().time()
         if pool.draining:
             status = "draining"
-        elif any(replica.healthy for replica in pool.replicas):
+        elif any(replica.healthy and replica.takes(now) for replica in pool.replicas):
             status = "ready"
         else:
             starting = any(not replica.tried for replica in pool.replicas)
@@ -61,16 +64,7 @@ def health(live: Live) -> ASGIApp:
         if not edge.keys.knows(scope["headers"]):
             shortly = [{"healthy": replica.healthy} for replica in pool.replicas]
             return code, {"status": status, "replicas": shortly}
-        replicas = [
-            {
-                "url": replica.url,
-                "healthy": replica.healthy,
-                "models": list(replica.models),
-                "in_flight": replica.in_flight,
-                "error": replica.error,
-            }
-            for replica in pool.replicas
-        ]
+        replicas = [_state(replica, now) for replica in pool.replicas]
         payload = {
             "status": status,
             "in_flight": pool.in_flight,
@@ -80,6 +74,20 @@ def health(live: Live) -> ASGIApp:
         return code, payload
 
     return _as_json(answer)
+
+
+def _state(replica: Replica, now: float) -> dict[str, Any]:
+    return {
+        "url": replica.url,
+        "kind": replica.kind,
+        "healthy": replica.healthy,
+        "draining": replica.draining,
+        "circuit": replica.circuit.state(now),
+        "weight": replica.weight,
+        "models": list(replica.models),
+        "in_flight": replica.in_flight,
+        "error": replica.error,
+    }
 
 
 def models(live: Live) -> ASGIApp:

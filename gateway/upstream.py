@@ -20,8 +20,10 @@ from gateway import problems, route
 from gateway.answer import Answer, Attempt
 from gateway.attempts import Attempts
 from gateway.call import Call
+from gateway.discovery import Source
 from gateway.exchange import Failed, Stale, Unreachable
-from gateway.health import Watch, ask
+from gateway.fleet import Fleet
+from gateway.health import ask
 from gateway.replica import Replica, describe
 from gateway.retries import Budget
 from policies.schema import Gateway
@@ -37,10 +39,16 @@ class Pool:
     """All replicas, the connections to them, and how many requests are under way."""
 
     def __init__(
-        self, settings: Gateway, replicas: Sequence[Replica], rng: random.Random | None = None
+        self,
+        settings: Gateway,
+        replicas: Sequence[Replica],
+        sources: Sequence[Source] = (),
+        known: Sequence[Replica] = (),
+        rng: random.Random | None = None,
     ) -> None:
+        """`known` are replicas of which an earlier pool has learned."""
         self.settings = settings
-        self.replicas = tuple(replicas)
+        self._fleet = Fleet(replicas, sources, known, settings.breaker)
         self.draining = False
         self.in_flight = 0
         retries, hedge = settings.retries, settings.hedge
@@ -48,16 +56,21 @@ class Pool:
         self._duplicates = Budget(hedge.budget_share if hedge else 0.0, 0.0)
         self._rng = rng or random.Random()  # noqa: S311  # ties between replicas, no secret
         self._session: aiohttp.ClientSession | None = None
-        self._probes: list[asyncio.Task[None]] = []
         self._empty = asyncio.Event()
+
+    @property
+    def replicas(self) -> tuple[Replica, ...]:
+        return self._fleet.replicas
+
+    @replicas.setter
+    def replicas(self, replicas: Sequence[Replica]) -> None:
+        self._fleet.replicas = tuple(replicas)
 
     # ---- lifespan -------------------------------------------------------------------------------
 
     async def __aenter__(self) -> Pool:
         self._session = open_session(self.settings)
-        self._probes = [
-            asyncio.create_task(Watch(self._session, replica).run()) for replica in self.replicas
-        ]
+        await self._fleet.begin(self._session)
         return self
 
     async def __aexit__(
@@ -71,9 +84,7 @@ class Pool:
             with suppress(TimeoutError):
                 async with asyncio.timeout(GOODBYE_S):
                     await self._empty.wait()
-        for probe in self._probes:
-            probe.cancel()
-        await asyncio.gather(*self._probes, return_exceptions=True)
+        await self._fleet.end()
         if self._session is not None:
             await self._session.close()
 

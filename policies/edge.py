@@ -1,12 +1,10 @@
-"""The gateway's part of a policy file: the edge that clients talk to, and servers behind it."""
+"""The gateway's part of a policy file: the edge that clients talk to."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from pydantic import Field, model_validator
 
-from pydantic import AfterValidator, Field, model_validator
-
-from policies.fields import PolicyModel, base_url, refuse
+from policies.fields import PolicyModel, refuse
 from policies.retrying import Breaker, Hedge, Retries
 from policies.slo import SHIPPED, Name, Tenant, Tier, TierTable, misfits
 from policies.state import StateStore
@@ -94,16 +92,3 @@ class Gateway(PolicyModel):
     def _fits_together(self) -> Gateway:
         refuse(misfits(self.host, self.tiers, self.tenants))
         return self
-
-
-class Upstream(PolicyModel):
-    """An OpenAI-compatible server that runs elsewhere: vLLM, SGLang, another gateway."""
-
-    url: Annotated[str, AfterValidator(base_url)] = Field(
-        description="Base URL, with or without /v1."
-    )
-    api_key_env: str | None = Field(
-        None,
-        pattern=r"^[A-Za-z_][A-Za-z0-9_]*$",
-        description="Environment variable that holds the key sent to this server.",
-    )

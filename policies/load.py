@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from policies.discovery import Members
 from policies.model_folder import ModelError, find_draft, find_model, refuse_large_draft
 from policies.problems import Places, PolicyError, Problem, dotted, explain
 from policies.schema import Deployment, Runtime
@@ -23,8 +24,10 @@ __all__ = [
     "Problem",
     "key_problems",
     "load",
+    "load_members",
     "port_of",
     "resolve_adapters",
+    "resolve_discovery",
     "resolve_draft",
     "resolve_folders",
     "resolve_model",
@@ -46,6 +49,29 @@ def load(path: str | Path) -> Deployment:
     if problems:
         raise PolicyError(*sorted(problems, key=_order))
     return deployment
+
+
+def load_members(path: str | Path) -> Members:
+    """The replicas in a discovery file. Raises PolicyError with every problem that was found."""
+    file = str(path)
+    data, places, problems = _read(file)
+    try:
+        members = Members.model_validate(data)
+    except ValidationError as error:
+        problems += explain(error, Members, file, places)
+    if problems:
+        raise PolicyError(*sorted(problems, key=_order))
+    return members
+
+
+def resolve_discovery(policy: str | Path, deployment: Deployment) -> Deployment:
+    """The policy with each `discovery[].file` absolute: it is relative to the policy file."""
+    beside = Path(policy).absolute().parent
+    found = tuple(
+        entry.model_copy(update={"file": str(beside / entry.file)}) if entry.file else entry
+        for entry in deployment.discovery
+    )
+    return deployment.model_copy(update={"discovery": found})
 
 
 def resolve_model(policy: str | Path, runtime: Runtime) -> Path | str:
@@ -124,6 +150,10 @@ def key_problems(
     named: list[tuple[tuple[str | int, ...], str | None]] = [
         (("upstreams", index, "api_key_env"), upstream.api_key_env)
         for index, upstream in enumerate(deployment.upstreams)
+    ]
+    named += [
+        (("discovery", index, "api_key_env"), entry.api_key_env)
+        for index, entry in enumerate(deployment.discovery)
     ]
     named.append((("gateway", "secret_env"), deployment.gateway.secret_env))
     if deployment.gateway.store is not None:

@@ -1,8 +1,8 @@
 """The shape of a policy file: frozen models that forbid unknown keys. Knows no YAML and no files.
 
-The parts stand in `edge.py` (the gateway), `slo.py` (its tiers and tenants), `state.py` (what
-gateways share) and `engine.py` (the runtime). Every field has a description; `docs/policy.md` is
-tested to name each of them.
+The parts stand in `edge.py` (the gateway), `discovery.py` (servers behind it), `slo.py` (its tiers
+and tenants), `state.py` (what gateways share) and `engine.py` (the runtime). Every field has a
+description; `docs/policy.md` is tested to name each of them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from policies.edge import Gateway, Upstream
+from policies.discovery import Discovery, Upstream
+from policies.edge import Gateway
 from policies.engine import (
     DiskTier,
     Guesses,
@@ -28,6 +29,7 @@ from policies.state import StateStore
 
 __all__ = [
     "Deployment",
+    "Discovery",
     "DiskTier",
     "Gateway",
     "Guesses",
@@ -55,9 +57,12 @@ class Deployment(PolicyModel):
     upstreams: tuple[Upstream, ...] = Field(
         (), max_length=256, strict=False, description="Servers that run elsewhere."
     )
+    discovery: tuple[Discovery, ...] = Field(
+        (), max_length=64, strict=False, description="Servers that come and go, and where to look."
+    )
 
     @model_validator(mode="after")
     def _serves_something(self) -> Deployment:
-        if self.runtime is None and not self.upstreams:
+        if self.runtime is None and not self.upstreams and not self.discovery:
             raise ValueError("nothing to serve: give `runtime`, `upstreams`, or both")
         return self

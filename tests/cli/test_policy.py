@@ -38,6 +38,8 @@ upstreams:
 - url: http://127.0.0.1:8000
   api_key_env: KEY
 - {url: "https://example.org/base"}
+discovery:
+- {file: replicas.yaml}
 """
 
 

@@ -38,6 +38,17 @@ def test_nothing_is_chosen_where_nothing_serves() -> None:
     assert choose([], "m", random.Random(0)) is None
 
 
+def test_load_is_by_weight() -> None:
+    """Twelve requests at once over weights 1 and 3: three and nine."""
+    fleet = [replica(0, "m"), replica(0, "m")]
+    fleet[1].weight = 3.0
+    for _ in range(12):
+        chosen = choose(fleet, "m", random.Random(0))
+        assert chosen is not None
+        chosen.in_flight += 1
+    assert [one.in_flight for one in fleet] == [3, 9]
+
+
 fleets = st.lists(
     st.builds(
         lambda load, models, healthy: replica(load, *models, healthy=healthy),

@@ -6,7 +6,7 @@ import asyncio
 import functools
 import json
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +20,7 @@ from gateway.edge import Live, build
 from gateway.listener import configure
 from gateway.replica import Replica
 from gateway.upstream import Pool
-from policies.schema import Deployment, Gateway, Runtime
+from policies.schema import Deployment, Discovery, Gateway, Runtime
 from runtime.wire import CHALLENGE_HEADER, run_proof
 
 LIMIT_S = 60.0  # against hanging; on a machine busy with other work processes start slowly
@@ -216,11 +216,16 @@ class Front:
 
 @asynccontextmanager
 async def gateway(
-    *replicas: Fake | Replica | str, wait: bool = True, **settings: Any
+    *replicas: Fake | Replica | str,
+    wait: bool = True,
+    discovery: Sequence[Discovery] = (),
+    **settings: Any,
 ) -> AsyncIterator[Front]:
     """Listens on a free port; with `wait`, every replica has been found healthy."""
     policy = Gateway(**settings)
-    deployment = Deployment(version=1, gateway=policy, runtime=Runtime())
+    deployment = Deployment(
+        version=1, gateway=policy, runtime=Runtime(), discovery=tuple(discovery)
+    )
     known = [
         r if isinstance(r, Replica) else Replica(getattr(r, "url", r), own=True) for r in replicas
     ]
