@@ -120,6 +120,24 @@ def bind(host: str, port: int) -> socket.socket:
     return bound
 
 
+def reserve(host: str, port: int) -> socket.socket:
+    """A bound socket that keeps a free port for processes which share it by SO_REUSEPORT.
+
+    It does not listen: the kernel spreads connections over those that do. Raises PortError.
+    """
+    with bind(host, port) as probe:  # fails also where others share the port
+        family, address = probe.family, probe.getsockname()
+    held = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        held.bind(address)
+    except OSError as error:
+        held.close()
+        raise PortError(_why(host, port, error)) from None
+    return held
+
+
 def _why(host: str, port: int, error: OSError) -> str:
     if error.errno == errno.EADDRINUSE:
         holder = port_holder(port)

@@ -12,12 +12,13 @@ import json
 import os
 import secrets
 import site
+import socket
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from command.machine import PortError, address, bind, cores, free_ports
+from command.machine import PortError, address, bind, cores, free_ports, reserve
 from command.processes import Health, Program
 from command.screen import Screen, columns
 from command.supervisor import Supervisor
@@ -56,6 +57,8 @@ class Plan:
     port: int
     worker_ports: tuple[int, ...]
     threads: int
+    gateway_ports: tuple[int, ...] = ()  # of several gateway processes, each its own beside `port`
+    held: socket.socket | None = None  # keeps `port` for them
 
     @property
     def url(self) -> str:
@@ -94,15 +97,27 @@ def plan(policy: Path) -> Plan:
             "pip install 'headgate[runtime]'"
         )
     gateway = deployment.gateway
+    several = gateway.processes if gateway.processes > 1 else 0
+    workers = runtime.workers if runtime else 0
     try:
-        with bind(gateway.host, gateway.port) as front:
-            port = front.getsockname()[1]
-            worker_ports = tuple(free_ports(runtime.workers if runtime else 0, _WORKER_HOST))
+        front = (reserve if several else bind)(gateway.host, gateway.port)
+        port = front.getsockname()[1]
+        private = free_ports(workers + several, _WORKER_HOST)
     except PortError as error:
         advice = f"free it or HEADGATE_PORT={_another(gateway.port)} headgate serve"
         raise StartError(f"{error}; {advice}") from None
-    threads = threads_of(runtime) if runtime else 0
-    return Plan(policy.absolute(), deployment, model, port, worker_ports, threads)
+    if not several:
+        front.close()
+    return Plan(
+        policy.absolute(),
+        deployment,
+        model,
+        port,
+        tuple(private[:workers]),
+        threads_of(runtime) if runtime else 0,
+        tuple(private[workers:]),
+        front if several else None,
+    )
 
 
 def _another(port: int) -> int:
@@ -110,7 +125,7 @@ def _another(port: int) -> int:
 
 
 def programs_of(plan: Plan) -> list[Program]:
-    """The workers, then the gateway in front of them."""
+    """The workers, then the gateway processes in front of them."""
     policy = str(plan.policy)
     # -P: a folder `runtime` where the user happens to stand must not shadow ours.
     python = (sys.executable, "-P", "-m")
@@ -146,7 +161,20 @@ def programs_of(plan: Plan) -> list[Program]:
         _GRACE_S,
         fact="replicas",
     )
-    return [*workers, front]
+    if not plan.gateway_ports:
+        return [*workers, front]
+    # Each is asked for its health at a port of its own: the shared one leads to any of them.
+    fronts = [
+        replace(
+            front,
+            name=f"gateway {index}",
+            argv=(*front.argv, "--private", str(port)),
+            host=_WORKER_HOST,
+            port=port,
+        )
+        for index, port in enumerate(plan.gateway_ports)
+    ]
+    return [*workers, *fronts]
 
 
 def _environment() -> dict[str, str]:
@@ -166,7 +194,7 @@ def serve(policy: Path, screen: Screen) -> int:
     """Serves until Ctrl-C; the exit code. Raises PolicyError or StartError before anything runs."""
     todo = plan(policy)
     programs = programs_of(todo)
-    supervisor = Supervisor(programs, screen)
+    supervisor = Supervisor(programs, screen, fronts=max(1, len(todo.gateway_ports)))
     screen.say(*opening(todo, programs))
 
     def announce(took_s: float) -> None:
@@ -179,13 +207,18 @@ def serve(policy: Path, screen: Screen) -> int:
 def opening(plan: Plan, programs: list[Program]) -> list[str]:
     """What runs where."""
     runtime = plan.deployment.runtime
-    rows = [("gateway", programs[-1].url, _shortly(plan.policy))]
+    count = len(plan.gateway_ports)
+    several = f" by {count} processes" if count else ""
+    rows = [("gateway", plan.url, _shortly(plan.policy) + several)]
     if runtime:
         model = f"{plan.served_name} from {_shortly(plan.model)}"
         what = f"{model}, {plan.threads} thread{'s' if plan.threads > 1 else ''}"
-        rows += [(worker.name, worker.url, what) for worker in programs[:-1]]
+        rows += [(worker.name, worker.url, what) for worker in programs[: runtime.workers]]
     rows += [("upstream", upstream.url, "") for upstream in plan.deployment.upstreams]
-    return [f"headgate {version()}", *columns(rows)]
+    lines = [f"headgate {version()}", *columns(rows)]
+    if count and plan.deployment.gateway.store is None:
+        lines.append(f"  each of {count} gateways gives its share of limits: no gateway.store")
+    return lines
 
 
 def ready(plan: Plan, took_s: float, health: Mapping[str, Health]) -> list[str]:

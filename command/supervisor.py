@@ -60,6 +60,11 @@ class Child:
     ready: asyncio.Event = field(default_factory=asyncio.Event)  # once ready, in whichever life
     lines: deque[str] = field(default_factory=lambda: deque(maxlen=_KEPT_LINES))
 
+    def serves(self) -> bool:
+        """Whether it runs and has been ready."""
+        running = self.process is not None and self.process.returncode is None
+        return running and self.ready.is_set()
+
     def signal(self, number: signal.Signals) -> None:
         if self.process is not None and self.process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
@@ -73,19 +78,21 @@ class Child:
 
 
 class Supervisor:
-    """Runs programs until a signal comes. The last is the front: ready last, drained first."""
+    """Runs programs until a signal comes. The last ones are the front: ready last, drained first,
+    all of them together."""
 
     def __init__(
         self,
         programs: Sequence[Program],
         screen: Screen,
         *,
+        fronts: int = 1,
         backoff: Callable[[], Backoff] = Backoff,
         now: Callable[[], float] = time.monotonic,
         patience_s: float = _PATIENCE_S,
     ) -> None:
         self.children = [Child(program, backoff()) for program in programs]
-        self._front = self.children[-1]
+        self._fronts = self.children[-fronts:]
         self._width = max(len(program.name) for program in programs)
         self._screen = screen
         self._now = now
@@ -136,7 +143,7 @@ class Supervisor:
             code = await self._live(child)
             if self._stopping.is_set():
                 return
-            if not child.ready.is_set() and not self._front.ready.is_set():
+            if not child.ready.is_set() and not any(one.ready.is_set() for one in self._fronts):
                 # It would fail again; but once others are served, they are not let down for it.
                 self._failed = child
                 self._stopping.set()
@@ -208,22 +215,23 @@ class Supervisor:
     # ---- all of them ----
 
     async def _await_ready(self, announce: Callable[[float], None]) -> None:
-        while not self._front.ready.is_set():
-            took_s = self._now() - self._started_at
-            waits = self._waits(took_s)
-            self._screen.progress("; ".join([f"starting … {took_s:.0f} s", *waits]))
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(1.0):
-                    await self._front.ready.wait()
+        for front in self._fronts:
+            while not front.ready.is_set():
+                took_s = self._now() - self._started_at
+                waits = self._waits(front, took_s)
+                self._screen.progress("; ".join([f"starting … {took_s:.0f} s", *waits]))
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(1.0):
+                        await front.ready.wait()
         self._screen.settle()
         announce(self._now() - self._started_at)
 
-    def _waits(self, took_s: float) -> list[str]:
+    def _waits(self, front: Child, took_s: float) -> list[str]:
         """What the front says it waits for, once that takes long; news go to the log."""
         if took_s < self._patience_s:
             return []
         own = tuple(f"{child.program.url}:" for child in self.children)
-        waits = complaints(self._front.said)
+        waits = complaints(front.said)
         for wait in waits:
             loading = wait.startswith(own) and took_s < _LOADING_S
             if wait not in self._told and not loading:
@@ -233,12 +241,13 @@ class Supervisor:
 
     async def _drain(self) -> None:
         """The front first, while those behind it still serve it; then they."""
-        running = self._front.process is not None and self._front.process.returncode is None
-        if running and self._failed is None and self._front.ready.is_set():
-            patience = f"running answers get up to {self._front.program.drain_s:g} s"
+        serving = [front for front in self._fronts if front.serves()]
+        if serving and self._failed is None:
+            patience = f"running answers get up to {serving[0].program.drain_s:g} s"
             self._screen.say(f"draining: {patience}; Ctrl-C again ends them now")
-        await self._end(self._front)
-        await asyncio.gather(*(self._end(child) for child in self.children[:-1]))
+        await asyncio.gather(*(self._end(front) for front in self._fronts))
+        behind = self.children[: -len(self._fronts)]
+        await asyncio.gather(*(self._end(child) for child in behind))
 
     async def _end(self, child: Child) -> None:
         process = child.process

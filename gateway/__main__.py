@@ -5,16 +5,20 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from gateway.app import create_app
 from gateway.edge import Live, build
-from gateway.listener import Server, configure
+from gateway.listener import BACKLOG, Server, configure
 from gateway.replica import replicas_of
 from gateway.state import StoreMissing, open_state
 from policies.load import PolicyError, key_problems, load, resolve_discovery, with_environment
+from policies.schema import Deployment
+
+PRIVATE_HOST = "127.0.0.1"  # where the supervisor asks one of several gateways
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,6 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     try:
         policy = resolve_discovery(options.policy, with_environment(load(options.policy)))
+        if options.private is None:
+            policy = alone(policy)
         if problems := key_problems(options.policy, policy):
             raise PolicyError(*problems)
         replicas = replicas_of(policy, options.replica, os.environ)
@@ -39,8 +45,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     live = Live(build(policy, replicas, state=state))
     port = settings.port if options.port is None else options.port
     config = configure(create_app(live), settings, host=settings.host, port=port)
-    Server(config, live).run()
+    if options.private is None:
+        Server(config, live).run()
+    else:
+        sockets = (listen(settings.host, port, share=True), listen(PRIVATE_HOST, options.private))
+        Server(config, live).run(list(sockets))
     return 0
+
+
+def listen(host: str, port: int, *, share: bool = False) -> socket.socket:
+    """A listening socket; with `share`, the kernel spreads connections over all that listen."""
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    family, _, _, _, address = found[0]
+    return socket.create_server(address, family=family, backlog=BACKLOG, reuse_port=share)
+
+
+def alone(policy: Deployment) -> Deployment:
+    """A process that shares its port with no other is the only one, whatever the policy says."""
+    gateway = policy.gateway.model_copy(update={"processes": 1})
+    return policy.model_copy(update={"gateway": gateway})
 
 
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -48,6 +71,13 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("policy", type=Path, help="policy file")
     parser.add_argument(
         "--port", type=int, default=None, help="instead of the policy's; 0: a free one"
+    )
+    parser.add_argument(
+        "--private",
+        type=int,
+        default=None,
+        metavar="PORT",
+        help="this is one of several gateways that share --port, and listens here for itself too",
     )
     parser.add_argument(
         "--replica",

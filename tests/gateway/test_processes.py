@@ -1,0 +1,128 @@
+"""Several gateway processes on one port, as `headgate serve` runs them."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import signal
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import httpx
+import psutil
+
+from tests.gateway.world import DONE, HELLO, STREAMED, Fake, Peer, on_loop, until, upstream
+
+ROOT = Path(__file__).parents[2]
+CHUNK = b'data: {"choices":[]}\n\n'
+
+
+class Served:
+    """`headgate serve` as a process, and what it has said."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self.process = process
+        self.said = ""
+        self.url = ""
+
+    async def until(self, pattern: str) -> re.Match[str]:
+        """Reads on to the first text that matches."""
+        assert self.process.stdout is not None
+        while (found := re.search(pattern, self.said)) is None:
+            piece = await self.process.stdout.read(4096)
+            assert piece, self.said
+            self.said += piece.decode()
+        return found
+
+    def gateways(self) -> dict[str, psutil.Process]:
+        """The gateway processes by the port of their own."""
+        found = {}
+        for child in psutil.Process(self.process.pid).children():
+            arguments = child.cmdline()
+            found[arguments[arguments.index("--private") + 1]] = child
+        return found
+
+
+@asynccontextmanager
+async def serve(folder: Path, fake: Fake, settings: str) -> AsyncIterator[Served]:
+    policy = folder / "policy.yaml"
+    policy.write_text(f"version: 1\ngateway: {settings}\nupstreams: [{{url: '{fake.url}'}}]\n")
+    environ = {name: value for name, value in os.environ.items() if name != "HEADGATE_PORT"}
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "headgate", "serve", str(policy), cwd=ROOT, env=environ,
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+    )  # fmt: skip
+    served = Served(process)
+    try:
+        served.url = (await served.until(r"gateway +(http://\S+)"))[1]
+        await served.until(r"ready in ")
+        yield served
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+
+
+@on_loop
+async def test_of_four_processes_one_is_killed_and_nobody_elses_client_notices(
+    tmp_path: Path,
+) -> None:
+    """Only its own streams break; new requests go on at once; it is started again; all drain."""
+    release = asyncio.Event()
+
+    async def answer(peer: Peer) -> None:
+        await peer.head()
+        await peer.chunk(CHUNK)
+        await release.wait()
+        await peer.chunk(DONE)
+        await peer.end()
+
+    async with (
+        upstream(answer, models=("m",)) as fake,
+        serve(tmp_path, fake, "{port: 0, processes: 4, drain_s: 10}") as served,
+        httpx.AsyncClient(base_url=served.url, timeout=30) as client,
+    ):
+        assert "by 4 processes" in served.said
+        assert "each of 4 gateways gives its share of limits" in served.said
+        gateways = served.gateways()
+        assert len(gateways) == 4
+        streams = [asyncio.create_task(stream_of(client)) for _ in range(24)]
+        await until(lambda: fake.running == 24)
+        victim = max(gateways.values(), key=lambda one: len(clients_of(one, served)))
+        doomed = len(clients_of(victim, served))
+        assert doomed > 0
+        victim.kill()
+        await until(lambda: fake.running == 24 - doomed)
+        other = asyncio.create_task(client.post("/v1/chat/completions", json=STREAMED))
+        await until(lambda: fake.running == 25 - doomed)
+        release.set()
+        whole = await asyncio.gather(*streams, return_exceptions=True)
+        assert whole.count(CHUNK + DONE) == 24 - doomed
+        assert all(isinstance(one, bytes | httpx.TransportError) for one in whole)
+        assert (await other).content == CHUNK + DONE
+        await served.until(r"gateway \d was killed by SIGKILL")
+        await served.until(r"gateway \d is ready again")
+        assert served.gateways().keys() == gateways.keys()
+        for _ in range(20):
+            async with httpx.AsyncClient(base_url=served.url, timeout=30) as fresh:
+                done = await fresh.post("/v1/chat/completions", json=HELLO | {"stream": True})
+                assert done.content == CHUNK + DONE
+        served.process.send_signal(signal.SIGINT)
+        assert await served.process.wait() == 0
+
+
+async def stream_of(client: httpx.AsyncClient) -> bytes:
+    return (await client.post("/v1/chat/completions", json=STREAMED)).content
+
+
+def clients_of(gateway: psutil.Process, served: Served) -> list[int]:
+    """The ports of the clients that a process talks with."""
+    port = int(served.url.rpartition(":")[2])
+    return [
+        one.raddr.port
+        for one in gateway.net_connections("tcp")
+        if one.status == psutil.CONN_ESTABLISHED and one.laddr.port == port
+    ]
