@@ -6,6 +6,7 @@ Knows both endpoints' shapes; knows no sockets and no threads.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence as Many
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -53,6 +54,7 @@ class Answer:
         tools: ToolUse | None = None,
         grammar: CompiledGrammar | None = None,
         prediction: Many[int] = (),
+        tells_ids: bool = False,
     ) -> None:
         self._asked = asked
         self._wants_logprobs = alternatives(asked) is not None
@@ -70,7 +72,11 @@ class Answer:
                 choice.echo = texts[choice.index // self._copies]
         self._by_key: dict[int, _Choice] = {}
         self.left: list[int] = []  # sequences that go on, though their choices have ended
-        self._usage = Usage(prompt_tokens=sum(map(len, prompts)))
+        begun = sum(len(order.begun) for order in self.orders)
+        self._usage = Usage(prompt_tokens=sum(map(len, prompts)), completion_tokens=begun)
+        self._tells_ids = tells_ids and len(self.orders) == 1
+        self._said_ids: list[int] = []  # since the last piece
+        self._piece_ids: deque[list[int]] = deque()  # of pieces that have not left yet
         now = int(time.time())
         chat = isinstance(asked, ChatRequest)
         self._envelope = (
@@ -112,6 +118,7 @@ class Answer:
             if output.error is not None:
                 raise _failure(output)
             self._usage.completion_tokens += len(output.token_ids)
+            self._said_ids += output.token_ids if self._tells_ids else ()
             self._usage.accepted_tokens += output.accepted_tokens
             self._usage.rejected_tokens += output.rejected_tokens
             if choice.index % self._copies == 0:  # a prompt counts once, and so what is known of it
@@ -125,6 +132,9 @@ class Answer:
                 piece = Piece(choice.index, output.text, logprobs, output.finish_reason)
                 for one in choice.tools.read(piece) if choice.tools else [piece]:
                     choice.finish_reason = one.finish_reason
+                    if self._tells_ids:
+                        self._piece_ids.append(self._said_ids)
+                        self._said_ids = []
                     yield one
                 if choice.finish_reason and not output.finish_reason:
                     self.left.append(output.key)
@@ -140,10 +150,18 @@ class Answer:
     def events(self, pieces: Iterator[Piece]) -> bytes:
         """The SSE events of some pieces; a choice's first one carries its role or its echo."""
         return b"".join(
-            wire.event(self._envelope.wrap([chunk], **self._chunk_usage()))
+            self._told_ids()
+            + b"".join(
+                wire.event(self._envelope.wrap([chunk], **self._chunk_usage()))
+                for chunk in self._chunks(self._choices[piece.index], piece)
+            )
             for piece in pieces
-            for chunk in self._chunks(self._choices[piece.index], piece)
         )
+
+    def _told_ids(self) -> bytes:
+        """The tokens of the piece that leaves next, for whoever asked for them."""
+        ids = self._piece_ids.popleft() if self._piece_ids else None
+        return wire.told_ids(ids) if ids else b""
 
     def ending(self) -> bytes:
         """The usage event, if it was asked for, and the end marker."""

@@ -149,7 +149,7 @@ class Engine:
         root = root_hash(model=self.identity, adapter=adapter, salt=order.salt)
         return Sequence(
             -1,
-            order.prompt,
+            [*order.prompt, *order.begun] if order.begun else order.prompt,
             order.sampling,
             order.service,
             root,
@@ -157,6 +157,7 @@ class Engine:
             order.salt,
             Times(arrived),
             order.prediction,
+            len(order.begun),
         )
 
     def _drain_s(self, waiting: int) -> float:

@@ -39,6 +39,7 @@ class Order:
     salt: str | None = None
     adapter: str | None = None
     prediction: Many[int] = ()  # what the client expects the answer to be
+    begun: Many[int] = ()  # what of the answer has been said elsewhere
 
 
 @dataclass(frozen=True, slots=True)

@@ -107,12 +107,13 @@ def make_orders(
     for at, prompt in enumerate(prompts):
         room = limit_tokens if asked.max_tokens == 0 else limit_tokens - 1
         _check_prompt(prompt, _param(asked, at), vocabulary, room)
+    begun = _begun(asked, prompts, vocabulary, constrained=use is not None or grammar is not None)
     bias, stop_ids = _bias(asked, vocabulary), _stop_ids(asked, vocabulary)
     orders = [
         Order(
             prompt,
             replace(
-                _sampling(asked, len(prompt), limit_tokens, copy, use),
+                _sampling(asked, len(prompt), limit_tokens, copy, use, len(begun)),
                 stop_ids=stop_ids,
                 logit_bias=bias,
                 grammar=grammar,
@@ -121,6 +122,7 @@ def make_orders(
             asked.cache_salt,
             adapter,
             prediction,
+            begun,
         )
         for prompt in prompts
         for copy in range(copies)
@@ -137,6 +139,25 @@ def make_orders(
         )
         raise Problem(400, message, param="prompt", code="too_many_logprobs")
     return orders
+
+
+def _begun(
+    asked: Asked, prompts: list[list[int]], vocabulary: int, *, constrained: bool
+) -> Sequence[int]:
+    """What of the answer is said already. Raises Problem 400 where no answer could go on so."""
+    begun = asked.begun_token_ids or ()
+    if not begun:
+        return begun
+    echo = isinstance(asked, CompletionRequest) and asked.echo
+    several = len(prompts) > 1 or (asked.n or 1) > 1
+    if several or constrained or echo or alternatives(asked) is not None:
+        message = (
+            "begun_token_ids go on with one answer, of no set form, without tools, logprobs or echo"
+        )
+        raise Problem(400, message, param="begun_token_ids", code="invalid_value")
+    for token in (min(begun), max(begun)):
+        _check_token(token, "begun_token_ids", vocabulary)
+    return begun
 
 
 def _bias(asked: Asked, vocabulary: int) -> tuple[tuple[int, float], ...]:
@@ -272,7 +293,12 @@ def alternatives(asked: Asked) -> int | None:
 
 
 def _sampling(
-    asked: Asked, prompt_tokens: int, limit_tokens: int, copy: int, use: ToolUse | None
+    asked: Asked,
+    prompt_tokens: int,
+    limit_tokens: int,
+    copy: int,
+    use: ToolUse | None,
+    begun_tokens: int,
 ) -> Sampling:
     chat = isinstance(asked, ChatRequest)
     limit = asked.max_completion_tokens if isinstance(asked, ChatRequest) else None
@@ -289,6 +315,9 @@ def _sampling(
             param=param,
             code="context_length_exceeded",
         )
+    if begun_tokens and begun_tokens >= wanted:
+        message = f"begun_token_ids has {begun_tokens} tokens, and the answer may have {wanted}"
+        raise Problem(400, message, param="begun_token_ids", code="invalid_value")
     logprobs = alternatives(asked)
     echo = isinstance(asked, CompletionRequest) and bool(asked.echo)
     return Sampling(
@@ -298,7 +327,7 @@ def _sampling(
         min_p=asked.min_p or 0.0,
         # Choices of one request differ, and each is the same again with the same seed.
         seed=None if asked.seed is None else asked.seed * wire.CHOICES_MAX + copy,
-        max_tokens=wanted,
+        max_tokens=wanted - begun_tokens,
         stop=asked.stop,
         ignore_eos=bool(asked.ignore_eos),
         logprobs=logprobs,

@@ -105,6 +105,8 @@ class Times:
 class Sequence:
     """`tokens` is prompt then answer; `computed` of them have their keys and values in `blocks`.
 
+    The last `begun` tokens of the prompt are the beginning of the answer, said by another worker:
+    what comes is drawn, penalized and stopped as if it had been said here.
     `hashes` has one for each full block of `tokens`, as far as they are known yet; the first
     `sealed` blocks can be found by others and are never written again.
     """
@@ -118,6 +120,7 @@ class Sequence:
     salt: str | None = None
     times: Times = field(default_factory=Times)
     prediction: Ids[int] = ()  # what the client expects the answer to be
+    begun: int = 0
     tokens: list[int] = field(init=False)
     hashes: list[bytes] = field(init=False)
     alone_s: float = 0.0  # what its prompt takes when nothing else runs, 0 where nobody knows
@@ -135,8 +138,13 @@ class Sequence:
     def __post_init__(self) -> None:
         self.tokens = list(self.prompt)
         self.hashes = chain_hashes(self.root, self.prompt)
-        self.adjustment = adjustment(self.sampling, self.prompt)
+        asked, said = self.parts()
+        self.adjustment = adjustment(self.sampling, asked)
         self.rng = None if self.sampling.greedy else random.Random(self.sampling.seed)  # noqa: S311 - sampling, not secrets
+        for token in said:
+            self.throw()
+            if self.adjustment is not None:
+                self.adjustment.push(token)
 
     @property
     def rank(self) -> tuple[float, int]:
@@ -184,6 +192,17 @@ class Sequence:
     @property
     def prompt_tokens(self) -> int:
         return len(self.prompt)
+
+    @property
+    def asked_tokens(self) -> int:
+        """The prompt's, without what of it is answer."""
+        return len(self.prompt) - self.begun
+
+    def parts(self) -> tuple[Ids[int], Ids[int]]:
+        """What was asked, and what of the answer had been said elsewhere."""
+        if not self.begun:
+            return self.prompt, ()
+        return self.prompt[: self.asked_tokens], self.prompt[self.asked_tokens :]
 
     @property
     def answer_tokens(self) -> int:
@@ -238,7 +257,8 @@ class Reply:
 
     def __init__(self, tokenizer: Tokenizer, sequence: Sequence) -> None:
         sampling = sequence.sampling
-        self._detokenizer = Detokenizer(tokenizer, sequence.prompt, shown=sampling.shown_ids)
+        asked, said = sequence.parts()
+        self._detokenizer = Detokenizer(tokenizer, asked, shown=sampling.shown_ids)
         self._scanner = StopScanner(sampling.stop) if sampling.stop else None
         self._ends = sampling.stop_ids
         if not sampling.ignore_eos:
@@ -248,6 +268,8 @@ class Reply:
         self._scored = Detokenizer(tokenizer) if sampling.prompt_logprobs else None
         self._scored_chars = 0
         self.chars = 0  # of the answer so far, those of stop strings too
+        for token in said:
+            self._show(token)
 
     def prompt_offset(self, token: int) -> int:
         """Where in the prompt's text its next scored token begins, in characters."""
@@ -263,15 +285,18 @@ class Reply:
             self._pending.append(logprob)
         if token in self._ends:
             return self._end("stop", token, self._flush())
-        text = self._detokenizer.push(token)
-        self.chars += len(text)
-        if self._scanner is not None and text:
-            text, hit = self._scanner.push(text)
-            if hit:
-                return self._end("stop", token, text)
+        text, hit = self._show(token)
+        if hit:
+            return self._end("stop", token, text)
         if sequence.answer_tokens >= sequence.sampling.max_tokens:
             return self._end("length", token, text + self._flush())
         return self._output(token, text, None)
+
+    def _show(self, token: int) -> tuple[str, bool]:
+        """The text that may leave now, and whether a stop string was met."""
+        text = self._detokenizer.push(token)
+        self.chars += len(text)
+        return self._scanner.push(text) if self._scanner is not None and text else (text, False)
 
     def _flush(self) -> str:
         """What was held back: an unfinished character, the beginning of a stop string."""
@@ -289,5 +314,5 @@ class Reply:
         if self._pending and (text or reason):
             logprobs = tuple(self._pending)
             self._pending.clear()
-        cached = self._sequence.cached
+        cached = min(self._sequence.cached, self._sequence.asked_tokens)
         return Output(self._sequence.key, text, (token,), logprobs, reason, cached_tokens=cached)

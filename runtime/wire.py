@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 import hmac
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -40,6 +40,7 @@ PRIORITY_MAX = 1000
 SALT_CHARS_MAX = 256
 BIASES_MAX = 1024
 REPETITION_MAX = 100.0
+BEGUN_MAX = 2**20
 
 
 class Problem(Exception):
@@ -102,6 +103,7 @@ Stop = Annotated[
     AfterValidator(_check_stop),
 ]
 StopIds = Annotated[tuple[Annotated[StrictInt, Field(ge=0)], ...], Field(max_length=STOP_IDS_MAX)]
+BegunIds = Annotated[tuple[Annotated[StrictInt, Field(ge=0)], ...], Field(max_length=BEGUN_MAX)]
 Number = Annotated[float, Field(allow_inf_nan=False, strict=True)]
 
 
@@ -152,6 +154,7 @@ class _Sampled(Formed):
     frequency_penalty: Penalty | None = None
     repetition_penalty: Annotated[Number, Field(gt=0, le=REPETITION_MAX)] | None = None
     logit_bias: Biases | None = None
+    begun_token_ids: BegunIds | None = None  # of the answer: what another worker said already
 
     @property
     def form(self) -> Form | None:
@@ -341,6 +344,8 @@ def parse_object(body: bytes) -> dict[str, Any]:
 
 # `headgate serve` gives one to all it starts, so that no stranger on a worker's port passes for it.
 RUN_TOKEN_ENV = "HEADGATE_RUN_TOKEN"  # noqa: S105  # the variable's name
+# Of a streaming request: tokens are told in comments, so that another worker could go on.
+TOKEN_IDS_HEADER = "x-headgate-token-ids"  # noqa: S105  # the header's name
 CHALLENGE_HEADER = "x-headgate-challenge"  # of a GET /health, whose answer then has `proof`
 
 
@@ -426,6 +431,14 @@ def _is_union_branch(part: int | str) -> bool:
 
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
+
+
+TOKEN_IDS = b": token-ids "
+
+
+def told_ids(token_ids: Iterable[int]) -> bytes:
+    """A comment with the tokens of the event that follows it, and of what it holds back."""
+    return TOKEN_IDS + ",".join(map(str, token_ids)).encode() + b"\n\n"
 
 
 def event(payload: Mapping[str, Any]) -> bytes:
