@@ -53,9 +53,15 @@ class Completions:
             service = edge.tiers.tier(call, tenant)
             reply.more.append((b"x-headgate-tier", service.tier.encode()))
             call = edge.tiers.told(call, tenant, service)
+            call, _ = await edge.shortener.trim(call, tenant.name, service.tier)
+            recall = edge.recall(call, tenant.name, service.tier)
+            if recall and await recall.give(reply):
+                return
             clock = asyncio.get_running_loop().time
             silence = Silence(edge.settings, reply, stream=call.stream, clock=clock)
             await attend(self._forward(edge, call, reply, silence), receive, silence)
+            if recall:
+                recall.keep()
         finally:
             edge.pool.leave()
 

@@ -11,14 +11,19 @@ import os
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from time import time
 
+from gateway.call import Call
 from gateway.discovery import sources_of
 from gateway.keys import Keys, salt_secret
 from gateway.replica import Replica
+from gateway.response_cache import Answers, Recall
+from gateway.shorten import Shortener, quarter_of_bytes
 from gateway.state import State, in_memory
 from gateway.tiers import Tiers
 from gateway.upstream import Pool
 from policies.schema import Deployment, Gateway
+from policies.trimming import ResponseCache
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -30,10 +35,19 @@ class Edge:
     keys: Keys
     tiers: Tiers
     state: State  # of the process: the same for every edge
+    shortener: Shortener
+    answers: Answers | None = None
 
     @property
     def settings(self) -> Gateway:
         return self.policy.gateway
+
+    def recall(self, call: Call, tenant: str, tier: str) -> Recall | None:
+        """Where this request may get an answer that was given before, or leave one."""
+        if self.answers is None:
+            return None
+        could = (one for one in self.pool.replicas if one.healthy and call.model in one.models)
+        return self.answers.recall(call, tenant, tier, {one.fingerprint for one in could}, time())
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -58,7 +72,22 @@ def build(
     pool = Pool(settings, replicas, sources_of(policy.discovery), known)
     if state is None:
         state = before.state if before is not None else in_memory(settings)
-    return Edge(policy, pool, Keys.of(settings), Tiers.of(settings, secret), state)
+    return Edge(
+        policy=policy,
+        pool=pool,
+        keys=Keys.of(settings),
+        tiers=Tiers.of(settings, secret),
+        state=state,
+        shortener=Shortener(settings.trim, quarter_of_bytes, state.store),
+        answers=_answers(settings.response_cache, before.answers if before else None),
+    )
+
+
+def _answers(settings: ResponseCache | None, before: Answers | None) -> Answers | None:
+    """What is kept goes on being kept, unless how much and for whom has changed."""
+    if settings is None:
+        return None
+    return before if before and before.settings == settings else Answers(settings)
 
 
 class Live:

@@ -48,6 +48,7 @@ class Watch:
         self._replica = replica
         self._slow = 0
         self._models_at = float("-inf")  # loop time of the last reading of /v1/models
+        self._tells_fingerprint = True
 
     async def run(self) -> None:
         """Probes until cancelled."""
@@ -96,6 +97,7 @@ class Watch:
         self._replica.mark_down(error)
         self._replica.doubt.clear()  # this probe was the answer to the doubt
         self._models_at = float("-inf")  # whatever comes back may serve something else
+        self._tells_fingerprint = True
 
     async def _ask_health(self) -> bool:
         challenge = secrets.token_hex(16)
@@ -126,7 +128,20 @@ class Watch:
         if status != 200:
             raise Unwell(f"/v1/models answered {status}")
         self._replica.models = models_of(parse_object(body))
+        self._replica.fingerprint = await self._ask_fingerprint()
         self._models_at = now
+
+    async def _ask_fingerprint(self) -> str | None:
+        """None for a server that has no fingerprint to tell; it is asked once, when it is back."""
+        if not self._tells_fingerprint:
+            return None
+        status, body = await fetch(self._session, self._replica, "/v1/fingerprint")
+        try:
+            told = parse_object(body).get("system_fingerprint") if status == 200 else None
+        except Problem:
+            told = None
+        self._tells_fingerprint = isinstance(told, str) and bool(told)
+        return told if self._tells_fingerprint else None
 
 
 async def fetch(

@@ -33,6 +33,7 @@ class Replica:
     draining: bool = False  # takes nothing new
     gone: bool = False  # not named by its source any more: it leaves when it is idle
     models: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    fingerprint: str | None = None  # what it said last of all that makes its answers
     healthy: bool = False
     in_flight: int = 0
     circuit: Circuit = field(default_factory=lambda: Circuit(Breaker()), repr=False)
@@ -52,6 +53,7 @@ class Replica:
         if self.healthy or not (self.own or self.tried):  # our own ones are refused while they load
             log.warning("replica %s is down: %s", self.url, error)
         self.healthy = False
+        self.fingerprint = None
         self.error = error
         self.tried = self.tried or not self.own
         self.doubt.set()

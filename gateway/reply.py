@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
-from starlette.types import Send
+from starlette.types import Message, Send
 
 from runtime.wire import DONE, KEEP_ALIVE, Problem, event
 
@@ -38,6 +38,11 @@ class Reply:
         self.streaming = False
         self.terminated = False
         self.complete = False
+
+    def copied(self, most_bytes: int) -> Copy:
+        """From now on a copy is kept of what is sent, as long as it is at most so large."""
+        self._send = copy = Copy(self._send, most_bytes)
+        return copy
 
     # ---- whole answers --------------------------------------------------------------------------
 
@@ -116,3 +121,43 @@ class Reply:
     async def _finish(self, body: bytes) -> None:
         self.complete = True
         await self._send({"type": "http.response.body", "body": body, "more_body": False})
+
+
+class Copy:
+    """Sits on an answer's `send` and keeps a copy of it, until it is too large to be worth it."""
+
+    def __init__(self, send: Send, most_bytes: int) -> None:
+        self._send = send
+        self._most_bytes = most_bytes
+        self._status = 0
+        self._headers: Headers = []
+        self._pieces: list[bytes] | None = []
+        self._size_bytes = 0
+        self._complete = False
+
+    async def __call__(self, message: MutableMapping[str, Any]) -> None:
+        self._note(message)
+        await self._send(message)
+
+    def _note(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self._status = message["status"]
+            self._headers = message["headers"]
+            return
+        piece = message.get("body", b"")
+        self._size_bytes += len(piece)
+        if self._size_bytes > self._most_bytes:
+            self._pieces = None
+        if self._pieces is not None:
+            self._pieces.append(piece)
+        self._complete = not message.get("more_body", False)
+
+    def whole(self) -> bytes | None:
+        """The body of a complete 200; None for anything else, and for what was too large."""
+        if not self._complete or self._status != 200 or self._pieces is None:
+            return None
+        return b"".join(self._pieces)
+
+    @property
+    def headers(self) -> Headers:
+        return self._headers

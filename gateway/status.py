@@ -71,6 +71,10 @@ def health(live: Live) -> ASGIApp:
             "replicas": replicas,
             "state": live.edge.state.health(),
         }
+        if not edge.settings.trim.off:
+            payload["trim"] = edge.shortener.totals.told()
+        if edge.answers is not None:
+            payload["response_cache"] = edge.answers.told()
         return code, payload
 
     return _as_json(answer)

@@ -8,6 +8,7 @@ from policies.fields import PolicyModel, refuse
 from policies.retrying import Breaker, Hedge, Retries
 from policies.slo import SHIPPED, Name, Tenant, Tier, TierTable, misfits
 from policies.state import StateStore
+from policies.trimming import ResponseCache, Trim
 
 
 class Gateway(PolicyModel):
@@ -86,6 +87,10 @@ class Gateway(PolicyModel):
         pattern=r"^[A-Za-z_][A-Za-z0-9_]*$",
         description="Environment variable with the secret that the salts of tenants are made of; "
         "the same for all gateways before the same replicas. Default: a new one at each start.",
+    )
+    trim: Trim = Field(Trim(), description="What is left out of prompts; nothing.")
+    response_cache: ResponseCache | None = Field(
+        None, description="Answers that are given again to the same request; off."
     )
 
     @model_validator(mode="after")

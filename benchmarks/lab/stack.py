@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, Any
 
 import psutil
@@ -30,26 +31,31 @@ _LOG_TAIL_BYTES = 2000
 
 @dataclass(frozen=True, slots=True)
 class Stack:
-    """A served policy: the gateway, and its first worker."""
+    """A served policy: the gateway and its workers."""
 
-    ready_s: float  # from the start of the command to the gateway's first 200 of /health
+    ready_s: float  # from the start of the command until all workers are healthy
     url: str
     worker_url: str
     model: str
     worker_facts: dict[str, Any]  # what the worker's own /health says
     gateway: psutil.Process
-    worker: psutil.Process
+    workers: tuple[psutil.Process, ...]
+
+    @property
+    def worker(self) -> psutil.Process:
+        """The first one."""
+        return self.workers[0]
 
 
 @contextlib.contextmanager
-def serve() -> Iterator[Stack]:
-    """Starts the policy that ships, on a free port; drains it in the end."""
+def serve(policy: Path | None = None) -> Iterator[Stack]:
+    """Starts a policy, or the one that ships, on a free port; drains it in the end."""
     (port,) = free_ports(1, _HOST)
     environment = os.environ | {"HEADGATE_PORT": str(port)}
     with tempfile.TemporaryFile() as log:
         started = time.perf_counter()
         command = subprocess.Popen(
-            [sys.executable, "headgate.py", "serve"],
+            [sys.executable, "headgate.py", "serve", *([str(policy)] if policy else [])],
             cwd=ROOT,
             env=environment,
             stdin=subprocess.DEVNULL,
@@ -67,7 +73,7 @@ def _await_ready(command: subprocess.Popen[bytes], port: int, log: IO[bytes]) ->
     deadline = time.monotonic() + _READY_LIMIT_S
     while time.monotonic() < deadline:
         status, health = ask_health(port)
-        if status == 200:
+        if status == 200 and all(one["healthy"] for one in health["replicas"]):
             return health
         if command.poll() is not None:
             break
@@ -82,8 +88,8 @@ def _look_at(
     command: subprocess.Popen[bytes], port: int, ready_s: float, health: dict[str, Any]
 ) -> Stack:
     replica = health["replicas"][0]
-    worker_port = int(replica["url"].rpartition(":")[2])
-    _, facts = ask_health(worker_port)
+    ports = [int(one["url"].rpartition(":")[2]) for one in health["replicas"]]
+    _, facts = ask_health(ports[0])
     return Stack(
         ready_s,
         f"http://{_HOST}:{port}",
@@ -91,7 +97,7 @@ def _look_at(
         replica["models"][0],
         facts,
         _child(command, port),
-        _child(command, worker_port),
+        tuple(_child(command, worker_port) for worker_port in ports),
     )
 
 

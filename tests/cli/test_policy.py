@@ -28,6 +28,10 @@ gateway:
     acme:
       keys: [8254c329a92850f6d539dd376f4816ee2764517da5e0235514af433164480d7a]
       tiers: [gold]
+  trim:
+    passages: {keep: 3}
+    tiers: {batch: {drop: oldest}, "7": {drop: middle, keep_share: 0.25}}
+  response_cache: {tiers: [standard, "a b"]}
 runtime:
   model: ../tiny
   served_name: "tiny: 1"

@@ -280,17 +280,11 @@ async def test_models_are_the_union_of_healthy_replicas() -> None:
 async def test_fingerprints_of_all_replicas_are_one_question() -> None:
     """Each replica's own words; null for one that has none, says junk, or is not there."""
 
-    async def tells(peer: Peer) -> None:
-        assert (peer.request.method, peer.request.path) == ("GET", "/v1/fingerprint")
-        await peer.json({"root": "ab"})
-
-    async def knows_none(peer: Peer) -> None:
-        await peer.json({"error": {}}, status=404)
-
-    async def babbles(peer: Peer) -> None:
-        await peer.json(b"[]")
-
-    async with upstream(tells) as one, upstream(knows_none) as two, upstream(babbles) as three:
+    async with (
+        upstream(fingerprint=b'{"root": "ab"}') as one,
+        upstream() as two,
+        upstream(fingerprint=b"[]") as three,
+    ):
         gone = Replica(refused_port())
         async with gateway(one, two, three, gone, wait=False) as edge:
             answer = await edge.client.get("/v1/fingerprint")

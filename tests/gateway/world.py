@@ -111,6 +111,7 @@ class Fake:
     answer: Answer = pong
     models: tuple[str, ...] = ("m",)
     health: int = 200
+    fingerprint: bytes | None = None  # the body of /v1/fingerprint; None: there is no such path
     run_token: str | None = None  # as a worker of ours has it from `headgate serve`
     requests: list[Request] = field(default_factory=list)
     running: int = 0
@@ -152,6 +153,10 @@ class Fake:
         if peer.request.path == "/v1/models":
             data = [{"id": name, "max_model_len": 64} for name in self.models]
             await peer.json({"object": "list", "data": data})
+            return b""
+        if peer.request.path == "/v1/fingerprint":
+            none = b'{"error": {}}'
+            await peer.json(self.fingerprint or none, 200 if self.fingerprint else 404)
             return b""
         self.requests.append(peer.request)
         self.running += 1
