@@ -228,36 +228,37 @@ class PrefixIndex:
 
     def cleared(self, replica: Hashable, rank: int | None = None) -> None:
         """Nothing is left in any medium, of one rank or of all; nor of what was sent before."""
-        known = self._known(replica)
-        self._renew_sent(known)
-        for key in [key for key in known.told if rank is None or key[0] == rank]:
-            self._retire(known.told.pop(key))
+        self._renew_sent(self._known(replica))
+        self.unlearn(replica, rank)
 
-    def follow(self, replica: Hashable) -> None:
-        """From here on what the replica tells is all that it has; what was sent only bridges the
-        time until it has told."""
+    def trust(self, replica: Hashable, mode: Mode) -> None:
+        """EXACT: what the replica tells is all that it has, and what was sent only bridges the time
+        until it has told."""
         known = self._known(replica)
-        if known.mode is not Mode.EXACT:
-            known.mode = Mode.EXACT
-            known.due = self._due = float("-inf")  # older ones are looked at again
+        if known.mode is not mode:
+            known.mode = mode
+            known.due = self._due = float("-inf")  # by another time: all is looked at again
 
-    def degrade(self, replica: Hashable, now: float) -> None:
-        """It told of changes that nobody heard. What it told before is from now on no better than
-        what was sent: it counts as the oldest of it, and decays."""
+    def demote(self, replica: Hashable, now: float, rank: int | None = None) -> None:
+        """It told of changes that nobody heard. What it told of its pool is from now on no better
+        than what was sent: it counts as the oldest of it, and decays."""
         known = self._known(replica)
-        known.mode = Mode.DEGRADED
         before: dict[bytes, float] = {}
-        for key in [key for key in known.told if key[1] == POOL]:
-            record = known.told.pop(key)
-            fresh = [one for one in record.blocks if one not in known.sent.blocks]
+        for key in [key for key in known.told if key[1] == POOL and rank in (None, key[0])]:
+            fresh = [one for one in known.told[key].blocks if one not in known.sent.blocks]
             self._set(fresh, known.sent.bit)
             before.update(dict.fromkeys(fresh, now))
-            self._retire(record)
-        for key in list(known.told):
+        self.unlearn(replica, rank)
+        if before:
+            known.sent.blocks = before | known.sent.blocks
+            known.due = min(known.due, now + self._ttl_s[known.mode])
+            self._due = min(self._due, known.due)
+
+    def unlearn(self, replica: Hashable, rank: int | None = None) -> None:
+        """What it told is about to be told again, from the beginning."""
+        known = self._known(replica)
+        for key in [key for key in known.told if rank in (None, key[0])]:
             self._retire(known.told.pop(key))
-        known.sent.blocks = before | known.sent.blocks
-        known.due = min(known.due, now + self._ttl_s[known.mode])
-        self._due = min(self._due, known.due)
 
     def forget(self, replica: Hashable) -> None:
         """Nothing is known of it any more. Costs the same however much that was."""

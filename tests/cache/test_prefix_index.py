@@ -52,12 +52,18 @@ class Plain:
         if medium == "GPU":
             self.sent = [entry for entry in self.sent if entry[0] not in hashes]
 
-    def degrade(self, now: float) -> None:
-        self.mode = Mode.DEGRADED
+    def demote(self, now: float, rank: int | None) -> None:
         sent = {block for block, _ in self.sent}
-        pool = set().union(*(known for (_, where), known in self.told.items() if where == "GPU"))
+        pool: set[bytes] = set()
+        for (one, medium), known in self.told.items():
+            if medium == "GPU" and rank in (None, one):
+                pool |= known
         self.sent = [(block, now) for block in pool - sent] + self.sent
-        self.told.clear()
+        self.unlearn(rank)
+
+    def unlearn(self, rank: int | None) -> None:
+        for key in [key for key in self.told if rank in (None, key[0])]:
+            del self.told[key]
 
     def has(self, block: bytes) -> bool:
         return any(block == entry[0] for entry in self.sent) or any(
@@ -86,8 +92,9 @@ acts = st.one_of(
     st.tuples(st.just("stored"), replicas, prompts, where),
     st.tuples(st.just("removed"), replicas, some, where),
     st.tuples(st.just("cleared"), replicas, st.sampled_from([None, 0, 1])),
-    st.tuples(st.just("follow"), replicas),
-    st.tuples(st.just("degrade"), replicas),
+    st.tuples(st.just("trust"), replicas, st.sampled_from(Mode)),
+    st.tuples(st.just("demote"), replicas, st.sampled_from([None, 0, 1])),
+    st.tuples(st.just("unlearn"), replicas, st.sampled_from([None, 0, 1])),
     st.tuples(st.just("forget"), replicas),
     st.tuples(st.just("size"), replicas, st.integers(1, 8)),
     st.tuples(st.just("wait"), st.integers(1, 40)),
@@ -116,14 +123,16 @@ def act(index: PrefixIndex, plain: dict[int, Plain], now: float, what: tuple[Any
         case "cleared":
             index.cleared(replica, rest[0])
             known.sent.clear()
-            for key in [key for key in known.told if rest[0] in (None, key[0])]:
-                del known.told[key]
-        case "follow":
-            index.follow(replica)
-            known.mode = Mode.EXACT
-        case "degrade":
-            index.degrade(replica, now)
-            known.degrade(now)
+            known.unlearn(rest[0])
+        case "trust":
+            index.trust(replica, rest[0])
+            known.mode = rest[0]
+        case "demote":
+            index.demote(replica, now, rest[0])
+            known.demote(now, rest[0])
+        case "unlearn":
+            index.unlearn(replica, rest[0])
+            known.unlearn(rest[0])
         case "size":
             index.size(replica, rest[0])
             known.capacity = rest[0]
@@ -165,7 +174,7 @@ def test_what_was_sent_long_ago_is_not_counted_on_and_a_teller_is_given_little_t
     so that equal prompts in a burst find it."""
     index, prompt = PrefixIndex(), chain(64)
     index.sent("sent", prompt, 0.0)
-    index.follow("tells")
+    index.trust("tells", Mode.EXACT)
     index.sent("tells", prompt, 0.0)
     assert index.match(prompt, 1.0) == {"sent": 4, "tells": 4}
     assert index.match(prompt, prefix_index.PLEDGE_S + 1) == {"sent": 4}
