@@ -13,9 +13,11 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from time import time
 
+from cache.prefix_index import PrefixIndex
 from gateway.call import Call
 from gateway.discovery import sources_of
 from gateway.keys import Keys, salt_secret
+from gateway.kv_events import KvEvents
 from gateway.replica import Replica
 from gateway.response_cache import Answers, Recall
 from gateway.shorten import Shortener, quarter_of_bytes
@@ -36,7 +38,12 @@ class Edge:
     tiers: Tiers
     state: State  # of the process: the same for every edge
     shortener: Shortener
+    events: KvEvents
     answers: Answers | None = None
+
+    @property
+    def index(self) -> PrefixIndex:
+        return self.events.index
 
     @property
     def settings(self) -> Gateway:
@@ -52,7 +59,7 @@ class Edge:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """The parts that live over time: begun in this order, ended in reverse."""
-        async with self.pool:
+        async with self.pool, self.events.following(self.pool, self.policy):
             yield
 
 
@@ -78,6 +85,7 @@ def build(
         keys=Keys.of(settings),
         tiers=Tiers.of(settings, secret),
         state=state,
+        events=before.events if before else KvEvents(PrefixIndex()),
         shortener=Shortener(settings.trim, quarter_of_bytes, state.store),
         answers=_answers(settings.response_cache, before.answers if before else None),
     )

@@ -104,17 +104,19 @@ class Watch:
         more = {CHALLENGE_HEADER: challenge}
         status, body = await fetch(self._session, self._replica, "/health", more)
         if 200 <= status < 300:
-            self._check_proof(challenge, body)
+            facts = _facts(body)
+            self._check_proof(challenge, facts)
+            self._replica.facts = facts
             return True
         if 400 <= status < 500:
             return False
         raise Unwell(f"/health answered {status}: {quote(body.decode('utf-8', 'replace'))}")
 
-    def _check_proof(self, challenge: str, body: bytes) -> None:
+    def _check_proof(self, challenge: str, facts: Mapping[str, Any]) -> None:
         """A dead worker's port may have been taken by whatever asked for a free one."""
         token = self._replica.run_token
         if token is not None:
-            proof = str(parse_object(body).get("proof")).encode("utf-8", "replace")
+            proof = str(facts.get("proof")).encode("utf-8", "replace")
             if not hmac.compare_digest(proof, run_proof(token, challenge).encode()):
                 raise Unwell("another program answers at the port of this worker")
 
@@ -142,6 +144,14 @@ class Watch:
             told = None
         self._tells_fingerprint = isinstance(told, str) and bool(told)
         return told if self._tells_fingerprint else None
+
+
+def _facts(body: bytes) -> Mapping[str, Any]:
+    """What a server tells of itself; vLLM's answer is empty."""
+    try:
+        return parse_object(body)
+    except Problem:
+        return {}
 
 
 async def fetch(

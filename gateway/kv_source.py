@@ -100,9 +100,16 @@ class Source:
 
     def doubt(self) -> None:
         """What it does is not what it told: it is asked again, from the beginning."""
-        self._hole()
+        self.counts.holes += 1
+        self.read_again()
+
+    def read_again(self) -> None:
+        """What it told is for now no better than what was sent."""
+        self._blocks.demote(self._clock())
         if self._replays:
             self._start_over()
+        else:
+            self._whole = False
 
     def catch_up(self) -> None:
         """Asks whether there was anything behind the last batch: a lost last one shows no gap."""

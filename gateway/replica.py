@@ -34,6 +34,7 @@ class Replica:
     gone: bool = False  # not named by its source any more: it leaves when it is idle
     models: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     fingerprint: str | None = None  # what it said last of all that makes its answers
+    facts: Mapping[str, Any] = field(default_factory=dict, repr=False)  # as its /health tells them
     healthy: bool = False
     in_flight: int = 0
     circuit: Circuit = field(default_factory=lambda: Circuit(Breaker()), repr=False)

@@ -64,7 +64,10 @@ def health(live: Live) -> ASGIApp:
         if not edge.keys.knows(scope["headers"]):
             shortly = [{"healthy": replica.healthy} for replica in pool.replicas]
             return code, {"status": status, "replicas": shortly}
-        replicas = [_state(replica, now) for replica in pool.replicas]
+        replicas = [
+            _state(replica, now) | {"kv_cache": edge.events.facts(replica.url)}
+            for replica in pool.replicas
+        ]
         payload = {
             "status": status,
             "in_flight": pool.in_flight,

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from policies.fields import PolicyModel, base_url
+from policies.kv_following import FollowedEvents
 
 Kind = Literal["headgate", "vllm", "sglang", "openai"]
 
@@ -26,6 +27,9 @@ class Upstream(PolicyModel):
     kind: Kind = Field("openai", description=KIND)
     weight: float = Field(1.0, gt=0, le=1000, description=WEIGHT)
     drain: bool = Field(False, description="Takes nothing new; what runs there goes on.")
+    kv_events: FollowedEvents | None = Field(
+        None, description="Where the server tells what its KV cache holds; without, it is guessed."
+    )
 
 
 class Discovery(PolicyModel):

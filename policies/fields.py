@@ -61,18 +61,31 @@ def base_url(url: str) -> str:
 
 def event_endpoint(endpoint: str) -> str:
     """Where block events leave. They name tokens of prompts, so only this machine may listen."""
+    if (host := _endpoint_host(endpoint)) is not None:
+        loopback_address(host)
+    return endpoint
+
+
+def publisher_endpoint(endpoint: str) -> str:
+    """Where somebody else's block events are had."""
+    if _endpoint_host(endpoint) is not None and int(endpoint.rpartition(":")[2]) == 0:
+        raise ValueError(f"{endpoint!r} has port 0, which nobody publishes at")
+    return endpoint
+
+
+def _endpoint_host(endpoint: str) -> str | None:
+    """The host of a ZMQ endpoint, checked; None for a local socket."""
     wrong = ValueError(
         f"{endpoint!r} is not an endpoint such as tcp://127.0.0.1:5557 or ipc:///run/headgate"
     )
     if endpoint.startswith("ipc://"):
         if not endpoint.isprintable() or not 0 < len(endpoint[6:].encode()) <= _IPC_BYTES_MAX:
             raise wrong
-        return endpoint
+        return None
     match = re.fullmatch(r"tcp://(\[[^\]]+\]|[^\[\]:]+):([0-9]{1,5})", endpoint)
     if match is None or int(match[2]) > 65535:
         raise wrong
-    loopback_address(match[1].strip("[]"))
-    return endpoint
+    return match[1].strip("[]")
 
 
 def integer_one(value: object) -> object:

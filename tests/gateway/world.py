@@ -18,9 +18,9 @@ from uvicorn.server import ServerState
 from gateway.app import create_app
 from gateway.edge import Live, build
 from gateway.listener import configure
-from gateway.replica import Replica
+from gateway.replica import Replica, replicas_of
 from gateway.upstream import Pool
-from policies.schema import Deployment, Discovery, Gateway, Runtime
+from policies.schema import Deployment, Discovery, Gateway, Runtime, Upstream
 from runtime.wire import CHALLENGE_HEADER, run_proof
 
 LIMIT_S = 60.0  # against hanging; on a machine busy with other work processes start slowly
@@ -112,6 +112,7 @@ class Fake:
     models: tuple[str, ...] = ("m",)
     health: int = 200
     fingerprint: bytes | None = None  # the body of /v1/fingerprint; None: there is no such path
+    facts: dict[str, Any] = field(default_factory=dict)  # more of its /health
     run_token: str | None = None  # as a worker of ours has it from `headgate serve`
     requests: list[Request] = field(default_factory=list)
     running: int = 0
@@ -145,7 +146,7 @@ class Fake:
     async def _answer(self, peer: Peer, reader: asyncio.StreamReader) -> bytes:
         """Runs the answer, watches for the gateway to leave; the next request's first byte."""
         if peer.request.path == "/health":
-            state = {"status": "?"}
+            state = {"status": "?", **self.facts}
             if self.run_token is not None:
                 state["proof"] = run_proof(self.run_token, peer.request.headers[CHALLENGE_HEADER])
             await peer.json(state, status=self.health)
@@ -192,6 +193,7 @@ async def upstream(answer: Answer = pong, **more: Any) -> AsyncIterator[Fake]:
 class Front:
     """A listening gateway, its inside, and a client of it."""
 
+    live: Live
     pool: Pool
     url: str
     port: int
@@ -224,16 +226,22 @@ async def gateway(
     *replicas: Fake | Replica | str,
     wait: bool = True,
     discovery: Sequence[Discovery] = (),
+    upstreams: Sequence[Upstream] = (),
     **settings: Any,
 ) -> AsyncIterator[Front]:
     """Listens on a free port; with `wait`, every replica has been found healthy."""
     policy = Gateway(**settings)
     deployment = Deployment(
-        version=1, gateway=policy, runtime=Runtime(), discovery=tuple(discovery)
+        version=1,
+        gateway=policy,
+        runtime=Runtime(),
+        discovery=tuple(discovery),
+        upstreams=tuple(upstreams),
     )
     known = [
         r if isinstance(r, Replica) else Replica(getattr(r, "url", r), own=True) for r in replicas
     ]
+    known += replicas_of(deployment, (), {})
     live = Live(build(deployment, known))
     pool = live.edge.pool
     app = create_app(live)
@@ -249,7 +257,7 @@ async def gateway(
         async with live.running(), httpx.AsyncClient(base_url=url, timeout=LIMIT_S) as client:
             if wait:
                 await until(lambda: all(replica.healthy for replica in pool.replicas))
-            edge = Front(pool, url, port, client)
+            edge = Front(live, pool, url, port, client)
             try:
                 yield edge
             finally:

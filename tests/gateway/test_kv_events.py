@@ -1,0 +1,107 @@
+"""Which replicas are followed, what health says of it, and when what they told is worth nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cache.prefix_index import Mode
+from gateway.edge import Edge
+from gateway.kv_events import CONTRADICTIONS_MAX, mode_of
+from policies.schema import Upstream
+from tests.gateway.publisher import Publisher
+from tests.gateway.publishing import sockets
+from tests.gateway.test_kv_follower import endpoints, work
+from tests.gateway.world import Fake, Front, gateway, on_loop, until, upstream
+
+
+async def kv_cache(edge: Front) -> dict[str, Any]:
+    """Of the first replica, by the gateway's health."""
+    return dict((await edge.client.get("/health")).json()["replicas"][0]["kv_cache"])
+
+
+def index_knows(edge: Edge, fake: Fake, publisher: Publisher) -> bool:
+    index = edge.index
+    return index.mode(fake.url) is Mode.EXACT and index.told(fake.url) == publisher.truth()["GPU"]
+
+
+@on_loop
+async def test_an_own_worker_is_followed_by_what_its_health_tells() -> None:
+    """It is exact while it is well; once it is not, nothing is known of it; then all again. How
+    large its pool is is known, too."""
+    live, replay = endpoints()
+    publisher = Publisher()
+    async with upstream(models=("m",)) as fake, sockets(publisher, live, replay) as one:
+        fake.facts = {
+            "kv_events": {"endpoint": live, "replay_endpoint": replay, "topic": ""},
+            "blocks": {"total": 8},
+        }
+        async with gateway(fake) as edge:
+            work(publisher, 0)
+            one.publish()
+            await until(lambda: index_knows(edge.live.edge, fake, publisher))
+            told = await kv_cache(edge)
+            assert told["mode"] == "exact"
+            assert told["told"] == {"GPU": len(publisher.truth()["GPU"])}
+            (rank,) = told["events"]
+            assert (rank["last"], rank["connected"]) == (publisher.number - 1, True)
+            index = edge.live.edge.index
+            index.sent(fake.url, [bytes([at]) * 32 for at in range(20)], 0.0)
+            assert index.report(fake.url)["sent"] == 8
+            fake.health = 503
+            await until(lambda: index.mode(fake.url) is Mode.APPROXIMATE)
+            assert index.told(fake.url) == set()
+            fake.health = 200
+            await until(lambda: index_knows(edge.live.edge, fake, publisher))
+
+
+@on_loop
+async def test_a_foreign_server_is_followed_where_the_policy_says() -> None:
+    live, replay = endpoints()
+    publisher = Publisher()
+    async with upstream(models=("m",)) as fake, sockets(publisher, live, replay) as one:
+        at = {"endpoint": live, "replay_endpoint": replay}
+        foreign = Upstream.model_validate({"url": fake.url, "kv_events": at})
+        async with gateway(upstreams=(foreign,)) as edge:
+            work(publisher, 0)
+            one.publish()
+            await until(lambda: index_knows(edge.live.edge, fake, publisher))
+
+
+@on_loop
+async def test_events_of_a_foreign_servers_own_choice_are_not_followed() -> None:
+    """Where to connect to is the policy's to say, not a stranger's."""
+    live, replay = endpoints()
+    async with upstream(models=("m",)) as fake, sockets(Publisher(), live, replay):
+        fake.facts = {"kv_events": {"endpoint": live, "replay_endpoint": replay}}
+        async with gateway(upstreams=(Upstream(url=fake.url),)) as edge:
+            assert (await kv_cache(edge))["events"] == []
+
+
+@on_loop
+async def test_a_replica_that_does_other_than_it_told_is_read_again() -> None:
+    live, replay = endpoints()
+    publisher = Publisher()
+    async with upstream(models=("m",)) as fake, sockets(publisher, live, replay) as one:
+        fake.facts = {"kv_events": {"endpoint": live, "replay_endpoint": replay}}
+        async with gateway(fake) as edge:
+            work(publisher, 0)
+            one.publish()
+            await until(lambda: index_knows(edge.live.edge, fake, publisher))
+            events, asked = edge.live.edge.events, len(one.asked)
+            for _ in range(CONTRADICTIONS_MAX - 1):
+                events.delivered(fake.url, 10, 10, 0)
+            events.delivered(fake.url, 10, 10, 16 * 9)  # the last block is computed again
+            assert events.index.mode(fake.url) is Mode.EXACT
+            for _ in range(CONTRADICTIONS_MAX):
+                events.delivered(fake.url, 10, 10, 0)
+            await until(lambda: len(one.asked) > asked)
+            await until(lambda: index_knows(edge.live.edge, fake, publisher))
+            assert (await kv_cache(edge))["events"][0]["holes"] == 1
+
+
+def test_a_server_is_known_exactly_when_all_its_ranks_are() -> None:
+    exact, guess, part = Mode.EXACT, Mode.APPROXIMATE, Mode.DEGRADED
+    assert mode_of([exact, exact]) is exact
+    assert mode_of([exact, guess]) is part
+    assert mode_of([guess, guess]) is guess
+    assert mode_of([part, exact]) is part
