@@ -12,11 +12,10 @@ from pathlib import Path
 
 from gateway.app import create_app
 from gateway.edge import Live, build
-from gateway.listener import BACKLOG, Server, configure
-from gateway.replica import replicas_of
+from gateway.listener import BACKLOG, Server, adopt, configure
+from gateway.reload import Origin, Reload
 from gateway.state import StoreMissing, open_state
-from policies.load import PolicyError, key_problems, load, resolve_discovery, with_environment
-from policies.schema import Deployment
+from policies.load import PolicyError
 
 PRIVATE_HOST = "127.0.0.1"  # where the supervisor asks one of several gateways
 
@@ -27,13 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(
         level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
+    origin = Origin(options.policy, options.replica, alone=options.private is None)
     try:
-        policy = resolve_discovery(options.policy, with_environment(load(options.policy)))
-        if options.private is None:
-            policy = alone(policy)
-        if problems := key_problems(options.policy, policy):
-            raise PolicyError(*problems)
-        replicas = replicas_of(policy, options.replica, os.environ)
+        policy, replicas = origin.read()
         state = open_state(policy.gateway, os.environ, options.policy.absolute().parent)
     except (PolicyError, StoreMissing) as error:
         print(error, file=sys.stderr)
@@ -44,7 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings = policy.gateway
     live = Live(build(policy, replicas, state=state))
     port = settings.port if options.port is None else options.port
-    config = configure(create_app(live), settings, host=settings.host, port=port)
+    reload = Reload(origin, live, lambda adopted: adopt(config, adopted))
+    config = configure(create_app(live, reload), settings, host=settings.host, port=port)
     if options.private is None:
         Server(config, live).run()
     else:
@@ -58,12 +54,6 @@ def listen(host: str, port: int, *, share: bool = False) -> socket.socket:
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     family, _, _, _, address = found[0]
     return socket.create_server(address, family=family, backlog=BACKLOG, reuse_port=share)
-
-
-def alone(policy: Deployment) -> Deployment:
-    """A process that shares its port with no other is the only one, whatever the policy says."""
-    gateway = policy.gateway.model_copy(update={"processes": 1})
-    return policy.model_copy(update={"gateway": gateway})
 
 
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -6,7 +6,7 @@ No layer stands around `send`, where it would cost on every chunk; the doorway l
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp
@@ -15,15 +15,17 @@ from gateway.call import CHAT_PATH, COMPLETIONS_PATH
 from gateway.chat import Completions
 from gateway.doorway import Doorway
 from gateway.edge import Live
+from gateway.reload import Reload
 from gateway.status import Allowed, fingerprints, health, model, models, unknown_path
 
 
-def create_app(live: Live) -> ASGIApp:
-    """Serves by the edge that is current; its probes and connections live as long as the app."""
+def create_app(live: Live, reload: Reload | None = None) -> ASGIApp:
+    """Serves by the edge that is current; its probes and connections live as long as the app, and
+    so does what replaces it."""
 
     @asynccontextmanager
     async def lifespan(_app: Router) -> AsyncIterator[None]:
-        async with live.running():
+        async with live.running(), reload.running() if reload else nullcontext():
             yield
 
     routes = [

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from time import time
@@ -103,6 +103,8 @@ class Live:
 
     def __init__(self, edge: Edge) -> None:
         self.edge = edge
+        self.reloads = 0
+        self.refused: str | None = None  # why the last policy was not taken
         self._runs: dict[Edge, _Run] = {}
 
     @asynccontextmanager
@@ -113,18 +115,20 @@ class Live:
             try:
                 yield
             finally:
-                runs = list(self._runs.values())
-                for run in runs:
-                    run.replaced.set()
-                    run.stopped.set()
-                await asyncio.gather(*(run.task for run in runs if run.task is not None))
+                await asyncio.gather(*map(self._end, list(self._runs)))
 
-    async def replace(self, edge: Edge) -> None:
-        """New requests go by `edge` once its parts have begun; what is under way is left alone.
+    async def replace(self, edge: Edge, is_ready: Callable[[Edge], Awaitable[None]]) -> None:
+        """New requests go by `edge` once its parts have begun and it is ready; what is under way is
+        left alone.
 
-        Raises what kept a part from beginning; then nothing has changed.
+        Raises what kept a part from beginning, or what `is_ready` raises; then nothing is changed.
         """
         await self._begin(edge)
+        try:
+            await is_ready(edge)
+        except BaseException:
+            await self._end(edge)
+            raise
         old, self.edge = self.edge, edge
         self._runs[old].replaced.set()
 
@@ -132,6 +136,13 @@ class Live:
     def count(self) -> int:
         """Edges that have not ended: 1, and more while requests go on by an earlier policy."""
         return len(self._runs)
+
+    async def _end(self, edge: Edge) -> None:
+        run = self._runs[edge]
+        run.replaced.set()
+        run.stopped.set()
+        assert run.task is not None, "an edge runs in a task of its own"
+        await run.task
 
     async def _begin(self, edge: Edge) -> None:
         run = self._runs[edge] = _Run()

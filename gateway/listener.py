@@ -194,6 +194,12 @@ def bind(settings: Gateway) -> type[ClientConnection]:
     return type("ClientConnection", (ClientConnection,), {"settings": settings})
 
 
+def adopt(config: uvicorn.Config, settings: Gateway) -> None:
+    """Connections go by these settings from now on, those that stand too."""
+    assert issubclass(config.http_protocol_class, ClientConnection), "`bind` made it"
+    config.http_protocol_class.settings = settings
+
+
 def configure(app: ASGIApp, settings: Gateway, *, host: str, port: int) -> uvicorn.Config:
     return uvicorn.Config(
         app,

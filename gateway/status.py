@@ -73,6 +73,7 @@ def health(live: Live) -> ASGIApp:
             "in_flight": pool.in_flight,
             "replicas": replicas,
             "state": live.edge.state.health(),
+            "policy": {"reloads": live.reloads, "edges": live.count, "refused": live.refused},
         }
         if not edge.settings.trim.off:
             payload["trim"] = edge.shortener.totals.told()

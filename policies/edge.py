@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field, model_validator
 
 from policies.fields import PolicyModel, refuse
@@ -81,6 +83,11 @@ class Gateway(PolicyModel):
         le=64,
         description="Gateway processes on the one port, started and watched by `headgate serve`; "
         "without `store` each gives its share of every limit.",
+    )
+    reload: Literal["watch", "signal"] = Field(
+        "watch",
+        description="When the policy file is read again: when it changes, and at SIGHUP to a "
+        "gateway process; or only at the signal.",
     )
     secret_env: str | None = Field(
         None,

@@ -244,8 +244,18 @@ async def gateway(
     known += replicas_of(deployment, (), {})
     live = Live(build(deployment, known))
     pool = live.edge.pool
-    app = create_app(live)
-    config = configure(app, policy, host="127.0.0.1", port=0)
+    async with listening(live) as front:
+        if wait:
+            await until(lambda: all(replica.healthy for replica in pool.replicas))
+        yield front
+    assert pool.in_flight == 0
+    assert all(replica.in_flight == 0 for replica in pool.replicas)
+
+
+@asynccontextmanager
+async def listening(live: Live) -> AsyncIterator[Front]:
+    """The gateway of an edge on a free port; all is served and gone at the end."""
+    config = configure(create_app(live), live.edge.settings, host="127.0.0.1", port=0)
     config.load()
     state = ServerState()
     loop = asyncio.get_running_loop()
@@ -255,9 +265,7 @@ async def gateway(
     url = f"http://127.0.0.1:{port}"
     try:
         async with live.running(), httpx.AsyncClient(base_url=url, timeout=LIMIT_S) as client:
-            if wait:
-                await until(lambda: all(replica.healthy for replica in pool.replicas))
-            edge = Front(live, pool, url, port, client)
+            edge = Front(live, live.edge.pool, url, port, client)
             try:
                 yield edge
             finally:
@@ -269,8 +277,6 @@ async def gateway(
         server.close()
         for connection in list(state.connections):
             connection.transport.abort()
-    assert pool.in_flight == 0
-    assert all(replica.in_flight == 0 for replica in pool.replicas)
 
 
 def events(body: bytes) -> list[Any]:
