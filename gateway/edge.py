@@ -18,6 +18,7 @@ from gateway.call import Call
 from gateway.discovery import sources_of
 from gateway.keys import Keys, salt_secret
 from gateway.kv_events import KvEvents
+from gateway.ladder import Ladder
 from gateway.replica import Replica
 from gateway.response_cache import Answers, Recall
 from gateway.shorten import Shortener, quarter_of_bytes
@@ -39,6 +40,7 @@ class Edge:
     state: State  # of the process: the same for every edge
     shortener: Shortener
     events: KvEvents
+    ladder: Ladder
     answers: Answers | None = None
 
     @property
@@ -86,6 +88,7 @@ def build(
         tiers=Tiers.of(settings, secret),
         state=state,
         events=before.events if before else KvEvents(PrefixIndex()),
+        ladder=before.ladder if before else Ladder(),
         shortener=Shortener(settings.trim, quarter_of_bytes, state.store),
         answers=_answers(settings.response_cache, before.answers if before else None),
     )

@@ -74,6 +74,7 @@ def health(live: Live) -> ASGIApp:
             "replicas": replicas,
             "state": live.edge.state.health(),
             "policy": {"reloads": live.reloads, "edges": live.count, "refused": live.refused},
+            "cached_tokens": edge.ladder.report(),
         }
         if not edge.settings.trim.off:
             payload["trim"] = edge.shortener.totals.told()
