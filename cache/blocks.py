@@ -15,6 +15,7 @@ from hashlib import sha256
 BLOCK_TOKENS = 16
 HASH_BYTES = 32
 _ID_BYTES = 4  # token ids are hashed as little-endian 32-bit integers
+BLOCK_BYTES = BLOCK_TOKENS * _ID_BYTES
 
 
 def root_hash(*, model: str, adapter: str | None = None, salt: str | None = None) -> bytes:
@@ -32,14 +33,23 @@ def root_hash(*, model: str, adapter: str | None = None, salt: str | None = None
 
 def chain_hashes(parent: bytes, tokens: Sequence[int]) -> list[bytes]:
     """One hash per full block of `tokens`, the first one behind `parent`; the rest has none."""
-    ids = array("I", tokens[: len(tokens) // BLOCK_TOKENS * BLOCK_TOKENS])
+    return chain_bytes(parent, id_bytes(tokens[: len(tokens) // BLOCK_TOKENS * BLOCK_TOKENS]))
+
+
+def id_bytes(tokens: Sequence[int]) -> bytes:
+    """Token ids as they are hashed."""
+    ids = array("I", tokens)
     assert ids.itemsize == _ID_BYTES
     if sys.byteorder == "big":
         ids.byteswap()
-    data = memoryview(ids.tobytes())
-    width = BLOCK_TOKENS * _ID_BYTES
+    return ids.tobytes()
+
+
+def chain_bytes(parent: bytes, data: bytes) -> list[bytes]:
+    """One hash per full `BLOCK_BYTES` of token ids that are bytes already."""
+    view = memoryview(data)
     hashes = []
-    for at in range(0, len(data), width):
-        parent = sha256(parent + data[at : at + width]).digest()
+    for end in range(BLOCK_BYTES, len(data) + 1, BLOCK_BYTES):
+        parent = sha256(parent + view[end - BLOCK_BYTES : end]).digest()
         hashes.append(parent)
     return hashes

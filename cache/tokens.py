@@ -9,7 +9,8 @@ control.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
@@ -19,6 +20,7 @@ from typing import Any
 import tokenizers
 
 from cache.control import ControlTokens, any_of, encode_quoted, encode_within
+from cache.pieces import AddedToken, cut_marks
 from cache.template import ChatTemplate, TemplateBroken, TemplateRefusal, choose_template
 from cache.text import Spelling, UnsupportedDecoder
 from cache.tokenizer_files import (
@@ -63,6 +65,7 @@ class Tokenizer:
     _templates: Mapping[str, ChatTemplate] = field(repr=False)
     _control: Mapping[ChatTemplate, ControlTokens] = field(repr=False)
     _control_ids: frozenset[int] = field(repr=False)
+    _marks: Mapping[ChatTemplate, re.Pattern[str]] = field(repr=False)
     _bytes: dict[int, bytes] = field(default_factory=dict, repr=False)  # grows as ids are seen
 
     @classmethod
@@ -99,6 +102,10 @@ class Tokenizer:
             _templates=templates,
             _control={
                 template: _control_tokens(tokens, template) for template in templates.values()
+            },
+            _marks={
+                template: cut_marks(map(_added_token, added.values()), template.literals)
+                for template in templates.values()
             },
             # A word that a model does not know is not one that a user made up.
             _control_ids=frozenset(
@@ -169,6 +176,7 @@ class Tokenizer:
         now: datetime | None = None,
         trust_text: bool = False,
         limit_tokens: int | None = None,
+        encode: Callable[[str], list[int]] | None = None,
     ) -> list[int]:
         """Ids of a conversation by the model's own chat template, which writes its own BOS.
 
@@ -179,6 +187,7 @@ class Tokenizer:
         `sanitize_control_tokens=True`, except that an assistant's turn keeps its `<think>` and
         `<tool_call>`. `trust_text=True` lets text spell control tokens, as transformers does by
         default. Not covered: a control token that a template glues together out of several strings.
+        `encode` takes the place of the tokenizer's own for a text that needs no quoting.
 
         Raises NoChatTemplate, TemplateRefusal (see ChatTemplate.render), and TooLong where the text
         cannot have as few as `limit_tokens`.
@@ -201,7 +210,7 @@ class Tokenizer:
         if limit_tokens is not None:
             self.check_length(text, limit_tokens)
         usual = partial(self.encode, special=False)
-        return encode_quoted(text, usual, self._encode_plain) if quoted else usual(text)
+        return encode_quoted(text, usual, self._encode_plain) if quoted else (encode or usual)(text)
 
     def template(self, tools: Sequence[Mapping[str, Any]] | None) -> ChatTemplate:
         """The one for requests with these tools. Raises NoChatTemplate, TemplateRefusal."""
@@ -211,6 +220,10 @@ class Tokenizer:
                 "/v1/completions works with it"
             )
         return choose_template(self._templates, tools)
+
+    def marks(self, tools: Sequence[Mapping[str, Any]] | None) -> re.Pattern[str]:
+        """Where a rendered conversation may be cut; see pieces.py. Raises as `template`."""
+        return self._marks[self.template(tools)]
 
     def _encode_plain(self, text: str) -> list[int]:
         """Ids of a text in which no added token is recognized. Raises TemplateRefusal."""
@@ -296,6 +309,11 @@ def _recognize(tokens: tokenizers.Tokenizer, special: Mapping[str, str]) -> None
     added = {token.content for token in tokens.get_added_tokens_decoder().values() if token.special}
     named = [token for token in dict.fromkeys(special.values()) if token not in added]
     tokens.add_special_tokens([token for token in named if tokens.token_to_id(token) is not None])
+
+
+def _added_token(token: tokenizers.AddedToken) -> AddedToken:
+    before = token.lstrip or token.single_word
+    return AddedToken(token.content, normalized=token.normalized, eats_before=before)
 
 
 def _compile(folder: Path, name: str, source: str, special: Mapping[str, str]) -> ChatTemplate:

@@ -18,6 +18,7 @@ from policies.load import (
     resolve_adapters,
     resolve_draft,
     resolve_model,
+    resolve_tokenizers,
 )
 from policies.schema import Deployment
 from policies.slo import key_hash, new_key
@@ -37,6 +38,7 @@ def check_files(files: Sequence[Path]) -> int:
                 resolve_model(file, deployment.runtime)
                 resolve_adapters(file, deployment.runtime)
                 resolve_draft(file, deployment.runtime)
+            resolve_tokenizers(file, deployment)
         except PolicyError as error:
             wrong = True
             click.echo(str(error), err=True)

@@ -106,7 +106,9 @@ class Source:
             return
         named = {member.url: member for member in members}
         for url, member in named.items():
-            replica = self.replicas.get(url) or join(Replica(url, api_key=self.api_key))
+            folder = Path(self.policy.tokenizer) if self.policy.tokenizer else None
+            known = self.replicas.get(url)
+            replica = known or join(Replica(url, api_key=self.api_key, tokenizer=folder))
             replica.kind = self.policy.kind
             replica.weight = member.weight or self.policy.weight
             replica.draining = member.drain

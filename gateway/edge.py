@@ -19,6 +19,7 @@ from gateway.discovery import sources_of
 from gateway.keys import Keys, salt_secret
 from gateway.kv_events import KvEvents
 from gateway.ladder import Ladder
+from gateway.prompt import Prompts
 from gateway.replica import Replica
 from gateway.response_cache import Answers, Recall
 from gateway.shorten import Shortener, quarter_of_bytes
@@ -37,6 +38,7 @@ class Edge:
     pool: Pool
     keys: Keys
     tiers: Tiers
+    prompts: Prompts
     state: State  # of the process: the same for every edge
     shortener: Shortener
     events: KvEvents
@@ -61,7 +63,7 @@ class Edge:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """The parts that live over time: begun in this order, ended in reverse."""
-        async with self.pool, self.events.following(self.pool, self.policy):
+        async with self.prompts, self.pool, self.events.following(self.pool, self.policy):
             yield
 
 
@@ -86,6 +88,7 @@ def build(
         pool=pool,
         keys=Keys.of(settings),
         tiers=Tiers.of(settings, secret),
+        prompts=Prompts(lambda: pool.replicas, before.prompts if before else None),
         state=state,
         events=before.events if before else KvEvents(PrefixIndex()),
         ladder=before.ladder if before else Ladder(),

@@ -19,7 +19,15 @@ from typing import Any
 
 from gateway.edge import Edge, Live, build
 from gateway.replica import Replica, replicas_of
-from policies.load import PolicyError, key_problems, load, resolve_discovery, with_environment
+from policies.load import (
+    PolicyError,
+    key_problems,
+    load,
+    own_tokenizer,
+    resolve_discovery,
+    resolve_tokenizers,
+    with_environment,
+)
 from policies.schema import Deployment, Gateway
 
 log = logging.getLogger("headgate.gateway")
@@ -48,7 +56,9 @@ class Origin:
         if self.alone:
             gateway = policy.gateway.model_copy(update={"processes": 1})
             policy = policy.model_copy(update={"gateway": gateway})
-        return policy, replicas_of(policy, self.workers, self.environ)
+        policy = resolve_tokenizers(self.file, policy)
+        tokenizer = own_tokenizer(self.file, policy) if self.workers else None
+        return policy, replicas_of(policy, self.workers, self.environ, tokenizer)
 
 
 class Refused(Exception):

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from gateway.breaker import Circuit
@@ -41,13 +42,14 @@ class Replica:
     rests_until: float = 0.0  # loop time; it is busy, and others are asked first
     ttft_s: float | None = None  # to first tokens of late, recent ones weighing more
     error: str | None = None
+    tokenizer: Path | None = None  # a model folder
     tried: bool = False  # an own worker that was ready once, a foreign server that was asked once
     doubt: asyncio.Event = field(default_factory=asyncio.Event, repr=False)
 
     @property
     def identity(self) -> tuple[object, ...]:
         """What makes it the same server to us after a change of policy."""
-        return self.url, self.own, self.api_key, self.run_token
+        return self.url, self.own, self.api_key, self.run_token, self.tokenizer
 
     def mark_down(self, error: str) -> None:
         """Takes no more requests until a probe, which is asked for at once, finds it well."""
@@ -93,14 +95,20 @@ class Replica:
 
 
 def replicas_of(
-    policy: Deployment, workers: Sequence[str], environ: Mapping[str, str]
+    policy: Deployment,
+    workers: Sequence[str],
+    environ: Mapping[str, str],
+    tokenizer: Path | None = None,
 ) -> list[Replica]:
-    """Own workers by their URLs, then the policy's upstreams.
+    """Own workers by their URLs, then the policy's upstreams. `tokenizer` is our own workers'.
 
     Raises KeyError for a key that is not set, or empty.
     """
     token = environ.get(RUN_TOKEN_ENV)
-    own = [Replica(url.rstrip("/"), own=True, run_token=token, kind="headgate") for url in workers]
+    own = [
+        Replica(url.rstrip("/"), own=True, run_token=token, kind="headgate", tokenizer=tokenizer)
+        for url in workers
+    ]
     foreign = []
     for upstream in policy.upstreams:
         name = upstream.api_key_env
@@ -114,6 +122,7 @@ def replicas_of(
                 kind=upstream.kind,
                 weight=upstream.weight,
                 draining=upstream.drain,
+                tokenizer=Path(upstream.tokenizer) if upstream.tokenizer else None,
             )
         )
     return own + foreign

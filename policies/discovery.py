@@ -13,6 +13,10 @@ Kind = Literal["headgate", "vllm", "sglang", "openai"]
 
 KIND = "What runs there: `headgate`, `vllm`, `sglang`, or any OpenAI-compatible server, `openai`."
 WEIGHT = "Share of the traffic beside others of weight 1, as far as load alone decides."
+TOKENIZER = (
+    "Folder (relative to the policy file) with the tokenizer.json and the chat template of the "
+    "model there, for exact prompts in routing; default: by bytes."
+)
 KEY = "Environment variable that holds the key sent to this server."
 VARIABLE = r"^[A-Za-z_][A-Za-z0-9_]*$"
 
@@ -30,6 +34,7 @@ class Upstream(PolicyModel):
     kv_events: FollowedEvents | None = Field(
         None, description="Where the server tells what its KV cache holds; without, it is guessed."
     )
+    tokenizer: str | None = Field(None, min_length=1, description=TOKENIZER)
 
 
 class Discovery(PolicyModel):
@@ -59,6 +64,7 @@ class Discovery(PolicyModel):
     )
     kind: Kind = Field("openai", description=KIND)
     weight: float = Field(1.0, gt=0, le=1000, description=WEIGHT)
+    tokenizer: str | None = Field(None, min_length=1, description=TOKENIZER)
 
     @model_validator(mode="after")
     def _one_source(self) -> Discovery:

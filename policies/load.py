@@ -143,6 +143,42 @@ def resolve_folders(policy: str | Path, deployment: Deployment) -> Deployment:
     return deployment.model_copy(update={"runtime": runtime})
 
 
+def resolve_tokenizers(policy: str | Path, deployment: Deployment) -> Deployment:
+    """The policy with each `tokenizer` absolute: they are relative to the policy file.
+
+    Raises PolicyError at the line of one that is none.
+    """
+    changed = {}
+    for part in ("upstreams", "discovery"):
+        entries = []
+        for index, entry in enumerate(getattr(deployment, part)):
+            if entry.tokenizer is not None:
+                path = (part, index, "tokenizer")
+                folder = _tokenizer_folder(policy, entry.tokenizer, path)
+                entry = entry.model_copy(update={"tokenizer": str(folder)})
+            entries.append(entry)
+        changed[part] = tuple(entries)
+    return deployment.model_copy(update=changed)
+
+
+def _tokenizer_folder(policy: str | Path, name: str, path: tuple[str | int, ...]) -> Path:
+    folder = Path(policy).absolute().parent / name
+    if (folder / "tokenizer.json").is_file():
+        return folder
+    _, places, _ = _read(str(policy))
+    message = f"there is no file {str(folder / 'tokenizer.json')!r}"
+    raise PolicyError(Problem(str(policy), message, places.of(path), dotted(path)))
+
+
+def own_tokenizer(policy: str | Path, deployment: Deployment) -> Path | None:
+    """The folder with our own workers' tokenizer; None where it is not in one yet. Raises
+    PolicyError."""
+    if deployment.runtime is None:
+        return None
+    model = resolve_model(policy, deployment.runtime)
+    return model if isinstance(model, Path) else None
+
+
 def key_problems(
     policy: str | Path, deployment: Deployment, environ: Mapping[str, str] = os.environ
 ) -> list[Problem]:

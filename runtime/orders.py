@@ -5,20 +5,18 @@ Knows both endpoints' fields, the tokenizer and the limits; knows neither answer
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any
 
-from cache.template import TemplateFailure, TemplateRefusal
+from cache.conversation import chat_ids
+from cache.template import TemplateRefusal
 from cache.tokens import NoChatTemplate, Tokenizer, TooLong
 from runtime import wire
 from runtime.grammar import CompiledGrammar
 from runtime.inbox import Order
 from runtime.sequence import Sampling, Service
-from runtime.tool_request import ToolUse, argument_forms, offered
-from runtime.tools import dialect_of
+from runtime.tool_request import ToolUse, offered
 from runtime.wire import ChatRequest, CompletionRequest, Problem
 
 Asked = ChatRequest | CompletionRequest
@@ -188,11 +186,15 @@ def chat_prompt(asked: ChatRequest, tokenizer: Tokenizer, limit_tokens: int) -> 
     Raises Problem 400 when the model's template refuses it, or when it is hopelessly long.
     """
     try:
-        forms = _forms(asked, tokenizer)
-        for form in forms[:-1]:
-            with contextlib.suppress(TemplateFailure):  # it may take past calls in the other form
-                return _encode(asked, form, tokenizer, limit_tokens)
-        return _encode(asked, forms[-1], tokenizer, limit_tokens)
+        return chat_ids(
+            tokenizer,
+            asked.turns(),
+            tools=offered(asked),
+            add_generation_prompt=asked.add_generation_prompt,
+            continue_final_message=asked.continue_final_message,
+            variables=asked.chat_template_kwargs,
+            limit_tokens=limit_tokens,
+        )
     except TooLong as error:
         raise _too_long("messages", f"at least {error.tokens}", limit_tokens) from error
     except NoChatTemplate as error:
@@ -203,26 +205,6 @@ def chat_prompt(asked: ChatRequest, tokenizer: Tokenizer, limit_tokens: int) -> 
     except TemplateRefusal as error:
         message = f"this model's chat template refuses the conversation: {error}"
         raise Problem(400, message, param="messages", code="template_refused") from error
-
-
-def _forms(asked: ChatRequest, tokenizer: Tokenizer) -> list[list[dict[str, Any]]]:
-    """The conversation in the forms that the template may take."""
-    template = tokenizer.template(offered(asked))
-    dialect = dialect_of(template.literals)
-    return argument_forms(asked.turns(), dialect=dialect, reads_text=template.reads_argument_text)
-
-
-def _encode(
-    asked: ChatRequest, turns: list[dict[str, Any]], tokenizer: Tokenizer, limit_tokens: int
-) -> list[int]:
-    return tokenizer.encode_chat(
-        turns,
-        tools=offered(asked),
-        add_generation_prompt=asked.add_generation_prompt and not asked.continue_final_message,
-        continue_final_message=asked.continue_final_message,
-        variables=asked.chat_template_kwargs,
-        limit_tokens=limit_tokens,
-    )
 
 
 def completion_prompts(

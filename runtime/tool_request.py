@@ -6,14 +6,14 @@ knows neither how calls are read nor how answers look.
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError
 
+from cache import conversation
 from cache.template import TemplateRefusal
 from cache.tokens import NoChatTemplate, Tokenizer
 from runtime.tool_forms import Tool
@@ -125,17 +125,8 @@ NO_DIALECT = (
 
 
 def offered(asked: ChatRequest) -> list[dict[str, Any]] | None:
-    """The tools that the template is to show; `strict` is for us, and no model has seen it."""
-    if not asked.tools or asked.tool_choice == "none":
-        return None
-    return [_without_strict(tool) for tool in asked.tools]
-
-
-def _without_strict(tool: dict[str, Any]) -> dict[str, Any]:
-    function = tool.get("function")
-    if not isinstance(function, dict) or "strict" not in function:
-        return tool
-    return tool | {"function": {key: one for key, one in function.items() if key != "strict"}}
+    """The tools that the template is to show."""
+    return conversation.offered(asked.tools, asked.tool_choice)
 
 
 # ---- checks -------------------------------------------------------------------------------------
@@ -234,51 +225,3 @@ def _valid(model: type[Checked], given: dict[str, Any], where: str) -> Checked:
 
 def _problem(param: str, message: str, code: str = "invalid_value") -> Problem:
     return Problem(400, f"{param}: {message}", param=param, code=code)
-
-
-# ---- past calls ---------------------------------------------------------------------------------
-
-
-def argument_forms(
-    turns: list[dict[str, Any]], *, dialect: Dialect | None, reads_text: bool
-) -> list[list[dict[str, Any]]]:
-    """The conversation with its past calls' arguments as the template takes them, the likelier form
-    first; just the conversation when no call is in it.
-
-    Clients send the text that the model wrote. Most templates want an object, as transformers
-    documents; some only text; those that `reads_text` write text as it is, to the character.
-    """
-    if not any(turn.get("tool_calls") for turn in turns):
-        return [turns]
-    objects = [_with_arguments(turn, _as_object) for turn in turns]
-    texts = [_with_arguments(turn, _as_text) for turn in turns]
-    if reads_text or (dialect is not None and not dialect.objects):
-        return [texts, objects]
-    return [objects, texts]
-
-
-def _with_arguments(turn: dict[str, Any], form: Callable[[Any], Any]) -> dict[str, Any]:
-    if not turn.get("tool_calls"):
-        return turn
-    calls = [
-        call | {"function": call["function"] | {"arguments": form(call["function"]["arguments"])}}
-        if "arguments" in call["function"]
-        else call
-        for call in turn["tool_calls"]
-    ]
-    return turn | {"tool_calls": calls}
-
-
-def _as_object(arguments: Any) -> Any:
-    """An object where the text is one; the model may have written something else."""
-    try:
-        value = json.loads(arguments) if isinstance(arguments, str) else arguments
-    except (ValueError, RecursionError):
-        return arguments
-    return value if isinstance(value, dict) else arguments
-
-
-def _as_text(arguments: Any) -> Any:
-    if not isinstance(arguments, dict):
-        return arguments
-    return json.dumps(arguments, ensure_ascii=False)

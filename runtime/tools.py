@@ -36,9 +36,9 @@ class Dialect:
 
     A template with all the texts of one of `marks` speaks it. `openers` begin calls; `bare` is the
     character with which an answer begins a call without an opener. `known_only`: a name that the
-    request does not offer makes no call, because text could look like one. `objects`: the template
-    wants a past call's arguments as an object, not as text. `id_form` is what a call's id looks
-    like: its `name`, its `number` in the conversation, and `id_chars` `random` characters.
+    request does not offer makes no call, because text could look like one. `id_form` is what a
+    call's id looks like: its `name`, its `number` in the conversation, and `id_chars` `random`
+    characters.
     """
 
     name: str
@@ -47,7 +47,6 @@ class Dialect:
     calls: Calls
     bare: str = ""
     known_only: bool = False
-    objects: bool = True
     id_form: str = "call_{random}"
     id_chars: int = 24
 
@@ -107,7 +106,6 @@ PHI = Dialect(
     marks=(("functools[",), ("<|tool|>", "<|/tool|>")),
     openers=("<|tool_call|>", "functools"),
     calls=JsonCalls(closers=("<|/tool_call|>",)),
-    objects=False,
 )
 DEEPSEEK = Dialect(
     "deepseek",
@@ -122,7 +120,6 @@ DEEPSEEK = Dialect(
         inner=("<｜tool▁sep｜>",),
         closers=("```", "<｜tool▁call▁end｜>", "<｜tool▁calls▁end｜>"),
     ),
-    objects=False,
 )
 KIMI = Dialect(
     "kimi_k2",

@@ -26,6 +26,7 @@ from pydantic import (
     ValidationError,
 )
 
+from cache.conversation import UnreadableContent, joined_text, turn_of
 from runtime.wire_format import Form, Formed
 
 LARGE_BODY_BYTES = 2**18
@@ -178,26 +179,22 @@ class Message(BaseModel):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: Annotated[str | tuple[dict[str, Any], ...] | None, PlainValidator(_content)] = None
 
-    def text(self, where: str) -> str | None:
-        """Content as one string. Raises Problem for parts other than text: no model here sees."""
-        return _text_of(self.content, where)
+    def given(self) -> dict[str, Any]:
+        """The fields as they were sent, those that were not left out."""
+        fields = {name: getattr(self, name) for name in ("role", "content")}
+        if "content" not in self.model_fields_set:
+            del fields["content"]
+        return fields | (self.model_extra or {})
 
 
-def _text_of(content: str | tuple[dict[str, Any], ...] | None, where: str) -> str | None:
-    if content is None or isinstance(content, str):
-        return content
-    texts = []
-    for at, part in enumerate(content):
-        kind = part.get("type")
-        if kind not in ("text", "refusal") or not isinstance(part.get(kind), str):
-            param = f"{where}.content.{at}"
-            message = (
-                f"{param}: a part of type {kind!r} is not supported; send parts of the form "
-                "{'type': 'text', 'text': ...} or a plain string"
-            )
-            raise Problem(400, message, param=param, code="unsupported_content")
-        texts.append(part[kind])
-    return "".join(texts)
+def _unreadable(where: str, error: UnreadableContent) -> Problem:
+    """No model here sees."""
+    param = f"{where}.content.{error.at}"
+    message = (
+        f"{param}: a part of type {error.kind!r} is not supported; send parts of the form "
+        "{'type': 'text', 'text': ...} or a plain string"
+    )
+    return Problem(400, message, param=param, code="unsupported_content")
 
 
 class Predicted(_Wire):
@@ -208,7 +205,10 @@ class Predicted(_Wire):
 
     def text(self) -> str:
         """Raises Problem for parts other than text."""
-        return _text_of(self.content, "prediction") or ""
+        try:
+            return joined_text(self.content) or ""
+        except UnreadableContent as error:
+            raise _unreadable("prediction", error) from None
 
 
 class ChatRequest(_Sampled):
@@ -233,14 +233,10 @@ class ChatRequest(_Sampled):
         """Messages as plain dictionaries with string content, for the chat template."""
         turns = []
         for at, message in enumerate(self.messages):
-            turn = message.model_dump(exclude_none=True)
-            if message.content is not None:
-                turn["content"] = message.text(f"messages.{at}")
-            elif "content" in message.model_fields_set or turn.get("tool_calls"):
-                turn["content"] = ""  # templates join it to the calls
-            if not turn.get("tool_calls", True):
-                del turn["tool_calls"]  # templates ask only whether it is there
-            turns.append(turn)
+            try:
+                turns.append(turn_of(message.given()))
+            except UnreadableContent as error:
+                raise _unreadable(f"messages.{at}", error) from None
         return turns
 
 

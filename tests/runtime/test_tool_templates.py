@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from cache.conversation import argument_forms, takes_text
 from cache.template import ChatTemplate, TemplateFailure
-from runtime.tool_request import argument_forms
 from runtime.tools import dialect_of
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data" / "chat_templates"
@@ -81,9 +81,8 @@ def test_past_calls_are_rendered_from_text_and_from_objects(name: str, form: Any
     ]
     tool = {"type": "function", "function": {"name": "get_weather", "parameters": {}}}
     tool["function"]["description"] = "Tells the weather"  # type: ignore[index]
-    forms = argument_forms(
-        turns, dialect=dialect_of(template.literals), reads_text=template.reads_argument_text
-    )
+    wants_text = template.reads_argument_text or takes_text(template.literals)
+    forms = argument_forms(turns, text_first=wants_text)
     text = template.render(forms[0], tools=[tool])
     assert "get_weather" in text
     spelled = [json.dumps(ARGUMENTS["city"], ensure_ascii=escaped) for escaped in (False, True)]
@@ -99,7 +98,7 @@ def test_a_template_that_wants_text_fails_on_objects(name: str) -> None:
         {"role": "user", "content": "Hi"},
         {"role": "assistant", "content": "", "tool_calls": [call]},
     ]
-    objects, texts = argument_forms(turns, dialect=None, reads_text=False)
+    objects, texts = argument_forms(turns, text_first=False)
     assert '{"a": 1}' in templates()[name].render(texts)
     with pytest.raises(TemplateFailure):
         templates()[name].render(objects)
@@ -108,9 +107,9 @@ def test_a_template_that_wants_text_fails_on_objects(name: str) -> None:
 def test_what_the_model_wrote_goes_back_as_it_is() -> None:
     """Arguments that are no JSON object stay what they are; a conversation without calls too."""
     plain = [{"role": "user", "content": "Hi"}]
-    assert argument_forms(plain, dialect=None, reads_text=False) == [plain]
+    assert argument_forms(plain, text_first=False) == [plain]
     for arguments in ("{broken", "[1]", "5", None):
         call = {"function": {"name": "f", "arguments": arguments}}
         turns = [{"role": "assistant", "tool_calls": [call]}]
-        for form in argument_forms(turns, dialect=None, reads_text=False):
+        for form in argument_forms(turns, text_first=False):
             assert form == turns

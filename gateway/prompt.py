@@ -1,0 +1,351 @@
+"""A call's prompt as routing sees it: how many tokens it has, and the hashes of its blocks.
+
+Exact by the model's own tokenizer and chat template where the policy names one, else counted by
+bytes and hashed over the text. A prompt that cannot be rendered fails nobody here: the replica will
+say what is wrong with it. Of a conversation that has grown only what is new is tokenized.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from hashlib import blake2b
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Protocol
+
+import orjson
+
+from cache.blocks import BLOCK_BYTES, chain_bytes, id_bytes, root_hash
+from cache.conversation import chat_ids, offered, turn_of
+from cache.pieces import cut
+from gateway.call import CHAT_PATH, Call
+
+if TYPE_CHECKING:
+    from cache.tokens import Tokenizer
+
+log = logging.getLogger("headgate.gateway")
+
+TOKEN_BYTES = 4  # of an id as it is hashed; and of text, where no tokenizer tells
+MEMORY_BYTES = 16 * 2**20  # of what is known of earlier prompts
+LONG_CHARS = 4096  # more than this is tokenized in a thread
+LONG_BODY_BYTES = 2**16  # more than this is rendered there, too
+KEPT_CHARS = 256  # a last piece that is shorter is not worth keeping
+_LINK_BYTES, _HASH_BYTES = 400, 72  # what they take in memory, by sys.getsizeof
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """`hashes` are those of full blocks, each over all that came before."""
+
+    tokens: int
+    hashes: tuple[bytes, ...]
+    exact: bool  # False: tokens are bytes / 4, and the blocks are 64 bytes of text
+
+
+class Served(Protocol):
+    """What of a replica matters here. `tokenizer` is a model folder."""
+
+    @property
+    def models(self) -> Mapping[str, Mapping[str, Any]]: ...
+    @property
+    def tokenizer(self) -> Path | None: ...
+
+
+def root(model: str, adapter: str | None, salt: str | None) -> bytes:
+    """What the first block's hash stands on, here and for what replicas tell of their caches. The
+    gateway knows models by their names, and a LoRA adapter by the name that clients send."""
+    return root_hash(model=model, adapter=adapter, salt=salt)
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """A prompt's beginning up to the end of one piece."""
+
+    size_bytes: int  # from the prompt's beginning on
+    hashes: tuple[bytes, ...]  # of the blocks that end in this piece
+    parent: bytes  # the last block's hash, of this piece or before
+    rest: bytes  # behind that block
+
+
+Encode = Callable[[bytes], bytes]
+
+
+class Prompts:
+    """Reads prompts, and remembers the beginnings of earlier ones."""
+
+    def __init__(
+        self,
+        replicas: Callable[[], Iterable[Served]],
+        before: Prompts | None = None,
+        *,
+        memory_bytes: int = MEMORY_BYTES,
+    ) -> None:
+        """Goes on with what `before` knows."""
+        self._replicas = replicas
+        self._memory: Memory = before._memory if before else Memory(memory_bytes)
+        # None: not usable.
+        self._tokenizers: dict[Path, Tokenizer | None] = before._tokenizers if before else {}
+        self._loading: dict[Path, asyncio.Task[None]] = {}
+
+    # ---- lifespan -------------------------------------------------------------------------------
+
+    async def __aenter__(self) -> Prompts:
+        """Loads in the background: until a tokenizer is there, its prompts are counted by bytes."""
+        for replica in self._replicas():
+            self._tokenizer(replica.tokenizer)
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.loaded()
+
+    async def loaded(self) -> None:
+        """Returns once no tokenizer is being loaded."""
+        await asyncio.gather(*self._loading.values())
+
+    def report(self) -> Mapping[str, object]:
+        """For health answers."""
+        failed = sum(tokenizer is None for tokenizer in self._tokenizers.values())
+        return {
+            "tokenizers": len(self._tokenizers) - failed,
+            "tokenizers_failed": failed,
+            "known_bytes": self._memory.size_bytes,
+        }
+
+    # ---- one call -------------------------------------------------------------------------------
+
+    async def read(self, call: Call) -> Prompt:
+        """Never fails for what the client sent."""
+        model, adapter, folder = self._identity(call.model)
+        salt = call.data.get("cache_salt")
+        stem = root(model, adapter, salt if isinstance(salt, str) else None)
+        tokenizer = self._tokenizer(folder)
+        if tokenizer is not None:
+            with suppress(*_not_rendered()):
+                return await self._exact(tokenizer, call, stem)
+        stem = root_hash(model=f"text for {model}", adapter=adapter, salt=stem.hex())
+        return await self._prompt(stem, b"text", _texts(call), bytes, exact=False)
+
+    def _identity(self, name: str) -> tuple[str, str | None, Path | None]:
+        """The base model's name, the adapter's, and the folder of the tokenizer."""
+        found: tuple[str, str | None, Path | None] = name, None, None
+        for replica in self._replicas():
+            entry = replica.models.get(name)
+            if entry is None:
+                continue
+            parent = entry.get("parent")
+            base = (parent, name) if isinstance(parent, str) else (name, None)
+            found = *base, replica.tokenizer
+            if replica.tokenizer is not None:
+                break
+        return found
+
+    async def _exact(self, tokenizer: Tokenizer, call: Call, stem: bytes) -> Prompt:
+        """Raises one of `_not_rendered`."""
+        if call.path != CHAT_PATH:
+            return await self._completion(tokenizer, call.data["prompt"], stem)
+        if len(call.body) > LONG_BODY_BYTES:
+            text, ids = await asyncio.to_thread(render, tokenizer, call.data)
+        else:
+            text, ids = render(tokenizer, call.data)
+        if text is None:
+            return _prompt_of(stem, ids)
+        pieces = cut(text, tokenizer.marks(offered(*_tools(call.data))))
+
+        def encode(piece: bytes) -> bytes:
+            return id_bytes(tokenizer.encode(piece.decode(), special=False))
+
+        return await self._prompt(stem, b"chat", map(str.encode, pieces), encode, exact=True)
+
+    async def _completion(self, tokenizer: Tokenizer, given: Any, stem: bytes) -> Prompt:
+        """Of several prompts the first one's blocks count, and the tokens of all."""
+        one_of_ids = isinstance(given, list) and given and all(type(one) is int for one in given)
+        if one_of_ids or isinstance(given, str):
+            given = [given]
+
+        def encode(piece: bytes) -> bytes:
+            return id_bytes(tokenizer.encode(piece.decode(), special=True))
+
+        prompts = [
+            await self._prompt(stem, b"completion", [one.encode()], encode, exact=True)
+            if isinstance(one, str)
+            else _prompt_of(stem, one)
+            for one in given
+        ]
+        return Prompt(sum(one.tokens for one in prompts), prompts[0].hashes, exact=True)
+
+    async def _prompt(
+        self, stem: bytes, kind: bytes, pieces: Iterable[bytes], encode: Encode, *, exact: bool
+    ) -> Prompt:
+        """What is known of the pieces, and what is not computed anew."""
+        pieces = list(pieces)
+        keys = _keys(stem + kind, pieces)
+        known = self._memory.follow(keys)
+        last = known[-1] if known else Link(0, (), stem, b"")
+        new = pieces[len(known) :]
+        if sum(map(len, new)) > LONG_CHARS:
+            links = await asyncio.to_thread(extend, last, new, encode)
+        else:
+            links = extend(last, new, encode)
+        whole = known + links
+        kept = len(pieces) - (len(pieces[-1]) < KEPT_CHARS) if pieces else 0
+        self._memory.keep(keys[:kept], whole)
+        hashes = tuple(one for link in whole for one in link.hashes)
+        return Prompt(whole[-1].size_bytes // TOKEN_BYTES if whole else 0, hashes, exact)
+
+    # ---- tokenizers -----------------------------------------------------------------------------
+
+    def _tokenizer(self, folder: Path | None) -> Tokenizer | None:
+        """What is loaded; loads it for later where that is not."""
+        if folder is None:
+            return None
+        tokenizer = self._tokenizers.get(folder)
+        if tokenizer is None and folder not in self._tokenizers and folder not in self._loading:
+            self._loading[folder] = asyncio.create_task(self._load(folder))
+        return tokenizer
+
+    async def _load(self, folder: Path) -> None:
+        try:
+            self._tokenizers[folder] = await asyncio.to_thread(_load, folder)
+        except _unusable() as error:
+            log.warning("prompts are counted by bytes: %s", error)
+            self._tokenizers[folder] = None
+        finally:
+            del self._loading[folder]
+
+
+class Memory:
+    """Links by their keys, as many as there is room for; the longest unused ones go first."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self.size_bytes = 0
+        self._limit_bytes = limit_bytes
+        self._links: OrderedDict[bytes, Link] = OrderedDict()
+
+    def follow(self, keys: Sequence[bytes]) -> list[Link]:
+        """The links of the first keys, as far as all are known."""
+        found = []
+        for key in keys:
+            link = self._links.get(key)
+            if link is None:
+                break
+            found.append(link)
+        return found
+
+    def keep(self, keys: Sequence[bytes], links: Sequence[Link]) -> None:
+        """A prompt's links, known ones too; its end will go before its beginning."""
+        for at in reversed(range(len(keys))):
+            if keys[at] in self._links:
+                self._links.move_to_end(keys[at])
+            else:
+                self._links[keys[at]] = links[at]
+                self.size_bytes += _size_bytes(links[at])
+        while self.size_bytes > self._limit_bytes:
+            _, link = self._links.popitem(last=False)
+            self.size_bytes -= _size_bytes(link)
+
+
+def _size_bytes(link: Link) -> int:
+    return _LINK_BYTES + _HASH_BYTES * len(link.hashes)
+
+
+def _keys(stem: bytes, pieces: Iterable[bytes]) -> list[bytes]:
+    """One key a piece, each over all that came before: a prompt's beginning, by its text."""
+    key, keys = stem, []
+    for piece in pieces:
+        key = blake2b(key + piece, digest_size=16).digest()
+        keys.append(key)
+    return keys
+
+
+def extend(last: Link, pieces: Iterable[bytes], encode: Encode) -> list[Link]:
+    """The links of further pieces behind one; in any thread."""
+    links = []
+    for piece in pieces:
+        added = encode(piece)
+        data = last.rest + added
+        hashes = chain_bytes(last.parent, data)
+        rest = data[len(hashes) * BLOCK_BYTES :]
+        parent = hashes[-1] if hashes else last.parent
+        last = Link(last.size_bytes + len(added), tuple(hashes), parent, rest)
+        links.append(last)
+    return links
+
+
+def _prompt_of(stem: bytes, ids: Sequence[int]) -> Prompt:
+    return Prompt(len(ids), tuple(chain_bytes(stem, id_bytes(ids))), exact=True)
+
+
+# ---- what a body says ---------------------------------------------------------------------------
+
+
+def render(tokenizer: Tokenizer, data: Mapping[str, Any]) -> tuple[str | None, list[int]]:
+    """A conversation's text, to be tokenized; or its ids, where they are not just those of a text.
+
+    Raises one of `_not_rendered`.
+    """
+    texts: list[str] = []
+
+    def take(text: str) -> list[int]:
+        texts.append(text)
+        return []
+
+    ids = chat_ids(
+        tokenizer,
+        [turn_of(message) for message in data["messages"]],
+        tools=offered(*_tools(data)),
+        add_generation_prompt=data.get("add_generation_prompt", True),
+        continue_final_message=data.get("continue_final_message", False),
+        variables=data.get("chat_template_kwargs"),
+        encode=take,
+    )
+    return (texts[-1] if texts else None), ids
+
+
+def _tools(data: Mapping[str, Any]) -> tuple[Any, Any]:
+    return data.get("tools"), data.get("tool_choice")
+
+
+def _texts(call: Call) -> list[bytes]:
+    """The prompt's text in pieces, in the order in which templates mostly write it."""
+    data = call.data
+    if call.path != CHAT_PATH:
+        given = data.get("prompt")
+        return [given.encode()] if isinstance(given, str) else [orjson.dumps(given)]
+    head = [orjson.dumps(data[name]) for name in ("tools", "documents") if data.get(name)]
+    return head + [orjson.dumps(message) for message in data["messages"]]
+
+
+def _load(folder: Path) -> Tokenizer:
+    from cache.tokens import Tokenizer
+
+    return Tokenizer.load(folder)
+
+
+@cache
+def _unusable() -> tuple[type[Exception], ...]:
+    """What a model folder can be wrong with."""
+    from cache.template import TemplateProblem
+    from cache.tokens import TokenizerUnusable
+
+    return OSError, TemplateProblem, TokenizerUnusable
+
+
+@cache
+def _not_rendered() -> tuple[type[Exception], ...]:
+    """What a request that nobody has checked yet can do to a template and its reader."""
+    from cache.template import TemplateProblem
+    from cache.tokens import NoChatTemplate
+
+    plain = (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError)
+    return TemplateProblem, NoChatTemplate, *plain
