@@ -1,4 +1,4 @@
-"""`runtime.model` -> a folder that can be served, or a hub name. Reads names, never weights.
+"""`runtime.model` -> a folder that can be served, or a hub name. Reads names and shapes only.
 
 Knows the layout of a Hugging Face folder; knows neither torch nor transformers.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import re
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from policies.schema import Runtime
 
 POCKET = "pocket"
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+_HEADER_BYTES = 100_000_000  # the format allows no more
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -80,18 +82,39 @@ def find_draft(name: str, beside: Path) -> Path | str:
 
 
 def refuse_large_draft(draft: Path | str, model: Path | str) -> None:
-    """Raises ModelError for a draft whose weights are no smaller than the model's."""
+    """Raises ModelError for a draft with no fewer weights than the model.
+
+    Bytes do not tell: either may be kept in fp32, and in bf16 is what the other is read as.
+    """
     if not isinstance(draft, Path) or not isinstance(model, Path):
         return
-    sizes = [
-        sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-        for folder in (draft, model)
-    ]
-    if sizes[0] >= sizes[1]:
+    its, most = _weight_count(draft), _weight_count(model)
+    if its is not None and most is not None and its >= most:
         raise ModelError(
-            f"the draft {draft} has {sizes[0]:,} bytes of weights, the model {sizes[1]:,}: a draft "
-            "has to be smaller, or guessing costs more than it can save"
+            f"the draft {draft} has {its:,} weights, the model {most:,}: a draft has to be "
+            "smaller, or guessing costs more than it can save"
         )
+
+
+def _weight_count(folder: Path) -> int | None:
+    """By the headers of the files; None where weights are packed into integers, or a header is
+    not read here: whoever loads the model says what is wrong with it.
+
+    https://github.com/huggingface/safetensors#format
+    """
+    count = 0
+    for file in folder.glob("*.safetensors"):
+        try:
+            with file.open("rb") as opened:
+                size = int.from_bytes(opened.read(8), "little")
+                header = json.loads(opened.read(min(size, _HEADER_BYTES)))
+            tensors = [one for name, one in header.items() if name != "__metadata__"]
+            if any(one["dtype"][0] in "IU" for one in tensors):
+                return None
+            count += sum(math.prod(one["shape"]) for one in tensors)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            return None
+    return count
 
 
 def _looks_like_a_path(name: str, beside: Path) -> bool:

@@ -98,3 +98,33 @@ def test_a_draft_that_is_missing_or_too_large_is_told_at_its_line(tmp_path: Path
         with pytest.raises(PolicyError, match=why) as caught:
             resolve_draft(tmp_path / "policy.yaml", runtime)
         assert f"{tmp_path / 'policy.yaml'}:5:12  runtime.speculation.draft" in str(caught.value)
+
+
+def test_a_draft_is_measured_by_its_weights_and_not_by_their_bytes(tmp_path: Path) -> None:
+    """One kept in fp32 is no larger than its target in bf16; a file that cannot be read, or one of
+    packed integers, is left to whoever loads it."""
+    shutil.copytree(pocket_folder("draft"), tmp_path / "mine")
+
+    def resolved(content: bytes) -> bool:
+        (tmp_path / "mine" / "model.safetensors").write_bytes(content)
+        runtime = loaded(tmp_path, "  speculation: {draft: mine}")
+        return resolve_draft(tmp_path / "policy.yaml", runtime) == tmp_path / "mine"
+
+    def file(rows: int, dtype: str, size: int) -> bytes:
+        tensor = {"dtype": dtype, "shape": [rows, 64], "data_offsets": [0, rows * 64 * size]}
+        header = json.dumps({"__metadata__": {}, "embed": tensor}).encode()
+        return len(header).to_bytes(8, "little") + header + bytes(rows * 64 * size)
+
+    target = pocket_folder("target") / "model.safetensors"
+    assert len(file(50_000, "F32", 4)) > target.stat().st_size
+    assert resolved(file(50_000, "F32", 4))
+    with pytest.raises(PolicyError, match="has 6,400,000 weights, the model 5,180,672"):
+        resolved(file(100_000, "BF16", 2))
+    assert resolved(file(100_000, "I32", 0))
+    for broken in (
+        b"",
+        b"no header",
+        (2**63).to_bytes(8, "little") + b"{}",
+        b"\2" + bytes(7) + b"[]",
+    ):
+        assert resolved(broken)
