@@ -121,6 +121,7 @@ class Sequence:
     times: Times = field(default_factory=Times)
     prediction: Ids[int] = ()  # what the client expects the answer to be
     begun: int = 0
+    ends: frozenset[int] = frozenset()  # tokens behind which nothing of the answer follows
     tokens: list[int] = field(init=False)
     hashes: list[bytes] = field(init=False)
     alone_s: float = 0.0  # what its prompt takes when nothing else runs, 0 where nobody knows
@@ -253,16 +254,19 @@ class Sequence:
 
 
 class Reply:
-    """Turns a sequence's sampled tokens into text that may leave, and knows when it has ended."""
+    """Turns a sequence's sampled tokens into text that may leave, and knows when it has ended.
+
+    The sequence learns which tokens end it.
+    """
 
     def __init__(self, tokenizer: Tokenizer, sequence: Sequence) -> None:
         sampling = sequence.sampling
         asked, said = sequence.parts()
         self._detokenizer = Detokenizer(tokenizer, asked, shown=sampling.shown_ids)
         self._scanner = StopScanner(sampling.stop) if sampling.stop else None
-        self._ends = sampling.stop_ids
+        sequence.ends = sampling.stop_ids
         if not sampling.ignore_eos:
-            self._ends = self._ends | tokenizer.eos_ids
+            sequence.ends |= tokenizer.eos_ids
         self._sequence = sequence
         self._pending: list[TokenLogprob] = []
         self._scored = Detokenizer(tokenizer) if sampling.prompt_logprobs else None
@@ -283,7 +287,7 @@ class Reply:
         sequence = self._sequence
         if logprob is not None:
             self._pending.append(logprob)
-        if token in self._ends:
+        if token in sequence.ends:
             return self._end("stop", token, self._flush())
         text, hit = self._show(token)
         if hit:

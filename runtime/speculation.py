@@ -337,7 +337,8 @@ def _groups(sequence: Sequence) -> tuple[Hashable, ...]:
 
 
 def _allowed(sequence: Sequence, draft: Draft | None) -> Draft | None:
-    """A draft as far as the answer's grammar lets it come; None where nothing is left."""
+    """A draft as far as the answer and its grammar go; None where nothing is left."""
+    draft = _up_to_the_end(sequence, draft)
     if sequence.adjustment is None:
         return draft
     sequence.adjustment.keep(0)  # a proposer may have looked ahead
@@ -351,3 +352,14 @@ def _allowed(sequence: Sequence, draft: Draft | None) -> Draft | None:
         return draft
     probs = None if draft.probs is None else draft.probs[:count]
     return Draft(draft.ids[:count], probs) if count else None
+
+
+def _up_to_the_end(sequence: Sequence, draft: Draft | None) -> Draft | None:
+    """A chain up to a guess that ends the answer: nothing behind it can be right. Text that is
+    looked up goes on with the next turn of a conversation."""
+    if draft is None or draft.parents is not None or draft.forced is not None:
+        return draft
+    end = next((at for at, one in enumerate(draft.ids, start=1) if one in sequence.ends), None)
+    if end is None or end == len(draft.ids):
+        return draft
+    return Draft(draft.ids[:end], None if draft.probs is None else draft.probs[:end])

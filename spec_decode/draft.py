@@ -6,7 +6,7 @@ nothing, lets `adapt` choose whom to ask for how many tokens, and tells them wha
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence as Many
+from collections.abc import Hashable, Sequence as Many, Set
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -32,6 +32,10 @@ class Answer(Protocol):
     @property
     def prediction(self) -> Many[int]:
         """What its client expects it to be; empty where nothing was said."""
+
+    @property
+    def ends(self) -> Set[int]:
+        """Tokens behind which nothing of it follows."""
 
 
 @dataclass(frozen=True, slots=True)

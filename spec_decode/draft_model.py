@@ -113,7 +113,7 @@ class DraftModel(Proposer):
                 ids[at].append(token)
                 if law is not None:
                     laws[at].append(law)
-                if len(ids[at]) < wanted[at][1]:
+                if len(ids[at]) < wanted[at][1] and token not in feed.answer.ends:
                     going_on.append(Feed(feed.answer, feed.first + len(feed.tokens), [token]))
                     still.append(at)
             reads, writes, places = [], going_on, still

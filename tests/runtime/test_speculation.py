@@ -121,6 +121,20 @@ def test_an_end_token_inside_accepted_guesses_ends_the_answer_there(world):
     assert text_of(engine, Order(world.encode(LOOP), one)) == expected
 
 
+def test_nothing_is_guessed_behind_a_guess_that_ends_the_answer(world):
+    """A draft that knows the end writes no further, and what others guess there is cut off; with
+    another end the same guesses go on."""
+    token = answers(world.engine(), [world.encode(LOOP)], [GREEDY])[0][6]
+    one = Sampling(temperature=0, max_tokens=24, stop_ids=frozenset([token]))
+    speculation = always(draft_model(world, 0.0), 15)
+    answers(world.engine(speculation), [world.encode(LOOP)], [one])
+    assert speculation.counts.guessed == speculation.counts.accepted > 0
+    for ends, each in ((one, 1), (GREEDY, 4)):
+        speculation = always(Counted(token), 4)
+        answers(world.engine(speculation), [world.encode(LOOP)], [ends])
+        assert max(each - 1, 1) <= speculation.counts.guessed / speculation.counts.drafts <= each
+
+
 def test_blocks_of_accepted_guesses_are_found_by_others_and_of_refused_ones_are_not(world):
     """The table model trips over a block that holds anything but its tokens."""
     prompts = [world.encode(LOOP * 2)]

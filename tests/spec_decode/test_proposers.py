@@ -24,6 +24,7 @@ class Text:
     prompt_tokens: int = 1
     group: str = ""
     prediction: list[int] = field(default_factory=list)
+    ends: frozenset[int] = frozenset()
 
 
 def guess(proposer, text: Text, most: int = 4) -> list[int] | None:
