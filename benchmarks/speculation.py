@@ -24,9 +24,10 @@ from benchmarks.lab.samples import four_digits
 if TYPE_CHECKING:
     from benchmarks.lab.open_loop import Arrival
     from benchmarks.lab.speculating import Bench, Way
+    from cache.tokens import Tokenizer
     from runtime.engine import Engine
 
-PARTS = ("pocket", "pocket-compiled", "synthetic", "spec-bench", "replay", "transformers")
+PARTS = ("pocket", "pocket-compiled", "synthetic", "spec-bench", "replay", "transformers", "peers")
 _SHARED = ROOT.parent / "shared" / "data"
 _TOGETHER = (1, 4, 16, 32)
 _ROWS = 4  # of each task
@@ -35,6 +36,7 @@ _ROUNDS = 3
 _RATES = (0.6, 0.7, 0.8, 0.9)
 _GUESSES = (1, 3, 5)
 _CATEGORY_PROMPTS = 4
+_PEERS_ROWS, _PEERS_ROUNDS = 2, 5
 _REPLAYED = 60
 _REPLAY_PROMPT, _REPLAY_NEW = 1000, 48
 # What is told of a way over none, in the same round.
@@ -49,7 +51,8 @@ ABOUT = About(
         "own layers, and `auto` with and without the draft, with torch alone and compiled; random "
         "models of 252 M parameters and of Qwen2.5-0.5B's geometry with synthetic acceptance; "
         "Spec-Bench's prompts by category; recorded traffic at half, all and twice of what the "
-        "machine can serve; transformers' assisted generation with the same pair. Decoding speed "
+        "machine can serve; transformers' assisted generation with the same pair; and peers that "
+        "guess, each in an environment of its own, on the same pair and rows. Decoding speed "
         "counts tokens behind each answer's first. Time is the CPU time of the computing thread."
     ),
     goals=(
@@ -66,6 +69,8 @@ ABOUT = About(
         Goal("replay_throughput", 0.99, "at least", "recorded traffic: auto over none, worst load"),
         Goal("replay_tpot_p99", 1.02, "at most", "recorded traffic: p99 TPOT, auto over none"),
         Goal("over_transformers", 1.0, "at least", "our speed-up over assisted generation's"),
+        Goal("over_peers", 1.0, "at least", "our speed-up with the draft over every peer's"),
+        Goal("tokens_over_peers", 1.0, "at least", "our tokens a CPU-second over the best peer's"),
     ),
     parts=PARTS,
 )
@@ -101,12 +106,12 @@ def _pocket(*, compiles: bool) -> Bench:
     return Bench(ROOT / "pocket" / "target", ROOT / "pocket" / "draft", compiles=compiles)
 
 
-def _task_prompts(bench: Bench, first: int, count: int) -> list[list[int]]:
+def _task_prompts(tokenizer: Tokenizer, first: int, count: int) -> list[list[int]]:
     """Rows `first` to `first + count` of every task."""
     from pocket.tasks import TASKS, row
 
     rows = [row(task, "test", 0, at) for at in range(first, first + count) for task in TASKS]
-    return [bench.tokenizer.encode_chat(one.messages, tools=one.tools) for one in rows]
+    return [tokenizer.encode_chat(one.messages, tools=one.tools) for one in rows]
 
 
 # ---- pocket --------------------------------------------------------------------------------------
@@ -125,7 +130,7 @@ def _tasks(settings: Settings, values: dict[str, float], *, compiles: bool) -> d
         rounds: dict[Way, list[dict[str, float]]] = {}
         for turn in range(1 if settings.quick else _ROUNDS):
             # Rows of their own each time: no look-up may find an answer that was given before.
-            prompts = _task_prompts(bench, first, count)
+            prompts = _task_prompts(bench.tokenizer, first, count)
             first += count
             ways = [way for way in WAYS if together == 1 or way.made_of[:1] not in _ALONE]
             for way in islice(cycle(ways), turn, turn + len(ways)):
@@ -151,7 +156,8 @@ def _beside(rounds: dict[Way, list[dict[str, float]]], off: Way) -> dict[str, di
     """Medians of each way, and its speed over none within each round."""
     told = {}
     for way, mine in rounds.items():
-        figures = {name: median([one[name] for one in mine]) for name in mine[0]}
+        names = dict.fromkeys(name for one in mine for name in one)
+        figures = {name: median([one[name] for one in mine if name in one]) for name in names}
         for name, figure in _RATIOS.items():
             pairs = zip(mine, rounds[off], strict=True)
             figures[name] = median([one[figure] / plain[figure] for one, plain in pairs])
@@ -271,12 +277,8 @@ def _spec_bench(settings: Settings, values: dict[str, float]) -> dict[str, Any]:
             for way, engine in engines.items()
         }
         told[category] = {
-            way.name: {
-                "tokens_a_step": one["tokens_a_step"],
-                "decode_speedup": one["decode_tok_s"] / figures[OFF]["decode_tok_s"],
-            }
+            way.name: one | {"decode_speedup": one["decode_tok_s"] / figures[OFF]["decode_tok_s"]}
             for way, one in figures.items()
-            if way is not OFF
         }
         settings.progress(f"spec bench, {category}")
     return told
@@ -368,7 +370,7 @@ def _transformers(settings: Settings, values: dict[str, float]) -> dict[str, Any
     from runtime.sequence import Sampling
 
     bench = _pocket(compiles=False)
-    prompts = _task_prompts(bench, 0, 1)
+    prompts = _task_prompts(bench.tokenizer, 0, 1)
     target: Any
     target, draft = (
         AutoModelForCausalLM.from_pretrained(ROOT / "pocket" / part, dtype=torch.float32)
@@ -407,6 +409,27 @@ def _transformers(settings: Settings, values: dict[str, float]) -> dict[str, Any
     return told
 
 
+def _peers(settings: Settings, values: dict[str, float]) -> dict[str, Any]:
+    """Rows that are new each round, as above; the first round warms up."""
+    from benchmarks.lab.guessing_peers import measure_pair, over_peers, tokens_over_peers
+    from cache.tokens import Tokenizer
+
+    tokenizer = Tokenizer.load(ROOT / "pocket" / "target")
+    count = 1 if settings.quick else _PEERS_ROWS
+    rounds = [
+        _task_prompts(tokenizer, turn * count, count)
+        for turn in range(1 + (1 if settings.quick else _PEERS_ROUNDS))
+    ]
+    (end,) = tokenizer.eos_ids
+    told = measure_pair(rounds, end, settings.progress)
+    over = dict(over_peers(told))
+    if not over:
+        raise MeasurementFailed(f"no peer ran: {told['failed']}")
+    values["over_peers"] = min(over.values())
+    values["tokens_over_peers"] = tokens_over_peers(told)
+    return told | {"ours over theirs": over}
+
+
 _PARTS = {
     "pocket": lambda settings, values: _tasks(settings, values, compiles=False),
     "pocket-compiled": lambda settings, values: _tasks(settings, values, compiles=True),
@@ -414,6 +437,7 @@ _PARTS = {
     "spec-bench": _spec_bench,
     "replay": _replay,
     "transformers": _transformers,
+    "peers": _peers,
 }
 
 if __name__ == "__main__":

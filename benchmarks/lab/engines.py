@@ -19,10 +19,16 @@ from typing import IO, Any
 
 from benchmarks.lab.conditions import ROOT
 from benchmarks.lab.models import peers_home
+from benchmarks.lab.peers.talk import guessing
 
 _QUOTED_BYTES = 600
 _LEAVE_S = 20.0
-_GGUF_PEERS = {"openvino": {"exact": "f16"}, "llama": {}}  # whose GGUF type is not the format
+# Whose GGUF type is not the format.
+_GGUF_PEERS: dict[str, dict[str, str]] = {
+    "openvino": {"exact": "f16"},
+    "llama": {},
+    "llama_server": {},
+}
 
 
 class EngineFailed(Exception):
@@ -87,7 +93,8 @@ class Running:
         )
         self.facts = self._hear()["facts"]
 
-    def run(self, prompts: list[list[int]], new: int, threads: int) -> Ran:
+    def run(self, prompts: list[list[int]], new: int | list[int], threads: int) -> Ran:
+        """All prompts at once; with a number of tokens for each, one after another."""
         self._say({"do": "run", "prompts": prompts, "new": new, "threads": threads})
         told = self._hear()
         return Ran(told["wall_s"], told["cpu_s"], told["tokens"], told["facts"])
@@ -168,10 +175,17 @@ def _environment(engine: Engine) -> dict[str, str]:
 
 
 def _prepare(engine: Engine, model: Path) -> None:
-    """The model as a GGUF file beside it, for those who read that."""
+    """The model, and the draft that guesses for it, as GGUF files for those who read that."""
     if engine.program not in _GGUF_PEERS:
         return
-    kind = _GGUF_PEERS[engine.program].get(engine.form, engine.form)
+    form, guess = guessing(engine.form)
+    kind = _GGUF_PEERS[engine.program].get(form, form)
+    _write_gguf(engine, model, kind)
+    if guess and guess.proposer == "draft":
+        _write_gguf(engine, model.with_name("draft"), kind)
+
+
+def _write_gguf(engine: Engine, model: Path, kind: str) -> None:
     target = model / f"model-{kind}.gguf"
     if target.exists():
         return

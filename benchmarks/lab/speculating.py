@@ -124,6 +124,8 @@ class Told:
     came_s: list[float] = field(default_factory=list)
     took_s: float = 0.0
     steps: int = 0
+    guessed: int = 0
+    accepted: int = 0
 
     @property
     def tokens(self) -> int:
@@ -135,7 +137,7 @@ class Told:
         tails = [one for one in self.token_s if len(one) > 1]
         means = [(one[-1] - one[0]) / (len(one) - 1) for one in tails]
         decode_s = sum(one[-1] - one[0] for one in tails)
-        return {
+        told = {
             "tok_s": self.tokens / self.took_s,
             "decode_tok_s": sum(len(one) - 1 for one in tails) / decode_s,
             "ttft_p50_ms": 1e3 * median(firsts),
@@ -143,6 +145,7 @@ class Told:
             "tpot_p99_ms": 1e3 * percentile(means, 99),
             "tokens_a_step": self.tokens / self.steps,
         }
+        return told | ({"acceptance": self.accepted / self.guessed} if self.guessed else {})
 
 
 def serve_closed(
@@ -155,6 +158,7 @@ def serve_closed(
     numbers: dict[int, int] = {}
     coming = list(enumerate(prompts))[::-1]
     began, steps = clock(), engine.clock.steps
+    guessed, accepted = _guesses(engine)
     while coming or numbers:
         while coming and len(numbers) < together:
             number, prompt = coming.pop()
@@ -170,7 +174,16 @@ def serve_closed(
                 del numbers[output.key]
     told.took_s = clock() - began
     told.steps = engine.clock.steps - steps
+    told.guessed, told.accepted = (
+        now - before for now, before in zip(_guesses(engine), (guessed, accepted), strict=True)
+    )
     return told
+
+
+def _guesses(engine: Engine) -> tuple[int, int]:
+    if engine.speculation is None:
+        return 0, 0
+    return engine.speculation.counts.guessed, engine.speculation.counts.accepted
 
 
 def acceptance(engine: Engine) -> dict[str, float]:

@@ -14,6 +14,7 @@ def test_figures_follow_from_the_moments():
     """Two answers: what is behind their first tokens is told apart from the whole."""
     told = Told([[1.0, 2.0, 3.0], [2.0, 2.5]], [0.5, 1.5], took_s=4.0, steps=2)
     figures = told.figures()
+    assert "acceptance" not in figures, "nothing was guessed"
     assert figures["tok_s"] == 5 / 4
     assert figures["decode_tok_s"] == 3 / 2.5
     assert figures["ttft_p50_ms"] == 500
@@ -36,6 +37,7 @@ def test_every_way_serves_the_same_requests_to_their_end(tmp_path):
         guessed = acceptance(engine)
         assert bool(guessed) is (way.proposer == "self")
         assert 0 <= guessed.get("acceptance", 0) <= 1
+        assert told.figures().get("acceptance") == guessed.get("acceptance"), "all were of this run"
 
 
 def test_ratios_are_those_of_the_same_round():

@@ -25,6 +25,24 @@ class Answers:
 
     tokens: Tokens
     facts: dict[str, float] = field(default_factory=dict)
+    outside_cpu_s: float = 0.0  # of a process of its own that computed them
+
+
+@dataclass(frozen=True, slots=True)
+class Guess:
+    """How tokens are guessed ahead, `count` at a time: by `draft`, a model that lies beside the
+    target's folder under this name, by `ngram`, as `auto` decides, or `none`, which is what the
+    others are compared with: as they do, it keeps nothing of a prompt for the next one."""
+
+    proposer: str
+    count: int
+
+
+def guessing(form: str) -> tuple[str, Guess | None]:
+    """FORMAT or FORMAT+PROPOSER/COUNT, as in fp32+draft/5."""
+    rest, _, guess = form.partition("+")
+    proposer, _, count = guess.partition("/")
+    return rest, Guess(proposer, int(count)) if guess else None
 
 
 class Opened(Protocol):
@@ -63,10 +81,23 @@ def serve(open_engine: Open) -> None:
 
 
 def _run(opened: Opened, asked: dict[str, Any]) -> dict[str, Any]:
-    wall, cpu = time.perf_counter(), _cpu_s()
-    answers = opened.answer(asked["prompts"], asked["new"], asked["threads"])
-    wall_s, cpu_s = time.perf_counter() - wall, _cpu_s() - cpu
-    return {"wall_s": wall_s, "cpu_s": cpu_s, "tokens": answers.tokens, "facts": answers.facts}
+    """All prompts at once; with a number of tokens for each, one after another."""
+    new, prompts = asked["new"], asked["prompts"]
+    groups = (
+        [([one], most) for one, most in zip(prompts, new, strict=True)]
+        if (isinstance(new, list))
+        else [(prompts, new)]
+    )
+    told: dict[str, Any] = {"wall_s": 0.0, "cpu_s": 0.0, "tokens": [], "facts": {}}
+    for group, most in groups:
+        wall, cpu = time.perf_counter(), _cpu_s()
+        answers = opened.answer(group, most, asked["threads"])
+        told["wall_s"] += time.perf_counter() - wall
+        told["cpu_s"] += _cpu_s() - cpu + answers.outside_cpu_s
+        told["tokens"] += answers.tokens
+        for name, fact in answers.facts.items():
+            told["facts"][name] = told["facts"].get(name, 0.0) + fact
+    return told
 
 
 def _cpu_s() -> float:
