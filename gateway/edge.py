@@ -116,7 +116,8 @@ class Live:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Serves by the edge, and ends all of them on the way out."""
-        async with self.edge.state.running():
+        state, index = self.edge.state, self.edge.index  # the same for all edges
+        async with state.running(lambda: self.edge.pool.replicas, index):
             await self._begin(self.edge)
             try:
                 yield

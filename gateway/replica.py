@@ -21,6 +21,17 @@ TTFT_WEIGHT = 0.2  # of the latest first token
 log = logging.getLogger("headgate.gateway")
 
 
+@dataclass(frozen=True, slots=True)
+class Elsewhere:
+    """What other gateways have under way on a replica, as last heard (gateway/others.py)."""
+
+    running: int = 0
+    tokens: float = 0.0  # of prompts that are still to be prefilled
+
+
+NOTHING = Elsewhere()
+
+
 @dataclass(slots=True, eq=False)
 class Replica:
     """One server and what we know of it. `models` keeps what was last learned, also while down."""
@@ -38,6 +49,7 @@ class Replica:
     facts: Mapping[str, Any] = field(default_factory=dict, repr=False)  # as its /health tells them
     healthy: bool = False
     in_flight: int = 0
+    elsewhere: Elsewhere = NOTHING
     circuit: Circuit = field(default_factory=lambda: Circuit(Breaker()), repr=False)
     rests_until: float = 0.0  # loop time; it is busy, and others are asked first
     ttft_s: float | None = None  # to first tokens of late, recent ones weighing more

@@ -6,6 +6,8 @@ import random
 from collections.abc import Container, Iterable
 from typing import Protocol, TypeVar
 
+from gateway.replica import Elsewhere
+
 
 class Candidate(Protocol):
     """What the choice looks at."""
@@ -16,6 +18,8 @@ class Candidate(Protocol):
     def models(self) -> Container[str]: ...
     @property
     def in_flight(self) -> int: ...
+    @property
+    def elsewhere(self) -> Elsewhere: ...
     @property
     def weight(self) -> float: ...
 
@@ -34,7 +38,7 @@ def choose(replicas: Iterable[C], model: str, rng: random.Random) -> C | None:
     for replica in replicas:
         if not replica.healthy or model not in replica.models:
             continue
-        load = (replica.in_flight + 1) / replica.weight
+        load = (replica.in_flight + replica.elsewhere.running + 1) / replica.weight
         if not least or load < least_load:
             least, least_load = [replica], load
         elif load == least_load:

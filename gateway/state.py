@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import secrets
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,10 @@ from typing import Any
 
 from cache.failover import FailoverStore
 from cache.memory_store import MemoryStore
+from cache.prefix_index import PrefixIndex
 from cache.store import Store
+from gateway.others import Others
+from gateway.replica import Replica
 from policies.schema import Gateway, StateStore
 
 
@@ -32,6 +35,7 @@ class State:
     store: Store
     process: str
     far: FailoverStore | None = None  # the same store, where it is elsewhere
+    others: Others | None = None
 
     def begin(self) -> None:
         """A request begins: what it may wait for the store counts from here."""
@@ -39,12 +43,21 @@ class State:
             self.far.begin()
 
     @asynccontextmanager
-    async def running(self) -> AsyncIterator[None]:
-        if self.far is None:
+    async def running(
+        self, replicas: Callable[[], Iterable[Replica]], index: PrefixIndex
+    ) -> AsyncIterator[None]:
+        """Shares with the other gateways meanwhile, where there are any to share with."""
+        if self.far is None or self.others is None:
             yield
         else:
-            async with self.far.running():
+            async with self.far.running(), self.others.exchanging(replicas, index):
                 yield
+
+    def sent(self, replica: str, hashes: Sequence[bytes], known: int = 0) -> None:
+        """A request with these blocks went there, which this gateway's index knew `known` of to be
+        there: other gateways are told."""
+        if self.others is not None:
+            self.others.placed(replica, hashes, known)
 
     def health(self) -> Mapping[str, Any]:
         """For /health."""
@@ -71,7 +84,8 @@ def open_state(settings: Gateway, environ: Mapping[str, str], folder: Path) -> S
         patience_s=settings.store.timeout_ms / 1000,
     )
     far.peers = settings.processes
-    return State(far, secrets.token_hex(8), far)
+    process = secrets.token_hex(8)
+    return State(far, process, far, Others(far, process))
 
 
 def in_memory(settings: Gateway) -> State:

@@ -38,7 +38,9 @@ async def test_two_gateways_share_one_redis_and_go_on_without_it() -> None:
     with redis_server() as server:
         settings = of(server.url, timeout_ms=1000)
         one, two = (open_state(settings, {}, Path()) for _ in range(2))
-        async with one.running(), two.running():
+        assert one.far is not None
+        assert two.far is not None
+        async with one.far.running(), two.far.running():
             for state in (one, two):
                 assert state.far is not None
                 state.far.peers = 2
@@ -71,6 +73,7 @@ async def test_a_password_comes_from_its_variable() -> None:
         with pytest.raises(KeyError, match="STORE_WORD"):
             open_state(settings, {}, Path())
         state = open_state(settings, {"STORE_WORD": "word"}, Path())
-        async with state.running():
+        assert state.far is not None
+        async with state.far.running():
             assert (await state.store.take([Want(A, RULE)])).allowed
             assert state.health()["store"] == "redis"
