@@ -138,15 +138,16 @@ async def test_sixty_four_streams_with_random_disconnects_leave_nothing_behind()
         upstream(short_stream) as two,
         gateway(one, two, keep_alive_s=0.02) as edge,
     ):
+        standing = tasks_of_the_gateway()  # probes, and what else lives as long as the gateway
         whole = await asyncio.gather(*(visitor() for _ in range(64)))
         assert 50 < sum(whole) < 200
         await until(lambda: edge.pool.in_flight == 0)
         await until(lambda: one.running + two.running == 0)
         assert all(replica.in_flight == 0 for replica in edge.pool.replicas)
-        await until(lambda: len(tasks_of_the_gateway()) == 3)  # two probes, and the edge's run
+        await until(lambda: tasks_of_the_gateway() == standing)
 
 
 def tasks_of_the_gateway() -> list[str]:
-    """Tasks whose coroutine stands in the gateway's own code."""
+    """Tasks whose coroutine stands in the gateway's own code, by name."""
     codes = [task.get_coro().cr_code for task in asyncio.all_tasks()]
-    return [code.co_qualname for code in codes if Path(code.co_filename).parent == GATEWAY]
+    return sorted(code.co_qualname for code in codes if Path(code.co_filename).parent == GATEWAY)
