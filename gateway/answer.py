@@ -10,19 +10,14 @@ from collections.abc import Mapping
 from contextlib import suppress
 from types import MappingProxyType
 
-import aiohttp
-
-from gateway.replica import Replica, describe
+from gateway.replica import Replica
+from gateway.response import Cut, Response
 from gateway.retries import Meaning, error_in_band, meaning
 from runtime.wire import Problem
 
 ERROR_MAX_BYTES = 2**16  # of an error's body that are read before it is judged
 ERROR_END_S = 0.5  # within which a stream that began with an error may end
 NO_HEADERS: Mapping[str, str] = MappingProxyType({})
-
-
-class Cut(Exception):
-    """The connection ended, or said what is no HTTP, inside an answer."""
 
 
 class Attempt:
@@ -69,10 +64,10 @@ class Answer:
     __slots__ = ("_ended", "_interrupted", "_read", "_response", "_task", "attempt", "headers",
                  "meaning", "raw_headers", "status")  # fmt: skip
 
-    def __init__(self, response: aiohttp.ClientResponse, attempt: Attempt) -> None:
+    def __init__(self, response: Response, attempt: Attempt) -> None:
         self.attempt = attempt
         self.status = response.status
-        self.headers: Mapping[str, str] = response.headers
+        self.headers: Mapping[str, str] = response.headers()
         self.raw_headers = response.raw_headers
         self.meaning = Meaning.ANSWER
         self._response = response
@@ -135,7 +130,7 @@ class Answer:
             self._task.cancel()
 
     def at_eof(self) -> bool:
-        return not self._read and (self._ended or self._response.content.at_eof())
+        return not self._read and (self._ended or self._response.at_eof())
 
     def close(self, *, well: bool | None) -> None:
         """Leaves the replica, which stops its work; `well` as in `Attempt.end`."""
@@ -159,9 +154,7 @@ class Answer:
     async def _next(self) -> bytes:
         self._task = asyncio.current_task()
         try:
-            return await self._response.content.readany()
-        except aiohttp.ClientError as error:
-            raise Cut(describe(error)) from None
+            return await self._response.readany()
         except asyncio.CancelledError:
             problem = self._interrupted
             assert self._task is not None

@@ -17,9 +17,11 @@ from typing import Any
 from gateway import problems
 from gateway.answer import Answer, Attempt
 from gateway.call import Call
-from gateway.exchange import Failed, Late, Send, Stale, Unreachable, exchange
+from gateway.client import Unreachable
+from gateway.exchange import Late, Send, exchange
 from gateway.hedge import due_s, race, spare
 from gateway.replica import Replica
+from gateway.response import Failed, Stale
 from gateway.retries import Budget, Meaning, retry_after_s
 from policies.schema import Gateway
 from runtime.wire import Problem

@@ -10,23 +10,12 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 from gateway import problems
-from gateway.answer import Answer, Attempt, Cut
+from gateway.answer import Answer, Attempt
 from gateway.call import Call
+from gateway.response import Cut, Failed
 from policies.schema import Gateway
 
 AGAIN_S = 0.25  # until a late attempt looks again for somebody else to ask
-
-
-class Unreachable(Exception):
-    """No connection to a replica could be made: nothing of the request was sent."""
-
-
-class Stale(Exception):
-    """A kept-alive connection turned out to be closed before any byte of an answer."""
-
-
-class Failed(Exception):
-    """The replica got the request, and no answer came of it."""
 
 
 class Late(Failed):

@@ -8,8 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable, Sequence
 
-import aiohttp
-
+from gateway.client import Client
 from gateway.discovery import Source
 from gateway.health import Watch
 from gateway.replica import Replica
@@ -33,13 +32,13 @@ class Fleet:
         self._known = {replica.identity: replica for replica in known}
         self.sources = tuple(sources)
         self.replicas = tuple(map(self._recall, replicas))
-        self._session: aiohttp.ClientSession | None = None
+        self._client: Client | None = None
         self._probes: dict[Replica, asyncio.Task[None]] = {}
         self._looks: list[asyncio.Task[None]] = []
 
-    async def begin(self, session: aiohttp.ClientSession) -> None:
+    async def begin(self, client: Client) -> None:
         """Starts to probe; returns when every source has been looked at once."""
-        self._session = session
+        self._client = client
         for replica in self.replicas:
             self._probe(replica)
         await asyncio.gather(*(source.look(self.join) for source in self.sources))
@@ -65,8 +64,8 @@ class Fleet:
         return known
 
     def _probe(self, replica: Replica) -> None:
-        assert self._session is not None, "the fleet is used outside of its pool's lifespan"
-        self._probes[replica] = asyncio.create_task(Watch(self._session, replica).run())
+        assert self._client is not None, "the fleet is used outside of its pool's lifespan"
+        self._probes[replica] = asyncio.create_task(Watch(self._client, replica).run())
 
     async def _watch(self, source: Source) -> None:
         while True:

@@ -16,10 +16,10 @@ from contextlib import suppress
 from types import MappingProxyType
 from typing import Any
 
-import aiohttp
-
+from gateway.client import Client
 from gateway.problems import quote
 from gateway.replica import Replica, describe
+from gateway.response import Broken, Stale
 from runtime.wire import CHALLENGE_HEADER, Problem, parse_object, run_proof
 
 log = logging.getLogger("headgate.gateway")
@@ -43,8 +43,8 @@ class Unwell(Exception):
 class Watch:
     """The probes of one replica."""
 
-    def __init__(self, session: aiohttp.ClientSession, replica: Replica) -> None:
-        self._session = session
+    def __init__(self, client: Client, replica: Replica) -> None:
+        self._client = client
         self._replica = replica
         self._slow = 0
         self._models_at = float("-inf")  # loop time of the last reading of /v1/models
@@ -89,7 +89,7 @@ class Watch:
                 self._take_out(f"no answer to a probe within {PROBE_TIMEOUT_S:g} s")
         except (Unwell, Problem) as error:
             self._take_out(str(error))
-        except (aiohttp.ClientError, OSError) as error:
+        except Broken as error:
             self._take_out(describe(error))
         return has_health
 
@@ -102,7 +102,7 @@ class Watch:
     async def _ask_health(self) -> bool:
         challenge = secrets.token_hex(16)
         more = {CHALLENGE_HEADER: challenge}
-        status, body = await fetch(self._session, self._replica, "/health", more)
+        status, body = await fetch(self._client, self._replica, "/health", more)
         if 200 <= status < 300:
             facts = _facts(body)
             self._check_proof(challenge, facts)
@@ -124,7 +124,7 @@ class Watch:
         now = asyncio.get_running_loop().time()
         if has_health and now - self._models_at < MODELS_S:
             return
-        status, body = await fetch(self._session, self._replica, "/v1/models")
+        status, body = await fetch(self._client, self._replica, "/v1/models")
         if status in (401, 403):
             raise Unwell(f"/v1/models answered {status}: check api_key_env of this upstream")
         if status != 200:
@@ -137,7 +137,7 @@ class Watch:
         """None for a server that has no fingerprint to tell; it is asked once, when it is back."""
         if not self._tells_fingerprint:
             return None
-        status, body = await fetch(self._session, self._replica, "/v1/fingerprint")
+        status, body = await fetch(self._client, self._replica, "/v1/fingerprint")
         try:
             told = parse_object(body).get("system_fingerprint") if status == 200 else None
         except Problem:
@@ -155,7 +155,7 @@ def _facts(body: bytes) -> Mapping[str, Any]:
 
 
 async def fetch(
-    session: aiohttp.ClientSession,
+    client: Client,
     replica: Replica,
     path: str,
     more: Mapping[str, str] = NO_HEADERS,
@@ -164,23 +164,28 @@ async def fetch(
     headers = {"accept-encoding": "identity", **more}
     if replica.api_key is not None:
         headers["authorization"] = f"Bearer {replica.api_key}"
-    url = replica.url + path
-    async with session.get(url, headers=headers, allow_redirects=False) as response:
-        body = bytearray()
-        async for piece in response.content.iter_any():
+    try:
+        response = await client.send("GET", replica.url, path, headers)
+    except Stale:
+        response = await client.send("GET", replica.url, path, headers, fresh=True)
+    body = bytearray()
+    try:
+        while piece := await response.readany():
             body += piece
             if len(body) > ANSWER_MAX_BYTES:
                 raise Unwell(f"{path} answered more than {ANSWER_MAX_BYTES} bytes")
-        return response.status, bytes(body)
+    finally:
+        response.close()
+    return response.status, bytes(body)
 
 
-async def ask(session: aiohttp.ClientSession, replica: Replica, path: str) -> dict[str, Any] | None:
+async def ask(client: Client, replica: Replica, path: str) -> dict[str, Any] | None:
     """The JSON object that a replica answers with 200; None for anything else."""
     try:
         async with asyncio.timeout(PROBE_TIMEOUT_S):
-            status, body = await fetch(session, replica, path)
+            status, body = await fetch(client, replica, path)
         return parse_object(body) if status == 200 else None
-    except (Unwell, Problem, TimeoutError, aiohttp.ClientError, OSError):
+    except (Unwell, Problem, TimeoutError, Broken):
         return None
 
 

@@ -9,8 +9,9 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from gateway import problems
-from gateway.answer import Answer, Cut
+from gateway.answer import Answer
 from gateway.reply import Headers, Reply
+from gateway.response import Cut
 from policies.schema import Gateway
 from runtime.wire import Problem, parse_object
 
@@ -159,7 +160,7 @@ async def read_whole(answer: Answer, silence: Silence, limit_bytes: int) -> byte
 def passed_headers(answer: Answer) -> Headers:
     """The replica's headers but for those that belong to a connection or to us."""
     return [
-        (lowered, value)
+        (name, value)
         for name, value in answer.raw_headers
-        if (lowered := name.lower()) not in OWN_HEADERS and not FORBIDDEN.search(value)
+        if name not in OWN_HEADERS and not FORBIDDEN.search(value)
     ]

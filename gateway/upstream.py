@@ -7,31 +7,26 @@ see the client's key, and in how their health is read (gateway/health.py).
 from __future__ import annotations
 
 import asyncio
-import io
 import random
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
-from types import SimpleNamespace, TracebackType
+from types import TracebackType
 from typing import Any
-
-import aiohttp
 
 from gateway import problems, route
 from gateway.answer import Answer, Attempt
 from gateway.attempts import Attempts
 from gateway.call import Call
+from gateway.client import Client
 from gateway.discovery import Source
-from gateway.exchange import Failed, Stale, Unreachable
 from gateway.fleet import Fleet
 from gateway.health import ask
-from gateway.replica import Replica, describe
+from gateway.replica import Replica
+from gateway.response import Stale
 from gateway.retries import Budget
 from policies.schema import Gateway
 from runtime.wire import Problem
 
-KEEP_ALIVE_S = 30.0  # an idle connection to a replica is kept this long
-READ_BUFFER_BYTES = 2**16  # the replica is not read further while the client lags by twice this
-COPIED_BODY_MAX_BYTES = 2**20  # aiohttp wants larger bodies as a file
 GOODBYE_S = 1.0  # for the last words of requests that outlived the drain
 
 
@@ -55,7 +50,7 @@ class Pool:
         self._budget = Budget(retries.budget_share, retries.budget_min_per_s)
         self._duplicates = Budget(hedge.budget_share if hedge else 0.0, 0.0)
         self._rng = rng or random.Random()  # noqa: S311  # ties between replicas, no secret
-        self._session: aiohttp.ClientSession | None = None
+        self._client: Client | None = None
         self._empty = asyncio.Event()
 
     @property
@@ -69,8 +64,8 @@ class Pool:
     # ---- lifespan -------------------------------------------------------------------------------
 
     async def __aenter__(self) -> Pool:
-        self._session = open_session(self.settings)
-        await self._fleet.begin(self._session)
+        self._client = Client(self.settings.connect_timeout_s)
+        await self._fleet.begin(self._client)
         return self
 
     async def __aexit__(
@@ -85,8 +80,8 @@ class Pool:
                 async with asyncio.timeout(GOODBYE_S):
                     await self._empty.wait()
         await self._fleet.end()
-        if self._session is not None:
-            await self._session.close()
+        if self._client is not None:
+            await self._client.close()
 
     # ---- one request ----------------------------------------------------------------------------
 
@@ -134,9 +129,9 @@ class Pool:
 
     async def ask_all(self, path: str) -> list[dict[str, Any] | None]:
         """What each replica answers to a GET, in their order; None where that is no JSON object."""
-        assert self._session is not None, "the pool is used outside of its lifespan"
-        session = self._session
-        return await asyncio.gather(*(ask(session, replica, path) for replica in self.replicas))
+        assert self._client is not None, "the pool is used outside of its lifespan"
+        client = self._client
+        return await asyncio.gather(*(ask(client, replica, path) for replica in self.replicas))
 
     def _choose(self, replicas: Iterable[Replica], model: str) -> Replica | None:
         return route.choose(replicas, model, self._rng)
@@ -158,28 +153,15 @@ class Pool:
 
     async def _send(self, attempt: Attempt, call: Call) -> Answer:
         """Sends the call's bytes, waits for the headers. Raises Unreachable, Stale, Failed."""
-        assert self._session is not None, "the pool is used outside of its lifespan"
+        assert self._client is not None, "the pool is used outside of its lifespan"
         replica = attempt.replica
-        large = len(call.body) > COPIED_BODY_MAX_BYTES
-        context = SimpleNamespace(reused=False)
         try:
-            response = await self._session.post(
-                replica.url + call.path,
-                data=io.BytesIO(call.body) if large else call.body,
-                headers=_headers(replica, call),
-                allow_redirects=False,
-                trace_request_ctx=context,
+            response = await self._client.send(
+                "POST", replica.url, call.path, _headers(replica, call), call.body
             )
-        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
-            raise Unreachable(f"cannot connect: {describe(error)}") from None
-        except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
-            half_answered = not isinstance(getattr(error, "message", ""), str)
-            if context.reused and not half_answered:
-                replica.doubt.set()
-                raise Stale(describe(error)) from None
-            raise Failed(describe(error)) from None
-        except aiohttp.ClientError as error:
-            raise Failed(describe(error)) from None
+        except Stale:
+            replica.doubt.set()
+            raise
         return Answer(response, attempt)
 
 
@@ -192,27 +174,3 @@ def _headers(replica: Replica, call: Call) -> dict[str, str]:
     elif call.authorization is not None and not replica.own:
         headers["authorization"] = call.authorization
     return headers
-
-
-def open_session(settings: Gateway) -> aiohttp.ClientSession:
-    """Connections without a limit (max_in_flight is the limit), cookies, or a total time limit."""
-    trace = aiohttp.TraceConfig()
-    trace.on_connection_reuseconn.append(_note_reuse)
-    return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S),
-        cookie_jar=aiohttp.DummyCookieJar(),
-        timeout=aiohttp.ClientTimeout(total=None, sock_connect=settings.connect_timeout_s),
-        auto_decompress=False,
-        read_bufsize=READ_BUFFER_BYTES,
-        skip_auto_headers=("Accept", "User-Agent"),
-        trace_configs=[trace],
-    )
-
-
-async def _note_reuse(
-    _session: aiohttp.ClientSession,
-    context: SimpleNamespace,
-    _event: aiohttp.TraceConnectionReuseconnParams,
-) -> None:
-    if context.trace_request_ctx is not None:  # probes carry none
-        context.trace_request_ctx.reused = True

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 
-import aiohttp
 import pytest
 
+from gateway.client import Client
 from gateway.health import Watch
 from gateway.replica import Replica, replicas_of
 from policies.schema import Deployment
@@ -234,15 +234,14 @@ async def test_a_stranger_on_a_workers_port_gets_no_request(stranger: str | None
 async def test_a_watch_that_is_cancelled_while_it_is_doubted_ends(turns: int) -> None:
     """wait_for swallowed the cancellation, and a gateway told to stop just then never did."""
     replica = ready("http://127.0.0.1:1")
-    async with aiohttp.ClientSession() as session:
-        pausing = asyncio.create_task(Watch(session, replica)._pause(60.0))
+    pausing = asyncio.create_task(Watch(Client(1.0), replica)._pause(60.0))
+    await asyncio.sleep(0)
+    replica.doubt.set()
+    for _ in range(turns):
         await asyncio.sleep(0)
-        replica.doubt.set()
-        for _ in range(turns):
-            await asyncio.sleep(0)
-        in_time = pausing.cancel()
-        await asyncio.wait([pausing])
-        assert pausing.cancelled() == in_time
+    in_time = pausing.cancel()
+    await asyncio.wait([pausing])
+    assert pausing.cancelled() == in_time
 
 
 @on_loop
