@@ -22,7 +22,7 @@ from gateway.ladder import Ladder
 from gateway.prompt import Prompts
 from gateway.replica import Replica
 from gateway.response_cache import Answers, Recall
-from gateway.shorten import Shortener, quarter_of_bytes
+from gateway.shorten import Shortener
 from gateway.state import State, in_memory
 from gateway.tiers import Tiers
 from gateway.upstream import Pool
@@ -83,16 +83,17 @@ def build(
     pool = Pool(settings, replicas, sources_of(policy.discovery), known)
     if state is None:
         state = before.state if before is not None else in_memory(settings)
+    prompts = Prompts(lambda: pool.replicas, before.prompts if before else None)
     return Edge(
         policy=policy,
         pool=pool,
         keys=Keys.of(settings),
         tiers=Tiers.of(settings, secret),
-        prompts=Prompts(lambda: pool.replicas, before.prompts if before else None),
+        prompts=prompts,
         state=state,
         events=before.events if before else KvEvents(PrefixIndex()),
         ladder=before.ladder if before else Ladder(),
-        shortener=Shortener(settings.trim, quarter_of_bytes, state.store),
+        shortener=Shortener(settings.trim, prompts.count, state.store),
         answers=_answers(settings.response_cache, before.answers if before else None),
     )
 

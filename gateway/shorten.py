@@ -61,11 +61,6 @@ class Totals:
         }
 
 
-def quarter_of_bytes(_model: str, text: str) -> int:
-    """Tokens of a text for a model whose tokenizer is not known, about."""
-    return (len(text.encode("utf-8", "surrogatepass")) + 3) // 4
-
-
 class Shortener:
     """Trims calls by one policy. `count` tells a text's tokens for a model."""
 

@@ -241,3 +241,21 @@ def test_what_is_remembered_is_bounded_and_ends_go_before_beginnings(chains: Any
 def test_a_block_is_sixteen_tokens() -> None:
     (prompt,) = read(call_of(BODIES["long"]))
     assert len(prompt.hashes) == prompt.tokens // BLOCK_TOKENS
+
+
+def test_a_text_is_counted_by_the_models_own_tokens() -> None:
+    """By a quarter of its bytes, rounded up, where none are known, or where it is no text."""
+
+    async def counted() -> list[int]:
+        known = prompts_of(POCKET)
+        before = known.count("m", "Where does order JR-9265 lie?")
+        async with known:
+            await known.loaded()
+            texts = "Where does order JR-9265 lie?", "\udc80abcde"
+            after = [known.count("m", text) for text in texts]
+        return [before, *after]
+
+    before, after, broken = asyncio.run(counted())
+    assert before == 8
+    assert after == len(TOKENIZER.encode("Where does order JR-9265 lie?", special=False)) != before
+    assert broken == 2
