@@ -148,7 +148,7 @@ class Connection(asyncio.Protocol):
             response.feed(body)
         else:
             self._framing_bytes += len(data)
-            if self._framing_bytes > FRAMING_MAX_BYTES:
+            if self._framing_bytes > FRAMING_MAX_BYTES and self._problem is None:
                 self._problem = f"more than {FRAMING_MAX_BYTES} bytes of headers or framing"
         if self._began and not response.begun.done():
             response.begun.set_result(None)
