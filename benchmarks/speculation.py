@@ -210,12 +210,11 @@ def _rates(
         for count in _GUESSES[1:2] if settings.quick else _GUESSES:
             proposer = Synthetic(rate, random.Random(0), token=7)
             engine.speculation = Speculation([proposer], Modes(Mode("synthetic", count)))
-            engine.speculation.span_s = 0.0
             figures = serve_closed(engine, prompts, sampling, 1).figures()
             counts = engine.speculation.counts
             theory = (1 - rate ** (count + 1)) / (1 - rate)
             whole = [1 + counts.accepted / counts.drafts]
-            expected_s = costs.estimate(StepSize(1 + count, (1 + count) * 80))
+            expected_s = costs.estimate(StepSize(1 + count, 80, 0, 1, count * 80))
             step_s = figures["tokens_a_step"] / figures["decode_tok_s"]
             cost_errors.append(abs(step_s / expected_s - 1))
             told[f"rate {rate}, {count} guesses"] = {

@@ -13,15 +13,18 @@ from typing import Protocol
 import torch
 
 from runtime.attention import Span, lay_out
-from runtime.costs import StepCosts, pairs
+from runtime.costs import StepCosts, StepSize, pairs
 from runtime.kv import BLOCK_TOKENS, blocks_for
 from runtime.step_layout import SHORT_TOKENS, StepLayout
 
 _REPEATS = 3
 _DECODES = 8  # of the steps that show what context costs
-_VERIFIED = ((1, 4), (4, 4), (1, 8))  # sequences and tokens of each, of steps that verify
-_TURNS = 5
+# Steps that verify guesses: so many sequences with so many tokens each, behind so many others.
+_VERIFYING, _VERIFIED, _VERIFIED_CONTEXT = 4, (2, 8), 256
+_TURNS = 3
 _WARM_SHARE = 0.1
+# What context costs is measured in the end, in this share of the time, as far as it goes.
+_CONTEXT_SHARE = 0.3
 
 
 class Timed(Protocol):
@@ -69,36 +72,57 @@ def measure_costs(
         spans = _decodes(size, 1) if decodes else _chunk(size, 0)
         sizes.append(size)
         seconds.append(_timed(timer, model, spans))
-        left = ends - timer()
+        left = ends - _CONTEXT_SHARE * budget_s - timer()
         if left < 2 * _REPEATS * seconds[-1]:
             break
         size *= 2
-    decode_token_s = chunk_pair_s = 0.0
-    if ends > timer():
-        decode_token_s = _decode_token_s(timer, model, longest, max_sequences)
-        chunk_pair_s = _chunk_pair_s(timer, model, longest, min(128, sizes[-1]))
+    costs = StepCosts(sizes, seconds)
+
+    def in_time(tokens: int) -> bool:
+        return timer() + 3 * _REPEATS * costs.estimate(StepSize(tokens)) < ends
+
+    if in_time(_DECODES):
+        costs.decode_token_s = _decode_token_s(timer, model, longest, max_sequences)
+    chunk = min(128, sizes[-1])
+    if in_time(chunk):
+        costs.chunk_pair_s = _chunk_pair_s(timer, model, longest, chunk)
     model.wipe(list(range(min(model.blocks, blocks_for(max(longest, step_tokens))))))
-    return StepCosts(sizes, seconds, decode_token_s=decode_token_s, chunk_pair_s=chunk_pair_s)
+    return costs
 
 
-def measure_span_s(model: Timed, *, timer: Callable[[], float] = perf_counter) -> float:
-    """Seconds that a span of several tokens costs beside what as many decodes would, all rows being
-    read; negative where it is cheaper."""
-    more = []
-    for sequences, count in _VERIFIED:
-        tokens = sequences * count
-        if tokens > model.blocks or count > model.context_tokens:
-            continue
-        spans = [Span(count, count, [at]) for at in range(sequences)]
-        alone = [Span(count, 1, [at]) for at in range(tokens)]
-        # In turns, and the least of each: what else runs on the machine only ever adds.
-        times = [
-            (_once(timer, model, spans), _once(timer, model, alone)) for _ in range(_TURNS + 1)
-        ]
-        together, apart = (min(column) for column in zip(*times[1:], strict=True))
-        more.append((together - apart) / sequences)
-    model.wipe(list(range(min(model.blocks, max(one * count for one, count in _VERIFIED)))))
-    return median(more) if more else 0.0
+def measure_guesses(
+    model: Timed, costs: StepCosts, *, timer: Callable[[], float] = perf_counter
+) -> None:
+    """Adds to the costs what sequences that verify guesses cost beside what decodes do."""
+    most = max(_VERIFIED)
+    context = min(
+        _VERIFIED_CONTEXT, model.context_tokens, model.blocks // _VERIFYING * BLOCK_TOKENS
+    )
+    if context < most:
+        return
+    steps = [_verifying(count, context) for count in (1, *_VERIFIED)]
+    # In turns, and the least of each: what else runs on the machine only ever adds.
+    times = [[_once(timer, model, spans) for spans in steps] for _ in range(_TURNS + 1)]
+    plain_s, *seconds = (min(column) for column in zip(*times[1:], strict=True))
+    model.wipe(list(range(_VERIFYING * blocks_for(context))))
+    beside = []  # what each span takes beside its tokens
+    for count, taken_s in zip(_VERIFIED, seconds, strict=True):
+        tokens_s = costs.estimate(StepSize(_VERIFYING * count)) - costs.estimate(
+            StepSize(_VERIFYING)
+        )
+        beside.append((taken_s - plain_s - tokens_s) / _VERIFYING)
+    few, many = _VERIFIED
+    slope_s = (beside[1] - beside[0]) / (many - few)
+    costs.guess_token_s = max(0.0, slope_s / context)
+    costs.span_s = max(0.0, beside[0] - max(0.0, slope_s) * (few - 1))
+
+
+def _verifying(count: int, context: int) -> list[Span]:
+    """Sequences that bring `count` tokens each, the last of them at `context`."""
+    each = blocks_for(context)
+    return [
+        Span(context, count, list(range(one * each, (one + 1) * each))) for one in range(_VERIFYING)
+    ]
 
 
 def _decode_token_s(

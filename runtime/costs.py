@@ -2,7 +2,8 @@
 
 Knows numbers of tokens and seconds; knows no model. A step's time is taken as that of its tokens
 without context (a table over their number) and of the context that they look at: for each decode
-the tokens of its sequence, for each chunk its tokens times those before them.
+the tokens of its sequence, for each chunk its tokens times those before them. A sequence that
+verifies guesses is a decode, and costs more for being a span and for what its guesses look at.
 """
 
 from __future__ import annotations
@@ -14,16 +15,21 @@ from dataclasses import dataclass
 # A correction's share of what a step took more or less than expected. A descheduled process gives
 # single steps that say nothing, so one step counts little and never for more than a factor of two.
 LEARNING = 0.1
+# Of a size that few steps have had, each counts more: what was measured at the start counts as one.
+_SEEN_AT_START = 1.0
 _RATIO_MAX = 2.0
 
 
 @dataclass(frozen=True, slots=True)
 class StepSize:
-    """What a step does: `decode_context` and `chunk_pairs` are what its tokens look at."""
+    """What a step does: `decode_context`, `chunk_pairs` and `guess_context` are what its decodes,
+    chunks and guesses look at, `spans` how many sequences verify guesses."""
 
     tokens: int
     decode_context: int = 0
     chunk_pairs: int = 0
+    spans: int = 0
+    guess_context: int = 0
 
 
 def pairs(count: int, before: int) -> int:
@@ -41,6 +47,8 @@ class StepCosts:
         *,
         decode_token_s: float = 0.0,
         chunk_pair_s: float = 0.0,
+        span_s: float = 0.0,
+        guess_token_s: float = 0.0,
     ) -> None:
         if not sizes or sizes != sorted(set(sizes)) or sizes[0] < 1:
             raise ValueError(f"sizes of a cost table ascend from 1, got {sizes}")
@@ -50,6 +58,9 @@ class StepCosts:
         self.seconds = list(seconds)
         self.decode_token_s = max(decode_token_s, 0.0)
         self.chunk_pair_s = max(chunk_pair_s, 0.0)
+        self.span_s = max(span_s, 0.0)
+        self.guess_token_s = max(guess_token_s, 0.0)
+        self._seen = [_SEEN_AT_START] * len(sizes)
         self._make_monotone()
 
     def estimate(self, size: StepSize) -> float:
@@ -57,10 +68,10 @@ class StepCosts:
         return self._of_tokens(size.tokens) + self._of_context(size)
 
     def growing(self, size: StepSize, context: int) -> Iterator[float]:
-        """Seconds of a step of this size, then of those with 1, 2, ... tokens more, each of which
-        looks at `context` others as a decode does."""
+        """Seconds of a step of this size, then of those with 1, 2, ... guesses more, each of which
+        looks at `context` tokens; spans do not become more."""
         sizes, seconds, last = self.sizes, self.seconds, len(self.sizes) - 1
-        more_s = self.decode_token_s * context
+        more_s = self.guess_token_s * context
         beside_s = self._of_context(size)
         at, tokens = min(bisect_left(sizes, size.tokens), last), size.tokens
         while True:
@@ -109,15 +120,23 @@ class StepCosts:
         weights = list(self._weights(size.tokens))
         share = sum(weight * self.seconds[at] for at, weight in weights) / expected
         for at, weight in weights:
-            self.seconds[at] *= ratio ** (LEARNING * share * weight)
-        decode_share = self.decode_token_s * size.decode_context / expected
-        chunk_share = self.chunk_pair_s * size.chunk_pairs / expected
-        self.decode_token_s *= ratio ** (LEARNING * decode_share)
-        self.chunk_pair_s *= ratio ** (LEARNING * chunk_share)
+            self._seen[at] += weight
+            learning = max(LEARNING, weight / self._seen[at])
+            self.seconds[at] *= ratio ** (learning * share * weight)
+
+        def moved(each_s: float, count: int) -> float:
+            changed: float = ratio ** (LEARNING * each_s * count / expected)
+            return each_s * changed
+
+        self.decode_token_s = moved(self.decode_token_s, size.decode_context)
+        self.chunk_pair_s = moved(self.chunk_pair_s, size.chunk_pairs)
+        self.span_s = moved(self.span_s, size.spans)
+        self.guess_token_s = moved(self.guess_token_s, size.guess_context)
         self._make_monotone(around=weights[0][0])
 
     def _of_context(self, size: StepSize) -> float:
-        return self.decode_token_s * size.decode_context + self.chunk_pair_s * size.chunk_pairs
+        seconds = self.decode_token_s * size.decode_context + self.chunk_pair_s * size.chunk_pairs
+        return seconds + self.span_s * size.spans + self.guess_token_s * size.guess_context
 
     def _of_tokens(self, tokens: int) -> float:
         largest = self.sizes[-1]

@@ -24,7 +24,7 @@ from runtime.account import Listener, Load, StepClock, StepRecord
 from runtime.adapters import Adapter, adapter_rows
 from runtime.adjust import adjusted
 from runtime.attention import lay_out
-from runtime.calibrate import measure_costs, measure_span_s
+from runtime.calibrate import measure_costs, measure_guesses
 from runtime.costs import StepCosts, StepSize
 from runtime.grammar import Grammars
 from runtime.inbox import Inbox, Order, QueueFull
@@ -123,7 +123,7 @@ class Engine:
         )
         scheduler.costs = costs
         if self.speculation is not None:
-            self.speculation.span_s = measure_span_s(self.model, timer=self._timer)
+            measure_guesses(self.model, costs, timer=self._timer)
         if self.swap is not None:
             self.swap.costs = costs
             self.swap.measure()
@@ -236,7 +236,7 @@ class Engine:
             plan = self.speculation.extend(plan, self._scheduler)
             guessed_s = self._timer() - planned
             self.speculation.counts.seconds += guessed_s
-        size, forward_s = step_size(plan), self.clock.forward_s
+        size, forward_s = step_size(plan), self.clock.forward_s  # before the plan is carried out
         try:
             outputs = self._advance(plan, *self._forward(plan))
         except Exception as error:  # whatever fails, the clients hear of it and the worker lives
@@ -245,7 +245,7 @@ class Engine:
             return late + [self._fail(work.sequence, reason) for work in plan]
         seconds = self._timer() - started
         if self._scheduler.costs is not None:  # what tiers copied is not what its tokens cost
-            beside_s = self._copied_s() - copied_s + guessed_s + self._spans_s(plan)
+            beside_s = self._copied_s() - copied_s + guessed_s
             self._scheduler.costs.observe(size, seconds - beside_s)
         self._account(plan, size, len(outputs), seconds, forward_s)
         return late + outputs
@@ -264,12 +264,6 @@ class Engine:
             record = StepRecord(size, len(plan), sampled, seconds, forward_s, running, waiting)
             for listener in self._listeners:
                 listener.stepped(record)
-
-    def _spans_s(self, plan: list[Work]) -> float:
-        """What verifying spans cost beside their tokens."""
-        if self.speculation is None:
-            return 0.0
-        return self.speculation.span_s * sum(work.draft is not None for work in plan)
 
     def _copied_s(self) -> float:
         return 0.0 if self.swap is None else self.swap.copied_s

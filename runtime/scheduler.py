@@ -49,16 +49,18 @@ class Work:
 
 def step_size(plan: list[Work]) -> StepSize:
     """What a plan costs by: see `runtime.costs`."""
-    tokens = decode_context = chunk_pairs = 0
+    tokens = decode_context = chunk_pairs = spans = guess_context = 0
     for work in plan:
         tokens += work.count
         if work.count == 1:
             decode_context += work.sequence.computed + 1
         elif work.draft is not None:
-            decode_context += pairs(work.count, work.sequence.computed)
+            decode_context += work.sequence.computed + 1
+            spans += 1
+            guess_context += pairs(work.guesses, work.sequence.computed + 1)
         else:
             chunk_pairs += pairs(work.count, work.sequence.computed)
-    return StepSize(tokens, decode_context, chunk_pairs)
+    return StepSize(tokens, decode_context, chunk_pairs, spans, guess_context)
 
 
 def _rank(sequence: Sequence) -> tuple[float, int]:

@@ -89,24 +89,26 @@ class Counts:
 
 @dataclass(slots=True, eq=False)
 class Speculation:
-    """Guesses for the engine. `span_s` is what a span of several tokens costs beside its tokens."""
+    """Guesses for the engine."""
 
     proposers: Many[Proposer]
     modes: Modes
-    span_s: float = 0.0
     counts: Counts = field(default_factory=Counts)
     history: History = field(default_factory=History)
     lengths: Lengths = field(default_factory=Lengths)
     timer: Callable[[], float] = perf_counter
     _rest: Rest = field(default_factory=Rest)
+    _drafts_rest: Rest = field(default_factory=Rest)  # of those that cost something
     _kinds: dict[int, tuple[int, Kind]] = field(default_factory=dict)  # of drafts under way
     _known: dict[int, _Known] = field(default_factory=dict)
     _beside_s: float = 0.0
     _simple: bool = field(init=False)  # everybody is adaptive, and rests together
+    _costly: list[bool] = field(init=False)  # of each proposer, whether its passes take time
 
     def __post_init__(self) -> None:
         modes = self.modes
         self._simple = modes.usual.proposer == "auto" and not (modes.tiers or modes.models)
+        self._costly = [proposer.pass_s(1) > 0 for proposer in self.proposers]
 
     # ---- before a step ---------------------------------------------------------------------------
 
@@ -158,23 +160,29 @@ class Speculation:
     ) -> list[_Choice]:
         """Guesses as far as they make tokens come faster."""
         started = self.timer()
-        free, priced = self._offers(ready)
+        dear = not self._drafts_rest.rests(len(ready))
+        free, priced = self._offers(ready, dear=dear)
         decodes = [work for work in plan if work.count == 1]
         answers = len(decodes)
         context = sum(len(one.sequence.tokens) for one in ready) // len(ready)
-        step = _Step(step_size(decodes), step_size(plan), context, self.span_s, self._beside_s)
+        alone = step_size(decodes)
+        whole = alone if answers == len(plan) else step_size(plan)
+        step = _Step(alone, whole, context, self._beside_s)
+        span_s = 0.0 if costs is None else costs.span_s
 
         def best(offered: list[_Offered]) -> Budget:
             offers = [one.offer for one in offered]
-            steps_s = step.seconds(costs, len(offered))
-            return best_budget(offers, answers, steps_s, self._pass_s, room)
+            steps_s = step.seconds(costs)
+            return best_budget(offers, answers, steps_s, self._pass_s, room, span_s)
 
-        plain_s = next(step.seconds(costs, 0))
+        plain_s = next(step.seconds(costs))
         chosen, budget = free, best(free)
         if priced:
+            began = self.timer()
             mixed = _better(free, priced)
             other = best(mixed)
-            if other.speed > budget.speed:
+            look_share = (2.0 * self.timer() - 2.0 * began) / plain_s  # to offer takes as long
+            if self._drafts_rest.judge(other.speed / budget.speed, len(ready), look_share):
                 chosen, budget = mixed, other
         gain = budget.speed * plain_s / answers
         choices = [
@@ -196,20 +204,24 @@ class Speculation:
         """Of the one proposer that costs anything."""
         return sum(proposer.pass_s(rows) for proposer in self.proposers)
 
-    def _offers(self, ready: list[_Ready]) -> tuple[list[_Offered], list[_Offered]]:
+    def _offers(self, ready: list[_Ready], *, dear: bool) -> tuple[list[_Offered], list[_Offered]]:
         """What could be guessed for nothing, one offer a sequence, and what at a price."""
         free: list[_Offered] = []
         priced: list[_Offered] = []
         for one in ready:
             best: _Offered | None = None
-            for number, proposer in enumerate(self.proposers):
+            for number, (proposer, costly) in enumerate(
+                zip(self.proposers, self._costly, strict=True)
+            ):
+                if costly and not dear:
+                    continue
                 outlook = proposer.outlook(one.sequence, one.most)
                 if outlook is None or outlook.most < 1:
                     continue
                 kind = (proposer.name, outlook.trust)
                 rate = self.history.rate(kind, one.sequence.key, one.known.groups)
                 choice = _Choice(one.at, number, outlook.most, kind)
-                if proposer.pass_s(1) > 0:
+                if costly:
                     read_s = proposer.read_s(outlook.behind) / self._steps_left(one, rate)
                     priced.append(_Offered(Offer(outlook.most, rate, True, read_s), choice))
                 elif best is None or rate > best.offer.rate:
@@ -301,11 +313,10 @@ class _Step(NamedTuple):
     decodes: StepSize
     whole: StepSize
     context: int  # of a sequence that guesses
-    span_s: float
     beside_s: float  # of the engine's own, where something is guessed
 
-    def seconds(self, costs: StepCosts | None, spans: int) -> Iterator[float]:
-        """Of the decodes with no guess, and with 1, 2, ...; the first ones open spans."""
+    def seconds(self, costs: StepCosts | None) -> Iterator[float]:
+        """Of the decodes with no guess, and with 1, 2, ..."""
         if costs is None:
             steps_s: Iterator[float] = (
                 _TOKEN_SHARE * (self.decodes.tokens + more + 9) for more in count()
@@ -313,11 +324,13 @@ class _Step(NamedTuple):
             less_s = beside_s = 0.0
         else:
             steps_s = costs.growing(self.whole, self.context)
-            less_s = costs.estimate(self.whole) - costs.estimate(self.decodes)
+            less_s = 0.0
+            if self.whole is not self.decodes:
+                less_s = costs.estimate(self.whole) - costs.estimate(self.decodes)
             beside_s = self.beside_s
         yield next(steps_s) - less_s
-        for more, seconds in enumerate(steps_s, start=1):
-            yield seconds - less_s + beside_s + self.span_s * min(more, spans)
+        for seconds in steps_s:
+            yield seconds - less_s + beside_s
 
 
 def _better(free: list[_Offered], priced: list[_Offered]) -> list[_Offered]:

@@ -20,14 +20,16 @@ FADING = 0.95
 # What is left each time that guesses are passed over for what is known of them.
 FORGETTING = 0.98
 # What a level counts against the one above it, in guesses.
-LEANING = 4.0
+LEANING = 8.0
 # The chance of a guess before anything was seen.
 FIRST_CHANCE = 0.6
 CHANCE_MAX = 0.98
 # A single guess below this chance is not worth a thought.
 SURVIVAL_MIN = 0.02
-# After so many guesses that made nothing faster, none that is less likely will.
-HOPELESS = 24
+# A token more is taken to cost at least this share of a step.
+TOKEN_SHARE_MIN = 0.001
+# After so many portions of guesses that made nothing faster, none that gives less will.
+HOPELESS = 8
 # Guessing has to promise so much more than not guessing to be begun, and this to be gone on with.
 BEGIN_GAIN, STAY_GAIN = 1.06, 1.01
 # Looking in vain may take this share of the time in the long run. After some vain looks in a row
@@ -35,7 +37,8 @@ BEGIN_GAIN, STAY_GAIN = 1.06, 1.01
 LOOK_SHARE = 0.004
 PATIENCE = 4
 REST_STEPS_MAX = 256
-# A batch this much smaller than the one that was too large is looked at again at once.
+# A batch this much smaller than the one in which it was given up is looked at again at once; and
+# one that is as much larger.
 SMALLER_BATCH = 0.75
 GROUPS_MAX = 256
 # The length of an answer before any has ended.
@@ -144,45 +147,104 @@ class Budget:
 
 
 def best_budget(
-    offers: Many[Offer], answers: int, steps_s: Iterable[float], pass_s: PassCost, room: int
+    offers: Many[Offer],
+    answers: int,
+    steps_s: Iterable[float],
+    pass_s: PassCost,
+    room: int,
+    span_s: float = 0.0,
 ) -> Budget:
     """The B* of a step with `answers` of them, at most `room` guesses. `steps_s` has the seconds of
-    the step without a guess, with one, with two, ..."""
-    survivals: list[tuple[float, int]] = []
-    for number, offer in enumerate(offers):
-        chance, rate = 1.0, offer.rate
-        for _ in range(offer.most):
-            chance *= rate
-            if chance < SURVIVAL_MIN:
-                break
-            survivals.append((chance, number))
-    if len(offers) > 1:
-        survivals.sort(key=lambda one: -one[0])
+    the step without a guess, with one, with two, ...; who guesses at all costs `span_s` more."""
     seconds_of = iter(steps_s)
+    plain_s = seconds = next(seconds_of)
+    after_s = next(seconds_of)
+    token_s = max(after_s - plain_s, plain_s * TOKEN_SHARE_MIN)
     counts = [0] * len(offers)
-    tokens, beside_s = float(answers), 0.0
-    best_tokens, best_s, best = tokens, next(seconds_of), 0
-    rows: list[int] = []  # answers of each pass
-    for guesses, (chance, number) in enumerate(survivals[:room], start=1):
-        offer = offers[number]
-        if offer.priced:
-            place = counts[number]
-            if place == len(rows):
-                rows.append(0)
-            beside_s += pass_s(rows[place] + 1) - (pass_s(rows[place]) if rows[place] else 0.0)
-            beside_s += 0.0 if place else offer.read_s
-            rows[place] += 1
-        counts[number] += 1
+    tokens, beside_s, guesses = float(answers), 0.0, 0
+    best_tokens, best_s, best = tokens, plain_s, 0
+    passes = _Passes(pass_s)
+    portions = _portions(offers, token_s, pass_s, room, span_s)
+    for at, (_, number, more, chance) in enumerate(portions, start=1):
+        if guesses + more > room:
+            break
+        if not counts[number]:
+            beside_s += span_s
+        if offers[number].priced:
+            beside_s += passes.more(counts[number], more)
+            beside_s += 0.0 if counts[number] else offers[number].read_s
+        counts[number] += more
         tokens += chance
-        seconds = next(seconds_of) + beside_s
-        if tokens * best_s > best_tokens * seconds:
-            best_tokens, best_s, best = tokens, seconds, guesses
-        elif guesses - best >= HOPELESS:
+        guesses += more
+        for _ in range(more):
+            seconds, after_s = after_s, next(seconds_of)
+        if tokens * best_s > best_tokens * (seconds + beside_s):
+            best_tokens, best_s, best = tokens, seconds + beside_s, at
+        elif at - best >= HOPELESS:
             break
     counts = [0] * len(offers)
-    for _, number in survivals[:best]:
-        counts[number] += 1
+    for _, number, more, _ in portions[:best]:
+        counts[number] += more
     return Budget(counts, best_tokens, best_s)
+
+
+@dataclass(slots=True)
+class _Passes:
+    """A draft's passes, and how many answers each of them guesses for."""
+
+    cost: PassCost
+    rows: list[int] = field(default_factory=list)
+
+    def more(self, place: int, count: int) -> float:
+        """Seconds that an answer's guesses from this place on add."""
+        added_s = 0.0
+        for at in range(place, place + count):
+            if at == len(self.rows):
+                self.rows.append(0)
+            before = self.rows[at]
+            added_s += self.cost(before + 1) - (self.cost(before) if before else 0.0)
+            self.rows[at] += 1
+        return added_s
+
+
+# Minus the tokens that a second of it gives, the number of the offer, guesses, tokens.
+_Portion = tuple[float, int, int, float]
+
+
+def _portions(
+    offers: Many[Offer], token_s: float, pass_s: PassCost, room: int, span_s: float
+) -> list[_Portion]:
+    """All guesses in the order in which they are taken: first who gives most for what it costs."""
+    drafted = sum(offer.priced for offer in offers)
+    drafted_s = token_s + pass_s(drafted) / drafted if drafted else token_s
+    portions: list[_Portion] = []
+    for number, offer in enumerate(offers):
+        each_s = drafted_s if offer.priced else token_s
+        first_s = span_s + offer.read_s if offer.priced else span_s
+        portions += _cut(number, offer.rate, min(offer.most, room), each_s, first_s)
+    if len(offers) > 1:
+        portions.sort()
+    return portions
+
+
+def _cut(number: int, rate: float, most: int, token_s: float, first_s: float) -> list[_Portion]:
+    """The guesses of an offer, each costing `token_s` and the first one `first_s` more, in the
+    order of being taken. The first ones are one portion as long as another makes them worth more.
+    """
+    portions: list[_Portion] = []
+    chance = 1.0
+    tokens, seconds, count = 0.0, first_s, 0
+    for _ in range(most):
+        chance *= rate
+        if chance < SURVIVAL_MIN:
+            break
+        if count and chance * seconds <= tokens * token_s:
+            portions.append((-tokens / seconds, number, count, tokens))
+            tokens, seconds, count = 0.0, 0.0, 0
+        tokens, seconds, count = tokens + chance, seconds + token_s, count + 1
+    if count:
+        portions.append((-tokens / seconds, number, count, tokens))
+    return portions
 
 
 @dataclass(slots=True)
@@ -198,8 +260,8 @@ class Rest:
         """True for a step in which nothing is looked at."""
         if self._left <= 0:
             return False
-        if answers <= self.answers * SMALLER_BATCH:
-            self._left = 0
+        if not SMALLER_BATCH < answers / self.answers < 1 / SMALLER_BATCH:
+            self._left, self._vain = 0, min(self._vain, PATIENCE)
             return False
         self._left -= 1
         return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, strategies as st
@@ -17,6 +18,8 @@ sizes = st.builds(
     tokens=st.integers(1, 3000),
     decode_context=st.integers(0, 50_000),
     chunk_pairs=st.integers(0, 10**6),
+    spans=st.integers(0, 64),
+    guess_context=st.integers(0, 50_000),
 )
 
 
@@ -26,6 +29,8 @@ def table() -> StepCosts:
         [0.002, 0.003, 0.012, 0.090],
         decode_token_s=1e-7,
         chunk_pair_s=1e-8,
+        span_s=3e-4,
+        guess_token_s=5e-8,
     )
 
 
@@ -35,6 +40,7 @@ def test_between_its_points_a_table_is_a_line_and_beyond_them_it_goes_on():
     assert costs.estimate(StepSize(36)) == pytest.approx(0.0075)
     assert costs.estimate(StepSize(1024)) == pytest.approx(0.180)
     assert costs.estimate(StepSize(8, 1000, 2000)) == pytest.approx(0.003 + 1e-4 + 2e-5)
+    assert costs.estimate(StepSize(8, 0, 0, 2, 400)) == pytest.approx(0.003 + 6e-4 + 2e-5)
 
 
 @given(observed=st.lists(st.tuples(sizes, st.floats(1e-5, 10)), max_size=30), one=sizes)
@@ -44,7 +50,13 @@ def test_whatever_it_learned_more_work_never_costs_less(observed, one):
     for size, seconds in observed:
         costs.observe(size, seconds)
     assert costs.estimate(one) > 0
-    more = StepSize(one.tokens + 1, one.decode_context + 1, one.chunk_pairs + 1)
+    more = StepSize(
+        one.tokens + 1,
+        one.decode_context + 1,
+        one.chunk_pairs + 1,
+        one.spans + 1,
+        one.guess_context + 1,
+    )
     assert costs.estimate(more) >= costs.estimate(one)
 
 
@@ -72,7 +84,8 @@ def test_steps_that_grow_cost_what_each_of_them_costs(one, context):
     """Token by token, over the points of the table and beyond them."""
     costs = table()
     for more, seconds in zip(range(40), costs.growing(one, context), strict=False):
-        step = StepSize(one.tokens + more, one.decode_context + more * context, one.chunk_pairs)
+        looked = one.guess_context + more * context
+        step = replace(one, tokens=one.tokens + more, guess_context=looked)
         assert seconds == pytest.approx(costs.estimate(step))
 
 

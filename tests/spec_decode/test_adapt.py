@@ -36,7 +36,7 @@ offers = st.lists(
 )
 
 
-def speed(counts, offers, answers, step_s, pass_s) -> float:
+def speed(counts, offers, answers, step_s, pass_s, span_s=0.0) -> float:
     """The quotient of one way to share guesses out, by its formula."""
     tokens = answers + sum(
         offer.rate**place
@@ -48,32 +48,44 @@ def speed(counts, offers, answers, step_s, pass_s) -> float:
     read_s = sum(
         offer.read_s for offer, count in zip(offers, counts, strict=True) if offer.priced and count
     )
-    return tokens / (step_s(sum(counts)) + sum(map(pass_s, rows)) + read_s)
+    spans_s = span_s * sum(count > 0 for count in counts)
+    return tokens / (step_s(sum(counts)) + sum(map(pass_s, rows)) + read_s + spans_s)
 
 
 @settings(max_examples=200, deadline=None)
-@given(offers=offers, token_s=st.floats(0.01, 1.0), room=st.integers(0, 12))
-def test_no_way_to_share_guesses_out_is_faster_where_guesses_are_free(offers, token_s, room):
-    """Trying every combination finds nothing better than taking the likeliest guesses first."""
+@given(
+    offers=offers,
+    token_s=st.floats(0.01, 1.0),
+    span_s=st.sampled_from([0.0, 0.1, 0.5]),
+    room=st.integers(0, 16),
+)
+def test_no_way_to_share_guesses_out_is_faster_where_they_are_looked_up(
+    offers, token_s, span_s, room
+):
+    """Trying every combination finds nothing better than taking those first that give most for what
+    they cost; where room runs out, nothing much better."""
     offers = [Offer(one.most, one.rate) for one in offers]
     answers = len(offers) + 1
 
     def step_s(guesses: int) -> float:
         return 1.0 + token_s * guesses
 
-    budget = best_budget(offers, answers, map(step_s, itertools.count()), lambda rows: 0.0, room)
+    budget = best_budget(
+        offers, answers, map(step_s, itertools.count()), lambda rows: 0.0, room, span_s=span_s
+    )
     assert sum(budget.counts) <= room
     assert budget.speed == pytest.approx(
-        speed(budget.counts, offers, answers, step_s, lambda rows: 0.0)
+        speed(budget.counts, offers, answers, step_s, lambda rows: 0.0, span_s)
     )
     every = itertools.product(*(range(one.most + 1) for one in offers))
     # A guess that hardly ever comes to be looked at is not counted: see SURVIVAL_MIN.
     best = max(
-        speed(counts, offers, answers, step_s, lambda rows: 0.0)
+        speed(counts, offers, answers, step_s, lambda rows: 0.0, span_s)
         for counts in every
         if sum(counts) <= room
     )
-    assert budget.speed >= best * 0.97
+    tight = span_s > 0 and room < sum(one.most for one in offers)
+    assert budget.speed >= best * (0.8 if tight else 0.97)
 
 
 @settings(max_examples=100, deadline=None)
