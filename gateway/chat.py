@@ -9,11 +9,15 @@ from collections.abc import Coroutine
 from starlette.types import Receive, Scope, Send
 
 from gateway import problems
+from gateway.admission import Admitted
 from gateway.call import Call, ClientGone, parse_call, read_body, request_id
 from gateway.edge import Edge, Live
 from gateway.relay import Silence, relay
 from gateway.reply import Reply
+from gateway.usage import usage_of
 from runtime.wire import Problem
+
+BYTES_PER_TOKEN = 4  # of a body, for what is decided before anybody has counted
 
 log = logging.getLogger("headgate.gateway")
 
@@ -59,17 +63,26 @@ class Completions:
                 return
             clock = asyncio.get_running_loop().time
             silence = Silence(edge.settings, reply, stream=call.stream, clock=clock)
-            await attend(self._forward(edge, call, reply, silence), receive, silence)
+            tokens = len(call.body) // BYTES_PER_TOKEN
+            place = edge.admission.place(call, tenant, service, tokens)
+            await attend(self._forward(edge, call, place, reply, silence), receive, silence)
             if recall:
                 recall.keep()
         finally:
             edge.pool.leave()
 
-    async def _forward(self, edge: Edge, call: Call, reply: Reply, silence: Silence) -> None:
-        """Opens the call on a replica and relays its answer."""
-        async with edge.pool.open(call) as answer:
-            silence.answering(answer.interrupt)
-            await relay(answer, reply, silence, stream=call.stream)
+    async def _forward(
+        self, edge: Edge, call: Call, place: Admitted, reply: Reply, silence: Silence
+    ) -> None:
+        """Waits for the call's turn, opens it on a replica and relays the answer."""
+        async with place:
+            reply.more += place.headers()
+            async with edge.pool.open(call) as answer:
+                if answer.status == 200:
+                    place.began()
+                silence.answering(answer.interrupt)
+                await relay(answer, reply, silence, stream=call.stream)
+                place.used(usage_of(reply.recent))
 
 
 async def attend(forward: Coroutine[None, None, None], receive: Receive, silence: Silence) -> None:

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from time import time
 
 from cache.prefix_index import PrefixIndex
+from gateway.admission import Admission
 from gateway.call import Call
 from gateway.discovery import sources_of
 from gateway.keys import Keys, salt_secret
 from gateway.kv_events import KvEvents
 from gateway.ladder import Ladder
+from gateway.limits import Limits
 from gateway.prompt import Prompts
 from gateway.replica import Replica
 from gateway.response_cache import Answers, Recall
@@ -40,6 +43,7 @@ class Edge:
     tiers: Tiers
     prompts: Prompts
     state: State  # of the process: the same for every edge
+    admission: Admission
     shortener: Shortener
     events: KvEvents
     ladder: Ladder
@@ -58,7 +62,9 @@ class Edge:
         if self.answers is None:
             return None
         could = (one for one in self.pool.replicas if one.healthy and call.model in one.models)
-        return self.answers.recall(call, tenant, tier, {one.fingerprint for one in could}, time())
+        return self.answers.recall(
+            call, tenant, tier, {one.fingerprint for one in could}, time.time()
+        )
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -84,6 +90,14 @@ def build(
     if state is None:
         state = before.state if before is not None else in_memory(settings)
     prompts = Prompts(lambda: pool.replicas, before.prompts if before else None)
+    admission = Admission(
+        policy,
+        lambda: pool.replicas,
+        Limits(state.store, time.time),
+        time.monotonic,
+        random.Random(),  # noqa: S311  # who is sent away, no secret
+        before.admission if before is not None else None,
+    )
     return Edge(
         policy=policy,
         pool=pool,
@@ -91,6 +105,7 @@ def build(
         tiers=Tiers.of(settings, secret),
         prompts=prompts,
         state=state,
+        admission=admission,
         events=before.events if before else KvEvents(PrefixIndex()),
         ladder=before.ladder if before else Ladder(),
         shortener=Shortener(settings.trim, prompts.count, state.store),

@@ -7,10 +7,11 @@ that a replica answers are relayed as they came and do not stand here.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from runtime.wire import Problem
 
+RETRY_AFTER_MAX_S = 86_400.0
 NAMED_MAX = 20  # models or replicas named in one message
 QUOTED_CHARS = 200  # of anything that a client or a replica sent
 # Codes of those below that a replica caused: its circuit counts them.
@@ -165,6 +166,54 @@ def unknown_tier(name: str, tiers: Sequence[str]) -> Problem:
         "gateway.tiers"
     )
     return Problem(400, message, param="x-headgate-tier", code="unknown_tier")
+
+
+def prompt_beyond_tier(tokens: int, tier: str, limit: int) -> Problem:
+    message = (
+        f"the prompt has about {tokens} tokens, and the tier {tier!r} takes {limit}; shorten it, "
+        "or ask for another tier by x-headgate-tier"
+    )
+    return Problem(400, message, code="context_length_exceeded")
+
+
+# ---- limits and queue ---------------------------------------------------------------------------
+
+
+def _after(seconds: float) -> str:
+    return str(max(1, math.ceil(min(seconds, RETRY_AFTER_MAX_S))))
+
+
+def limit_reached(what: str, limit: float, wait_s: float, headers: Mapping[str, str]) -> Problem:
+    """429; `what` is requests, tokens or budget. A wait without an end is a request too large."""
+    named = {
+        "requests": f"{limit:.0f} requests per minute",
+        "tokens": f"{limit:.0f} tokens per minute",
+        "budget": f"{limit:.0f} tokens per day",
+    }[what]
+    after = _after(wait_s)
+    message = f"this tenant's limit of {named} is reached; try again in {after} s"
+    if math.isinf(wait_s):
+        message = f"this request alone is more than this tenant's limit of {named}; ask for less"
+    code = "insufficient_quota" if what == "budget" else "rate_limit_exceeded"
+    kind = "insufficient_quota" if what == "budget" else what
+    return Problem(429, message, code=code, kind=kind, headers={**headers, "retry-after": after})
+
+
+def saturated(tier: str, wait_s: float) -> Problem:
+    after = _after(wait_s)
+    message = (
+        f"more is asked of the replicas than they can do, and a request of the tier {tier!r} would "
+        f"wait too long; try again in {after} s"
+    )
+    return Problem(503, message, code="overloaded", headers={"retry-after": after})
+
+
+def too_late(tier: str, waited_s: float) -> Problem:
+    message = (
+        f"this request of the tier {tier!r} waited {waited_s:.1f} s for a replica, and would be "
+        "later than its deadline; it was not sent to one"
+    )
+    return Problem(504, message, code="deadline_exceeded")
 
 
 # ---- the replica --------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import deque
 from collections.abc import Mapping, MutableMapping
 from typing import Any
 
@@ -12,6 +13,8 @@ from runtime.wire import DONE, KEEP_ALIVE, Problem, event
 
 # At the start of a line only: inside a JSON string a line end is escaped, so text cannot fake it.
 TERMINATOR = re.compile(rb"[\r\n]data: ?\[DONE\]")
+RECENT_CHUNKS = 3  # the usage event, the terminator, and a piece that was cut
+RECENT_BYTES = 4096  # of a whole body, whose usage stands near its end
 TAIL_BYTES = 16  # more than the terminator with its line end
 EVENT_ENDS = (b"\n\n", b"\r\n\r\n", b"\r\r")
 
@@ -23,10 +26,12 @@ Headers = list[tuple[bytes, bytes]]
 class Reply:
     """One answer. `started`: headers are out; `streaming`: as SSE; `terminated`: after `[DONE]`.
 
-    `more`: headers of the gateway's own, sent with whatever the answer is."""
+    `more`: headers of the gateway's own, sent with whatever the answer is. `recent`: the last
+    bytes, in which an answer says what it took."""
 
     __slots__ = (
-        "_send", "_tail", "complete", "more", "request_id", "started", "streaming", "terminated",
+        "_send", "_tail", "complete", "more", "recent", "request_id", "started", "streaming",
+        "terminated",
     )  # fmt: skip
 
     def __init__(self, send: Send, request_id: str) -> None:
@@ -34,6 +39,7 @@ class Reply:
         self._tail = b"\n\n"
         self.request_id = request_id
         self.more: Headers = []
+        self.recent: deque[bytes] = deque(maxlen=RECENT_CHUNKS)
         self.started = False
         self.streaming = False
         self.terminated = False
@@ -48,6 +54,7 @@ class Reply:
 
     async def whole(self, status: int, headers: Headers, body: bytes) -> None:
         """Status, headers and the complete body."""
+        self.recent.append(body[-RECENT_BYTES:])
         await self._start(status, [*headers, (b"content-length", b"%d" % len(body))])
         await self._finish(body)
 
@@ -78,6 +85,7 @@ class Reply:
         self._tail = window[-TAIL_BYTES:]
         if not self.terminated and b"[DONE]" in window and TERMINATOR.search(window):
             self.terminated = True
+        self.recent.append(chunk)
         await self._send({"type": "http.response.body", "body": chunk, "more_body": True})
 
     async def comment(self) -> None:

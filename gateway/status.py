@@ -72,7 +72,8 @@ def health(live: Live) -> ASGIApp:
             "status": status,
             "in_flight": pool.in_flight,
             "replicas": replicas,
-            "state": live.edge.state.health(),
+            "queues": edge.admission.health(),
+            "state": edge.state.health(),
             "policy": {"reloads": live.reloads, "edges": live.count, "refused": live.refused},
             "cached_tokens": edge.ladder.report(),
         }

@@ -55,15 +55,23 @@ class Gateway(PolicyModel):
         20.0, ge=0, le=3600, description="How long running requests may go on after Ctrl-C."
     )
     max_in_flight: int = Field(
-        1024,
+        8192,
         ge=1,
         le=10**6,
-        description="Requests at once; more are refused with 503 and Retry-After.",
+        description="Requests at once, waiting ones included; more are refused with 503 and "
+        "Retry-After.",
     )
     retries: Retries = Field(Retries(), description="When a request is sent again.")
     breaker: Breaker = Field(Breaker(), description="When a replica that fails is left alone.")
     hedge: Hedge | None = Field(
         None, description="Asks a second replica while the first one is late; off."
+    )
+    running_per_replica: int | None = Field(
+        None,
+        ge=1,
+        le=10**6,
+        description="Requests at once on one replica; further ones wait in the gateway. null: "
+        "`runtime.max_sequences` for own workers, 256 for other servers.",
     )
     tiers: TierTable = Field(
         {name: Tier(**tier) for name, tier in SHIPPED.items()},

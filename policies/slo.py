@@ -46,7 +46,7 @@ class Tier(PolicyModel):
         1,
         ge=0,
         le=100,
-        description="Lower numbers go first; 30 s of waiting are worth one.",
+        description="Lower numbers go first.",
     )
     reserved_share: float = Field(
         0.0,
@@ -59,7 +59,7 @@ class Tier(PolicyModel):
         None, ge=1, le=2**24, description="Longest prompt; null: as long as the model takes."
     )
     queue_max: int = Field(
-        256, ge=0, le=10**6, description="Requests that may wait; more are refused with 503."
+        1024, ge=0, le=10**6, description="Requests that may wait; more are refused with 503."
     )
     service_tier: Literal["priority", "default", "flex"] | None = Field(
         None, description="Value of OpenAI's field `service_tier` that asks for this tier."
@@ -72,6 +72,7 @@ SHIPPED: Mapping[str, Mapping[str, Any]] = {
         "tpot_ms": 30.0,
         "priority": 0,
         "reserved_share": 0.1,
+        "queue_max": 256,
         "service_tier": "priority",
     },
     "standard": {"ttft_ms": 2000.0, "tpot_ms": 100.0, "priority": 1, "service_tier": "default"},

@@ -250,6 +250,8 @@ async def gateway(
         yield front
     assert pool.in_flight == 0
     assert all(replica.in_flight == 0 for replica in pool.replicas)
+    for before in live.edge.admission.fronts.values():
+        assert before.queue.running == before.queue.waiting == before.queue.reading == 0
 
 
 @asynccontextmanager

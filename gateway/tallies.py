@@ -1,0 +1,32 @@
+"""What became of the requests of each tier, counted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True)
+class Tally:
+    """Of one tier, since the process began."""
+
+    admitted: int = 0
+    waited_s: float = 0.0  # together, in the queue
+    shed: int = 0  # 503 or 504 of the queue
+    limited: int = 0  # 429
+    in_time: int = 0  # first tokens within their target
+    late: int = 0
+    in_pace: int = 0  # answers whose tokens came within their target
+    slow: int = 0
+
+
+@dataclass(slots=True)
+class Tallies:
+    """Of all tiers. There are as many as policies named, and they are few."""
+
+    tiers: dict[str, Tally] = field(default_factory=dict)
+
+    def of(self, tier: str) -> Tally:
+        found = self.tiers.get(tier)
+        if found is None:
+            found = self.tiers[tier] = Tally()
+        return found

@@ -1,0 +1,35 @@
+"""What an answer says that it took, read from the last bytes that went to the client."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+# Inside a JSON string every quote is escaped, so that no answer's text looks like this.
+_USAGE = re.compile(rb'"usage"\s*:\s*\{')
+_COUNT = re.compile(rb'"(prompt_tokens|completion_tokens|cached_tokens)"\s*:\s*([0-9]{1,12})')
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens of one request, as its replica counted them."""
+
+    prompt_tokens: int
+    answer_tokens: int
+    cached_tokens: int  # of the prompt, that the replica had already
+
+
+def usage_of(pieces: Iterable[bytes]) -> Usage | None:
+    """The last `usage` in the pieces of a stream's end or of a body; None where there is none."""
+    text = b"".join(pieces)
+    at = None
+    for found in _USAGE.finditer(text):
+        at = found.end()
+    if at is None:
+        return None
+    counts = {name: int(value) for name, value in _COUNT.findall(text, at)}
+    if b"prompt_tokens" not in counts:
+        return None
+    answer = counts.get(b"completion_tokens", 0)
+    return Usage(counts[b"prompt_tokens"], answer, counts.get(b"cached_tokens", 0))
