@@ -63,9 +63,6 @@ class Attempts:
 
     async def answer(self) -> Answer:
         """The answer that goes to the client: a good one, or the last bad one. Raises Problem."""
-        self.budget.request(self.began)
-        if self.settings.hedge is not None:
-            self.duplicates.request(self.began, len(self.call.body))
         failure: Answer | Problem | None = None
         while (replica := self._next()) is not None:
             try:

@@ -35,10 +35,13 @@ FORWARDED = frozenset(
 # What the gateway itself reads of a body. The rest of the tree is given up at once, so that the
 # garbage collector has nothing of it to walk; the bytes go on whole.
 READ = (
-    "add_generation_prompt", "cache_salt", "chat_template_kwargs", "continue_final_message",
-    "documents", "max_completion_tokens", "max_tokens", "messages", "n", "priority", "prompt",
+    "add_generation_prompt", "audio", "begun_token_ids", "best_of", "cache_salt",
+    "chat_template_kwargs", "continue_final_message", "documents", "echo", "functions",
+    "guided_choice", "guided_grammar", "guided_json", "guided_regex", "logprobs",
+    "max_completion_tokens", "max_tokens", "messages", "n", "priority", "prompt",
     "prompt_cache_key", "response_format", "seed", "service_tier", "stream_options",
-    "temperature", "tool_choice", "tools", "top_k", "top_p", "user",
+    "structured_outputs", "temperature", "tool_choice", "tools", "top_k", "top_logprobs",
+    "top_p", "user",
 )  # fmt: skip
 FORWARDED_PREFIX = b"x-slo-"
 FORWARDED_MAX = 32  # headers

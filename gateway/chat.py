@@ -65,7 +65,8 @@ class Completions:
             silence = Silence(edge.settings, reply, stream=call.stream, clock=clock)
             tokens = len(call.body) // BYTES_PER_TOKEN
             place = edge.admission.place(call, tenant, service, tokens)
-            await attend(self._forward(edge, call, place, reply, silence), receive, silence)
+            work = attend(self._forward(edge, call, place, reply, silence), receive, silence)
+            await within(edge.settings.total_timeout_s, work)
             if recall:
                 recall.keep()
         finally:
@@ -83,6 +84,20 @@ class Completions:
                 silence.answering(answer.interrupt)
                 await relay(answer, reply, silence, stream=call.stream)
                 place.used(usage_of(reply.recent))
+
+
+async def within(limit_s: float | None, work: Coroutine[None, None, None]) -> None:
+    """Raises Problem 504 when `work` takes longer, which is cancelled then."""
+    if limit_s is None:
+        await work
+        return
+    try:
+        async with asyncio.timeout(limit_s) as limit:
+            await work
+    except TimeoutError:
+        if not limit.expired():
+            raise
+        raise problems.request_timeout(limit_s) from None
 
 
 async def attend(forward: Coroutine[None, None, None], receive: Receive, silence: Silence) -> None:

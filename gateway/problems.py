@@ -255,6 +255,14 @@ def upstream_timeout(timeout_s: float) -> Problem:
     return Problem(504, message, code="upstream_timeout")
 
 
+def request_timeout(timeout_s: float) -> Problem:
+    message = (
+        f"the answer was not complete within {timeout_s:g} s; ask for less, or raise "
+        "gateway.total_timeout_s in the policy"
+    )
+    return Problem(504, message, code="request_timeout")
+
+
 # ---- the answer ---------------------------------------------------------------------------------
 
 

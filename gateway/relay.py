@@ -9,9 +9,9 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from gateway import problems
-from gateway.answer import Answer
 from gateway.reply import Headers, Reply
 from gateway.response import Cut
+from gateway.resume import Opened
 from policies.schema import Gateway
 from runtime.wire import Problem, parse_object
 
@@ -72,7 +72,7 @@ class Silence:
         if self.since is None:
             return
         if self._interrupt is not None and now - self.since >= self._settings.idle_timeout_s:
-            self.since = None
+            self.since = now  # whoever goes on with the answer has its own time
             self._interrupt(problems.idle_timeout(self._settings.idle_timeout_s))
             return
         if self._stream and now >= self._comment_at(self.since):
@@ -83,7 +83,7 @@ class Silence:
         return max(since, self._commented) + self._settings.keep_alive_s
 
 
-async def relay(answer: Answer, reply: Reply, silence: Silence, *, stream: bool) -> None:
+async def relay(answer: Opened, reply: Reply, silence: Silence, *, stream: bool) -> None:
     """The whole of `answer`, as the stream or the body that it is. Raises Problem."""
     if stream and answer.status == 200 and answer.is_stream:
         await relay_stream(answer, reply, silence)
@@ -94,7 +94,7 @@ async def relay(answer: Answer, reply: Reply, silence: Silence, *, stream: bool)
         await reply.whole(answer.status, passed_headers(answer), body)
 
 
-async def relay_stream(answer: Answer, reply: Reply, silence: Silence) -> None:
+async def relay_stream(answer: Opened, reply: Reply, silence: Silence) -> None:
     """Chunks as they come, until the replica ends. Raises Problem when it ends without [DONE]."""
     if answer.encoding != "identity":
         raise problems.answer_encoded(answer.encoding)
@@ -117,7 +117,7 @@ async def relay_stream(answer: Answer, reply: Reply, silence: Silence) -> None:
     await reply.end_stream()
 
 
-async def _linger(answer: Answer, reply: Reply) -> None:
+async def _linger(answer: Opened, reply: Reply) -> None:
     """What follows [DONE]: mostly the end, after which the connection can serve again."""
     if answer.at_eof():
         return
@@ -127,7 +127,7 @@ async def _linger(answer: Answer, reply: Reply) -> None:
                 await reply.write(chunk)
 
 
-async def relay_late(answer: Answer, reply: Reply, silence: Silence) -> None:
+async def relay_late(answer: Opened, reply: Reply, silence: Silence) -> None:
     """An answer that is no stream, for a client that was told 200 meanwhile: an error in band."""
     if answer.status < 400:
         raise problems.not_a_stream(answer.headers.get("content-type", ""))
@@ -141,7 +141,7 @@ async def relay_late(answer: Answer, reply: Reply, silence: Silence) -> None:
     await reply.fail_in_band(payload)
 
 
-async def read_whole(answer: Answer, silence: Silence, limit_bytes: int) -> bytes:
+async def read_whole(answer: Opened, silence: Silence, limit_bytes: int) -> bytes:
     """The complete body. Raises Problem 502 for one that is cut or too large."""
     pieces: list[bytes] = []
     size_bytes = 0
@@ -157,7 +157,7 @@ async def read_whole(answer: Answer, silence: Silence, limit_bytes: int) -> byte
     return b"".join(pieces)
 
 
-def passed_headers(answer: Answer) -> Headers:
+def passed_headers(answer: Opened) -> Headers:
     """The replica's headers but for those that belong to a connection or to us."""
     return [
         (name, value)

@@ -52,6 +52,7 @@ class Replica:
     elsewhere: Elsewhere = NOTHING
     circuit: Circuit = field(default_factory=lambda: Circuit(Breaker()), repr=False)
     rests_until: float = 0.0  # loop time; it is busy, and others are asked first
+    continues: bool = True  # an open assistant's turn has not been refused yet
     ttft_s: float | None = None  # to first tokens of late, recent ones weighing more
     error: str | None = None
     tokenizer: Path | None = None  # a model folder

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -21,11 +22,14 @@ from gateway.client import Client
 from gateway.discovery import Source
 from gateway.fleet import Fleet
 from gateway.health import ask
+from gateway.journal import Journal
 from gateway.replica import Replica
 from gateway.response import Stale
-from gateway.retries import Budget
+from gateway.resume import Opened, Resumable
+from gateway.retries import Budget, Meaning
+from gateway.splice import Way, continuation, resumable, ways
 from policies.schema import Gateway
-from runtime.wire import Problem
+from runtime.wire import TOKEN_IDS_HEADER, Problem
 
 GOODBYE_S = 1.0  # for the last words of requests that outlived the drain
 
@@ -105,16 +109,19 @@ class Pool:
             await self._empty.wait()
 
     @asynccontextmanager
-    async def open(self, call: Call) -> AsyncIterator[Answer]:
+    async def open(self, call: Call) -> AsyncIterator[Opened]:
         """The answer to the call, from its first event or its headers on; closed on the way out.
 
         Replicas are tried by the rules of attempts.py. Raises Problem.
         """
-        attempts = Attempts(
-            call, self.settings, self._budget, self._duplicates, self._rng, self._send,
-            self._choose, lambda: self.replicas, self._why_none,
-        )  # fmt: skip
-        answer = await attempts.answer()
+        now = asyncio.get_running_loop().time()
+        self._budget.request(now)
+        if self.settings.hedge is not None:
+            self._duplicates.request(now, len(call.body))
+        opened = await self._attempts(call, lambda: self.replicas).answer()
+        answer: Opened = opened
+        if self._resumes(call) and opened.status == 200 and opened.is_stream:
+            answer = Resumable(opened, call, self._go_on)
         well: bool | None = None  # a client that leaves says nothing of the replica
         try:
             yield answer
@@ -126,6 +133,43 @@ class Pool:
             raise
         finally:
             answer.close(well=well)
+
+    def _attempts(self, call: Call, replicas: Callable[[], Iterable[Replica]]) -> Attempts:
+        return Attempts(
+            call, self.settings, self._budget, self._duplicates, self._rng, self._send,
+            self._choose, replicas, self._why_none,
+        )  # fmt: skip
+
+    def _resumes(self, call: Call) -> bool:
+        return self.settings.resume == "auto" and resumable(call)
+
+    async def _go_on(
+        self, call: Call, journal: Journal, failed: Sequence[Replica]
+    ) -> tuple[Answer, Way]:
+        """The rest of an answer, by another replica if one can, and how. Raises Problem."""
+        failure = problems.no_replica(call.model, [replica.state() for replica in self.replicas])
+        if not self._budget.take(asyncio.get_running_loop().time()):
+            raise failure
+        others = [replica for replica in self.replicas if replica not in failed]
+        for group in (others, failed):
+            for way in Way:
+                able = [one for one in group if way in ways(one.kind, call, journal)]
+                if way is Way.TEXT:
+                    able = [one for one in able if one.continues]
+                rest = replace(call, body=continuation(call, journal, way)) if able else call
+                while able:
+                    try:
+                        answer = await self._attempts(rest, able.copy).answer()
+                    except Problem as problem:
+                        failure = problem
+                        break
+                    if answer.status == 200 and answer.meaning is Meaning.ANSWER:
+                        return answer, way
+                    answer.close(well=answer.well)
+                    able.remove(refused := answer.attempt.replica)
+                    if way is Way.TEXT and answer.meaning is Meaning.ANSWER:
+                        refused.continues = False  # its template takes no open turn
+        raise failure
 
     async def ask_all(self, path: str) -> list[dict[str, Any] | None]:
         """What each replica answers to a GET, in their order; None where that is no JSON object."""
@@ -151,26 +195,27 @@ class Pool:
             return problems.loading(states)
         return problems.no_replica(model, states)
 
+    def _headers(self, replica: Replica, call: Call) -> dict[str, str]:
+        headers = dict(call.headers)
+        headers["content-type"] = "application/json"
+        headers["accept-encoding"] = "identity"
+        if replica.api_key is not None:
+            headers["authorization"] = f"Bearer {replica.api_key}"
+        elif call.authorization is not None and not replica.own:
+            headers["authorization"] = call.authorization
+        if replica.kind == "headgate" and self._resumes(call):
+            headers[TOKEN_IDS_HEADER] = "1"
+        return headers
+
     async def _send(self, attempt: Attempt, call: Call) -> Answer:
         """Sends the call's bytes, waits for the headers. Raises Unreachable, Stale, Failed."""
         assert self._client is not None, "the pool is used outside of its lifespan"
         replica = attempt.replica
         try:
             response = await self._client.send(
-                "POST", replica.url, call.path, _headers(replica, call), call.body
+                "POST", replica.url, call.path, self._headers(replica, call), call.body
             )
         except Stale:
             replica.doubt.set()
             raise
         return Answer(response, attempt)
-
-
-def _headers(replica: Replica, call: Call) -> dict[str, str]:
-    headers = dict(call.headers)
-    headers["content-type"] = "application/json"
-    headers["accept-encoding"] = "identity"
-    if replica.api_key is not None:
-        headers["authorization"] = f"Bearer {replica.api_key}"
-    elif call.authorization is not None and not replica.own:
-        headers["authorization"] = call.authorization
-    return headers

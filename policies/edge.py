@@ -73,6 +73,15 @@ class Gateway(PolicyModel):
         description="Requests at once on one replica; further ones wait in the gateway. null: "
         "`runtime.max_sequences` for own workers, 256 for other servers.",
     )
+    resume: Literal["off", "auto"] = Field(
+        "off",
+        description="`auto` lets another replica go on with a stream that breaks: by its tokens or "
+        "its text, where the replica can, or by the same answer again. Off for tool calls, set "
+        "forms, logprobs and `n` above 1.",
+    )
+    total_timeout_s: float | None = Field(
+        None, gt=0, le=86400, description="Longest time of a whole request; none: no limit."
+    )
     tiers: TierTable = Field(
         {name: Tier(**tier) for name, tier in SHIPPED.items()},
         description="What requests of a kind are promised: changes to the tiers that ship, and "

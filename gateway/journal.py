@@ -1,0 +1,111 @@
+"""What of a stream has been said, event by event, so that another replica can go on with it. Pure.
+
+Only whole events that are JSON pass; half of one is held until the rest comes, or dropped.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import orjson
+
+from gateway.retries import names_content
+from runtime.wire import TOKEN_IDS
+
+EVENT_END = re.compile(rb"\n\n|\r\n\r\n|\r\r")
+DATA = re.compile(rb"(?:^|[\r\n])data:[ ]?([^\r\n]*)")
+SAID_MAX_CHARS = 2**20  # an answer longer than this is not gone on with
+
+Event = tuple[bytes, dict[str, Any] | None]  # its bytes with their end; its JSON, None: it has none
+
+
+class Journal:
+    """One answer as its client has it."""
+
+    def __init__(self) -> None:
+        self.head: dict[str, Any] = {}  # id, created, model: of the first chunk
+        self.text: list[str] = []
+        self.ids: list[int] = []  # of the text, where the replica tells them
+        self.exact = True  # `ids` are all that was said
+        self.chunks = 0  # that had text: about as many tokens
+        self.opened = False  # the role has been told
+        self.plain = True  # nothing but text, and not too much of it
+        self.finished = False
+        self.done = False
+        self.fault: str | None = None  # what is wrong with the event that came next
+        self._rest = b""
+        self._told: list[int] = []  # whose text has not come yet
+        self._chars = 0
+
+    def take(self, piece: bytes) -> list[Event]:
+        """The events that `piece` completes, up to the first one that is none."""
+        data = self._rest + piece if self._rest else piece
+        events: list[Event] = []
+        begin = 0
+        for end in EVENT_END.finditer(data):
+            event = data[begin : end.end()]
+            begin = end.end()
+            try:
+                entry = self._read(event)
+            except ValueError as error:
+                self.fault = str(error)
+                break
+            if entry is not None:
+                events.append(entry)
+        self._rest = data[begin:]
+        return events
+
+    def _read(self, event: bytes) -> Event | None:
+        """One event; None for what is meant for us alone. Raises ValueError for no event."""
+        if event.startswith(TOKEN_IDS):
+            self._told += [int(one) for one in event[len(TOKEN_IDS) :].split(b",")]
+            return None
+        found = DATA.search(event)
+        if found is None:
+            if event.lstrip(b"\r\n").startswith((b":", b"event:", b"id:", b"retry:")):
+                return event, None
+            raise ValueError("it sent what is no event")
+        if found[1].strip() == b"[DONE]":
+            self.done = True
+            return event, None
+        try:
+            chunk = orjson.loads(found[1])
+        except orjson.JSONDecodeError:
+            raise ValueError("it sent an event that is not JSON") from None
+        if not isinstance(chunk, dict):
+            raise ValueError("it sent an event that is no chunk")
+        if isinstance(chunk.get("error"), dict) and not names_content(found[1]):
+            raise ValueError(f"it sent an error: {str(chunk['error'].get('message'))[:200]}")
+        return event, chunk
+
+    def note(self, chunk: dict[str, Any]) -> None:
+        """A chunk that goes to the client."""
+        if not self.head:
+            self.head = {name: chunk[name] for name in ("id", "created", "model") if name in chunk}
+        self.ids += self._told
+        self._told.clear()
+        for choice in chunk.get("choices") or ():
+            delta = choice.get("delta") or {}
+            text = delta.get("content") or choice.get("text")
+            self.opened = self.opened or "role" in delta
+            self.finished = self.finished or choice.get("finish_reason") is not None
+            if text:
+                self.text.append(text)
+                self.chunks += 1
+                self._chars += len(text)
+            if self._chars > SAID_MAX_CHARS or any(
+                value and name not in ("role", "content") for name, value in delta.items()
+            ):
+                self.plain = False
+
+    def begin_again(self, *, ids: list[int] | None) -> None:
+        """Another stream goes on; `ids` are those before its first token, None: not known."""
+        self._rest, self.fault = b"", None
+        self._told.clear()
+        self.ids = ids or []
+        self.exact = ids is not None
+
+    @property
+    def said(self) -> str:
+        return "".join(self.text)
