@@ -444,3 +444,23 @@ async def test_16_accounts_are_right_after_every_fault(fault: str, kind: Any) ->
 async def nothing_is_left(edge: Front) -> None:
     await until(lambda: edge.pool.in_flight == 0)
     assert [replica.in_flight for replica in edge.pool.replicas] == [0, 0]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@on_loop
+async def test_a_request_has_a_total_limit_where_the_policy_has_one(stream: bool) -> None:
+    """504, in band once the stream has begun; a long answer counts against nobody."""
+    engine = Engine("a")
+
+    async def slow(peer: Peer) -> None:
+        if stream:
+            await engine.say(peer, until=3)
+        await asyncio.Event().wait()
+
+    async with upstream(slow) as alone, gateway(alone, total_timeout_s=0.2) as edge:
+        response = await edge.post(ASKED | {"stream": stream})
+        error = heard(response.content).error if stream else response.json()["error"]
+        assert error is not None
+        assert error["code"] == "request_timeout"
+        await until(lambda: alone.running == 0)
+        assert edge.pool.replicas[0].circuit.in_a_row == 0
