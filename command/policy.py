@@ -14,6 +14,7 @@ from policies.load import (
     PORT_VARIABLE,
     PolicyError,
     load,
+    package_problems,
     port_of,
     resolve_adapters,
     resolve_draft,
@@ -38,6 +39,8 @@ def check_files(files: Sequence[Path]) -> int:
                 resolve_model(file, deployment.runtime)
                 resolve_adapters(file, deployment.runtime)
                 resolve_draft(file, deployment.runtime)
+            if problems := package_problems(file, deployment):
+                raise PolicyError(*problems)
             resolve_tokenizers(file, deployment)
         except PolicyError as error:
             wrong = True

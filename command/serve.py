@@ -26,6 +26,7 @@ from policies.load import (
     PolicyError,
     key_problems,
     load,
+    package_problems,
     resolve_adapters,
     resolve_draft,
     resolve_model,
@@ -84,7 +85,8 @@ def threads_of(runtime: Runtime, environ: Mapping[str, str] = os.environ) -> int
 def plan(policy: Path) -> Plan:
     """Checks all that can be checked before anything runs. Raises PolicyError or StartError."""
     deployment = with_environment(load(policy))
-    if problems := key_problems(policy, deployment):
+    problems = key_problems(policy, deployment)
+    if problems := [*problems, *package_problems(policy, deployment)]:
         raise PolicyError(*problems)
     runtime = deployment.runtime
     model = resolve_model(policy, runtime) if runtime else None

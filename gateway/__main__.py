@@ -14,7 +14,7 @@ from gateway.app import create_app
 from gateway.edge import Live, build
 from gateway.listener import BACKLOG, Server, adopt, configure
 from gateway.reload import Origin, Reload
-from gateway.state import StoreMissing, open_state
+from gateway.state import open_state
 from policies.load import PolicyError
 
 PRIVATE_HOST = "127.0.0.1"  # where the supervisor asks one of several gateways
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         policy, replicas = origin.read()
         state = open_state(policy.gateway, os.environ, options.policy.absolute().parent)
-    except (PolicyError, StoreMissing) as error:
+    except PolicyError as error:
         print(error, file=sys.stderr)
         return 2
     if not replicas and not policy.discovery:

@@ -24,6 +24,7 @@ from policies.load import (
     key_problems,
     load,
     own_tokenizer,
+    package_problems,
     resolve_discovery,
     resolve_tokenizers,
     with_environment,
@@ -51,7 +52,8 @@ class Origin:
     def read(self) -> tuple[Deployment, list[Replica]]:
         """Raises PolicyError."""
         policy = resolve_discovery(self.file, with_environment(load(self.file), self.environ))
-        if problems := key_problems(self.file, policy, self.environ):
+        problems = key_problems(self.file, policy, self.environ)
+        if problems := [*problems, *package_problems(self.file, policy)]:
             raise PolicyError(*problems)
         if self.alone:
             gateway = policy.gateway.model_copy(update={"processes": 1})

@@ -6,7 +6,6 @@ those who keep it.
 
 from __future__ import annotations
 
-import importlib.util
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
@@ -22,10 +21,6 @@ from cache.store import Store
 from gateway.others import Others
 from gateway.replica import Replica
 from policies.schema import Gateway, StateStore
-
-
-class StoreMissing(Exception):
-    """The policy names a store that cannot be used here; the text says what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +69,7 @@ class State:
 def open_state(settings: Gateway, environ: Mapping[str, str], folder: Path) -> State:
     """The state by a policy whose file lies in `folder`; connects to nothing yet.
 
-    Raises StoreMissing, and KeyError for a password that is not set.
+    Raises KeyError for a password that is not set.
     """
     if settings.store is None:
         return in_memory(settings)
@@ -94,11 +89,6 @@ def in_memory(settings: Gateway) -> State:
 
 
 def _redis(wanted: StateStore, environ: Mapping[str, str], folder: Path) -> Store:
-    if importlib.util.find_spec("redis") is None:
-        raise StoreMissing(
-            "gateway.store needs the package redis, which is not installed: "
-            "pip install 'headgate[redis]'"
-        )
     from cache.redis_store import RedisStore
 
     password = None

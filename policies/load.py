@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ __all__ = [
     "key_problems",
     "load",
     "load_members",
+    "package_problems",
     "port_of",
     "resolve_adapters",
     "resolve_discovery",
@@ -177,6 +179,32 @@ def own_tokenizer(policy: str | Path, deployment: Deployment) -> Path | None:
         return None
     model = resolve_model(policy, deployment.runtime)
     return model if isinstance(model, Path) else None
+
+
+# What a policy asks for -> the package that it takes, and the extra of ours that installs it.
+_NEEDS = {
+    ("gateway", "store"): ("redis", "redis"),
+    ("gateway", "trim", "passages", "keep"): ("bm25s", "trim"),
+}
+
+
+def package_problems(
+    policy: str | Path,
+    deployment: Deployment,
+    installed: Callable[[str], bool] = lambda package: find_spec(package) is not None,
+) -> list[Problem]:
+    """What the policy asks for and no installed package can do, each at its line."""
+    found = []
+    for path, (package, extra) in _NEEDS.items():
+        value: Any = deployment
+        for name in path:
+            value = getattr(value, name, None)
+        if value is None or installed(package):
+            continue
+        message = f"needs the package {package}: pip install 'headgate[{extra}]'"
+        _, places, _ = _read(str(policy))
+        found.append(Problem(str(policy), message, places.of(path), dotted(path)))
+    return found
 
 
 def key_problems(

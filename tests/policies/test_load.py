@@ -11,6 +11,7 @@ from policies.load import (
     PolicyError,
     key_problems,
     load,
+    package_problems,
     port_of,
     resolve_adapters,
     resolve_folders,
@@ -306,3 +307,19 @@ def test_a_home_of_nobody_is_told_at_its_line(tmp_path: Path) -> None:
     with pytest.raises(PolicyError) as caught:
         resolve_folders(file, load(file))
     assert str(caught.value).startswith(f"{file}:4:18  runtime.tiers.disk.path")
+
+
+def test_what_needs_a_package_that_is_missing_is_told_at_its_line(tmp_path: Path) -> None:
+    """Found before anything starts, not by the first request that has passages."""
+    file = tmp_path / "policy.yaml"
+    file.write_text(
+        "version: 1\nruntime: {}\ngateway:\n  trim:\n    passages:\n      keep: 3\n"
+        "  store: {redis: 'redis://127.0.0.1:6379'}\n"
+    )
+    policy = load(file)
+    assert package_problems(file, policy, lambda _: True) == []
+    found = package_problems(file, policy, lambda _: False)
+    assert [str(one).removeprefix(str(file)) for one in found] == [
+        ":7:10  gateway.store  needs the package redis: pip install 'headgate[redis]'",
+        ":6:13  gateway.trim.passages.keep  needs the package bm25s: pip install 'headgate[trim]'",
+    ]
