@@ -111,7 +111,9 @@ async def test_a_bad_file_changes_nothing_and_is_told_once(
         if junk is None:
             file.unlink()
         else:
-            file.write_text(junk)
+            whole = tmp_path / "whole.yaml"  # read while it is written, it would be told twice
+            whole.write_text(junk)
+            whole.replace(file)
         await until(lambda: "goes on with what it knows" in caplog.text)
         await asyncio.sleep(5 * EVERY_S)
         assert caplog.text.count("goes on with what it knows") == 1
