@@ -27,6 +27,11 @@ class LlamaServer:
     """A server of one place, without a cache between prompts."""
 
     def __init__(self, folder: str, form: str, threads: int) -> None:
+        if not _SERVER.exists():
+            raise FileNotFoundError(
+                "no llama-server in this environment; build it with "
+                "`python -m benchmarks.runtime_peers --setup llama-cpp`"
+            )
         kind, guess = guessing(form)
         self._port = _free_port()
         model, draft = (

@@ -85,7 +85,7 @@ def _run(opened: Opened, asked: dict[str, Any]) -> dict[str, Any]:
     new, prompts = asked["new"], asked["prompts"]
     groups = (
         [([one], most) for one, most in zip(prompts, new, strict=True)]
-        if (isinstance(new, list))
+        if isinstance(new, list)
         else [(prompts, new)]
     )
     told: dict[str, Any] = {"wall_s": 0.0, "cpu_s": 0.0, "tokens": [], "facts": {}}
