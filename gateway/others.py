@@ -24,7 +24,7 @@ from gateway.replica import Elsewhere, Replica
 
 log = logging.getLogger("headgate.gateway")
 
-BUSY_S = 0.05  # between exchanges while anybody has anything under way
+BUSY_S = 0.02  # between exchanges while anybody has anything under way
 IDLE_S = 0.25
 NOTE_S = 2.0  # a gateway that has posted nothing for so long has nothing under way
 PEER_S = 10.0  # and is gone after this, when limits are shared without the store
@@ -33,7 +33,43 @@ LOG_KEEP = 512  # entries, each the placements of one exchange
 READ_MAX = 64  # entries in one exchange
 PLACED_MAX = 4096  # blocks of one request; placements that wait for their exchange
 PENDING, PLACED = key("pending"), key("placed")
+REMEMBERED = 0.98  # of what is learned about news, from one hearing to the next
+LITTLE = 1e-6  # nothing is learned yet
 _HEAD = struct.Struct("<8sBH")  # of a placement: replica, bytes a hash, hashes
+
+
+@dataclass(slots=True)
+class Forecast:
+    """What was heard, moved towards its mean as far as it has proved to be out of date when used.
+
+    All gateways hear the same; if each believed it, all would send to the same replica, and the
+    next news would send all to another. How far differences between replicas last from one hearing
+    to the next (their autocorrelation at lag one) is how far they are believed.
+    """
+
+    _before: dict[str, float] = field(default_factory=dict)  # differences from the mean
+    _products: float = 0.0
+    _squares: float = 0.0
+
+    @property
+    def persistence(self) -> float:
+        """From 0, differences are gone by the next hearing, to 1."""
+        if self._squares < LITTLE:
+            return 1.0
+        return min(1.0, max(0.0, self._products / self._squares))
+
+    def expect(self, heard: Mapping[str, float]) -> dict[str, float]:
+        mean = sum(heard.values()) / len(heard) if heard else 0.0
+        now = {name: value - mean for name, value in heard.items()}
+        before = self._before
+        self._products *= REMEMBERED
+        self._squares *= REMEMBERED
+        for name in now.keys() & before.keys():
+            self._products += now[name] * before[name]
+            self._squares += before[name] ** 2
+        self._before = now
+        believed = self.persistence
+        return {name: mean + believed * difference for name, difference in now.items()}
 
 
 @dataclass(slots=True)
@@ -47,6 +83,8 @@ class Others:
     _placed: list[tuple[str, Sequence[bytes]]] = field(default_factory=list)
     _cursor: str = ""
     _names: dict[bytes, str] = field(default_factory=dict)  # a replica's digest -> its URL
+    _running: Forecast = field(default_factory=Forecast)
+    _tokens: Forecast = field(default_factory=Forecast)
 
     def placed(self, replica: str, hashes: Sequence[bytes], known: int = 0) -> None:
         """A request with these blocks went there; others will count on those after `known`, which
@@ -116,9 +154,12 @@ class Others:
                 known = sums.setdefault(name, [0, 0.0])
                 known[0] += int(load[0])
                 known[1] += float(load[1])
+        loads = [sums.get(_digest(replica.url).hex(), (0, 0.0)) for replica in replicas]
+        names = [replica.url for replica in replicas]
+        running = self._running.expect(dict(zip(names, (load[0] for load in loads), strict=True)))
+        tokens = self._tokens.expect(dict(zip(names, (load[1] for load in loads), strict=True)))
         for replica in replicas:
-            running, tokens = sums.get(_digest(replica.url).hex(), (0, 0.0))
-            replica.elsewhere = Elsewhere(int(running), tokens)
+            replica.elsewhere = Elsewhere(running[replica.url], tokens[replica.url])
         return bool(sums)
 
     def _pack(self, index: PrefixIndex) -> list[bytes]:

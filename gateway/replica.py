@@ -25,7 +25,7 @@ log = logging.getLogger("headgate.gateway")
 class Elsewhere:
     """What other gateways have under way on a replica, as last heard (gateway/others.py)."""
 
-    running: int = 0
+    running: float = 0.0
     tokens: float = 0.0  # of prompts that are still to be prefilled
 
 

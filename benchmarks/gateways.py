@@ -1,0 +1,192 @@
+"""What several gateways lose against one that sees everything, apart and sharing a store.
+
+Simulated time: the gateways' own choice and their own exchange, before replicas that are queues.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import random
+import sys
+from collections import deque
+from dataclasses import dataclass, field
+from statistics import mean, median
+from typing import Any
+
+from benchmarks.lab.report import About, Goal, Measured, Settings, run
+from benchmarks.lab.samples import percentile
+from cache.failover import FailoverStore
+from cache.memory_store import MemoryStore
+from cache.prefix_index import PrefixIndex
+from gateway.others import BUSY_S, Others
+from gateway.replica import Replica
+from gateway.route import choose
+
+ABOUT = About(
+    name="gateways",
+    measures=(
+        "Requests come at random to gateways at random, which choose among replicas that work on "
+        "one request at a time, at 80 % of what they can: 1 s (`long`), 250 ms (`middle`, `burst`) "
+        "or 25 ms (`short`) each on average, exponential; in `burst` they come eight at once. "
+        "`one` is a single gateway; `apart` are four that know only of themselves; `sharing` are "
+        "four that tell each other what they have under way every 20 ms through a store, "
+        "`sharing_slowly` every 100 ms. Time is simulated; choice and exchange are the gateway's "
+        "own code. `mean_s` and `p95_s` are times from arrival to the end, medians over seeds."
+    ),
+    goals=(
+        Goal(
+            "sharing_p95",
+            1.1,
+            "at most",
+            "four that share have at most 1.1 x the p95 of one (worst of the cases)",
+        ),
+    ),
+)
+_LOAD = 0.8
+_MODEL = "m"
+
+
+Arrivals = list[tuple[float, float]]  # moments and seconds of work, in order
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """How many gateways there are, and how often they exchange; None: never."""
+
+    gateways: int
+    every_s: float | None = None
+
+
+CASES = {
+    "one": Case(1),
+    "apart": Case(4),
+    "sharing": Case(4, BUSY_S),
+    "sharing_slowly": Case(4, 5 * BUSY_S),
+}
+
+
+# replicas, seconds of work on average, requests that come together
+TRAFFIC = {
+    "long, 4 replicas": (4, 1.0, 1),
+    "middle, 4 replicas": (4, 0.25, 1),
+    "middle, 8 replicas": (8, 0.25, 1),
+    "short, 4 replicas": (4, 0.025, 1),
+    "burst, 4 replicas": (4, 0.25, 8),
+}
+
+
+@dataclass(slots=True)
+class Server:
+    """A replica as it is: it works on one request at a time, in their order."""
+
+    queue: deque[tuple[float, float, int]] = field(default_factory=deque)  # arrival, work, gateway
+
+
+class Fleet:
+    """Servers, and gateways each with its own view of them."""
+
+    def __init__(self, case: Case, servers: int) -> None:
+        self.now = 0.0
+        self.servers = [Server() for _ in range(servers)]
+        store = MemoryStore(lambda: self.now)
+        self.views = [
+            [Replica(f"http://{n}", models={_MODEL: {}}, healthy=True) for n in range(servers)]
+            for _ in range(case.gateways)
+        ]
+        self.others = [
+            Others(FailoverStore(store, when_down="local", patience_s=60), f"{n}", lambda: self.now)
+            for n in range(case.gateways)
+        ]
+        self.took_s: list[float] = []
+        self._index = PrefixIndex()
+        self._events: list[tuple[float, int, str, int]] = []
+        self._count = 0
+
+    async def run(self, arrivals: Arrivals, case: Case, rng: random.Random) -> None:
+        for number, (at, _) in enumerate(arrivals):
+            self._plan(at, "arrive", number)
+        if case.every_s is not None:
+            for gateway in range(case.gateways):
+                self._plan(rng.random() * case.every_s, "exchange", gateway)
+        left = len(arrivals)
+        while left:
+            self.now, _, what, which = heapq.heappop(self._events)
+            if what == "arrive":
+                self._arrive(arrivals[which][1], rng)
+            elif what == "finish":
+                self._finish(which)
+                left -= 1
+            else:
+                await self.others[which].exchange(self.views[which], self._index)
+                self._plan(self.now + (case.every_s or 0.0), "exchange", which)
+
+    def _plan(self, at: float, what: str, which: int) -> None:
+        self._count += 1
+        heapq.heappush(self._events, (at, self._count, what, which))
+
+    def _arrive(self, work_s: float, rng: random.Random) -> None:
+        gateway = rng.randrange(len(self.views))
+        view = self.views[gateway]
+        replica = choose(view, _MODEL, rng)
+        assert replica is not None, "all are healthy"
+        replica.in_flight += 1
+        chosen = view.index(replica)
+        queue = self.servers[chosen].queue
+        queue.append((self.now, work_s, gateway))
+        if len(queue) == 1:
+            self._plan(self.now + work_s, "finish", chosen)
+
+    def _finish(self, server: int) -> None:
+        queue = self.servers[server].queue
+        came_at, _, gateway = queue.popleft()
+        self.views[gateway][server].in_flight -= 1
+        self.took_s.append(self.now - came_at)
+        if queue:
+            self._plan(self.now + queue[0][1], "finish", server)
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run(ABOUT, measure, argv)
+
+
+def measure(settings: Settings) -> Measured:
+    """All cases before the same arrivals."""
+    requests, seeds = (300, 2) if settings.quick else (1500, 5)
+    results: dict[str, Any] = {}
+    ratios = []
+    for name, (servers, service_s, together) in TRAFFIC.items():
+        told = {}
+        for label, case in CASES.items():
+            runs = [
+                simulate(case, servers, service_s, together, requests, seed)
+                for seed in range(seeds)
+            ]
+            told[label] = {
+                "mean_s": round(median(mean(took_s) for took_s in runs), 3),
+                "p95_s": round(median(percentile(took_s, 95) for took_s in runs), 3),
+            }
+            settings.progress(f"{name}: {label} {told[label]}")
+        results[name] = told
+        ratios.append(told["sharing"]["p95_s"] / told["one"]["p95_s"])
+    return Measured(results, {"sharing_p95": round(max(ratios), 3)}, {"requests": requests})
+
+
+def simulate(
+    case: Case, servers: int, service_s: float, together: int, requests: int, seed: int
+) -> list[float]:
+    """Seconds from arrival to end of each request."""
+    rng = random.Random(seed)
+    at = 0.0
+    arrivals: Arrivals = []
+    pause_s = together * service_s / servers / _LOAD
+    while len(arrivals) < requests:
+        at += rng.expovariate(1 / pause_s)
+        arrivals += [(at, rng.expovariate(1 / service_s)) for _ in range(together)]
+    fleet = Fleet(case, servers)
+    asyncio.run(fleet.run(arrivals, case, rng))
+    return fleet.took_s
+
+
+if __name__ == "__main__":
+    sys.exit(main())
