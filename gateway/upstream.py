@@ -10,7 +10,6 @@ import asyncio
 import random
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -22,12 +21,12 @@ from gateway.client import Client
 from gateway.discovery import Source
 from gateway.fleet import Fleet
 from gateway.health import ask
-from gateway.journal import Journal
 from gateway.replica import Replica
 from gateway.response import Stale
+from gateway.rest import Rest
 from gateway.resume import Opened, Resumable
-from gateway.retries import Budget, Meaning
-from gateway.splice import Way, continuation, resumable, ways
+from gateway.retries import Budget
+from gateway.splice import resumable
 from policies.schema import Gateway
 from runtime.wire import TOKEN_IDS_HEADER, Problem
 
@@ -118,10 +117,11 @@ class Pool:
         self._budget.request(now)
         if self.settings.hedge is not None:
             self._duplicates.request(now, len(call.body))
-        opened = await self._attempts(call, lambda: self.replicas).answer()
-        answer: Opened = opened
-        if self._resumes(call) and opened.status == 200 and opened.is_stream:
-            answer = Resumable(opened, call, self._go_on)
+        first = await self._attempts(call, lambda: self.replicas).answer()
+        answer: Opened = first
+        if self._resumes(call) and first.status == 200 and first.is_stream:
+            rest = Rest(lambda: self.replicas, self._attempts, self._budget)
+            answer = Resumable(first, call, rest.open)
         well: bool | None = None  # a client that leaves says nothing of the replica
         try:
             yield answer
@@ -142,34 +142,6 @@ class Pool:
 
     def _resumes(self, call: Call) -> bool:
         return self.settings.resume == "auto" and resumable(call)
-
-    async def _go_on(
-        self, call: Call, journal: Journal, failed: Sequence[Replica]
-    ) -> tuple[Answer, Way]:
-        """The rest of an answer, by another replica if one can, and how. Raises Problem."""
-        failure = problems.no_replica(call.model, [replica.state() for replica in self.replicas])
-        if not self._budget.take(asyncio.get_running_loop().time()):
-            raise failure
-        others = [replica for replica in self.replicas if replica not in failed]
-        for group in (others, failed):
-            for way in Way:
-                able = [one for one in group if way in ways(one.kind, call, journal)]
-                if way is Way.TEXT:
-                    able = [one for one in able if one.continues]
-                rest = replace(call, body=continuation(call, journal, way)) if able else call
-                while able:
-                    try:
-                        answer = await self._attempts(rest, able.copy).answer()
-                    except Problem as problem:
-                        failure = problem
-                        break
-                    if answer.status == 200 and answer.meaning is Meaning.ANSWER:
-                        return answer, way
-                    answer.close(well=answer.well)
-                    able.remove(refused := answer.attempt.replica)
-                    if way is Way.TEXT and answer.meaning is Meaning.ANSWER:
-                        refused.continues = False  # its template takes no open turn
-        raise failure
 
     async def ask_all(self, path: str) -> list[dict[str, Any] | None]:
         """What each replica answers to a GET, in their order; None where that is no JSON object."""
