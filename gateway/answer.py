@@ -6,9 +6,10 @@ Knows how bytes are read from a replica; knows neither the client nor what follo
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from types import MappingProxyType
+from typing import TypeVar
 
 from gateway.replica import Replica
 from gateway.response import Cut, Response
@@ -17,6 +18,8 @@ from runtime.wire import Problem
 
 ERROR_MAX_BYTES = 2**16  # of an error's body that are read before it is judged
 ERROR_END_S = 0.5  # within which a stream that began with an error may end
+T = TypeVar("T")
+
 NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 
 
@@ -123,6 +126,22 @@ class Answer:
             return self._read.pop(0)
         return b"" if self._ended else await self._next()
 
+    async def flow(self, sink: Callable[[bytes], bool]) -> None:
+        """Gives what comes to `sink` in the moment it comes, until it has enough (True) or the end.
+        Raises Cut, and the Problem of `interrupt`."""
+        while self._read:
+            if sink(self._read.pop(0)):
+                return
+        if not self._ended:
+            await self._interruptible(self._response.flow(sink))
+
+    def pause(self) -> None:
+        """Holds the replica back: nothing more is read until `resume`."""
+        self._response.pause()
+
+    def resume(self) -> None:
+        self._response.resume()
+
     def interrupt(self, problem: Problem) -> None:
         """Makes the read that waits raise this problem."""
         if self._task is not None and self._interrupted is None:
@@ -152,9 +171,12 @@ class Answer:
         return {Meaning.ANSWER: True, Meaning.BUSY: None, Meaning.BROKEN: False}[self.meaning]
 
     async def _next(self) -> bytes:
+        return await self._interruptible(self._response.readany())
+
+    async def _interruptible(self, wait: Awaitable[T]) -> T:
         self._task = asyncio.current_task()
         try:
-            return await self._response.readany()
+            return await wait
         except asyncio.CancelledError:
             problem = self._interrupted
             assert self._task is not None

@@ -12,6 +12,7 @@ from gateway import problems
 from gateway.admission import Admitted
 from gateway.call import Call, ClientGone, parse_call, read_body, request_id
 from gateway.edge import Edge, Live
+from gateway.listener import OUTGOING
 from gateway.relay import Silence, relay
 from gateway.reply import Reply
 from gateway.usage import usage_of
@@ -30,7 +31,8 @@ class Completions:
         self.live = live
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        reply = Reply(send, request_id(scope["headers"]))
+        outgoing = scope["extensions"][OUTGOING]
+        reply = Reply(send, request_id(scope["headers"]), outgoing)
         try:
             await self._answer(scope, receive, reply)
         except ClientGone:

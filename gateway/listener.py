@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 import signal
+from collections.abc import Callable
 from http import HTTPStatus
 from types import FrameType
 from typing import Any
@@ -26,6 +27,7 @@ from runtime.wire import Problem
 HEADERS_MAX_BYTES = 2**16
 IDLE_CONNECTION_S = 60  # a kept-alive connection without a request is closed after this long
 BACKLOG = 2048
+OUTGOING = "headgate.outgoing"  # an extension of the scope: reply.Outgoing
 LINGER_S = 2.0  # the rest of a refused body is read away for so long before its connection closes
 
 
@@ -42,6 +44,7 @@ class ClientConnection(HttpToolsProtocol):
         self._deadline: asyncio.TimerHandle | None = None
         self._lingering: asyncio.TimerHandle | None = None
         self._unread: asyncio.TimerHandle | None = None
+        self.go_on: Callable[[], None] | None = None  # of a stream that waits for its client
 
     # ---- headers in time ------------------------------------------------------------------------
 
@@ -79,12 +82,14 @@ class ClientConnection(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._in_headers = False
         super().on_headers_complete()
+        outgoing = _Outgoing(self, self.cycle)
+        self.cycle.scope["extensions"] = {OUTGOING: outgoing}  # type: ignore[dict-item]  # no ASGI extension
         if self.parser.should_upgrade():
             # No upgrade is offered, and after such a request the parser reads nothing more.
             self.cycle.keep_alive = False
         else:
             self._in_body = True
-            self.cycle.transport = _Outgoing(self, self.cycle)  # type: ignore[assignment]  # what a cycle uses of one
+            self.cycle.transport = outgoing  # type: ignore[assignment]  # what a cycle uses of one
 
     def on_message_complete(self) -> None:
         self._in_body = False
@@ -158,13 +163,18 @@ class ClientConnection(HttpToolsProtocol):
 
     def resume_writing(self) -> None:
         super().resume_writing()
+        if self.go_on is not None:
+            go_on, self.go_on = self.go_on, None
+            go_on()
         if self._unread is not None:
             self._unread.cancel()
             self._unread = None
 
 
 class _Outgoing:
-    """A connection's transport as one request's answer uses it."""
+    """A connection's transport as one request's answer uses it, through ASGI or past it."""
+
+    __slots__ = ("_connection", "_cycle", "is_closing", "write")
 
     def __init__(self, connection: ClientConnection, cycle: RequestResponseCycle) -> None:
         self._connection = connection
@@ -174,6 +184,15 @@ class _Outgoing:
 
     def close(self) -> None:
         self._connection.close_after(self._cycle)
+
+    def stream(self, chunk: bytes) -> bool:
+        """A chunk of an answer whose headers went through ASGI; as uvicorn would write it."""
+        if not self._cycle.disconnected and chunk:
+            self.write(b"%x\r\n%s\r\n" % (len(chunk), chunk))
+        return not self._connection.flow.write_paused
+
+    def when_writable(self, go_on: Callable[[], None]) -> None:
+        self._connection.go_on = go_on
 
 
 def plain_answer(problem: Problem) -> bytes:

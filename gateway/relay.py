@@ -99,32 +99,50 @@ async def relay_stream(answer: Opened, reply: Reply, silence: Silence) -> None:
     if answer.encoding != "identity":
         raise problems.answer_encoded(answer.encoding)
     await reply.begin_stream(passed_headers(answer))
-    clock = silence.clock
+    passage = Passage(answer, reply, silence)
     reason = "it ended without [DONE]"
     try:
-        while not reply.terminated:
-            silence.since = clock()
-            chunk = await answer.readany()
-            silence.since = None
-            if not chunk:
-                break
-            await reply.write(chunk)
+        await answer.flow(passage.pass_on)
     except Cut as error:
         reason = str(error)
     if not reply.terminated:
         raise problems.stream_cut(reason)
-    await _linger(answer, reply)
+    if not answer.at_eof():  # mostly the end follows, after which the connection can serve again
+        with suppress(TimeoutError, Cut):
+            async with asyncio.timeout(LINGER_S):
+                await answer.flow(passage.pass_rest)
     await reply.end_stream()
 
 
-async def _linger(answer: Opened, reply: Reply) -> None:
-    """What follows [DONE]: mostly the end, after which the connection can serve again."""
-    if answer.at_eof():
-        return
-    with suppress(TimeoutError, Cut):
-        async with asyncio.timeout(LINGER_S):
-            while chunk := await answer.readany():
-                await reply.write(chunk)
+class Passage:
+    """Bytes from a replica's connection to the client's, without a task that wakes in between."""
+
+    __slots__ = ("_answer", "_reply", "_silence")
+
+    def __init__(self, answer: Opened, reply: Reply, silence: Silence) -> None:
+        self._answer = answer
+        self._reply = reply
+        self._silence = silence
+        silence.since = silence.clock()
+
+    def pass_on(self, chunk: bytes) -> bool:
+        """True after the terminator. The replica is held back while the client lags."""
+        if self._reply.write(chunk):
+            self._silence.since = self._silence.clock()
+        else:
+            self._silence.since = None
+            self._answer.pause()
+            self._reply.when_writable(self._go_on)
+        return self._reply.terminated
+
+    def pass_rest(self, chunk: bytes) -> bool:
+        """Behind the terminator."""
+        self.pass_on(chunk)
+        return False
+
+    def _go_on(self) -> None:
+        self._silence.since = self._silence.clock()
+        self._answer.resume()
 
 
 async def relay_late(answer: Opened, reply: Reply, silence: Silence) -> None:

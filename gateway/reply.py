@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Mapping, MutableMapping
-from typing import Any
+from collections.abc import Callable, Mapping, MutableMapping
+from typing import Any, Protocol
 
 from starlette.types import Message, Send
 
@@ -23,19 +23,30 @@ STREAM_HEADERS = {b"cache-control": b"no-cache", b"x-accel-buffering": b"no"}
 Headers = list[tuple[bytes, bytes]]
 
 
+class Outgoing(Protocol):
+    """The client's connection as a stream's bytes go to it, past ASGI's message for each."""
+
+    def stream(self, chunk: bytes) -> bool:
+        """Sends a piece of a body that has begun; False when the client lags behind."""
+
+    def when_writable(self, go_on: Callable[[], None]) -> None:
+        """Calls this once when the client has caught up, or gone."""
+
+
 class Reply:
     """One answer. `started`: headers are out; `streaming`: as SSE; `terminated`: after `[DONE]`.
 
     `more`: headers of the gateway's own, sent with whatever the answer is. `recent`: the last
-    bytes, in which an answer says what it took."""
+    bytes, in which an answer says what it took. Only with `outgoing` can it be a stream."""
 
     __slots__ = (
-        "_send", "_tail", "complete", "more", "recent", "request_id", "started", "streaming",
-        "terminated",
+        "_outgoing", "_send", "_tail", "complete", "more", "recent", "request_id", "started",
+        "streaming", "terminated",
     )  # fmt: skip
 
-    def __init__(self, send: Send, request_id: str) -> None:
+    def __init__(self, send: Send, request_id: str, outgoing: Outgoing | None = None) -> None:
         self._send = send
+        self._outgoing = outgoing
         self._tail = b"\n\n"
         self.request_id = request_id
         self.more: Headers = []
@@ -47,7 +58,7 @@ class Reply:
 
     def copied(self, most_bytes: int) -> Copy:
         """From now on a copy is kept of what is sent, as long as it is at most so large."""
-        self._send = copy = Copy(self._send, most_bytes)
+        self._send = self._outgoing = copy = Copy(self._send, self._outgoing, most_bytes)
         return copy
 
     # ---- whole answers --------------------------------------------------------------------------
@@ -79,14 +90,19 @@ class Reply:
             headers.append((b"content-type", b"text/event-stream; charset=utf-8"))
         await self._start(200, [*headers, *STREAM_HEADERS.items()])
 
-    async def write(self, chunk: bytes) -> None:
-        """A replica's bytes as they came. Waits while the client reads too slowly."""
+    def write(self, chunk: bytes) -> bool:
+        """A replica's bytes as they came; False when the client reads too slowly."""
         window = self._tail + chunk
         self._tail = window[-TAIL_BYTES:]
         if not self.terminated and b"[DONE]" in window and TERMINATOR.search(window):
             self.terminated = True
         self.recent.append(chunk)
-        await self._send({"type": "http.response.body", "body": chunk, "more_body": True})
+        assert self._outgoing is not None, "a stream was begun without an outgoing connection"
+        return self._outgoing.stream(chunk)
+
+    def when_writable(self, go_on: Callable[[], None]) -> None:
+        assert self._outgoing is not None
+        self._outgoing.when_writable(go_on)
 
     async def comment(self) -> None:
         """A keep-alive comment, unless it would fall into the middle of an event."""
@@ -132,10 +148,11 @@ class Reply:
 
 
 class Copy:
-    """Sits on an answer's `send` and keeps a copy of it, until it is too large to be worth it."""
+    """Sits on the ways out and keeps a copy of an answer, until it is too large to be worth it."""
 
-    def __init__(self, send: Send, most_bytes: int) -> None:
+    def __init__(self, send: Send, outgoing: Outgoing | None, most_bytes: int) -> None:
         self._send = send
+        self._outgoing = outgoing
         self._most_bytes = most_bytes
         self._status = 0
         self._headers: Headers = []
@@ -147,18 +164,29 @@ class Copy:
         self._note(message)
         await self._send(message)
 
+    def stream(self, chunk: bytes) -> bool:
+        self._add(chunk)
+        assert self._outgoing is not None
+        return self._outgoing.stream(chunk)
+
+    def when_writable(self, go_on: Callable[[], None]) -> None:
+        assert self._outgoing is not None
+        self._outgoing.when_writable(go_on)
+
     def _note(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self._status = message["status"]
             self._headers = message["headers"]
             return
-        piece = message.get("body", b"")
+        self._add(message.get("body", b""))
+        self._complete = not message.get("more_body", False)
+
+    def _add(self, piece: bytes) -> None:
         self._size_bytes += len(piece)
         if self._size_bytes > self._most_bytes:
             self._pieces = None
         if self._pieces is not None:
             self._pieces.append(piece)
-        self._complete = not message.get("more_body", False)
 
     def whole(self) -> bytes | None:
         """The body of a complete 200; None for anything else, and for what was too large."""

@@ -31,8 +31,8 @@ class Response:
     """
 
     __slots__ = (
-        "_failure", "_leave", "_loop", "_paused", "_pieces", "_sink", "_size_bytes", "_transport",
-        "_waiter", "begun", "complete", "raw_headers", "status",
+        "_failure", "_held", "_leave", "_loop", "_paused", "_pieces", "_sink", "_size_bytes",
+        "_transport", "_waiter", "begun", "complete", "raw_headers", "status",
     )  # fmt: skip
 
     def __init__(
@@ -50,7 +50,8 @@ class Response:
         self.complete = False
         self._pieces: list[bytes] = []
         self._size_bytes = 0
-        self._paused = False
+        self._held = False  # by whoever takes the bytes
+        self._paused = False  # so that nothing more is read
         self._failure: str | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._sink: Callable[[bytes], bool] | None = None
@@ -102,15 +103,12 @@ class Response:
 
     def pause(self) -> None:
         """Reads nothing more from the replica until `resume`."""
-        if self._transport is not None and not self._paused:
-            self._paused = True
-            self._transport.pause_reading()
+        self._held = True
+        self._regulate()
 
     def resume(self) -> None:
-        if self._paused:
-            self._paused = False
-            if self._transport is not None:
-                self._transport.resume_reading()
+        self._held = False
+        self._regulate()
 
     def close(self) -> None:
         """Leaves the replica, which stops its work; nothing where the answer is complete."""
@@ -123,8 +121,19 @@ class Response:
         body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
         pieces.clear()
         self._size_bytes = 0
-        self.resume()
+        if self._paused:
+            self._regulate()
         return body
+
+    def _regulate(self) -> None:
+        """Reads on, or not, by who takes the bytes and how many lie here."""
+        pause = self._held or self._size_bytes > BUFFER_MAX_BYTES
+        if self._transport is not None and pause is not self._paused:
+            self._paused = pause
+            if pause:
+                self._transport.pause_reading()
+            else:
+                self._transport.resume_reading()
 
     async def _wait(self) -> None:
         self._waiter = self._loop.create_future()
@@ -148,12 +157,13 @@ class Response:
         self._pieces.append(body)
         self._size_bytes += len(body)
         if self._size_bytes > BUFFER_MAX_BYTES:
-            self.pause()
+            self._regulate()
         self._wake()
 
     def finish(self) -> None:
         """The body is complete."""
-        self.resume()
+        if self._paused and self._transport is not None:
+            self._transport.resume_reading()
         self._transport = None
         self.complete = True
         self._wake()

@@ -68,6 +68,18 @@ class Resumable:
             if out or (fault is None and not piece):
                 return out
 
+    async def flow(self, sink: Callable[[bytes], bool]) -> None:
+        """As `Answer.flow`."""
+        while piece := await self.readany():
+            if sink(piece):
+                return
+
+    def pause(self) -> None:
+        self._answer.pause()
+
+    def resume(self) -> None:
+        self._answer.resume()
+
     def interrupt(self, problem: Problem) -> None:
         self._answer.interrupt(problem)
 

@@ -200,6 +200,13 @@ class Sent:
     async def __call__(self, message: Any) -> None:
         self.body += message.get("body", b"")
 
+    def stream(self, chunk: bytes) -> bool:
+        self.body += chunk
+        return True
+
+    def when_writable(self, go_on: Any) -> None:
+        raise AssertionError("it is always writable")
+
 
 def drive(coroutine: Any) -> None:
     with pytest.raises(StopIteration):
@@ -217,9 +224,9 @@ def test_the_terminator_is_found_however_the_stream_is_split(data: st.DataObject
         stream += b"data:" + data.draw(st.sampled_from([b" ", b""])) + b"[DONE]" + line_end * 2
     cuts = sorted(data.draw(st.lists(st.integers(0, len(stream)), max_size=8)))
     sent = Sent()
-    reply = Reply(sent, "id")
+    reply = Reply(sent, "id", sent)
     for start, stop in zip([0, *cuts], [*cuts, len(stream)], strict=True):
-        drive(reply.write(stream[start:stop]))
+        assert reply.write(stream[start:stop])
     assert sent.body == stream
     assert reply.terminated is ended
     if ended:

@@ -307,3 +307,34 @@ async def test_a_client_that_reads_nothing_is_dropped_in_the_end() -> None:
         await until(lambda: edge.pool.in_flight == 0)
         await until(lambda: fake.running == 0)
         writer.transport.abort()
+
+
+@on_loop
+async def test_a_client_that_reads_late_holds_the_replica_back_and_gets_every_byte() -> None:
+    """Memory stays bounded while it sleeps; then the stream goes on to its end."""
+    sent = 0
+    chunks = 8000  # of 5,700 bytes each: more than all sockets on the way hold
+
+    async def answer(peer: Peer) -> None:
+        nonlocal sent
+        await peer.head()
+        for _ in range(chunks):
+            await peer.chunk(CHUNK * 100)
+            sent += 1
+        await peer.chunk(DONE)
+        await peer.end()
+
+    async with upstream(answer) as fake, gateway(fake) as edge:
+        reader, writer = await edge.send(STREAMED)
+        writer.transport.pause_reading()
+        before = -1
+        while before != sent or not sent:
+            before = sent
+            await asyncio.sleep(0.1)
+        assert sent < chunks / 2
+        writer.transport.resume_reading()
+        await reader.readuntil(b"\r\n\r\n")
+        pieces: list[bytes] = []
+        while size := int(await reader.readline(), 16):
+            pieces.append((await reader.readexactly(size + 2))[:-2])
+        assert b"".join(pieces) == CHUNK * 100 * chunks + DONE
