@@ -6,6 +6,7 @@ Only whole events that are JSON pass; half of one is held until the rest comes, 
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from typing import Any
 
 import orjson
@@ -17,7 +18,10 @@ EVENT_END = re.compile(rb"\n\n|\r\n\r\n|\r\r")
 DATA = re.compile(rb"(?:^|[\r\n])data:[ ]?([^\r\n]*)")
 SAID_MAX_CHARS = 2**20  # an answer longer than this is not gone on with
 
-Event = tuple[bytes, dict[str, Any] | None]  # its bytes with their end; its JSON, None: it has none
+NOTHING: dict[str, Any] = {}
+
+# Its bytes with their end; its JSON, None: it has none; the tokens that were told for it.
+Event = tuple[bytes, dict[str, Any] | None, list[int]]
 
 
 class Journal:
@@ -35,17 +39,27 @@ class Journal:
         self.done = False
         self.fault: str | None = None  # what is wrong with the event that came next
         self._rest = b""
-        self._told: list[int] = []  # whose text has not come yet
+        self._told: list[int] = []  # of the event that comes next
+        self._held: list[int] = []  # of events before the next one that goes to the client
         self._chars = 0
 
     def take(self, piece: bytes) -> list[Event]:
         """The events that `piece` completes, up to the first one that is none."""
         data = self._rest + piece if self._rest else piece
+        if data.startswith(TOKEN_IDS) and (end := data.find(b"\n\n")) >= 0:
+            self._read(data[: end + 2])
+            data = data[end + 2 :]
+        if data.startswith(b"data: {") and data.find(b"\n\n") == len(data) - 2:
+            with suppress(orjson.JSONDecodeError):  # what almost every read is: one event, whole
+                chunk = orjson.loads(data[6:])
+                if "error" not in chunk:
+                    self._rest = b""
+                    return [(data, chunk, self._of_this())]
         events: list[Event] = []
         begin = 0
-        for end in EVENT_END.finditer(data):
-            event = data[begin : end.end()]
-            begin = end.end()
+        for found in EVENT_END.finditer(data):
+            event = data[begin : found.end()]
+            begin = found.end()
             try:
                 entry = self._read(event)
             except ValueError as error:
@@ -56,6 +70,10 @@ class Journal:
         self._rest = data[begin:]
         return events
 
+    def _of_this(self) -> list[int]:
+        ids, self._told = self._told, []
+        return ids
+
     def _read(self, event: bytes) -> Event | None:
         """One event; None for what is meant for us alone. Raises ValueError for no event."""
         if event.startswith(TOKEN_IDS):
@@ -64,11 +82,11 @@ class Journal:
         found = DATA.search(event)
         if found is None:
             if event.lstrip(b"\r\n").startswith((b":", b"event:", b"id:", b"retry:")):
-                return event, None
+                return event, None, []
             raise ValueError("it sent what is no event")
         if found[1].strip() == b"[DONE]":
             self.done = True
-            return event, None
+            return event, None, []
         try:
             chunk = orjson.loads(found[1])
         except orjson.JSONDecodeError:
@@ -77,32 +95,42 @@ class Journal:
             raise ValueError("it sent an event that is no chunk")
         if isinstance(chunk.get("error"), dict) and not names_content(found[1]):
             raise ValueError(f"it sent an error: {str(chunk['error'].get('message'))[:200]}")
-        return event, chunk
+        return event, chunk, self._of_this()
 
-    def note(self, chunk: dict[str, Any]) -> None:
-        """A chunk that goes to the client."""
+    def hold(self, ids: list[int]) -> None:
+        """Tokens of a chunk that the client has already, or gets with the next one."""
+        self._held += ids
+
+    def note(self, chunk: dict[str, Any], ids: list[int]) -> None:
+        """A chunk that goes to the client, and its tokens."""
         if not self.head:
             self.head = {name: chunk[name] for name in ("id", "created", "model") if name in chunk}
-        self.ids += self._told
-        self._told.clear()
+        if self._held:
+            self.ids += self._held
+            self._held.clear()
+        self.ids += ids
         for choice in chunk.get("choices") or ():
-            delta = choice.get("delta") or {}
+            delta = choice.get("delta") or NOTHING
             text = delta.get("content") or choice.get("text")
-            self.opened = self.opened or "role" in delta
-            self.finished = self.finished or choice.get("finish_reason") is not None
             if text:
                 self.text.append(text)
                 self.chunks += 1
                 self._chars += len(text)
-            if self._chars > SAID_MAX_CHARS or any(
-                value and name not in ("role", "content") for name, value in delta.items()
-            ):
+            if choice.get("finish_reason") is not None:
+                self.finished = True
+            for name in delta:
+                if name == "role":
+                    self.opened = True
+                elif name != "content" and delta[name]:
+                    self.plain = False
+            if self._chars > SAID_MAX_CHARS:
                 self.plain = False
 
     def begin_again(self, *, ids: list[int] | None) -> None:
         """Another stream goes on; `ids` are those before its first token, None: not known."""
         self._rest, self.fault = b"", None
         self._told.clear()
+        self._held.clear()
         self.ids = ids or []
         self.exact = ids is not None
 

@@ -92,14 +92,16 @@ class Resumable:
     def _pass(self, piece: bytes) -> bytes:
         """Of the events that are complete, those that the client gets. Raises Diverged."""
         out: list[bytes] = []
-        for raw, chunk in self._journal.take(piece):
+        for raw, chunk, ids in self._journal.take(piece):
             if chunk is None:
                 out.append(raw)
             elif self._splice is None:
-                self._journal.note(chunk)
+                self._journal.note(chunk, ids)
                 out.append(raw)
-            elif (spliced := self._splice.chunk(chunk)) is not None:
-                self._journal.note(spliced)
+            elif (spliced := self._splice.chunk(chunk)) is None:
+                self._journal.hold(ids)
+            else:
+                self._journal.note(spliced, ids)
                 out.append(event(spliced))
         return b"".join(out) if len(out) != 1 else out[0]
 

@@ -26,9 +26,9 @@ def said(*texts: str, ids: list[int] | None = None) -> Journal:
     journal, engine = Journal(), Engine("a")
     for at, text in enumerate(texts):
         told = f": token-ids {ids[at]}\n\n".encode() if ids else b""
-        for _, chunk in journal.take(told + engine.chunk({"content": text})):
+        for _, chunk, of_it in journal.take(told + engine.chunk({"content": text})):
             assert chunk is not None
-            journal.note(chunk)
+            journal.note(chunk, of_it)
     return journal
 
 
@@ -51,10 +51,11 @@ def test_events_are_the_same_however_they_are_split(
     journal, got = Journal(), b""
     marks = sorted({0, len(stream), *(cut for cut in cuts if cut < len(stream))})
     for begin, stop in pairwise(marks):
-        for raw, chunk in journal.take(stream[begin:stop]):
+        for raw, chunk, ids in journal.take(stream[begin:stop]):
             got += raw
             if chunk is not None:
-                journal.note(chunk)
+                journal.note(chunk, ids)
+                assert journal.said == "".join(texts[: len(journal.ids)])
     assert got == shown
     assert journal.said == "".join(texts)
     assert journal.ids == list(range(len(texts)))
@@ -74,15 +75,27 @@ def test_an_event_that_is_none_is_a_fault_and_what_came_before_it_passes(bad: by
     """Nothing behind it passes either."""
     journal, good = Journal(), Engine("a").chunk({"content": "x"})
     events = journal.take(good + bad + good)
-    assert [raw for raw, _ in events] == [good]
+    assert [raw for raw, *_ in events] == [good]
     assert journal.fault is not None
+
+
+def test_tokens_belong_to_the_event_that_they_were_told_for() -> None:
+    """One that is broken or does not come takes its tokens with it: they are said again."""
+    engine = Engine("a")
+    whole = b": token-ids 1\n\n" + engine.chunk({"content": "a"})
+    for rest in (b": token-ids 2\n\n", b": token-ids 2\n\ndata: {\n\n", b": token-ids 2\n\ndata: "):
+        journal = Journal()
+        for _, chunk, ids in journal.take(whole + rest):
+            assert chunk is not None
+            journal.note(chunk, ids)
+        assert (journal.said, journal.ids) == ("a", [1])
 
 
 def test_an_error_about_the_content_is_an_answer() -> None:
     """It is the client's, as it came."""
     event = b'data: {"error":{"message":"no","code":"content_filter"}}\n\n'
     journal = Journal()
-    assert [raw for raw, _ in journal.take(event)] == [event]
+    assert [raw for raw, *_ in journal.take(event)] == [event]
     assert journal.fault is None
 
 
