@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from cache.blocks import BLOCK_TOKENS, root_hash
+from cache.blocks import BLOCK_TOKENS
 from cache.prefix_index import Mode, PrefixIndex
+from gateway.prompt import root
 from gateway.replica import Replica
 from policies.schema import Deployment
 
@@ -155,8 +156,9 @@ class KvEvents:
         replays = where.replay_endpoint is not None
         followers = []
         for rank in range(ranks):
-            root = partial(_root, model)
-            source = Source(self.index, url, rank, root, replays=replays, clock=clock)
+            source = Source(
+                self.index, url, rank, partial(root, model), replays=replays, clock=clock
+            )
             changed = partial(self._changed, url)
             followers.append(Follower(source, where.of_rank(rank), self._context, changed))
         tasks = [asyncio.create_task(follower.run()) for follower in followers]
@@ -220,10 +222,6 @@ def published_by(replica: Replica, policy: Deployment) -> tuple[Where, int] | No
 def base_model(models: Mapping[str, Mapping[str, Any]]) -> str:
     """The model that adapters are put on: the first one that names no parent."""
     return next((name for name, entry in models.items() if not entry.get("parent")), "")
-
-
-def _root(model: str, adapter: str | None, salt: str | None) -> bytes:
-    return root_hash(model=model, adapter=adapter, salt=salt)
 
 
 def _blocks(replica: Replica) -> int | None:
