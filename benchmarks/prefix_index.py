@@ -23,8 +23,8 @@ ABOUT = About(
     name="prefix_index",
     measures=(
         "One process, one thread. An index with 8 replicas and 200,000 blocks is asked for a "
-        "prompt of 1,000 blocks (16,000 tokens) of which the replicas have 300 to 1,000; prompts of as "
-        "many blocks are noted as sent, new ones and known ones; a replica with 100,000 blocks is "
+        "prompt of 1,000 blocks (16,000 tokens) of which the replicas have 300 to 1,000; prompts "
+        "of as many blocks are noted as sent, new ones and known ones; a replica with 100,000 blocks is "
         "forgotten. Bytes are what Python allocates for a block, its hash included. Events are "
         "batches as an engine publishes them, taken from their bytes into the index: one new block "
         "each in 64 answers that run, as maps and as arrays, and prompts of 128 blocks, with half "
