@@ -38,6 +38,7 @@ def main() -> None:
     headgate serve     start it
     headgate chat      talk to it, in a second terminal
     headgate doctor    if something is wrong
+    headgate explain   why a request went where it went
     """
 
 
@@ -135,6 +136,34 @@ def doctor(policy: Path | None, deep: bool, as_json: bool) -> None:
     from command.doctor import examine
 
     raise SystemExit(examine(_default(policy), deep=deep, as_json=as_json))
+
+
+@main.command(short_help="Why a request went to the replica that it went to.")
+@click.argument("receipt")
+@click.option("--url", help="Base URL. Default: http://127.0.0.1:8080, with HEADGATE_PORT's port.")
+@click.option("--policy", type=_FILE, help="Decide by this policy's routing instead.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+def explain(receipt: str, url: str | None, policy: Path | None, as_json: bool) -> None:
+    """Decide again what a receipt says was decided, and show why.
+
+    RECEIPT is the id of an answer's header x-headgate-receipt, `all` for every receipt that the
+    gateway still keeps, or a file with what GET /v1/receipts/ID or GET /v1/receipts answered.
+    HEADGATE_API_KEY is sent along where the gateway has tenants.
+
+    \b
+    Examples:
+      headgate explain rcpt_0123456789abcdef
+      headgate explain all --policy other.yaml
+
+    \b
+    Exit codes:
+      0  every decision came out as it was made, or --policy was given
+      1  nothing answers at the URL, or a decision came out differently
+      2  wrong usage, a wrong policy, or no such receipt
+    """
+    from command.explain import explain as run
+
+    raise SystemExit(run(receipt, url, policy, as_json=as_json))
 
 
 @main.group(short_help="Check a policy file, show it with its defaults, make keys for it.")

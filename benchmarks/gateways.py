@@ -10,6 +10,7 @@ import heapq
 import random
 import sys
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import mean, median
 from typing import Any
@@ -21,7 +22,7 @@ from cache.memory_store import MemoryStore
 from cache.prefix_index import PrefixIndex
 from gateway.others import BUSY_S, Others
 from gateway.replica import Replica
-from gateway.route import choose
+from gateway.route import Ask, Option, decide
 
 ABOUT = About(
     name="gateways",
@@ -76,6 +77,15 @@ TRAFFIC = {
 }
 
 
+def _choose(view: Sequence[Replica], rng: random.Random) -> int:
+    """By load alone: what is compared is what several gateways know of it."""
+    options = [
+        Option(one.url, one.in_flight + one.elsewhere.running, 0.0, 0, 0.0, 0.0, 0.0, one.weight)
+        for one in view
+    ]
+    return decide(options, Ask(0, 0, 0.0, "least_loaded", rng.random())).at
+
+
 @dataclass(slots=True)
 class Server:
     """A replica as it is: it works on one request at a time, in their order."""
@@ -128,8 +138,7 @@ class Fleet:
     def _arrive(self, work_s: float, rng: random.Random) -> None:
         gateway = rng.randrange(len(self.views))
         view = self.views[gateway]
-        replica = choose(view, _MODEL, rng)
-        assert replica is not None, "all are healthy"
+        replica = view[_choose(view, rng)]
         replica.in_flight += 1
         chosen = view.index(replica)
         queue = self.servers[chosen].queue

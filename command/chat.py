@@ -36,7 +36,7 @@ def talk(
 ) -> int:
     """One answer for a message or for what stdin holds, else a chat; the exit code."""
     try:
-        base = _base(url)
+        base = base_url(url)
         if message is None and not sys.stdin.isatty():
             message = sys.stdin.buffer.read().decode("utf-8").strip()
             if not message:
@@ -69,7 +69,8 @@ def _begin(base: str, model: str | None, system: str | None, temperature: float 
     return Talk(base, name, system, sampling=sampling_of(models.get(name, {}), temperature))
 
 
-def _base(url: str | None) -> str:
+def base_url(url: str | None) -> str:
+    """Where the gateway is. Raises AnswerError."""
     port = port_of()
     if url is None and port == 0:
         raise AnswerError(

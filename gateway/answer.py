@@ -14,6 +14,7 @@ from typing import TypeVar
 from gateway.replica import Replica
 from gateway.response import Cut, Response
 from gateway.retries import Meaning, error_in_band, meaning
+from gateway.routing import Booking
 from runtime.wire import Problem
 
 ERROR_MAX_BYTES = 2**16  # of an error's body that are read before it is judged
@@ -26,10 +27,13 @@ NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 class Attempt:
     """One request sent to one replica: its place there, and what its end says of the replica."""
 
-    __slots__ = ("_clock", "began", "ended", "replica", "trial")
+    __slots__ = ("_clock", "began", "booking", "ended", "replica", "trial")
 
-    def __init__(self, replica: Replica, clock: asyncio.AbstractEventLoop) -> None:
+    def __init__(
+        self, replica: Replica, clock: asyncio.AbstractEventLoop, booking: Booking
+    ) -> None:
         self._clock = clock
+        self.booking = booking
         self.replica = replica
         self.began = clock.time()
         self.ended = False
@@ -51,6 +55,7 @@ class Attempt:
         if self.ended:
             return
         self.ended = True
+        self.booking.end()
         self.replica.in_flight -= 1
         circuit, now = self.replica.circuit, self._clock.time()
         if well is None:

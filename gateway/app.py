@@ -16,7 +16,16 @@ from gateway.chat import Completions
 from gateway.doorway import Doorway
 from gateway.edge import Live
 from gateway.reload import Reload
-from gateway.status import Allowed, fingerprints, health, model, models, unknown_path
+from gateway.status import (
+    Allowed,
+    fingerprints,
+    health,
+    model,
+    models,
+    receipt,
+    receipts,
+    unknown_path,
+)
 
 
 def create_app(live: Live, reload: Reload | None = None) -> ASGIApp:
@@ -33,6 +42,8 @@ def create_app(live: Live, reload: Reload | None = None) -> ASGIApp:
         Route(COMPLETIONS_PATH, Allowed("POST", Completions(COMPLETIONS_PATH, live))),
         Route("/health", Allowed("GET", health(live))),
         Route("/v1/fingerprint", Allowed("GET", fingerprints(live))),
+        Route("/v1/receipts", Allowed("GET", receipts(live))),
+        Route("/v1/receipts/{id}", Allowed("GET", receipt(live))),
         Route("/v1/models", Allowed("GET", models(live))),
         Route("/v1/models/{model:path}", Allowed("GET", model(live))),
     ]

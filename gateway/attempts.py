@@ -20,9 +20,11 @@ from gateway.call import Call
 from gateway.client import Unreachable
 from gateway.exchange import Late, Send, exchange
 from gateway.hedge import due_s, race, spare
+from gateway.receipt import Tried
 from gateway.replica import Replica
 from gateway.response import Failed, Stale
 from gateway.retries import Budget, Meaning, retry_after_s
+from gateway.routing import Trip
 from policies.schema import Gateway
 from runtime.wire import Problem
 
@@ -31,15 +33,6 @@ PAUSE_S = 0.05  # before a replica is asked again, doubled each time; with up to
 REST_MAX_S = 30.0  # a replica that is busy is avoided no longer, whatever its Retry-After says
 DEADLINE_HEADER = "x-slo-deadline-ms"
 TTFT_HEADER = "x-slo-ttft-ms"
-
-
-@dataclass(frozen=True, slots=True)
-class Tried:
-    """One attempt, for the receipt."""
-
-    url: str
-    outcome: str
-    after_s: float
 
 
 @dataclass(slots=True)
@@ -52,7 +45,7 @@ class Attempts:
     duplicates: Budget  # of bytes of prompts that are sent twice at once
     rng: random.Random
     send: Send
-    choose: Callable[[Iterable[Replica], str], Replica | None]
+    trip: Trip  # chooses among replicas
     replicas: Callable[[], Iterable[Replica]]
     why_none: Callable[[str], Problem]
     passed: set[Replica] = field(default_factory=set)
@@ -117,7 +110,7 @@ class Attempts:
 
     async def _once(self, replica: Replica) -> Answer:
         """One request to one replica, whose place there is given back unless an answer comes."""
-        attempt = Attempt(replica, asyncio.get_running_loop())
+        attempt = Attempt(replica, asyncio.get_running_loop(), self.trip.book(replica))
         self.made += 1
         outcome, well = "left", None
         try:
@@ -128,6 +121,8 @@ class Attempts:
             )  # fmt: skip
             outcome = str(answer.status)
             attempt.answered(stream=self.call.stream)
+            if answer.meaning is Meaning.ANSWER:
+                attempt.booking.first_token()
             return answer
         except Unreachable as error:
             outcome, well = "unreachable", False
@@ -173,8 +168,10 @@ class Attempts:
         ]
         rested = [replica for replica in may if replica.rests_until <= now]
         model = self.call.model
-        chosen = self.choose(rested, model)
-        return chosen if chosen or awake or len(rested) == len(may) else self.choose(may, model)
+        chosen = self.trip.choose(rested, model)
+        if chosen or awake or len(rested) == len(may):
+            return chosen
+        return self.trip.choose(may, model)
 
     async def _again(self, replica: Replica, failure: Answer | Problem) -> bool:
         """Whether to try once more, after the wait that it takes; a bad answer is closed then."""

@@ -10,15 +10,14 @@ from starlette.types import Receive, Scope, Send
 
 from gateway import problems
 from gateway.admission import Admitted
-from gateway.call import Call, ClientGone, parse_call, read_body, request_id
+from gateway.call import ClientGone, parse_call, read_body, request_id
 from gateway.edge import Edge, Live
 from gateway.listener import OUTGOING
 from gateway.relay import Silence, relay
 from gateway.reply import Reply
+from gateway.routing import Trip
 from gateway.usage import usage_of
 from runtime.wire import Problem
-
-BYTES_PER_TOKEN = 4  # of a body, for what is decided before anybody has counted
 
 log = logging.getLogger("headgate.gateway")
 
@@ -65,9 +64,11 @@ class Completions:
                 return
             clock = asyncio.get_running_loop().time
             silence = Silence(edge.settings, reply, stream=call.stream, clock=clock)
-            tokens = len(call.body) // BYTES_PER_TOKEN
-            place = edge.admission.place(call, tenant, service, tokens)
-            work = attend(self._forward(edge, call, place, reply, silence), receive, silence)
+            prompt = await edge.prompts.read(call)
+            trip = edge.routing.trip(call, prompt, service.tier, tenant.name)
+            reply.more.append((b"x-headgate-receipt", trip.receipt.id.encode()))
+            place = edge.admission.place(call, tenant, service, prompt.tokens)
+            work = attend(self._forward(edge, trip, place, reply, silence), receive, silence)
             await within(edge.settings.total_timeout_s, work)
             if recall:
                 recall.keep()
@@ -75,17 +76,20 @@ class Completions:
             edge.pool.leave()
 
     async def _forward(
-        self, edge: Edge, call: Call, place: Admitted, reply: Reply, silence: Silence
+        self, edge: Edge, trip: Trip, place: Admitted, reply: Reply, silence: Silence
     ) -> None:
         """Waits for the call's turn, opens it on a replica and relays the answer."""
+        call = trip.call
         async with place:
             reply.more += place.headers()
-            async with edge.pool.open(call) as answer:
+            async with edge.pool.open(call, trip) as answer:
                 if answer.status == 200:
                     place.began()
                 silence.answering(answer.interrupt)
                 await relay(answer, reply, silence, stream=call.stream)
-                place.used(usage_of(reply.recent))
+                usage = usage_of(reply.recent)
+                place.used(usage)
+                trip.served(answer.attempt.booking, usage)
 
 
 async def within(limit_s: float | None, work: Coroutine[None, None, None]) -> None:

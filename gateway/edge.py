@@ -25,6 +25,7 @@ from gateway.limits import Limits
 from gateway.prompt import Prompts
 from gateway.replica import Replica
 from gateway.response_cache import Answers, Recall
+from gateway.routing import Routing
 from gateway.shorten import Shortener
 from gateway.state import State, in_memory
 from gateway.tiers import Tiers
@@ -42,6 +43,7 @@ class Edge:
     keys: Keys
     tiers: Tiers
     prompts: Prompts
+    routing: Routing
     state: State  # of the process: the same for every edge
     admission: Admission
     shortener: Shortener
@@ -98,6 +100,11 @@ def build(
         random.Random(),  # noqa: S311  # who is sent away, no secret
         before.admission if before is not None else None,
     )
+    events = before.events if before else KvEvents(PrefixIndex())
+    ladder = before.ladder if before else Ladder()
+    routing = Routing(
+        settings.routing, events.index, ladder, state.sent, before.routing if before else None
+    )
     return Edge(
         policy=policy,
         pool=pool,
@@ -105,9 +112,10 @@ def build(
         tiers=Tiers.of(settings, secret),
         prompts=prompts,
         state=state,
+        routing=routing,
         admission=admission,
-        events=before.events if before else KvEvents(PrefixIndex()),
-        ladder=before.ladder if before else Ladder(),
+        events=events,
+        ladder=ladder,
         shortener=Shortener(settings.trim, prompts.count, state.store),
         answers=_answers(settings.response_cache, before.answers if before else None),
     )

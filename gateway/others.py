@@ -190,7 +190,7 @@ class Others:
 
 
 def _load(replica: Replica) -> tuple[int, float]:
-    return replica.in_flight, 0.0
+    return replica.in_flight, float(replica.waiting_tokens)
 
 
 def _digest(url: str) -> bytes:

@@ -89,6 +89,11 @@ def key_wrong() -> Problem:
 # ---- the route ----------------------------------------------------------------------------------
 
 
+def receipt_not_found(name: str, kept: int) -> Problem:
+    message = f"there is no receipt {quote(name)}; the last {kept} are kept (routing.receipts)"
+    return Problem(404, message, code="receipt_not_found")
+
+
 def unknown_path(path: str) -> Problem:
     message = (
         f"nothing is served at {quote(path)}; there are /v1/chat/completions, /v1/completions, "

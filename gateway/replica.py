@@ -49,6 +49,7 @@ class Replica:
     facts: Mapping[str, Any] = field(default_factory=dict, repr=False)  # as its /health tells them
     healthy: bool = False
     in_flight: int = 0
+    waiting_tokens: int = 0  # of prompts sent from here that have no first token yet
     elsewhere: Elsewhere = NOTHING
     circuit: Circuit = field(default_factory=lambda: Circuit(Breaker()), repr=False)
     rests_until: float = 0.0  # loop time; it is busy, and others are asked first

@@ -1,48 +1,140 @@
-"""Which replica answers. Pure: knows loads and models, opens nothing."""
+"""Which replica answers. Pure: numbers in, a choice and its reasons out; the same ones again give
+the same choice, bit by bit, which is what `headgate explain` relies on.
+
+    cost = wait + (1 + alpha + busy) * compute + decode
+
+`wait` is the prefill that was sent there before and has not shown a first token, `compute` what of
+the prompt is not cached there, both at the rate that the replica has shown; `decode` what the
+requests under way there add. `alpha` prices the work that others will wait for, and `busy`, the
+share of its time that the replica has computed lately, says how many others those are.
+"""
 
 from __future__ import annotations
 
-import random
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-from gateway.replica import Elsewhere
+HINT_S = 0.001  # what a session's last replica may cost more, besides
+HINT_SHARE = 0.05  # this part of the least cost
+TIE_SHARE = 1e-9  # costs that differ by less are equal
 
 
 class Candidate(Protocol):
-    """What the choice looks at."""
+    """What a replica must be to be asked at all."""
 
     @property
     def healthy(self) -> bool: ...
     @property
     def models(self) -> Container[str]: ...
-    @property
-    def in_flight(self) -> int: ...
-    @property
-    def elsewhere(self) -> Elsewhere: ...
-    @property
-    def weight(self) -> float: ...
 
 
 C = TypeVar("C", bound=Candidate)
 
 
-def choose(replicas: Iterable[C], model: str, rng: random.Random) -> C | None:
-    """The healthy replica that serves `model` and has, with this request, the least in flight for
-    its weight; None when there is none.
+def eligible(replicas: Iterable[C], model: str) -> list[C]:
+    """Those that are well and serve the model, adapters being models of their own."""
+    return [replica for replica in replicas if replica.healthy and model in replica.models]
 
-    Ties are broken at random: by index, an idle fleet would send all requests to its first replica.
-    """
-    least: list[C] = []
-    least_load = 0.0
-    for replica in replicas:
-        if not replica.healthy or model not in replica.models:
-            continue
-        load = (replica.in_flight + replica.elsewhere.running + 1) / replica.weight
-        if not least or load < least_load:
-            least, least_load = [replica], load
-        elif load == least_load:
-            least.append(replica)
-    if len(least) > 1:
-        return rng.choice(least)
-    return least[0] if least else None
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One replica as it stands when a request is to be sent."""
+
+    url: str
+    in_flight: float  # a sum of what several gateways tell may be worn by time
+    waiting_tokens: float  # of prompts that have no first token yet, what is still to be computed
+    cached_tokens: int  # of this prompt, by the index
+    s_per_token: float  # of prefill, learned
+    s_per_answer: float  # that a request under way adds to a first token, learned
+    busy: float  # share of the time it has computed lately, 0 to 1
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """What is asked for, and how a replica is to be chosen."""
+
+    prompt_tokens: int
+    common_tokens: int  # of its beginning that most prompts share: it soon is everywhere
+    alpha: float
+    policy: str  # cost, p2c, round_robin, least_loaded
+    draw: float  # a random number from 0 to 1
+    turn: int = 0  # the how manieth choice it is
+    hint: str | None = None  # where the session was last
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """Why an option costs what it costs, in seconds."""
+
+    wait_s: float
+    compute_s: float
+    decode_s: float
+    cost_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    at: int  # of the options
+    terms: tuple[Terms, ...]
+
+
+def decide(options: Sequence[Option], ask: Ask) -> Choice:
+    """The option to take; there must be one."""
+    terms = tuple(price(option, ask) for option in options)
+    if ask.policy == "round_robin":
+        return Choice(ask.turn % len(options), terms)
+    if ask.policy == "p2c":
+        return Choice(_less_loaded_of_two(options, ask.draw), terms)
+    if ask.policy == "least_loaded":
+        costs = [_load(option) for option in options]
+    else:
+        costs = [one.cost_s for one in terms]
+    least = min(costs)
+    if ask.policy == "cost" and ask.hint is not None:
+        most = least + HINT_S + HINT_SHARE * least
+        for at, option in enumerate(options):
+            if option.url == ask.hint and costs[at] <= most:
+                return Choice(at, terms)
+    limit = least + TIE_SHARE * abs(least)
+    tied = [at for at, cost in enumerate(costs) if cost <= limit]
+    return Choice(_drawn(tied, options, ask.draw), terms)
+
+
+def price(option: Option, ask: Ask) -> Terms:
+    """The last token is computed in any case: an answer begins from it."""
+    cached = min(max(option.cached_tokens, ask.common_tokens), max(0, ask.prompt_tokens - 1))
+    compute_s = (ask.prompt_tokens - cached) * option.s_per_token
+    wait_s = option.waiting_tokens * option.s_per_token / option.weight
+    decode_s = _load(option) * option.s_per_answer
+    cost_s = wait_s + (1 + ask.alpha + option.busy) * compute_s + decode_s
+    return Terms(wait_s, compute_s, decode_s, cost_s)
+
+
+def _drawn(tied: Sequence[int], options: Sequence[Option], draw: float) -> int:
+    """One of these, by weight: by index, an idle fleet would send everything to its first."""
+    if len(tied) == 1:
+        return tied[0]
+    rest = draw * sum(options[at].weight for at in tied)
+    for at in tied:
+        rest -= options[at].weight
+        if rest < 0:
+            return at
+    return tied[-1]
+
+
+def _less_loaded_of_two(options: Sequence[Option], draw: float) -> int:
+    """Mitzenmacher, "The power of two choices in randomized load balancing" (2001)."""
+    count = len(options)
+    if count == 1:
+        return 0
+    pair = int(draw * count * (count - 1))
+    first, second = divmod(min(pair, count * (count - 1) - 1), count - 1)
+    second += second >= first
+    return first if _load(options[first]) <= _load(options[second]) else second
+
+
+def _load(option: Option) -> float:
+    """Requests under way with this one, for its weight."""
+    return (option.in_flight + 1) / option.weight

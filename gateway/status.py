@@ -76,6 +76,8 @@ def health(live: Live) -> ASGIApp:
             "state": edge.state.health(),
             "policy": {"reloads": live.reloads, "edges": live.count, "refused": live.refused},
             "cached_tokens": edge.ladder.report(),
+            "routing": edge.routing.report(),
+            "prompts": edge.prompts.report(),
         }
         if not edge.settings.trim.off:
             payload["trim"] = edge.shortener.totals.told()
@@ -119,6 +121,32 @@ def model(live: Live) -> ASGIApp:
         if name not in served:
             raise problems.model_not_found(name, sorted(served), _down(pool))
         return 200, served[name]
+
+    return _as_json(answer)
+
+
+def receipt(live: Live) -> ASGIApp:
+    """Why one request went where it went; to its tenant alone, where there are keys."""
+
+    def answer(scope: Scope) -> Answer:
+        edge = live.edge
+        tenant = edge.keys.tenant(scope["headers"]).name
+        name = scope["path_params"]["id"]
+        found = edge.routing.receipts.get(name)
+        if found is None or found.tenant != tenant:
+            raise problems.receipt_not_found(name, edge.settings.routing.receipts)
+        return 200, found.payload()
+
+    return _as_json(answer)
+
+
+def receipts(live: Live) -> ASGIApp:
+    """All receipts of the tenant that are still kept, the earliest first."""
+
+    def answer(scope: Scope) -> Answer:
+        edge = live.edge
+        kept = edge.routing.receipts.latest(edge.keys.tenant(scope["headers"]).name)
+        return 200, {"object": "list", "data": [one.payload() for one in kept]}
 
     return _as_json(answer)
 

@@ -10,10 +10,11 @@ import asyncio
 import random
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from types import TracebackType
 from typing import Any
 
-from gateway import problems, route
+from gateway import problems
 from gateway.answer import Answer, Attempt
 from gateway.attempts import Attempts
 from gateway.call import Call
@@ -26,6 +27,7 @@ from gateway.response import Stale
 from gateway.rest import Rest
 from gateway.resume import Opened, Resumable
 from gateway.retries import Budget
+from gateway.routing import Trip
 from gateway.splice import resumable
 from policies.schema import Gateway
 from runtime.wire import TOKEN_IDS_HEADER, Problem
@@ -108,7 +110,7 @@ class Pool:
             await self._empty.wait()
 
     @asynccontextmanager
-    async def open(self, call: Call) -> AsyncIterator[Opened]:
+    async def open(self, call: Call, trip: Trip) -> AsyncIterator[Opened]:
         """The answer to the call, from its first event or its headers on; closed on the way out.
 
         Replicas are tried by the rules of attempts.py. Raises Problem.
@@ -117,10 +119,10 @@ class Pool:
         self._budget.request(now)
         if self.settings.hedge is not None:
             self._duplicates.request(now, len(call.body))
-        first = await self._attempts(call, lambda: self.replicas).answer()
+        first = await self._attempts(trip, call, lambda: self.replicas).answer()
         answer: Opened = first
         if self._resumes(call) and first.status == 200 and first.is_stream:
-            rest = Rest(lambda: self.replicas, self._attempts, self._budget)
+            rest = Rest(lambda: self.replicas, partial(self._attempts, trip), self._budget)
             answer = Resumable(first, call, rest.open)
         well: bool | None = None  # a client that leaves says nothing of the replica
         try:
@@ -134,10 +136,12 @@ class Pool:
         finally:
             answer.close(well=well)
 
-    def _attempts(self, call: Call, replicas: Callable[[], Iterable[Replica]]) -> Attempts:
+    def _attempts(
+        self, trip: Trip, call: Call, replicas: Callable[[], Iterable[Replica]]
+    ) -> Attempts:
         return Attempts(
             call, self.settings, self._budget, self._duplicates, self._rng, self._send,
-            self._choose, replicas, self._why_none,
+            trip, replicas, self._why_none, tried=trip.receipt.attempts,
         )  # fmt: skip
 
     def _resumes(self, call: Call) -> bool:
@@ -148,9 +152,6 @@ class Pool:
         assert self._client is not None, "the pool is used outside of its lifespan"
         client = self._client
         return await asyncio.gather(*(ask(client, replica, path) for replica in self.replicas))
-
-    def _choose(self, replicas: Iterable[Replica], model: str) -> Replica | None:
-        return route.choose(replicas, model, self._rng)
 
     def _why_none(self, model: str) -> Problem:
         states = [replica.state() for replica in self.replicas]

@@ -17,7 +17,7 @@ class Usage:
 
     prompt_tokens: int
     answer_tokens: int
-    cached_tokens: int  # of the prompt, that the replica had already
+    cached_tokens: int | None  # of the prompt, that the replica had already; None: it does not say
 
 
 def usage_of(pieces: Iterable[bytes]) -> Usage | None:
@@ -32,4 +32,4 @@ def usage_of(pieces: Iterable[bytes]) -> Usage | None:
     if b"prompt_tokens" not in counts:
         return None
     answer = counts.get(b"completion_tokens", 0)
-    return Usage(counts[b"prompt_tokens"], answer, counts.get(b"cached_tokens", 0))
+    return Usage(counts[b"prompt_tokens"], answer, counts.get(b"cached_tokens"))

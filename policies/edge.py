@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from policies.fields import PolicyModel, refuse
 from policies.retrying import Breaker, Hedge, Retries
+from policies.routing import Routing
 from policies.slo import SHIPPED, Name, Tenant, Tier, TierTable, misfits
 from policies.state import StateStore
 from policies.trimming import ResponseCache, Trim
@@ -63,6 +64,7 @@ class Gateway(PolicyModel):
     )
     retries: Retries = Field(Retries(), description="When a request is sent again.")
     breaker: Breaker = Field(Breaker(), description="When a replica that fails is left alone.")
+    routing: Routing = Field(Routing(), description="How a replica is chosen for a request.")
     hedge: Hedge | None = Field(
         None, description="Asks a second replica while the first one is late; off."
     )

@@ -1,0 +1,91 @@
+"""Why a request went where it went: every decision with all that it was made of, kept for a while.
+
+Numbers, names of models, tiers and replicas; no text of a prompt or an answer. A receipt is told as
+JSON, from which explain.py decides again.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections import OrderedDict
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from gateway.ladder import Foreseen
+from gateway.route import Ask, Choice, Option
+
+ID_BYTES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Tried:
+    """One attempt, as it ended."""
+
+    url: str
+    outcome: str
+    after_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """One choice among replicas."""
+
+    ask: Ask
+    options: tuple[Option, ...]
+    choice: Choice
+
+
+@dataclass(slots=True)
+class Receipt:
+    """One request. Filled while it goes on."""
+
+    id: str
+    at: float  # seconds since 1970
+    tenant: str
+    model: str
+    tier: str
+    prompt_tokens: int
+    exact: bool
+    decisions: list[Decision] = field(default_factory=list)
+    attempts: list[Tried] = field(default_factory=list)
+    foreseen: Foreseen | None = None
+    foreseen_ttft_s: float | None = None
+    error_factor: float | None = None  # by which predictions for that replica were off by then
+    ttft_s: float | None = None
+    told_prompt_tokens: int | None = None
+    told_cached_tokens: int | None = None
+
+    def payload(self) -> dict[str, Any]:
+        """As JSON, all of it."""
+        told = {name: getattr(self, name) for name in self.__slots__}
+        told["decisions"] = [asdict(one) for one in self.decisions]
+        told["foreseen"] = asdict(self.foreseen) if self.foreseen else None
+        told["attempts"] = [asdict(one) for one in self.attempts]
+        return told
+
+
+class Receipts:
+    """The latest ones, by their ids."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._kept: OrderedDict[str, Receipt] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def keep(self, receipt: Receipt) -> None:
+        self._kept[receipt.id] = receipt
+        while len(self._kept) > self._most:
+            self._kept.popitem(last=False)
+
+    def get(self, name: str) -> Receipt | None:
+        return self._kept.get(name)
+
+    def latest(self, tenant: str) -> list[Receipt]:
+        """All of a tenant that are kept."""
+        return [one for one in self._kept.values() if one.tenant == tenant]
+
+
+def new_id() -> str:
+    return f"rcpt_{secrets.token_hex(ID_BYTES)}"

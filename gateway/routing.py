@@ -1,0 +1,337 @@
+"""What choosing a replica needs to know over time: rates, work under way, what is cached where.
+
+The choice itself is route.py's, what a replica shows rates.py's. Knows replicas by their URLs, so
+that what was learned outlives a change of policy.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Protocol
+
+from cache.blocks import BLOCK_TOKENS
+from cache.prefix_index import CAPACITY_BLOCKS, Mode, PrefixIndex
+from gateway.call import Call
+from gateway.ladder import Foreseen, Ladder, foresee
+from gateway.prompt import Prompt
+from gateway.rates import FIRST_S_PER_ANSWER, FIRST_S_PER_TOKEN, Common, Pace, Work
+from gateway.receipt import Decision, Receipt, Receipts, new_id
+from gateway.replica import Replica
+from gateway.route import Ask, Option, decide, eligible
+from policies.routing import Routing as Policy
+
+SESSIONS_MAX = 8192  # whose last replica is remembered
+REPLICAS_MAX = 4096
+MODELS_MAX = 64  # whose common beginnings are
+HINT_HEADERS = ("x-session-id", "x-session-affinity")
+HINT_FIELDS = ("prompt_cache_key", "user")
+HINT_CHARS_MAX = 256
+LEARNED_MIN = 3  # first tokens after which a replica's own rates count
+CAPACITY_MIN = 64  # blocks
+SHRINK, GROW = 0.9, 1.005  # of a capacity: where less was found than foreseen, and where not
+
+
+class Counted(Protocol):
+    """What an answer says that its prompt took."""
+
+    @property
+    def prompt_tokens(self) -> int: ...
+    @property
+    def cached_tokens(self) -> int | None: ...
+
+
+@dataclass(slots=True)
+class Known:
+    """What is known of one replica."""
+
+    pace: Pace = field(default_factory=Pace)
+    work: Work = field(default_factory=Work)
+    bookings: dict[int, Booking] = field(default_factory=dict)  # without a first token
+    capacity_blocks: float = CAPACITY_BLOCKS
+
+
+class Routing:
+    """All replicas. One thread."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        index: PrefixIndex,
+        ladder: Ladder,
+        tell: Callable[[str, Sequence[bytes], int], None] = lambda _url, _hashes, _known: None,
+        before: Routing | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        rng: random.Random | None = None,
+    ) -> None:
+        """Goes on with what `before` has learned. `tell`: other gateways, what was sent where."""
+        self.tell = tell
+        self.policy = policy
+        self.index = index
+        self.ladder = ladder
+        self.clock = clock
+        self.rng = rng or random.Random()  # noqa: S311  # ties between replicas, no secret
+        self.receipts = Receipts(policy.receipts)
+        self.turns: int = before.turns if before else 0  # requests that were sent
+        self.replicas: dict[str, Known] = before.replicas if before else {}
+        self.commons: OrderedDict[str, Common] = before.commons if before else OrderedDict()
+        self.sessions: OrderedDict[tuple[str, str], str] = (
+            before.sessions if before else OrderedDict()
+        )
+
+    def trip(self, call: Call, prompt: Prompt, tier: str, tenant: str) -> Trip:
+        """A request that is to be sent somewhere."""
+        return Trip(self, call, prompt, tier, tenant)
+
+    def known(self, url: str) -> Known:
+        found = self.replicas.get(url)
+        if found is None:
+            found = self.replicas[url] = Known()
+            if len(self.replicas) > REPLICAS_MAX:  # of replicas that come and go
+                self.replicas.pop(next(iter(self.replicas)))
+        return found
+
+    def common(self, model: str) -> Common:
+        found = self.commons.get(model)
+        if found is None:
+            found = self.commons[model] = Common()
+            if len(self.commons) > MODELS_MAX:
+                self.commons.popitem(last=False)
+        return found
+
+    def way(self, options: Iterable[Replica]) -> str:
+        """The policy, or what `auto` comes to: once predictions are off for half of the replicas,
+        they decide nothing."""
+        if self.policy.policy != "auto":
+            return self.policy.policy
+        wrong = [self.known(replica.url).pace.wrong for replica in options]
+        return "p2c" if 2 * sum(wrong) > len(wrong) else "cost"
+
+    def rates(self, replicas: Iterable[Replica]) -> tuple[float, float]:
+        """Seconds a token and a running answer of the usual replica, for those not yet known."""
+        seen = [known.pace for replica in replicas if (known := self.known(replica.url)).pace.seen]
+        paces = [pace for pace in seen if pace.seen >= LEARNED_MIN]
+        if not paces:
+            return FIRST_S_PER_TOKEN, FIRST_S_PER_ANSWER
+        return median(one.s_per_token for one in paces), median(one.s_per_answer for one in paces)
+
+    def report(self) -> Mapping[str, object]:
+        """For health answers: what was learned, and how wrong it has been."""
+        now = self.clock()
+        replicas = {
+            url: {
+                "prefill_tokens_per_s": round(1 / known.pace.s_per_token, 1),
+                "ms_per_request_under_way": round(1000 * known.pace.s_per_answer, 3),
+                "first_tokens_seen": known.pace.seen,
+                "error_factor": round(known.pace.factor, 3),
+                "trusted": not known.pace.wrong,
+                "waiting_tokens": round(known.work.waiting_tokens(now, known.pace.s_per_token)),
+                "busy": round(known.work.busy(now), 3),
+            }
+            for url, known in self.replicas.items()
+        }
+        return {
+            "policy": self.policy.policy,
+            "replicas": replicas,
+        }
+
+
+class Trip:
+    """One request on its way: chooses, books, and learns from what became of it."""
+
+    __slots__ = ("_chosen", "_hint", "_routing", "call", "prompt", "receipt")
+
+    def __init__(
+        self, routing: Routing, call: Call, prompt: Prompt, tier: str, tenant: str
+    ) -> None:
+        self._routing = routing
+        self.call = call
+        self.prompt = prompt
+        self._hint = session_of(call)
+        self._chosen: dict[str, tuple[Decision, Foreseen]] = {}
+        self.receipt = Receipt(
+            new_id(), time.time(), tenant, call.model, tier, prompt.tokens, prompt.exact
+        )
+
+    @property
+    def clock(self) -> Callable[[], float]:
+        return self._routing.clock
+
+    def choose(self, replicas: Iterable[Replica], model: str) -> Replica | None:
+        """Whom to send it to; None where nobody can take it. Sends nothing."""
+        able = eligible(replicas, model)
+        if not able:
+            return None
+        routing, prompt = self._routing, self.prompt
+        now = routing.clock()
+        matches = routing.index.match(prompt.hashes, now)
+        options = self._options(able, matches, now)
+        ask = Ask(
+            prompt_tokens=prompt.tokens,
+            common_tokens=routing.common(model).depth(prompt.hashes) * BLOCK_TOKENS,
+            alpha=routing.policy.alpha_of(self.receipt.tier),
+            policy=routing.way(able),
+            draw=routing.rng.random(),
+            turn=routing.turns,
+            hint=routing.sessions.get((model, self._hint)) if self._hint else None,
+        )
+        choice = decide(options, ask)
+        chosen = able[choice.at]
+        seen = foresee(prompt.tokens, matches, {one.url for one in able}, chosen.url)
+        self._chosen[chosen.url] = Decision(ask, options, choice), seen
+        return chosen
+
+    def _options(
+        self, able: Sequence[Replica], matches: Mapping[object, int], now: float
+    ) -> tuple[Option, ...]:
+        routing = self._routing
+        usual = routing.rates(able)
+        options = []
+        for replica in able:
+            known = routing.known(replica.url)
+            pace = known.pace
+            per_token, per_answer = (
+                (pace.s_per_token, pace.s_per_answer) if pace.seen >= LEARNED_MIN else usual
+            )
+            options.append(
+                Option(
+                    url=replica.url,
+                    in_flight=replica.in_flight + replica.elsewhere.running,
+                    waiting_tokens=known.work.waiting_tokens(now, per_token)
+                    + replica.elsewhere.tokens,
+                    cached_tokens=matches.get(replica.url, 0) * BLOCK_TOKENS,
+                    s_per_token=per_token,
+                    s_per_answer=per_answer,
+                    busy=known.work.busy(now),
+                    weight=replica.weight,
+                )
+            )
+        return tuple(options)
+
+    def book(self, replica: Replica) -> Booking:
+        """It is being sent there now."""
+        routing = self._routing
+        now = routing.clock()
+        known = routing.known(replica.url)
+        decision, seen = self._chosen[replica.url]
+        booking = Booking(self, replica, known, seen, now)
+        routing.turns += 1
+        self.receipt.decisions.append(decision)
+        self.receipt.foreseen = seen
+        self.receipt.foreseen_ttft_s = booking.foreseen_s
+        self.receipt.error_factor = known.pace.factor
+        routing.receipts.keep(self.receipt)
+        routing.tell(replica.url, self.prompt.hashes, booking.held)
+        routing.index.sent(replica.url, self.prompt.hashes, now)
+        routing.common(self.call.model).saw(self.prompt.hashes)
+        if self._hint:
+            routing.sessions[self.call.model, self._hint] = replica.url
+            routing.sessions.move_to_end((self.call.model, self._hint))
+            if len(routing.sessions) > SESSIONS_MAX:
+                routing.sessions.popitem(last=False)
+        return booking
+
+    def served(self, booking: Booking, counted: Counted | None) -> None:
+        """The answer is complete; `counted` where it says what its prompt took."""
+        if booking.ttft_s is None:
+            return
+        told = counted.cached_tokens if counted else None
+        prompt_tokens = counted.prompt_tokens if counted else self.prompt.tokens
+        self.receipt.told_prompt_tokens = counted.prompt_tokens if counted else None
+        self.receipt.told_cached_tokens = told
+        self._routing.ladder.served(booking.seen, prompt_tokens, told)
+        if self.call.stream:
+            self.receipt.ttft_s = booking.ttft_s
+            computed = booking.tokens if told is None else max(1, prompt_tokens - told)
+            booking.known.pace.learn(booking.ahead + computed, booking.answers, booking.ttft_s)
+        if told is not None and not booking.beside:
+            self._size(booking, told)
+
+    def _size(self, booking: Booking, told: int) -> None:
+        """A replica that has given up what was foreseen holds less than it was thought to."""
+        index, known, url = self._routing.index, booking.known, booking.replica.url
+        if index.mode(url) is not Mode.APPROXIMATE or not booking.seen.captured:
+            return
+        lost = booking.seen.captured - told > 2 * BLOCK_TOKENS
+        known.capacity_blocks *= SHRINK if lost else GROW
+        known.capacity_blocks = min(max(known.capacity_blocks, CAPACITY_MIN), CAPACITY_BLOCKS)
+        index.size(url, int(known.capacity_blocks))
+
+    def computing(self, known: Known) -> bool:
+        """Whether what is foreseen to be cached there is only just being computed."""
+        hashes = self.prompt.hashes
+        return any(
+            depth > other.held and other.hashes[depth - 1] == hashes[depth - 1]
+            for other in known.bookings.values()
+            if (depth := min(len(hashes), len(other.hashes)))
+        )
+
+
+class Booking:
+    """A prompt that was sent to a replica: counts there until its first token."""
+
+    __slots__ = (
+        "_clock", "_number", "_over", "ahead", "answers", "began", "beside", "foreseen_s",
+        "hashes", "held", "known", "replica", "seen", "tokens", "ttft_s",
+    )  # fmt: skip
+
+    def __init__(
+        self, trip: Trip, replica: Replica, known: Known, seen: Foreseen, now: float
+    ) -> None:
+        work = known.work
+        self._clock = trip.clock
+        self._over = False
+        self.replica = replica
+        self.known = known
+        self.seen = seen
+        self.began = now
+        self.beside = trip.computing(known)
+        self.tokens = max(1, seen.prompt - seen.captured)
+        self.ahead = work.waiting_tokens(now, known.pace.s_per_token)
+        self.answers = replica.in_flight
+        self.foreseen_s = known.pace.foresee_s(self.ahead + self.tokens, self.answers)
+        self.hashes = trip.prompt.hashes
+        self.held = seen.captured // BLOCK_TOKENS
+        self.ttft_s: float | None = None
+        self._number = work.book(self.tokens, now)
+        known.bookings[self._number] = self
+        replica.waiting_tokens += self.tokens
+
+    def first_token(self) -> None:
+        """The answer has begun."""
+        if self._over or self.ttft_s is not None:
+            return
+        now = self._clock()
+        self._release(now)
+        self.ttft_s = now - self.began
+        self.known.work.computed(self.tokens * self.known.pace.s_per_token, now)
+
+    def end(self) -> None:
+        """The request has left the replica. Twice is once."""
+        if self._over:
+            return
+        self._over = True
+        if self.ttft_s is None:
+            self._release(self._clock())
+
+    def _release(self, now: float) -> None:
+        self.known.work.release(self._number, now)
+        self.known.bookings.pop(self._number, None)
+        self.replica.waiting_tokens -= self.tokens
+
+
+def session_of(call: Call) -> str | None:
+    """What the client says that its request belongs to: a hint, nothing that binds."""
+    for name in HINT_HEADERS:
+        if value := call.headers.get(name):
+            return value[:HINT_CHARS_MAX]
+    for name in HINT_FIELDS:
+        value = call.data.get(name)
+        if isinstance(value, str) and value:
+            return value[:HINT_CHARS_MAX]
+    return None
