@@ -6,7 +6,7 @@ import random
 import sys
 import time
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from statistics import median
 from typing import Any
@@ -23,12 +23,13 @@ ABOUT = About(
     name="prefix_index",
     measures=(
         "One process, one thread. An index with 8 replicas and 200,000 blocks is asked for a "
-        "prompt of 1,000 blocks (16,000 tokens) of which the replicas have 300 to 1,000; prompts "
-        "of as many blocks are noted as sent, new ones and known ones; a replica with 100,000 blocks is "
-        "forgotten. Bytes are what Python allocates for a block, its hash included. Events are "
-        "batches as an engine publishes them, taken from their bytes into the index: one new block "
-        "each in 64 answers that run, as maps and as arrays, and prompts of 128 blocks, with half "
-        "as many blocks evicted; then what the index, the names and the hashes of it all take."
+        "prompt of 1,000 blocks (16,000 tokens) of which the replicas have 300 to 1,000; "
+        "prompts of as many blocks are noted as sent, new ones and known ones; a replica with "
+        "100,000 blocks is forgotten. Bytes are what Python allocates for a block, its hash "
+        "included. Events are batches as an engine publishes them, taken from their bytes "
+        "into the index: one new block each in 64 answers that run, as maps and as arrays, "
+        "and prompts of 128 blocks, with half as many blocks evicted; then what the index, "
+        "the names and the hashes of it all take."
     ),
     goals=(
         Goal("match_us", 100.0, "at most", "asked for 1,000 blocks and 8 replicas in 100 us"),
@@ -38,6 +39,10 @@ ABOUT = About(
 )
 REPLICAS, PROMPT, OTHERS = 8, 1000, 25_000
 POOL = 100_000
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run(ABOUT, measure, argv)
 
 
 def measure(settings: Settings) -> Measured:
@@ -194,4 +199,4 @@ def _drain(work: Iterator[None]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run(ABOUT, measure))
+    sys.exit(main())
