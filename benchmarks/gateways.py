@@ -161,7 +161,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def measure(settings: Settings) -> Measured:
     """All cases before the same arrivals."""
-    requests, seeds = (300, 2) if settings.quick else (1500, 5)
+    requests, seeds = (200, 2) if settings.quick else (800, 5)
     results: dict[str, Any] = {}
     ratios = []
     for name, (servers, service_s, together) in TRAFFIC.items():

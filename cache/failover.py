@@ -19,15 +19,16 @@ from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
-from cache.memory_store import Expiring, Level, MemoryStore, full
+from cache.memory_store import Expiring, MemoryStore
 from cache.outbox import Outbox
+from cache.remembered import Remembered
 from cache.store import Entries, Store, StoreDown, Taken, Want, key
 
 log = logging.getLogger("headgate.store")
 
 KNOWN_MAX = 100_000  # rules, and values, that are remembered here
 MIRROR_S = 3600.0  # a value that was read is remembered so long
-CHECK_S = 1.0  # between looks whether the far store is there and has forgotten nothing
+CHECK_S = 0.3  # between looks whether the far store is there and has forgotten nothing
 PROBE_FIRST_S, PROBE_LAST_S = 0.1, 2.0  # between looks while it is away: doubling
 EPOCH_S = 10 * 365 * 86400.0
 EPOCH = key("epoch")
@@ -68,7 +69,7 @@ class FailoverStore:
         self._patience_s = patience_s
         self._clock = clock
         self._rng = rng or random.Random()  # noqa: S311  # of pauses, no secret
-        self._rules: Expiring[tuple[Want, Level]] = Expiring(KNOWN_MAX)
+        self._rules = Remembered(clock, KNOWN_MAX)
         self._values: Expiring[bytes] = Expiring(KNOWN_MAX)
         self._near: MemoryStore | None = None  # of one outage
         self._outbox = Outbox()
@@ -101,7 +102,7 @@ class FailoverStore:
     async def take(self, wants: Sequence[Want]) -> Taken:
         taken = await self._ask(lambda: self._far.take(wants))
         if taken is not None:
-            self._learn(wants, taken)
+            self._rules.learn(wants, taken)
             return taken
         if self._when_down == "closed":
             raise StoreDown(self.error or "the store did not answer in time")
@@ -131,25 +132,15 @@ class FailoverStore:
             self._near = MemoryStore(self._clock, among=self.peers)
         return self._near
 
-    def _learn(self, wants: Sequence[Want], taken: Taken) -> None:
-        now = self._clock()
-        for want, left in zip(wants, taken.left, strict=True):
-            level = Level(left, now)
-            self._rules.set(want.key, (want, level), level.expires_at(want.rule), now)
-
     def _owe(self, changes: Sequence[Want]) -> None:
-        """Changes go to the far store, and to what is remembered of it."""
-        now = self._clock()
         for change in changes:
-            level = Level(min(full(change.rule), self._left(change) + change.amount), now)
-            self._rules.set(change.key, (change, level), level.expires_at(change.rule), now)
             self._outbox.settle(change)
         self._send()
 
     def _left(self, want: Want) -> float:
-        now = self._clock()
-        known = self._rules.get(want.key, now)
-        return known[1].later(want.rule, now).left if known else full(want.rule)
+        """Of what is known of the far store, without what it is still to be told."""
+        owed = self._outbox.changes.get(want.key)
+        return self._rules.left(want) + (owed.amount if owed is not None else 0.0)
 
     def _remembered(self, want: Want) -> Want:
         """What one of the peers may still give of a rule: its share of what was left."""
@@ -248,6 +239,7 @@ class FailoverStore:
             self.up = False
             self.outages += 1
             self._near = None
+            self._rules.believe(self._rules.heard())
             self._news.set()
             log.warning("the shared store is away, limits are %s: %s", self._when_down, error)
 
@@ -269,31 +261,36 @@ class FailoverStore:
 
     async def _look(self) -> None:
         """Whether the far store answers; what it has forgotten it is told again. StoreDown."""
-        epoch = await self._far.get(EPOCH)
+        heard = self._rules.heard()
+        try:
+            epoch = await self._far.get(EPOCH)
+        except StoreDown:
+            self._rules.believe(heard)
+            raise
+        if epoch == self._epoch:
+            self._rules.believe(heard)
         if epoch is None:
             mine = secrets.token_bytes(16)
             begun = await self._far.swap(EPOCH, None, mine, EPOCH_S)
             epoch = mine if begun else await self._far.get(EPOCH)
-        if not self.up or epoch != self._epoch:
-            while self._outbox:
-                await self._outbox.send(self._far)
         if self._epoch not in (None, epoch):
             log.warning("the shared store has forgotten; it is told what is remembered here")
             await self._tell_again()
         self._epoch = epoch
         if not self.up:
+            # After what is remembered, so that the order in which gateways come back is all the
+            # same. Not until nothing is left: under load there is always more.
+            for _ in range(self._outbox.rounds()):
+                await self._outbox.send(self._far, self._rules.changed)
             log.warning("the shared store is back")
             self.up, self.error, self._near = True, None, None
         self._send()
 
     async def _tell_again(self) -> None:
-        now = self._clock()
-        left = [
-            replace(want, amount=level.later(want.rule, now).left)
-            for want, level in self._rules.items_at(now).values()
-        ]
+        left = self._rules.all_left()
         for begin in range(0, len(left), TOGETHER):
             await self._far.restore(left[begin : begin + TOGETHER])
+        now = self._clock()
         for name, value in self._values.items_at(now).items():
             await self._far.swap(name, None, value, self._values.ends_at(name) - now)
 
@@ -304,7 +301,7 @@ class FailoverStore:
     async def _send_all(self) -> None:
         try:
             while self._outbox and self.up:
-                await self._outbox.send(self._far)
+                await self._outbox.send(self._far, self._rules.changed)
         except StoreDown as error:
             self._lose(str(error))
         finally:

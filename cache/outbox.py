@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from cache.store import Store, StoreDown, Want
@@ -26,6 +26,11 @@ class Outbox:
 
     def __bool__(self) -> bool:
         return bool(self.changes or self.values or self.counts or self.logs)
+
+    def rounds(self) -> int:
+        """How often `send` must be called for what is in it now."""
+        together = max(len(self.changes), len(self.values)) // TOGETHER + 1
+        return max(together, len(self.counts), len(self.logs))
 
     def settle(self, change: Want) -> None:
         known = self.changes.get(change.key)
@@ -49,10 +54,11 @@ class Outbox:
             waiting, _ = self.logs.setdefault(key, (deque(maxlen=keep), ttl_s))
             waiting.extend(entries)
 
-    async def send(self, store: Store) -> None:
-        """What is in it now, some at a time. Raises StoreDown; what had not arrived stays."""
+    async def send(self, store: Store, arrived: Callable[[Want], None]) -> None:
+        """Some of each kind; `arrived` is told of every change of a rule. Raises StoreDown; what
+        had not arrived stays."""
         if self.changes:
-            await self._send_changes(store)
+            await self._send_changes(store, arrived)
         if self.values:
             await self._send_values(store)
         if self.counts:
@@ -60,7 +66,7 @@ class Outbox:
         if self.logs:
             await self._send_logs(store)
 
-    async def _send_changes(self, store: Store) -> None:
+    async def _send_changes(self, store: Store, arrived: Callable[[Want], None]) -> None:
         part = [self.changes.popitem()[1] for _ in range(min(TOGETHER, len(self.changes)))]
         try:
             await store.settle(part)
@@ -68,6 +74,8 @@ class Outbox:
             for change in part:
                 self.settle(change)
             raise
+        for change in part:
+            arrived(change)
 
     async def _send_values(self, store: Store) -> None:
         """They stay in the box until they have arrived, for readers nearby."""

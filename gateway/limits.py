@@ -9,7 +9,7 @@ import datetime
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from cache.store import Bucket, Quota, Store, Taken, Want, key
+from cache.store import Bucket, Quota, Store, StoreDown, Taken, Want, key
 from gateway import problems
 from gateway.keys import Known
 
@@ -49,11 +49,15 @@ class Limits:
         self._wall = wall  # seconds since the epoch: minutes and days are those of all gateways
 
     async def take(self, tenant: Known, tokens: int) -> Allowance | None:
-        """Takes one request and `tokens`; None for a tenant without limits. Raises Problem 429."""
+        """Takes one request and `tokens`; None for a tenant without limits. Raises Problem 429, and
+        503 where the policy wants the store and it is away."""
         wants, names = wants_of(tenant, tokens, self._wall())
         if not wants:
             return None
-        taken = await self._store.take(wants)
+        try:
+            taken = await self._store.take(wants)
+        except StoreDown:
+            raise problems.limits_unknown() from None
         allowance = Allowance(wants, taken, names)
         if not taken.allowed:
             what = names[taken.short[0]]

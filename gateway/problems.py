@@ -204,6 +204,15 @@ def limit_reached(what: str, limit: float, wait_s: float, headers: Mapping[str, 
     return Problem(429, message, code=code, kind=kind, headers={**headers, "retry-after": after})
 
 
+def limits_unknown() -> Problem:
+    """The policy closes limits while the shared store is away."""
+    message = (
+        "this tenant's limits are kept in a store that does not answer now, and the policy lets "
+        "nobody through without it; try again in a second"
+    )
+    return Problem(503, message, code="limits_unknown", headers={"retry-after": "1"})
+
+
 def saturated(tier: str, wait_s: float) -> Problem:
     after = _after(wait_s)
     message = (

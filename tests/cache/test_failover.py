@@ -193,6 +193,26 @@ async def test_values_go_on_near_by_and_arrive_later() -> None:
 
 
 @run
+async def test_it_comes_back_while_changes_keep_coming() -> None:
+    """Once it waited for a moment with nothing to tell, which never comes under load."""
+    async with world() as it:
+        it.far.cut = True
+        await it.near.take([Want(A, RULE)])
+        done = asyncio.Event()
+
+        async def spend() -> None:
+            while not done.is_set():
+                await it.near.settle([Want(B, DAY, -1)])
+                await asyncio.sleep(0)
+
+        spending = asyncio.create_task(spend())
+        await it.back()
+        done.set()
+        await spending
+        assert it.near.up
+
+
+@run
 async def test_a_store_that_has_forgotten_is_told_what_is_known() -> None:
     """Flushed, or another one in its place: budgets of the day do not begin again."""
     async with world() as it:
