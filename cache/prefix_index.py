@@ -61,6 +61,7 @@ class Known:
     told: dict[tuple[int, str], Record] = field(default_factory=dict)  # by rank and medium
     mode: Mode = Mode.APPROXIMATE
     capacity_blocks: int = CAPACITY_BLOCKS
+    most_blocks: int = TOLD_BLOCKS_MAX  # it is no larger
     due: float = float("inf")  # when something of `sent` is too old
 
 
@@ -164,8 +165,15 @@ class PrefixIndex:
     # ---- what was sent ---------------------------------------------------------------------------
 
     def size(self, replica: Hashable, capacity_blocks: int) -> None:
-        """How many blocks a replica has room for."""
-        self._known(replica).capacity_blocks = max(1, capacity_blocks)
+        """How many blocks a replica is thought to have room for."""
+        known = self._known(replica)
+        known.capacity_blocks = max(1, min(capacity_blocks, known.most_blocks))
+
+    def limit(self, replica: Hashable, most_blocks: int) -> None:
+        """How many it has at most, as it says itself, whatever is thought."""
+        known = self._known(replica)
+        known.most_blocks = max(1, most_blocks)
+        known.capacity_blocks = min(known.capacity_blocks, known.most_blocks)
 
     def sent(self, replica: Hashable, hashes: Sequence[bytes], now: float) -> None:
         """A prompt went there: it will have these blocks. The ends of prompts are given up first,

@@ -103,7 +103,12 @@ def build(
     events = before.events if before else KvEvents(PrefixIndex())
     ladder = before.ladder if before else Ladder()
     routing = Routing(
-        settings.routing, events.index, ladder, state.sent, before.routing if before else None
+        settings.routing,
+        events.index,
+        ladder,
+        state.sent,
+        before.routing if before else None,
+        events.delivered,
     )
     return Edge(
         policy=policy,

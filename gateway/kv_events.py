@@ -122,7 +122,7 @@ class KvEvents:
             self._leave(replica.url)
             return
         if (blocks := _blocks(replica)) is not None:
-            self.index.size(replica.url, blocks)
+            self.index.limit(replica.url, blocks)
         published = published_by(replica, policy)
         followed = self._followed.get(replica.url)
         if published is None:
@@ -207,7 +207,12 @@ def mode_of(modes: Sequence[Mode]) -> Mode:
 
 
 def published_by(replica: Replica, policy: Deployment) -> tuple[Where, int] | None:
-    """Where a replica publishes, and its ranks: an own worker tells it, else the policy."""
+    """Where a replica publishes, and its ranks: an own worker tells it, else the policy.
+
+    None, too, where prompts are not read exactly: what it tells of tokens says nothing of them.
+    """
+    if replica.tokenizer is None:
+        return None
     if replica.own:
         told = replica.facts.get("kv_events")
         if not isinstance(told, dict) or not isinstance(told.get("endpoint"), str):

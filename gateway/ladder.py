@@ -39,8 +39,8 @@ def foresee(
     have been chosen."""
 
     def most(blocks: int) -> int:
-        # The last token is computed in any case: an answer begins from it.
-        return min(blocks * BLOCK_TOKENS, max(0, prompt_tokens - 1))
+        # The last token is computed in any case, since an answer begins from it, and so its block.
+        return min(blocks, max(0, prompt_tokens - 1) // BLOCK_TOKENS) * BLOCK_TOKENS
 
     anywhere = most(max(matches.values(), default=0))
     available = most(max((n for name, n in matches.items() if name in taking), default=0))
@@ -80,7 +80,6 @@ class Ladder:
         self.unknown += max(0, prompt_tokens - seen.anywhere)
         self.down += seen.anywhere - seen.available
         self.load += seen.available - seen.captured
-        # The last block may be computed again although it is there.
         short = seen.captured - cached_tokens
         self.evicted += max(0, short)
         self.unforeseen += max(0, -short)

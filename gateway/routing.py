@@ -65,12 +65,15 @@ class Routing:
         ladder: Ladder,
         tell: Callable[[str, Sequence[bytes], int], None] = lambda _url, _hashes, _known: None,
         before: Routing | None = None,
+        delivered: Callable[[str, int, int, int], None] = lambda *_: None,
         *,
         clock: Callable[[], float] = time.monotonic,
         rng: random.Random | None = None,
     ) -> None:
-        """Goes on with what `before` has learned. `tell`: other gateways, what was sent where."""
+        """Goes on with what `before` has learned. `tell`: other gateways, what was sent where.
+        `delivered`: who judges what replicas tell, what one found."""
         self.tell = tell
+        self.delivered = delivered
         self.policy = policy
         self.index = index
         self.ladder = ladder
@@ -251,6 +254,9 @@ class Trip:
             booking.known.pace.learn(booking.ahead + computed, booking.answers, booking.ttft_s)
         if told is not None and not booking.beside:
             self._size(booking, told)
+            if self.prompt.exact:
+                url = booking.replica.url
+                self._routing.delivered(url, booking.told, booking.held, told)
 
     def _size(self, booking: Booking, told: int) -> None:
         """A replica that has given up what was foreseen holds less than it was thought to."""
@@ -261,6 +267,12 @@ class Trip:
         known.capacity_blocks *= SHRINK if lost else GROW
         known.capacity_blocks = min(max(known.capacity_blocks, CAPACITY_MIN), CAPACITY_BLOCKS)
         index.size(url, int(known.capacity_blocks))
+
+    def told(self, url: str) -> int:
+        """Blocks of the prompt that an exactly known replica says to have in its pool."""
+        index = self._routing.index
+        exact = index.mode(url) is Mode.EXACT
+        return index.in_pool(self.prompt.hashes).get(url, 0) if exact else 0
 
     def computing(self, known: Known) -> bool:
         """Whether what is foreseen to be cached there is only just being computed."""
@@ -277,7 +289,7 @@ class Booking:
 
     __slots__ = (
         "_clock", "_number", "_over", "ahead", "answers", "began", "beside", "foreseen_s",
-        "hashes", "held", "known", "replica", "seen", "tokens", "ttft_s",
+        "hashes", "held", "known", "replica", "seen", "tokens", "told", "ttft_s",
     )  # fmt: skip
 
     def __init__(
@@ -297,6 +309,7 @@ class Booking:
         self.foreseen_s = known.pace.foresee_s(self.ahead + self.tokens, self.answers)
         self.hashes = trip.prompt.hashes
         self.held = seen.captured // BLOCK_TOKENS
+        self.told = min(self.held, trip.told(replica.url))  # of these, by its own word in its pool
         self.ttft_s: float | None = None
         self._number = work.book(self.tokens, now)
         known.bookings[self._number] = self

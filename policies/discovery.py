@@ -32,8 +32,17 @@ class Upstream(PolicyModel):
     weight: float = Field(1.0, gt=0, le=1000, description=WEIGHT)
     drain: bool = Field(False, description="Takes nothing new; what runs there goes on.")
     kv_events: FollowedEvents | None = Field(
-        None, description="Where the server tells what its KV cache holds; without, it is guessed."
+        None,
+        description="Where the server tells what its KV cache holds; without, it is guessed. Needs "
+        "`tokenizer`.",
     )
+
+    @model_validator(mode="after")
+    def _events_mean_something(self) -> Upstream:
+        if self.kv_events is not None and self.tokenizer is None:
+            raise ValueError("`kv_events` tell of tokens: give `tokenizer`, too")
+        return self
+
     tokenizer: str | None = Field(None, min_length=1, description=TOKENIZER)
 
 

@@ -66,3 +66,13 @@ class Deployment(PolicyModel):
         if self.runtime is None and not self.upstreams and not self.discovery:
             raise ValueError("nothing to serve: give `runtime`, `upstreams`, or both")
         return self
+
+    @model_validator(mode="after")
+    def _one_process_is_connected_to(self) -> Deployment:
+        bound = any(one.kv_events is not None and one.kv_events.bind for one in self.upstreams)
+        if bound and self.gateway.processes > 1:
+            raise ValueError(
+                "`kv_events.bind` is for one process: with `gateway.processes` above 1 let the "
+                "server bind, and each process connect to it"
+            )
+        return self

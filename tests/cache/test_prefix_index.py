@@ -32,6 +32,7 @@ class Plain:
     told: dict[tuple[int, str], set[bytes]] = field(default_factory=dict)
     mode: Mode = Mode.APPROXIMATE
     capacity: int = prefix_index.CAPACITY_BLOCKS
+    most: int = prefix_index.TOLD_BLOCKS_MAX
 
     def ttl_s(self) -> float:
         return PLEDGE_S if self.mode is Mode.EXACT else TTL_S
@@ -97,6 +98,7 @@ acts = st.one_of(
     st.tuples(st.just("unlearn"), replicas, st.sampled_from([None, 0, 1])),
     st.tuples(st.just("forget"), replicas),
     st.tuples(st.just("size"), replicas, st.integers(1, 8)),
+    st.tuples(st.just("limit"), replicas, st.integers(1, 8)),
     st.tuples(st.just("wait"), st.integers(1, 40)),
 )
 
@@ -135,7 +137,11 @@ def act(index: PrefixIndex, plain: dict[int, Plain], now: float, what: tuple[Any
             known.unlearn(rest[0])
         case "size":
             index.size(replica, rest[0])
-            known.capacity = rest[0]
+            known.capacity = min(rest[0], known.most)
+        case "limit":
+            index.limit(replica, rest[0])
+            known.most = rest[0]
+            known.capacity = min(known.capacity, known.most)
 
 
 @settings(max_examples=300, deadline=None)

@@ -41,6 +41,7 @@ runtime:
 upstreams:
 - url: http://127.0.0.1:8000
   api_key_env: KEY
+  tokenizer: ../tiny
   kv_events: {endpoint: "tcp://10.0.0.7:5557"}
 - {url: "https://example.org/base"}
 discovery:

@@ -159,6 +159,9 @@ def test_what_the_gateway_foresees_is_what_the_worker_finds(tmp_path: Path) -> N
                 found.append(await both.ask(path, body))
                 assert found[-1] == foreseen, body
             assert all(found[len(requests) :])
+            ladder = both.edge.live.edge.ladder
+            assert ladder.delivered == ladder.captured == sum(found)
+            assert (ladder.requests, ladder.evicted, ladder.load) == (len(found), 0, 0)
             assert found[3] == found[4] == 0, "salts keep prompts apart"
 
     on_loop(run())

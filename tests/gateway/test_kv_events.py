@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from cache.prefix_index import Mode
 from gateway.edge import Edge
 from gateway.kv_events import CONTRADICTIONS_MAX, mode_of
+from gateway.replica import Replica
 from policies.schema import Upstream
 from tests.gateway.publisher import Publisher
 from tests.gateway.publishing import sockets
 from tests.gateway.test_kv_follower import endpoints, work
-from tests.gateway.world import Fake, Front, gateway, on_loop, until, upstream
+from tests.gateway.world import Fake, Front, Peer, gateway, on_loop, until, upstream
+
+POCKET = Path(__file__).parents[2] / "pocket" / "target"
+
+
+def own(fake: Fake) -> Replica:
+    return Replica(fake.url, own=True, tokenizer=POCKET)
 
 
 async def kv_cache(edge: Front) -> dict[str, Any]:
@@ -35,7 +43,7 @@ async def test_an_own_worker_is_followed_by_what_its_health_tells() -> None:
             "kv_events": {"endpoint": live, "replay_endpoint": replay, "topic": ""},
             "blocks": {"total": 8},
         }
-        async with gateway(fake) as edge:
+        async with gateway(own(fake)) as edge:
             work(publisher, 0)
             one.publish()
             await until(lambda: index_knows(edge.live.edge, fake, publisher))
@@ -45,6 +53,7 @@ async def test_an_own_worker_is_followed_by_what_its_health_tells() -> None:
             (rank,) = told["events"]
             assert (rank["last"], rank["connected"]) == (publisher.number - 1, True)
             index = edge.live.edge.index
+            index.size(fake.url, 100)  # whatever others think
             index.sent(fake.url, [bytes([at]) * 32 for at in range(20)], 0.0)
             assert index.report(fake.url)["sent"] == 8
             fake.health = 503
@@ -60,7 +69,9 @@ async def test_a_foreign_server_is_followed_where_the_policy_says() -> None:
     publisher = Publisher()
     async with upstream(models=("m",)) as fake, sockets(publisher, live, replay) as one:
         at = {"endpoint": live, "replay_endpoint": replay}
-        foreign = Upstream.model_validate({"url": fake.url, "kv_events": at})
+        foreign = Upstream.model_validate(
+            {"url": fake.url, "tokenizer": str(POCKET), "kv_events": at}
+        )
         async with gateway(upstreams=(foreign,)) as edge:
             work(publisher, 0)
             one.publish()
@@ -73,7 +84,7 @@ async def test_events_of_a_foreign_servers_own_choice_are_not_followed() -> None
     live, replay = endpoints()
     async with upstream(models=("m",)) as fake, sockets(Publisher(), live, replay):
         fake.facts = {"kv_events": {"endpoint": live, "replay_endpoint": replay}}
-        async with gateway(upstreams=(Upstream(url=fake.url),)) as edge:
+        async with gateway(upstreams=(Upstream(url=fake.url, tokenizer=str(POCKET)),)) as edge:
             assert (await kv_cache(edge))["events"] == []
 
 
@@ -83,7 +94,7 @@ async def test_a_replica_that_does_other_than_it_told_is_read_again() -> None:
     publisher = Publisher()
     async with upstream(models=("m",)) as fake, sockets(publisher, live, replay) as one:
         fake.facts = {"kv_events": {"endpoint": live, "replay_endpoint": replay}}
-        async with gateway(fake) as edge:
+        async with gateway(own(fake)) as edge:
             work(publisher, 0)
             one.publish()
             await until(lambda: index_knows(edge.live.edge, fake, publisher))
@@ -97,6 +108,38 @@ async def test_a_replica_that_does_other_than_it_told_is_read_again() -> None:
             await until(lambda: len(one.asked) > asked)
             await until(lambda: index_knows(edge.live.edge, fake, publisher))
             assert (await kv_cache(edge))["events"][0]["holes"] == 1
+
+
+@on_loop
+async def test_answers_that_find_other_than_was_told_lead_to_it() -> None:
+    """Requests through the gateway to a replica that says it has their prompt and finds nothing of
+    it: its events are read again. Where it finds what it told, nothing happens."""
+    live, replay = endpoints()
+    publisher, prompt, cached = Publisher(), list(range(160)), [144]
+
+    async def answer(peer: Peer) -> None:
+        details = {"prompt_tokens": 160, "prompt_tokens_details": {"cached_tokens": cached[0]}}
+        await peer.json({"choices": [], "usage": details})
+
+    async with upstream(answer, models=("m",)) as fake, sockets(publisher, live, replay) as one:
+        fake.facts = {"kv_events": {"endpoint": live, "replay_endpoint": replay}}
+        async with gateway(own(fake)) as edge:
+            await edge.live.edge.prompts.loaded()
+            publisher.store(tuple(prompt))
+            publisher.step()
+            one.publish()
+            await until(lambda: index_knows(edge.live.edge, fake, publisher))
+            asked = len(one.asked)
+            for _ in range(2 * CONTRADICTIONS_MAX):
+                await edge.post({"model": "m", "prompt": prompt}, "/v1/completions")
+            assert len(one.asked) == asked
+            cached[0] = 0
+            for _ in range(CONTRADICTIONS_MAX):
+                await edge.post({"model": "m", "prompt": prompt}, "/v1/completions")
+            await until(lambda: len(one.asked) > asked)
+            ladder = edge.live.edge.ladder
+            assert ladder.captured == 3 * CONTRADICTIONS_MAX * 144
+            assert ladder.evicted == CONTRADICTIONS_MAX * 144
 
 
 def test_a_server_is_known_exactly_when_all_its_ranks_are() -> None:

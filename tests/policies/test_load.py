@@ -110,6 +110,9 @@ runtime:
     ]
 
 
+EVENTS = "upstreams: [{url: 'http://a', tokenizer: t, kv_events: %s}]"
+
+
 @pytest.mark.parametrize(
     ("line", "told"),
     [
@@ -140,6 +143,11 @@ runtime:
         ("discovery: [{file: a, dns: b, port: 1}]", "give either `file` or `dns`"),
         ("discovery: [{dns: b}]", "`dns` and `port` go together"),
         ("upstreams: [{url: 'http://a', api_key_env: 9-}]", "expected text that matches"),
+        ("upstreams: [{url: 'http://a', kv_events: {endpoint: 'tcp://b:1'}}]", "give `tokenizer`"),
+        (EVENTS % "{}", "kv_events.endpoint  missing"),
+        (EVENTS % "{endpoint: 'udp://b:1'}", "is not an endpoint such as tcp://"),
+        (EVENTS % "{endpoint: 'tcp://b:0'}", "has port 0"),
+        (EVENTS % "{endpoint: 'tcp://b:65535', ranks: 2}", "end beyond 65535"),
         ("gateway: !!map {}", "2:10  tag 'tag:yaml.org,2002:map' is not allowed"),
         ("gateway: !python/object {}", "is not allowed"),
         ("<<: {port: 1}", "merge keys (<<) are not YAML 1.2"),
@@ -323,3 +331,14 @@ def test_what_needs_a_package_that_is_missing_is_told_at_its_line(tmp_path: Path
         ":7:10  gateway.store  needs the package redis: pip install 'headgate[redis]'",
         ":6:13  gateway.trim.passages.keep  needs the package bm25s: pip install 'headgate[trim]'",
     ]
+
+
+def test_a_server_that_connects_finds_one_process(tmp_path: Path) -> None:
+    """Several would all bind the same address, and all but one would hear nothing."""
+    file = tmp_path / "policy.yaml"
+    line = EVENTS % "{endpoint: 'tcp://127.0.0.1:5557', bind: true}"
+    file.write_text(f"version: 1\n{line}\n")
+    load(file)
+    file.write_text(f"version: 1\n{line}\ngateway: {{processes: 2}}\n")
+    with pytest.raises(PolicyError, match="is for one process"):
+        load(file)
