@@ -120,7 +120,11 @@ class Admission:
             front.seen_at = now
             places = [self._own if r.own else self._foreign for r in able if r.healthy]
             places = [max(1, count // self._processes) for count in places]
-            front.room = front.capacity.room(places, self._tightest_s(front.queue, now))
+            front.room = front.capacity.room(
+                places,
+                self._tightest_s(front.queue, now),
+                ordered=all(r.own for r in able),
+            )
         return front
 
     def _forget(self) -> None:
@@ -288,8 +292,9 @@ class Admitted:
         if ticket.waiting:
             front.queue.drop(ticket)
         elif ticket.running:
-            front.queue.leave(ticket, 0)
-            self._went(front, self._admission.clock())
+            now = self._admission.clock()
+            front.queue.leave(ticket, now, 0)
+            self._went(front, now)
 
     def _tell_again(self, waited_s: float) -> None:
         """What is left of the targets, for a replica that counts from when it gets the request."""
@@ -337,7 +342,7 @@ class Admitted:
         now = admission.clock()
         if front is not None and ticket is not None and ticket.running:
             full = front.queue.waiting > 0
-            front.queue.leave(ticket, usage.answer_tokens if usage is not None else None)
+            front.queue.leave(ticket, now, usage.answer_tokens if usage is not None else None)
             self._learn(front, usage, now, full=full)
             self._went(front, now)
         if self._allowance is not None:

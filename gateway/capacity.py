@@ -38,15 +38,15 @@ class Capacity:
         self._fastest_s = math.inf
         self._changed = -math.inf
 
-    def room(self, places: list[int], target_s: float | None) -> Room:
+    def room(self, places: list[int], target_s: float | None, *, ordered: bool = True) -> Room:
         """`places`: sequences of each replica that is well; `target_s`: the tightest first token's
-        among the tiers that are asked for."""
+        among the tiers that are asked for; `ordered`: replicas know what is urgent."""
         if not places:
             return Room(0)
         wait_s = WAIT_MAX_S if target_s is None else min(WAIT_SHARE * target_s, WAIT_MAX_S)
         tokens = math.inf if self.rate is None else READ_AHEAD * self.rate * wait_s
         used = max(len(places), math.floor(sum(places) * self.share))
-        return Room(used, PROMPTS_EACH * len(places), tokens)
+        return Room(used, PROMPTS_EACH * len(places), tokens, ordered)
 
     def reading(self, now: float) -> None:
         """A prompt is on its way, where none was."""

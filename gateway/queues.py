@@ -22,6 +22,9 @@ AGED_S = 30.0
 AGED_TURN = 20  # every so manieth turn is the oldest's, once it is aged
 PATIENT_S = 300.0  # how long a request to which nothing was promised is taken to wait willingly
 RATE_WINDOW_S = 0.5
+DEMAND_S = 20.0
+SPREADS = 2.5  # standard deviations above the mean, for bursts
+LIKELY_MAX = 0.8  # of the places, at most, are kept for what a tier is likely to need
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +34,7 @@ class Room:
     places: int  # sequences
     prompts: int = 1  # that may always be on their way to their first token
     tokens: float = math.inf  # of prompts on their way to their first token, beyond those
+    ordered: bool = True  # replicas read the prompts of higher tiers first
 
 
 @dataclass(slots=True, eq=False)
@@ -57,6 +61,32 @@ class Ticket:
 
 
 @dataclass(slots=True)
+class Demand:
+    """How many of a tier are there at once, and how much that varies, over the last DEMAND_S."""
+
+    known: float = 0.0  # how much of that time has been seen: until it has, averages are of less
+    first: float = 0.0
+    second: float = 0.0
+    seen_at: float | None = None
+
+    def note(self, count: int, now: float) -> None:
+        """There have been `count` since the last note."""
+        if self.seen_at is not None:
+            weight = 1 - math.exp((self.seen_at - now) / DEMAND_S)
+            self.known += weight * (1 - self.known)
+            self.first += weight * (count - self.first)
+            self.second += weight * (count * count - self.second)
+        self.seen_at = now
+
+    def likely(self) -> float:
+        """As many as there mostly are at most."""
+        if self.known <= 0:
+            return 0.0
+        mean = self.first / self.known
+        return mean + SPREADS * math.sqrt(max(self.second / self.known - mean * mean, 0.0))
+
+
+@dataclass(slots=True)
 class Line:
     """One tier: who waits for it, and what of it runs."""
 
@@ -68,8 +98,23 @@ class Line:
     promised: float = 0.0  # price of those that wait and have a target
     others: float = 0.0  # and of those that have none
     running: int = 0
+    reading: int = 0  # prompts on their way to their first token
+    reading_tokens: int = 0
     credit: float = 0.0  # what of its share of others' turns it has not had
     asked_at: float = -math.inf
+    demand: Demand = field(default_factory=Demand)
+
+    def look(self, now: float) -> None:
+        """Notes how many run and wait, before that changes."""
+        self.demand.note(self.running + self.waiting, now)
+
+    def kept(self, places: int, *, below: bool) -> int:
+        """Places that other tiers leave free for this one: its share, and `below` it, where it has
+        a target, as many as it is likely to need."""
+        kept = self.share_of(places)
+        if below and self.rules.ttft_ms is not None:
+            kept = max(kept, math.floor(min(self.demand.likely(), LIKELY_MAX * places)))
+        return max(0, kept - self.running)
 
     def share_of(self, places: int) -> int:
         return math.floor(self.rules.reserved_share * places)
@@ -130,13 +175,16 @@ class Queue:
         self.lines = {name: Line(name, tiers[name]) for name in ranked}
         self.waiting = 0
         self.running = 0
-        self.reading = 0  # prompts on their way to their first token
-        self.reading_tokens = 0
         self.rate: float | None = None  # price a second that has gone from here, while some waited
         self._oldest: deque[Ticket] = deque()
         self._numbers = 0
         self._turns = 0
         self._window = (0.0, 0.0)  # its begin, and the price that went since
+
+    @property
+    def reading(self) -> int:
+        """Prompts on their way to their first token."""
+        return sum(line.reading for line in self.lines.values())
 
     # ---- coming and going -----------------------------------------------------------------------
 
@@ -144,7 +192,10 @@ class Queue:
         """Whether the request goes at once. If not, it is for the caller to `wait` or be gone."""
         line = self.lines[ticket.tier]
         line.asked_at = now
-        if self.waiting or not self._fits(line, ticket, room, now):
+        line.look(now)
+        if self.waiting or not self._has_place(line, room, now):
+            return False
+        if not self._readable(line, ticket, room):
             return False
         line.counters.join(ticket.tenant, ())
         self._go(line, ticket)
@@ -164,16 +215,22 @@ class Queue:
         """The next that goes now; None where nobody waits or nobody fits."""
         if not self.waiting:
             return None
-        blocked = False
-        for line, ticket, by_credit in self._candidates(now):
-            if self._fits(line, ticket, room, now, own=blocked):
-                self._stop_waiting(ticket)
-                self._credit(line, ticket, by_credit)
-                self._measure(ticket, now)
-                self._turns += 1
-                self._go(line, ticket)
-                return ticket
-            blocked = True
+        unread = math.inf  # from this priority on, prompts wait for one that is to be read first
+        for line, ticket, turn in self._candidates(now):
+            if not self._has_place(line, room, now, turn=turn):
+                continue
+            behind = line.rules.priority >= unread
+            if behind and line.running >= line.share_of(room.places):
+                continue
+            if not self._readable(line, ticket, room):
+                unread = min(unread, line.rules.priority)
+                continue
+            self._stop_waiting(ticket)
+            self._credit(line, ticket, turn)
+            self._measure(ticket, now)
+            self._turns += 1
+            self._go(line, ticket)
+            return ticket
         return None
 
     def drop(self, ticket: Ticket) -> None:
@@ -184,13 +241,15 @@ class Queue:
         """The first token of one that runs has come."""
         if ticket.reading:
             ticket.reading = False
-            self.reading -= 1
-            self.reading_tokens -= ticket.tokens
+            line = self.lines[ticket.tier]
+            line.reading -= 1
+            line.reading_tokens -= ticket.tokens
 
-    def leave(self, ticket: Ticket, answer_tokens: int | None = None) -> None:
+    def leave(self, ticket: Ticket, now: float, answer_tokens: int | None = None) -> None:
         """One that runs is done; what its answer had, where that is known."""
         self.begin(ticket)
         line = self.lines[ticket.tier]
+        line.look(now)
         ticket.running = False
         line.running -= 1
         self.running -= 1
@@ -239,11 +298,12 @@ class Queue:
     # ---- whose turn it is -----------------------------------------------------------------------
 
     def _candidates(self, now: float) -> Iterator[tuple[Line, Ticket, bool]]:
-        """In the order of their turns; the same request may come twice."""
+        """In the order of their turns, and whether it is a turn out of their tier's order; the same
+        request may come twice."""
         if self._turns % AGED_TURN == 0:
             oldest = self._oldest[0]
             if now - oldest.came > AGED_S:
-                yield self.lines[oldest.tier], oldest, False
+                yield self.lines[oldest.tier], oldest, True
         heads = [
             (line, head) for line in self.lines.values() if (head := line.head(now)) is not None
         ]
@@ -253,24 +313,31 @@ class Queue:
         for line, head in heads:
             yield line, head, False
 
-    def _fits(
-        self, line: Line, ticket: Ticket, room: Room, now: float, *, own: bool = False
-    ) -> bool:
-        """Whether it may run beside what runs; `own`: within its tier's reserved share only."""
-        if own and line.running >= line.share_of(room.places):
-            return False
+    def _has_place(self, line: Line, room: Room, now: float, *, turn: bool = False) -> bool:
+        """Whether one of this tier may run beside what runs, and what is kept for others."""
+        if not self.running:
+            return True
+        if turn:
+            return self.running < room.places
         kept = sum(
-            max(0, other.share_of(room.places) - other.running)
+            other.kept(room.places, below=other.rules.priority < line.rules.priority)
             for other in self.lines.values()
             if other is not line and other.asked_at > now - ACTIVE_S
         )
-        if self.running + kept >= room.places and self.running:
-            return False
-        return (
-            not ticket.streams
-            or self.reading < room.prompts
-            or self.reading_tokens + ticket.tokens <= room.tokens
-        )
+        return self.running + kept < room.places
+
+    def _readable(self, line: Line, ticket: Ticket, room: Room) -> bool:
+        """Whether its prompt would be read soon, behind those that are read before it."""
+        if not ticket.streams:
+            return True
+        before = [
+            other
+            for other in self.lines.values()
+            if not room.ordered or other.rules.priority <= line.rules.priority
+        ]
+        if sum(other.reading for other in before) < room.prompts:
+            return True
+        return sum(other.reading_tokens for other in before) + ticket.tokens <= room.tokens
 
     def _go(self, line: Line, ticket: Ticket) -> None:
         ticket.running = True
@@ -278,8 +345,8 @@ class Queue:
         self.running += 1
         if ticket.streams:
             ticket.reading = True
-            self.reading += 1
-            self.reading_tokens += ticket.tokens
+            line.reading += 1
+            line.reading_tokens += ticket.tokens
         line.counters.charge(ticket.tenant, ticket.price, ticket.weight)
 
     def _stop_waiting(self, ticket: Ticket) -> None:

@@ -52,7 +52,7 @@ class World:
 
     def finish(self, index: int = 0) -> list[Ticket]:
         """One that runs is done; those that go in its place."""
-        self.queue.leave(self.running.pop(index))
+        self.queue.leave(self.running.pop(index), self.now)
         return self.go()
 
     def check(self) -> None:
@@ -61,7 +61,8 @@ class World:
         assert queue.waiting == len(self.waiting)
         assert queue.running == len(self.running)
         assert queue.reading == sum(one.reading for one in self.running)
-        assert queue.reading_tokens == sum(one.tokens for one in self.running if one.reading)
+        reading = sum(line.reading_tokens for line in queue.lines.values())
+        assert reading == sum(one.tokens for one in self.running if one.reading)
         assert queue.running <= max(self.room.places, 1)
         for name, line in queue.lines.items():
             own = [one for one in self.waiting if one.tier == name]
@@ -172,6 +173,18 @@ def test_reserved_places_are_kept_until_their_tier_has_been_idle_for_a_minute() 
     assert len(here.running) == 20
 
 
+def test_a_long_prompt_of_a_lower_tier_is_in_nobodys_way() -> None:
+    """Where replicas read by priority; where they do not, it counts for everybody."""
+    for ordered in (True, False):
+        here = World(Queue(TIERS), Room(9, prompts=1, tokens=500, ordered=ordered))
+        here.come(ticket("standard", tokens=3000))
+        here.come(ticket("interactive", tokens=600))
+        here.come(ticket("standard", tokens=600))
+        assert [one.tier for one in here.running] == ["standard", "interactive"][: 1 + ordered]
+        here.queue.begin(here.running[0])
+        assert [one.tier for one in here.go()] == [] if ordered else ["interactive"]
+
+
 def test_whoever_has_waited_longest_gets_every_twentieth_turn_after_half_a_minute() -> None:
     """So that no tier without a share starves, however much comes above it."""
     here = world()
@@ -230,7 +243,7 @@ def test_the_service_gap_of_two_that_always_wait_is_within_the_bound(
     for _ in range(150):
         index = rng.randrange(len(here.running))
         done = here.running.pop(index)
-        here.queue.leave(done, real[id(done)])
+        here.queue.leave(done, here.now, real[id(done)])
         if id(done) not in before:
             served[done.tenant] += price(0, real[id(done)]) / done.weight
         for one in here.go():
