@@ -36,7 +36,7 @@ from runtime.wire import Problem
 REPLAY = ROOT.parent / "shared" / "data" / "replay" / "requests.jsonl.gz"
 LOADS = (0.5, 1.0, 1.5, 2.0, 3.0)
 WORKERS = 2
-REPEATS = 2  # of the recording, one behind the other
+REPEATS = 3  # of the recording, one behind the other
 TIERS = ("interactive", "standard", "batch")
 WARM_S = 5.0  # of each run's beginning, which are not counted
 

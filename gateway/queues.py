@@ -23,7 +23,7 @@ AGED_TURN = 20  # every so manieth turn is the oldest's, once it is aged
 PATIENT_S = 300.0  # how long a request to which nothing was promised is taken to wait willingly
 RATE_WINDOW_S = 0.5
 DEMAND_S = 20.0
-SPREADS = 2.5  # standard deviations above the mean, for bursts
+SPREADS = 2.0  # standard deviations above that, for bursts
 LIKELY_MAX = 0.8  # of the places, at most, are kept for what a tier is likely to need
 
 
@@ -78,12 +78,15 @@ class Demand:
             self.second += weight * (count * count - self.second)
         self.seen_at = now
 
-    def likely(self) -> float:
-        """As many as there mostly are at most."""
+    def likely(self, count: int) -> float:
+        """As many as there mostly are at most; `count` are there now. Requests that come by
+        themselves vary by at least the root of their number."""
         if self.known <= 0:
             return 0.0
         mean = self.first / self.known
-        return mean + SPREADS * math.sqrt(max(self.second / self.known - mean * mean, 0.0))
+        variance = self.second / self.known - mean * mean
+        middle = max(mean, count)
+        return middle + SPREADS * math.sqrt(max(variance, middle))
 
 
 @dataclass(slots=True)
@@ -113,7 +116,8 @@ class Line:
         a target, as many as it is likely to need."""
         kept = self.share_of(places)
         if below and self.rules.ttft_ms is not None:
-            kept = max(kept, math.floor(min(self.demand.likely(), LIKELY_MAX * places)))
+            likely = self.demand.likely(self.running + self.waiting)
+            kept = max(kept, math.floor(min(likely, LIKELY_MAX * places)))
         return max(0, kept - self.running)
 
     def share_of(self, places: int) -> int:

@@ -12,6 +12,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from gateway import problems
 from gateway.call import request_id
 from gateway.edge import Live
+from gateway.metrics import page
 from gateway.replica import Replica
 from gateway.reply import Reply
 from gateway.upstream import Pool
@@ -100,6 +101,17 @@ def _state(replica: Replica, now: float) -> dict[str, Any]:
         "in_flight": replica.in_flight,
         "error": replica.error,
     }
+
+
+def metrics(live: Live) -> ASGIApp:
+    """What a Prometheus server reads."""
+
+    async def app(scope: Scope, _receive: Receive, send: Send) -> None:
+        body, kind = page(live.edge)
+        reply = Reply(send, request_id(scope["headers"]))
+        await reply.whole(200, [(b"content-type", kind)], body)
+
+    return app
 
 
 def models(live: Live) -> ASGIApp:
