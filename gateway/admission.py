@@ -82,6 +82,7 @@ class Admission:
         self._own = settings.running_per_replica or sequences
         same = before is not None and before.tiers == self.tiers
         self.fronts: dict[Hashable, Front] = before.fronts if before is not None and same else {}
+        self._known: dict[str, Front] = {}  # by model, for as long as nothing has changed
         self.tallies: Tallies = before.tallies if before is not None else Tallies()
         self.answer_tokens = dict.fromkeys(self.tiers, float(ANSWER_TOKENS))
 
@@ -107,24 +108,28 @@ class Admission:
 
     def front(self, model: str, now: float) -> Front | None:
         """The queue before the replicas that serve a model; None where none is well."""
+        known = self._known.get(model)
+        if known is not None and now - known.seen_at <= ROOM_S:
+            return known
         able = [r for r in self._replicas() if model in r.models]
-        if not any(r.healthy for r in able):
+        well = [r for r in able if r.healthy]
+        if not well:
             return None
-        key = able[0].identity if len(able) == 1 else frozenset(r.identity for r in able)
+        key = frozenset(r.identity for r in able)
         front = self.fronts.get(key)
         if front is None:
             if len(self.fronts) >= SERVED_MAX:
                 self._forget()
             front = self.fronts[key] = Front(Queue(self.tiers))
-        if now - front.seen_at > ROOM_S:
-            front.seen_at = now
-            places = [self._own if r.own else self._foreign for r in able if r.healthy]
-            places = [max(1, count // self._processes) for count in places]
-            front.room = front.capacity.room(
-                places,
-                self._tightest_s(front.queue, now),
-                ordered=all(r.own for r in able),
-            )
+        if known is not front:
+            self._known = {**self._known, model: front} if len(self._known) < SERVED_MAX else {}
+        front.seen_at = now
+        places = [self._own if r.own else self._foreign for r in well]
+        front.room = front.capacity.room(
+            [max(1, count // self._processes) for count in places],
+            self._tightest_s(front.queue, now),
+            ordered=all(r.own for r in able),
+        )
         return front
 
     def _forget(self) -> None:

@@ -179,16 +179,12 @@ class Queue:
         self.lines = {name: Line(name, tiers[name]) for name in ranked}
         self.waiting = 0
         self.running = 0
+        self.reading = 0  # prompts on their way to their first token
         self.rate: float | None = None  # price a second that has gone from here, while some waited
         self._oldest: deque[Ticket] = deque()
         self._numbers = 0
         self._turns = 0
         self._window = (0.0, 0.0)  # its begin, and the price that went since
-
-    @property
-    def reading(self) -> int:
-        """Prompts on their way to their first token."""
-        return sum(line.reading for line in self.lines.values())
 
     # ---- coming and going -----------------------------------------------------------------------
 
@@ -246,6 +242,7 @@ class Queue:
         if ticket.reading:
             ticket.reading = False
             line = self.lines[ticket.tier]
+            self.reading -= 1
             line.reading -= 1
             line.reading_tokens -= ticket.tokens
 
@@ -332,7 +329,7 @@ class Queue:
 
     def _readable(self, line: Line, ticket: Ticket, room: Room) -> bool:
         """Whether its prompt would be read soon, behind those that are read before it."""
-        if not ticket.streams:
+        if not ticket.streams or self.reading < room.prompts or math.isinf(room.tokens):
             return True
         before = [
             other
@@ -349,6 +346,7 @@ class Queue:
         self.running += 1
         if ticket.streams:
             ticket.reading = True
+            self.reading += 1
             line.reading += 1
             line.reading_tokens += ticket.tokens
         line.counters.charge(ticket.tenant, ticket.price, ticket.weight)

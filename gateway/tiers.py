@@ -88,6 +88,8 @@ class Tiers:
     def told(self, call: Call, tenant: Known, service: Service) -> Call:
         """The call as a replica gets it: with what it is promised, and without the tenant's key."""
         rights = tenant.rights
+        if rights is None and not service.asked:
+            return call
         more: dict[str, str | int] = {}
         if rights is not None and rights.isolate:
             more["cache_salt"] = self.salt(tenant.name, call.data.get("cache_salt"))

@@ -70,7 +70,7 @@ def test_usage_is_read_from_the_end_of_a_stream_or_a_body() -> None:
     )
     assert usage_of([b"data: {}\n\n", event, b"data: [DONE]\n\n"]) == Usage(7, 3, 4)
     assert usage_of([event[:40], event[40:]]) == Usage(7, 3, 4)
-    assert usage_of([b'{"usage": {"prompt_tokens": 7}, "x": 1}']) == Usage(7, 0, 0)
+    assert usage_of([b'{"usage": {"prompt_tokens": 7}, "x": 1}']) == Usage(7, 0, None)
     assert usage_of([b'data: {"usage":null}']) is None
     assert usage_of([]) is None
 
@@ -80,4 +80,4 @@ def test_a_text_that_looks_like_usage_is_none() -> None:
     text = rb'{"content":"\"usage\": {\"prompt_tokens\": 9, \"completion_tokens\": 9}"}'
     assert usage_of([text]) is None
     real = text + b',"usage":{"prompt_tokens":1,"completion_tokens":2}'
-    assert usage_of([real]) == Usage(1, 2, 0)
+    assert usage_of([real]) == Usage(1, 2, None)
