@@ -35,7 +35,7 @@ class Recipe:
 
 
 # torch stands first and pinned, so that nothing after it chooses another build.
-RECIPES = (
+ENGINES = (
     Recipe(
         "transformers",
         ("bin/pip install torch==2.13.0", "bin/pip install transformers==5.23.0 accelerate"),
@@ -67,30 +67,37 @@ RECIPES = (
         ),
     ),
 )
-PEERS = tuple(recipe.peer for recipe in RECIPES)
+GATEWAYS = (
+    Recipe("smg", ("bin/pip install smg==1.13.0",)),
+    Recipe("vllm-router", ("bin/pip install vllm-router==0.1.17",)),
+    Recipe("sglang-router", ("bin/pip install sglang-router==0.3.2",)),
+    Recipe("litellm", ("bin/pip install 'litellm[proxy]==1.108.7'",)),
+)
+PEERS = tuple(recipe.peer for recipe in ENGINES)
 
 
-def told() -> str:
+def told(recipes: Sequence[Recipe] = ENGINES) -> str:
     """Every recipe, as a person would type it."""
     blocks = []
-    for recipe in RECIPES:
+    for recipe in recipes:
         lines = "\n".join(f"    {line}" for line in recipe.lines)
         blocks.append(f"  {recipe.peer}: in HEADGATE_PEERS/{recipe.peer}, after venv\n{lines}")
     return "\n".join(blocks)
 
 
-def main(chosen: Sequence[str]) -> int:
+def main(chosen: Sequence[str], recipes: Sequence[Recipe] = ENGINES) -> int:
     """Makes the chosen environments, or all; says every line before it runs. Gives the exit code.
 
     llama.cpp is compiled: it needs cmake, ninja, a C++ compiler and half an hour of two cores.
     """
-    unknown = set(chosen) - set(PEERS)
+    peers = [recipe.peer for recipe in recipes]
+    unknown = set(chosen) - set(peers)
     if unknown:
         print(
-            f"no peer {', '.join(sorted(unknown))}; there are {', '.join(PEERS)}", file=sys.stderr
+            f"no peer {', '.join(sorted(unknown))}; there are {', '.join(peers)}", file=sys.stderr
         )
         return 2
-    failed = [one.peer for one in RECIPES if (not chosen or one.peer in chosen) and not _make(one)]
+    failed = [one.peer for one in recipes if (not chosen or one.peer in chosen) and not _make(one)]
     if failed:
         print(f"not made: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0
