@@ -135,14 +135,6 @@ class PrefixIndex:
                 depths[self._names[bit]] = at
         return depths
 
-    def holders(self, block: bytes) -> int:
-        """How many replicas have a block. One that all have says nothing about where to go."""
-        mask = self._masks.get(block, 0)
-        owners = self._owners.get(mask)
-        if owners is None:
-            owners = self._fold(mask, self._owners, None)
-        return owners.bit_count()
-
     def mode(self, replica: Hashable) -> Mode:
         known = self._replicas.get(replica)
         return Mode.APPROXIMATE if known is None else known.mode

@@ -77,6 +77,7 @@ def health(live: Live) -> ASGIApp:
             "state": edge.state.health(),
             "policy": {"reloads": live.reloads, "edges": live.count, "refused": live.refused},
             "cached_tokens": edge.ladder.report(),
+            "known_blocks": len(edge.index),
             "routing": edge.routing.report(),
             "prompts": edge.prompts.report(),
         }
