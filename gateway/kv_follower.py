@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import zmq
 from zmq.utils.monitor import parse_monitor_message
@@ -26,9 +27,6 @@ REPLAYED_BYTES_MAX = 2**26
 REPLAYED_QUEUED = 64
 AT_ONCE = 64  # messages between two looks at everything else
 PIECE_S = 0.004  # of work, after which others have as much time
-REPLAY_SILENCE_S = 10.0  # a replay that brings nothing for so long has failed
-CATCH_UP_S = 10.0  # after the last batch it is asked whether there was another
-READ_AGAIN_S = 60.0  # a degraded one is read from the beginning again; doubled each time
 READ_AGAIN_MAX_S = 3600.0
 AGAIN_S = 0.1  # until a lost connection is tried again, doubled while none lasts for STEADY_S
 STEADY_S = 10.0
@@ -37,6 +35,20 @@ END = -1
 NO_NUMBER = -2
 
 log = logging.getLogger("headgate.gateway")
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """Seconds. `silence_s`: a replay that brings nothing for so long has failed; `catch_up_s`: so
+    long after the last batch it is asked whether there was another; `read_again_s`: a degraded
+    publisher is read from the beginning again, later and later."""
+
+    silence_s: float = 10.0
+    catch_up_s: float = 10.0
+    read_again_s: float = 60.0
+
+
+PATIENCE = Patience()
 
 
 class Follower:
@@ -48,6 +60,7 @@ class Follower:
         where: Where,
         context: zmq.Context[zmq.Socket[bytes]],
         changed: Callable[[], None],
+        patience: Patience = PATIENCE,
     ) -> None:
         self.source = source
         self.where = where
@@ -61,7 +74,8 @@ class Follower:
         self._replay_until = 0.0
         self._heard_at = 0.0
         self._read_again_at = 0.0
-        self._read_again_s = READ_AGAIN_S
+        self._patience = patience
+        self._read_again_s = patience.read_again_s
         self._asker: zmq.Socket[bytes] | None = None
 
     def facts(self) -> dict[str, object]:
@@ -160,7 +174,7 @@ class Follower:
         busy = False
         for frames in _messages(asker, AT_ONCE):
             busy = True
-            self._replay_until = _now() + REPLAY_SILENCE_S
+            self._replay_until = _now() + self._patience.silence_s
             number, payload = self._read(frames)
             if number == END and not payload:
                 self._close_asker()
@@ -181,12 +195,13 @@ class Follower:
         assert endpoint is not None, "a replay is wanted of a publisher that has none"
         asker = self._asker = self._context.socket(zmq.DEALER)
         asker.setsockopt(zmq.LINGER, 0)
+        asker.setsockopt(zmq.IPV6, 1)
         asker.setsockopt(zmq.RCVHWM, REPLAYED_QUEUED)
         asker.setsockopt(zmq.MAXMSGSIZE, REPLAYED_BYTES_MAX)
         asker.connect(endpoint)
         asker.send_multipart([b"", start.to_bytes(8, "big")], zmq.NOBLOCK)
         asyncio.get_running_loop().add_reader(asker.fileno(), self._bell.set)
-        self._replay_until = _now() + REPLAY_SILENCE_S
+        self._replay_until = _now() + self._patience.silence_s
 
     def _close_asker(self) -> None:
         if self._asker is not None:
@@ -199,14 +214,14 @@ class Follower:
             return
         now = _now()
         if self.source.mode is not Mode.DEGRADED:
-            self._read_again_at, self._read_again_s = 0.0, READ_AGAIN_S
+            self._read_again_at, self._read_again_s = 0.0, self._patience.read_again_s
         elif not self._read_again_at:
             self._read_again_at = now + self._read_again_s
         elif now >= self._read_again_at:
             self._read_again_at = 0.0
             self._read_again_s = min(2 * self._read_again_s, READ_AGAIN_MAX_S)
             self.source.read_again()
-        if now - self._heard_at >= CATCH_UP_S:
+        if now - self._heard_at >= self._patience.catch_up_s:
             self._heard_at = now
             self.source.catch_up()
 
@@ -230,13 +245,14 @@ class Follower:
             await asyncio.sleep(0)
             return
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(1.0):
+            async with asyncio.timeout(min(1.0, self._patience.silence_s)):
                 await self._bell.wait()
 
 
 def _live_socket(context: zmq.Context[zmq.Socket[bytes]]) -> zmq.Socket[bytes]:
     live = context.socket(zmq.SUB)
     live.setsockopt(zmq.LINGER, 0)
+    live.setsockopt(zmq.IPV6, 1)
     live.setsockopt(zmq.RCVHWM, LIVE_QUEUED)
     live.setsockopt(zmq.MAXMSGSIZE, LIVE_BYTES_MAX)
     live.setsockopt(zmq.RECONNECT_IVL_MAX, 5000)

@@ -13,10 +13,10 @@ import zmq
 from cache.prefix_index import Mode, PrefixIndex
 from command.machine import free_ports
 from gateway.kv_events import Where
-from gateway.kv_follower import LIVE_BYTES_MAX, Follower
+from gateway.kv_follower import LIVE_BYTES_MAX, PATIENCE, Follower, Patience
 from gateway.kv_source import Source
 from tests.gateway.publisher import Publisher, Style, root
-from tests.gateway.publishing import Sockets, sockets
+from tests.gateway.publishing import END, Sockets, sockets
 from tests.gateway.world import on_loop, until
 
 PROMPT = tuple(range(320))
@@ -28,13 +28,18 @@ def endpoints() -> tuple[str, str]:
 
 @contextlib.asynccontextmanager
 async def following(
-    live: str, replay: str | None, *, bind: bool = False, topic: str = "kv@"
+    live: str,
+    replay: str | None,
+    *,
+    bind: bool = False,
+    topic: str = "kv@",
+    patience: Patience = PATIENCE,
 ) -> AsyncIterator[Follower]:
     """A follower at work, and its index, for replica "r"."""
     clock = asyncio.get_running_loop().time
     source = Source(PrefixIndex(), "r", 0, root, replays=replay is not None, clock=clock)
     context = zmq.Context()
-    follower = Follower(source, Where(live, replay, topic, bind), context, lambda: None)
+    follower = Follower(source, Where(live, replay, topic, bind), context, lambda: None, patience)
     work = asyncio.create_task(follower.run())
     try:
         yield follower
@@ -189,3 +194,53 @@ async def test_a_replay_without_an_end_holds_nobody_up() -> None:
         one.answer = lambda _: endless(one)
         await until(lambda: follower.source.last > 500)
         assert follower.source.mode is not Mode.EXACT
+
+
+@on_loop
+async def test_a_last_batch_that_was_lost_is_asked_for() -> None:
+    """No gap shows it: nothing comes behind it."""
+    live, replay = endpoints()
+    publisher = Publisher()
+    async with (
+        following(live, replay, patience=Patience(catch_up_s=0.1)) as follower,
+        sockets(publisher, live, replay) as one,
+    ):
+        await until(lambda: knows(follower, publisher))
+        work(publisher, 0)
+        one.publish(lose=len(publisher.outbox))
+        await until(lambda: knows(follower, publisher))
+        assert follower.source.counts.gaps == 0
+
+
+@on_loop
+async def test_a_replay_that_nobody_answers_is_given_up_and_asked_for_again() -> None:
+    live, replay = endpoints()
+    publisher = Publisher()
+    patience = Patience(silence_s=0.1, catch_up_s=0.2)
+    async with following(live, replay, patience=patience) as follower:
+        async with sockets(publisher, live, endpoints()[1]) as one:
+            work(publisher, 0)
+            one.publish()
+            await until(lambda: follower.error == f"no replay from {replay}")
+            assert follower.source.mode is Mode.APPROXIMATE
+        async with sockets(publisher, live, replay):
+            await until(lambda: knows(follower, publisher))
+            assert follower.error is None
+
+
+@on_loop
+async def test_a_degraded_publisher_is_read_again_from_the_beginning() -> None:
+    """A hole that a replay could not fill, and later one can."""
+    live, replay = endpoints()
+    publisher = Publisher()
+    async with (
+        following(live, replay, patience=Patience(read_again_s=0.2)) as follower,
+        sockets(publisher, live, replay) as one,
+    ):
+        await until(lambda: knows(follower, publisher))
+        one.answer = lambda _: iter([[b"", END, b""]])
+        work(publisher, 0)
+        one.publish(lose=2)
+        await until(lambda: follower.source.mode is Mode.DEGRADED and follower.source.last > 2)
+        one.answer = one.all_of
+        await until(lambda: knows(follower, publisher))
