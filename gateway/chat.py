@@ -69,7 +69,7 @@ class Completions:
             reply.more.append((b"x-headgate-receipt", trip.receipt.id.encode()))
             place = edge.admission.place(call, tenant, service, prompt.tokens)
             work = attend(self._forward(edge, trip, place, reply, silence), receive, silence)
-            await within(edge.settings.total_timeout_s, work)
+            await within(service.limit_s(edge.settings.total_timeout_s), work)
             if recall:
                 recall.keep()
         finally:

@@ -271,8 +271,8 @@ def upstream_timeout(timeout_s: float) -> Problem:
 
 def request_timeout(timeout_s: float) -> Problem:
     message = (
-        f"the answer was not complete within {timeout_s:g} s; ask for less, or raise "
-        "gateway.total_timeout_s in the policy"
+        f"the answer was not complete within {timeout_s:g} s; ask for less, or for a later "
+        "deadline, or raise gateway.total_timeout_s in the policy"
     )
     return Problem(504, message, code="request_timeout")
 

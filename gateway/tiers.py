@@ -25,6 +25,7 @@ TTFT_HEADER = "x-slo-ttft-ms"
 TPOT_HEADER = "x-slo-tpot-ms"
 DEADLINE_HEADER = "x-slo-deadline-ms"
 TARGET_MS_MAX = 86_400_000.0
+DEADLINE_GRACE_S = 0.25  # in which a worker says by itself that the deadline is over
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,14 @@ class Service:
     tpot_ms: float | None
     deadline_ms: float | None
     asked: bool  # by the request or for its tenant; what nobody asked for, no replica is told
+
+    def limit_s(self, total_s: float | None) -> float | None:
+        """When the gateway itself gives up: behind a worker that knows the deadline, or at the time
+        that any answer may take."""
+        if self.deadline_ms is None:
+            return total_s
+        own_s = self.deadline_ms / 1000 + DEADLINE_GRACE_S
+        return own_s if total_s is None else min(own_s, total_s)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ import pytest
 from cache.memory_store import MemoryStore
 from gateway.keys import Known
 from gateway.limits import Limits, span, wants_of
+from gateway.replica import Replica
 from policies.schema import Tenant, Tier
 from policies.slo import key_hash
 from runtime.wire import Problem
@@ -142,6 +143,15 @@ async def test_a_deadline_counts_while_a_request_waits_and_the_replica_gets_what
         got = fake.requests[1].headers
         assert 59_000 < float(got["x-slo-deadline-ms"]) < 60_000
         assert 49_000 < float(got["x-slo-ttft-ms"]) < 50_000
+
+
+@on_loop
+async def test_a_server_that_knows_no_deadlines_is_left_when_one_is_over() -> None:
+    gate = Gate()
+    async with upstream(gate) as fake, gateway(Replica(fake.url)) as edge:
+        late = await edge.post(HELLO, headers={"x-slo-deadline-ms": "50"})
+        assert (late.status_code, late.json()["error"]["code"]) == (504, "request_timeout")
+        await until(lambda: fake.was_left)
 
 
 @on_loop
