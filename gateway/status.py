@@ -13,6 +13,7 @@ from gateway import problems
 from gateway.call import request_id
 from gateway.edge import Live
 from gateway.metrics import page
+from gateway.openapi import document
 from gateway.replica import Replica
 from gateway.reply import Reply
 from gateway.upstream import Pool
@@ -113,6 +114,17 @@ def metrics(live: Live) -> ASGIApp:
         await reply.whole(200, [(b"content-type", kind)], body)
 
     return app
+
+
+def openapi(live: Live) -> ASGIApp:
+    """What is served here, as OpenAPI."""
+
+    def answer(_scope: Scope) -> Answer:
+        edge = live.edge
+        models = sorted(_served(edge.pool))
+        return 200, document(edge.settings.tiers, models, keys=edge.keys.required)
+
+    return _as_json(answer)
 
 
 def models(live: Live) -> ASGIApp:
