@@ -24,6 +24,7 @@ from gateway.receipt import Tried
 from gateway.replica import Replica
 from gateway.response import Failed, Stale
 from gateway.retries import Budget, Meaning, retry_after_s
+from gateway.route import eligible
 from gateway.routing import Trip
 from policies.schema import Gateway
 from runtime.wire import Problem
@@ -150,16 +151,21 @@ class Attempts:
                     replica.doubt.set()
 
     def _may_leave(self, replica: Replica) -> bool:
-        """Whether another attempt may follow one that is late."""
+        """Whether another attempt may follow one that is late, also at one that failed before."""
         now = asyncio.get_running_loop().time()
         if self.made >= self.settings.retries.max_attempts or not self.budget.allows(now):
             return False
-        return self._next(besides=replica, awake=True) is not None
+        others = (
+            other
+            for other in self.replicas()
+            if other is not replica and other.takes(now) and other.rests_until <= now
+        )
+        return bool(eligible(others, self.call.model))
 
     # ---- what follows ---------------------------------------------------------------------------
 
-    def _next(self, *, besides: Replica | None = None, awake: bool = False) -> Replica | None:
-        """Whom to ask now: someone who does not rest, else, but for `awake`, one who does."""
+    def _next(self, *, besides: Replica | None = None) -> Replica | None:
+        """Whom to ask now: someone who does not rest, else one who does."""
         now = asyncio.get_running_loop().time()
         may = [
             replica
@@ -169,7 +175,7 @@ class Attempts:
         rested = [replica for replica in may if replica.rests_until <= now]
         model = self.call.model
         chosen = self.trip.choose(rested, model)
-        if chosen or awake or len(rested) == len(may):
+        if chosen is not None or len(rested) == len(may):
             return chosen
         return self.trip.choose(may, model)
 
@@ -188,6 +194,8 @@ class Attempts:
             failure.leave()
         if wait_s:
             self.passed.clear()
+            if self._next(besides=replica) is not None:
+                self.passed.add(replica)
             await asyncio.sleep(wait_s)
         return True
 

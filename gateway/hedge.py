@@ -45,24 +45,38 @@ async def race(
     `discard`. Where neither is good, the result or the exception of `first` counts.
     """
     tasks = [asyncio.create_task(first)]
-    winner: asyncio.Task[T] | None = None
+    kept: asyncio.Task[T] | None = None
     try:
         await asyncio.wait(tasks, timeout=after_s)
         if not tasks[0].done() and (other := second()) is not None:
             tasks.append(asyncio.create_task(other))
-        waiting = set(tasks)
-        while waiting and winner is None:
-            done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-            winner = next((task for task in tasks if task in done and _is(good, task)), None)
-        winner = winner or tasks[0]
+        winner = await _winner(tasks, good)
+        await _end([task for task in tasks if task is not winner])
+        kept = winner
         return winner.result()
     finally:
+        if kept is None:  # whoever waited has left, perhaps when the race was decided
+            await _end(tasks)
         for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        for task in tasks:
-            if task is not winner and _is(lambda _: True, task):
+            if task is not kept and _is(lambda _: True, task):
                 discard(task.result())
+
+
+async def _winner(tasks: list[asyncio.Task[T]], good: Callable[[T], bool]) -> asyncio.Task[T]:
+    """The first task with a good result, else the first task, when all are done."""
+    waiting = set(tasks)
+    while waiting:
+        done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        for task in tasks:
+            if task in done and _is(good, task):
+                return task
+    return tasks[0]
+
+
+async def _end(tasks: list[asyncio.Task[T]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _is(good: Callable[[T], bool], task: asyncio.Task[T]) -> bool:

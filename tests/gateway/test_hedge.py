@@ -77,6 +77,31 @@ async def test_a_race_leaves_nothing_running_and_discards_what_came_too_late() -
 
 
 @on_loop
+async def test_a_race_that_is_left_when_it_is_decided_keeps_nothing() -> None:
+    """The winner's result had nobody to go to, and its place at the replica was kept for ever."""
+    discarded: list[str] = []
+    cancelled = asyncio.Event()
+
+    async def loser() -> str:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            cancelled.set()
+            await asyncio.sleep(60.0)
+        return "loser"
+
+    async def winner() -> str:
+        return "winner"
+
+    racing = asyncio.create_task(race(loser(), winner, 0.0, lambda _: True, discarded.append))
+    await cancelled.wait()
+    racing.cancel()
+    await asyncio.wait([racing])
+    assert racing.cancelled()
+    assert discarded == ["winner"]
+
+
+@on_loop
 async def test_a_bad_second_does_not_spoil_a_good_first() -> None:
     """The second fails at once, the first succeeds later; a bad result of the second is thrown."""
     discarded: list[str] = []

@@ -162,6 +162,20 @@ async def test_06_a_silent_replica_is_left_for_another() -> None:
 
 
 @on_loop
+async def test_06_it_is_left_for_one_that_failed_before() -> None:
+    """The first one failed once, the second one is silent: better the first one again."""
+    once = in_turn(refuse(500, "internal"), Engine("a"))
+    limits = {"headers_failover_s": 0.1}
+    async with (
+        upstream(once) as primary,
+        upstream(nothing) as other,
+        gateway(*fleet(primary, other), retries=limits) as edge,
+    ):
+        is_whole(heard((await edge.post(ASKED)).content))
+        assert asked(primary, other) == [2, 1]
+
+
+@on_loop
 async def test_06_with_nobody_else_it_ends_with_504() -> None:
     """At first_byte_timeout_s, with no attempt behind it; that counts against the replica."""
     limits = {"headers_failover_s": 0.05}
