@@ -91,10 +91,11 @@ class Attempts:
         if policy is None or not self.call.stream:
             return await self._once(replica)
         target_s = self._header_s(TTFT_HEADER) or policy.ttft_s
+        predicted_s = self.trip.foreseen_s(replica)
         return await race(
             self._once(replica),
             lambda: self._second(replica),
-            due_s(policy, target_s, replica.ttft_s),
+            due_s(policy, target_s, replica.ttft_s if predicted_s is None else predicted_s),
             lambda answer: answer.meaning is Meaning.ANSWER,
             Answer.leave,
         )

@@ -216,6 +216,17 @@ class Trip:
             )
         return tuple(options)
 
+    def foreseen_s(self, replica: Replica) -> float | None:
+        """When the first token of a chosen replica is to be expected, from now; None where nobody
+        knows, or where what was foreseen of late has been wrong."""
+        known = self._routing.known(replica.url)
+        pace = known.pace
+        if pace.seen < LEARNED_MIN or pace.wrong:
+            return None
+        _, seen = self._chosen[replica.url]
+        waiting = known.work.waiting_tokens(self._routing.clock(), pace.s_per_token)
+        return pace.foresee_s(waiting + max(1, seen.prompt - seen.captured), replica.in_flight)
+
     def book(self, replica: Replica) -> Booking:
         """It is being sent there now."""
         routing = self._routing

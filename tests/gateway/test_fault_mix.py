@@ -103,7 +103,7 @@ async def visit(edge: Front, rng: random.Random, outcomes: Counter[str]) -> None
     got = heard(response.content)
     assert TEXT.startswith(got.text)
     assert (got.done, len(got.ids) <= 1, got.roles <= 1) == (1, True, True)
-    assert (got.text == TEXT) == (got.error is None)
+    assert got.text == TEXT or got.error is not None
     outcomes["whole" if got.error is None else "told"] += 1
     if got.error is None:
         assert got.usage is not None
