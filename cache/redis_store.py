@@ -12,12 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from redis.asyncio import Connection, ConnectionPool
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.exceptions import NoScriptError, ResponseError
-
-from cache.redis_lane import Lane, Word
+from cache.redis_lane import Lane, Refusal, Word
 from cache.redis_scripts import APPEND, COUNT, LIMITS, POST, SWAP, Script
 from cache.store import ENTRY_BYTES_MAX, Bucket, Entries, StoreDown, Taken, Want
 
@@ -37,14 +32,8 @@ class RedisStore:
         timeout_s: float = 0.02,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """`timeout_s` bounds one journey to Redis and back, once connected."""
-        pool = ConnectionPool.from_url(url, **_options(url, password, ca_file))
-
-        def connect() -> Connection:
-            made: Connection = pool.make_connection()  # type: ignore[no-untyped-call]  # redis's
-            return made
-
-        self._lane = Lane(connect, timeout_s)
+        """`timeout_s` bounds the wait for one answer, once connected."""
+        self._lane = Lane(url, password=password, ca_file=ca_file, timeout_s=timeout_s)
         self._prefix = "{" + namespace + "}:"
         self._clock = clock
 
@@ -155,26 +144,17 @@ class RedisStore:
     async def _ask(self, *words: Word) -> Any:
         try:
             return await self._lane.ask(*words)
-        except ResponseError as error:  # READONLY after a failover, OOM, MISCONF, ...
+        except Refusal as error:  # READONLY after a failover, OOM, MISCONF, ...
             raise StoreDown(f"Redis: {error}") from None
 
     async def _run(self, script: Script, keys: Sequence[str], words: Sequence[Word]) -> Any:
         rest = (len(keys), *(self._prefix + key for key in keys), *words)
         try:
             return await self._lane.ask("EVALSHA", script.sha, *rest)
-        except NoScriptError:  # a new Redis, or one that was restarted
-            return await self._ask("EVAL", script.text, *rest)
-        except ResponseError as error:
-            raise StoreDown(f"Redis: {error}") from None
-
-
-def _options(url: str, password: str | None, ca_file: str | None) -> dict[str, Any]:
-    options: dict[str, Any] = {"protocol": 2, "retry": Retry(NoBackoff(), 0)}
-    if password is not None:
-        options["password"] = password
-    if ca_file is not None and url.startswith("rediss://"):
-        options["ssl_ca_certs"] = ca_file
-    return options
+        except Refusal as error:
+            if not str(error).startswith("NOSCRIPT"):
+                raise StoreDown(f"Redis: {error}") from None
+        return await self._ask("EVAL", script.text, *rest)  # a new Redis, or one restarted
 
 
 def _ms(ttl_s: float) -> int:

@@ -183,7 +183,7 @@ def own_tokenizer(policy: str | Path, deployment: Deployment) -> Path | None:
 
 # What a policy asks for -> the package that it takes, and the extra of ours that installs it.
 _NEEDS = {
-    ("gateway", "store"): ("redis", "redis"),
+    ("gateway", "store"): ("hiredis", "redis"),
     ("gateway", "trim", "passages", "keep"): ("bm25s", "trim"),
 }
 

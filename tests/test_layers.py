@@ -30,7 +30,7 @@ PACKAGED = ("cache", "command", "evals", "gateway", "policies", "runtime", "spec
 # heavy dependency -> its only importers
 IMPORTERS = {
     "llguidance": {"runtime/grammar.py", "runtime/lark.py"},
-    "redis": {"cache/redis_lane.py", "cache/redis_store.py"},
+    "hiredis": {"cache/redis_lane.py"},
     "ruamel": {"policies/yaml_tree.py"},
     "tokenizers": {"cache/tokens.py"},
     "jinja2": {"cache/sandbox.py", "cache/template.py", "cache/tokens.py"},

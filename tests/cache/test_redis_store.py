@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from cache.redis_lane import WAITING_MAX
 from cache.redis_store import RedisStore
 from cache.store import Bucket, StoreDown, Want, key
 from tests.redis_server import needs_redis, redis_server
@@ -167,3 +168,35 @@ def test_tls_is_checked_against_the_given_authority(tmp_path: Path) -> None:
         *tls, "--tls-auth-clients", "no", "--tls-ca-cert-file", cert, tls=True
     ) as server:
         asyncio.run(run())
+
+
+def test_what_is_no_redis_is_told_and_too_much_at_once_is_refused() -> None:
+    """Another server at the port; and a store that answers nobody does not gather questions."""
+
+    async def chat(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+        writer.close()
+
+    async def run() -> None:
+        server = await asyncio.start_server(chat, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        store = RedisStore(f"redis://127.0.0.1:{port}", timeout_s=10)
+        with pytest.raises(StoreDown, match="Redis: "):
+            await store.get(A)
+        server.close()
+        await store.aclose()
+
+    async def flood(url: str) -> None:
+        store = RedisStore(url, timeout_s=10)
+        await store.get(A)
+        asked = [asyncio.create_task(store.get(A)) for _ in range(WAITING_MAX + 100)]
+        said = await asyncio.gather(*asked, return_exceptions=True)
+        refused = [one for one in said if isinstance(one, StoreDown)]
+        assert len(refused) == 100
+        assert "wait for it already" in str(refused[0])
+        assert await store.get(A) is None
+        await store.aclose()
+
+    asyncio.run(run())
+    with redis_server() as server:
+        asyncio.run(flood(server.url))

@@ -328,7 +328,7 @@ def test_what_needs_a_package_that_is_missing_is_told_at_its_line(tmp_path: Path
     assert package_problems(file, policy, lambda _: True) == []
     found = package_problems(file, policy, lambda _: False)
     assert [str(one).removeprefix(str(file)) for one in found] == [
-        ":7:10  gateway.store  needs the package redis: pip install 'headgate[redis]'",
+        ":7:10  gateway.store  needs the package hiredis: pip install 'headgate[redis]'",
         ":6:13  gateway.trim.passages.keep  needs the package bm25s: pip install 'headgate[trim]'",
     ]
 
