@@ -135,6 +135,10 @@ class PrefixIndex:
                 depths[self._names[bit]] = at
         return depths
 
+    def replicas(self) -> list[Hashable]:
+        """Those of which anything was noted."""
+        return list(self._replicas)
+
     def mode(self, replica: Hashable) -> Mode:
         known = self._replicas.get(replica)
         return Mode.APPROXIMATE if known is None else known.mode

@@ -73,7 +73,7 @@ class KvEvents:
 
     def __init__(self, index: PrefixIndex) -> None:
         self.index = index
-        self._edges: list[tuple[Pool, Deployment]] = []  # the last one is current
+        self._edges: list[tuple[Pool, Deployment]] = []  # the latest one last
         self._followed: dict[str, Followed] = {}
         self._context: zmq.Context[zmq.Socket[bytes]] | None = None
         self._looks: asyncio.Task[None] | None = None
@@ -108,11 +108,15 @@ class KvEvents:
 
     async def _look(self) -> None:
         while True:
-            pool, policy = self._edges[-1]
-            there = {replica.url for replica in pool.replicas}
-            for url in [url for url in self._followed if url not in there]:
-                self._leave(url)
-            for replica in pool.replicas:
+            there = {
+                replica.url: (replica, policy)
+                for pool, policy in self._edges  # one that is tried, and one that goes on, too
+                for replica in pool.replicas
+            }
+            for url in {*self.index.replicas(), *self._followed}:
+                if url not in there:
+                    self._leave(str(url))
+            for replica, policy in there.values():
                 self._look_at(replica, policy)
             await asyncio.sleep(LOOK_S)
 

@@ -17,10 +17,10 @@ from itertools import islice
 from typing import Any
 
 from cache.blocks import BLOCK_TOKENS, chain_hashes
-from cache.prefix_index import POOL, PrefixIndex
-from gateway.kv_frames import Cleared, Event, Junk, Name, Removed, Stored
+from cache.prefix_index import POOL, PrefixIndex, TooManyBlocks
+from gateway.kv_frames import Cleared, Event, Name, Removed, Stored
 
-NAMES_MAX = 2**21  # that one source may have at a time
+NAMES_MAX = 2**20  # that one source may have at a time
 GONE_MAX = 2**16  # names of blocks that are gone, which others may still follow
 PIECE_BLOCKS = 256  # handled at a time; then others may have a turn
 
@@ -80,7 +80,7 @@ class Blocks:
         self.orphans = 0
 
     def take(self, event: Event) -> Iterator[None]:
-        """Brings the index up to date, piece by piece. Raises Junk and TooManyBlocks."""
+        """Brings the index up to date, piece by piece. Raises TooManyBlocks."""
         match event:
             case Cleared():
                 self.clear()
@@ -160,7 +160,7 @@ class Blocks:
     def _hold(self, names: Sequence[Name], places: Sequence[Place], medium: str) -> None:
         held = self._held.setdefault(medium, {})
         if len(held) + len(names) > NAMES_MAX:
-            raise Junk(f"more than {NAMES_MAX} blocks in {medium}")
+            raise TooManyBlocks(f"more than {NAMES_MAX} blocks in {medium}")
         fresh: list[bytes] = []
         for name, place in zip(names, places, strict=True):
             if name in held:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import socket
 from pathlib import Path
 from typing import Any
 
 from cache.prefix_index import Mode
-from gateway.edge import Edge
+from gateway.edge import Edge, build
 from gateway.kv_events import CONTRADICTIONS_MAX, mode_of
 from gateway.replica import Replica
 from policies.schema import Upstream
@@ -108,6 +111,68 @@ async def test_a_replica_that_does_other_than_it_told_is_read_again() -> None:
             await until(lambda: len(one.asked) > asked)
             await until(lambda: index_knows(edge.live.edge, fake, publisher))
             assert (await kv_cache(edge))["events"][0]["holes"] == 1
+
+
+def neighbours(count: int) -> int:
+    """The first of some free ports in a row."""
+    for first in range(20_000, 60_000, 7):
+        with contextlib.ExitStack() as taken, contextlib.suppress(OSError):
+            for port in range(first, first + count):
+                taken.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            return first
+    raise AssertionError("no free ports")
+
+
+@on_loop
+async def test_ranks_of_a_server_are_followed_at_ports_in_a_row() -> None:
+    """What either rank has, the server has; it is known exactly once both are."""
+    first, second = Publisher(), Publisher()
+    port = neighbours(4)
+    live, replay = f"tcp://127.0.0.1:{port}", f"tcp://127.0.0.1:{port + 2}"
+    at = {"endpoint": live, "replay_endpoint": replay, "topic": "kv@pod", "ranks": 2}
+    async with upstream(models=("m",)) as fake, sockets(first, live, replay):
+        foreign = Upstream.model_validate(
+            {"url": fake.url, "tokenizer": str(POCKET), "kv_events": at}
+        )
+        work(first, 0)
+        work(second, 50)
+        async with gateway(upstreams=(foreign,)) as edge:
+            index = edge.live.edge.index
+            await until(lambda: index.told(fake.url) == first.truth()["GPU"])
+            assert index.mode(fake.url) is Mode.DEGRADED
+            other = (f"tcp://127.0.0.1:{port + 1}", f"tcp://127.0.0.1:{port + 3}")
+            async with sockets(second, *other):
+                await until(lambda: index.mode(fake.url) is Mode.EXACT)
+                both = first.truth()["GPU"] | second.truth()["GPU"]
+                assert index.told(fake.url) == both
+            await until(lambda: index.mode(fake.url) is Mode.DEGRADED)
+            assert index.told(fake.url) == first.truth()["GPU"]
+
+
+@on_loop
+async def test_a_new_policy_changes_nothing_of_what_is_known() -> None:
+    """One edge takes the other's place, and what replicas told is not read a second
+    time; of a replica that no edge has any more nothing is kept."""
+    live, replay = endpoints()
+    publisher = Publisher()
+    async with upstream(models=("m",)) as fake, sockets(publisher, live, replay) as one:
+        fake.facts = {"kv_events": {"endpoint": live, "replay_endpoint": replay}}
+        async with gateway(own(fake)) as edge:
+            work(publisher, 0)
+            one.publish()
+            await until(lambda: index_knows(edge.live.edge, fake, publisher))
+            before, asked = edge.live.edge, len(one.asked)
+            after = build(before.policy, [own(fake)], before)
+            await edge.live.replace(after, lambda _: asyncio.sleep(0))
+            await until(lambda: edge.live.count == 1)
+            work(publisher, 10)
+            one.publish()
+            await until(lambda: index_knows(edge.live.edge, fake, publisher))
+            assert edge.live.edge.index is before.index
+            assert len(one.asked) == asked
+            edge.live.edge.index.sent("http://gone", [b"1" * 32], 0.0)
+            await until(lambda: edge.live.edge.index.replicas() == [fake.url])
+            edge.pool = edge.live.edge.pool
 
 
 @on_loop
