@@ -14,7 +14,7 @@ from gateway.call import ClientGone, parse_call, read_body, request_id
 from gateway.edge import Edge, Live
 from gateway.listener import OUTGOING
 from gateway.relay import Silence, relay
-from gateway.reply import Reply
+from gateway.reply import Outgoing, Reply
 from gateway.routing import Trip
 from gateway.usage import usage_of
 from runtime.wire import Problem
@@ -68,7 +68,8 @@ class Completions:
             trip = edge.routing.trip(call, prompt, service.tier, tenant.name)
             reply.more.append((b"x-headgate-receipt", trip.receipt.id.encode()))
             place = edge.admission.place(call, tenant, service, prompt.tokens)
-            work = attend(self._forward(edge, trip, place, reply, silence), receive, silence)
+            forward = self._forward(edge, trip, place, reply, silence)
+            work = attend(forward, scope["extensions"][OUTGOING], silence)
             await within(service.limit_s(edge.settings.total_timeout_s), work)
             if recall:
                 recall.keep()
@@ -106,30 +107,34 @@ async def within(limit_s: float | None, work: Coroutine[None, None, None]) -> No
         raise problems.request_timeout(limit_s) from None
 
 
-async def attend(forward: Coroutine[None, None, None], receive: Receive, silence: Silence) -> None:
-    """Runs `forward` until it is done or the client goes; looks at the replica's silence meanwhile.
+async def attend(
+    forward: Coroutine[None, None, None], outgoing: Outgoing, silence: Silence
+) -> None:
+    """Runs `forward` to its end, cancelled when the client goes; watches over the replica's silence
+    meanwhile. Needs no task of its own: a connection that is lost cancels the one that runs.
 
     Whatever ends it, nothing is left running: a cancelled `forward` closes its connection to the
-    replica before this returns. Raises what `forward` raised.
+    replica before this returns. Raises what `forward` raised, and ClientGone.
     """
-    work = asyncio.create_task(forward)
-    gone = asyncio.create_task(_gone(receive))
+    task = asyncio.current_task()
+    assert task is not None
+    gone = False
+
+    def leave() -> None:
+        nonlocal gone
+        gone = True
+        task.cancel()
+
+    if not outgoing.when_gone(leave):
+        forward.close()
+        raise ClientGone
+    silence.watch()
     try:
-        while not (work.done() or gone.done()):
-            await asyncio.wait(
-                (work, gone), timeout=silence.due_s(), return_when=asyncio.FIRST_COMPLETED
-            )
-            if not work.done():
-                await silence.look()
+        await forward
+    except asyncio.CancelledError:
+        if gone and not task.uncancel():
+            raise ClientGone from None
+        raise
     finally:
-        work.cancel()
-        gone.cancel()
-        await asyncio.gather(work, gone, return_exceptions=True)
-    if not work.cancelled():
-        work.result()
-
-
-async def _gone(receive: Receive) -> None:
-    """Returns when the client has closed its connection, or when its answer is complete."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
+        silence.end()
+        outgoing.when_gone(None)

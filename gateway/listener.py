@@ -45,6 +45,7 @@ class ClientConnection(HttpToolsProtocol):
         self._lingering: asyncio.TimerHandle | None = None
         self._unread: asyncio.TimerHandle | None = None
         self.go_on: Callable[[], None] | None = None  # of a stream that waits for its client
+        self.attended: dict[_Outgoing, Callable[[], None]] = {}  # what to call when the client goes
 
     # ---- headers in time ------------------------------------------------------------------------
 
@@ -58,6 +59,9 @@ class ClientConnection(HttpToolsProtocol):
             self._lingering.cancel()
         self.resume_writing()
         super().connection_lost(exc)
+        for outgoing, leave in list(self.attended.items()):
+            if not outgoing.complete:
+                leave()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -172,17 +176,43 @@ class ClientConnection(HttpToolsProtocol):
 
 
 class _Outgoing:
-    """A connection's transport as one request's answer uses it, through ASGI or past it."""
+    """A connection's transport as one request's answer uses it, through ASGI or past it.
 
-    __slots__ = ("_connection", "_cycle", "is_closing", "write")
+    The first write, which is the head, waits for what follows in the same turn of the loop: one
+    packet and one call of the system instead of two.
+    """
+
+    __slots__ = ("_begun", "_connection", "_cycle", "_head", "_write", "is_closing")
 
     def __init__(self, connection: ClientConnection, cycle: RequestResponseCycle) -> None:
         self._connection = connection
         self._cycle = cycle
-        self.write = connection.transport.write
+        self._head = b""
+        self._begun = False
+        self._write = connection.transport.write
         self.is_closing = connection.transport.is_closing
 
+    @property
+    def complete(self) -> bool:
+        return self._cycle.response_complete
+
+    def write(self, data: bytes) -> None:
+        if self._head:
+            data, self._head = self._head + data, b""
+        elif not self._begun:
+            self._begun = True
+            self._head = data
+            self._connection.loop.call_soon(self._flush)
+            return
+        self._write(data)
+
+    def _flush(self) -> None:
+        head, self._head = self._head, b""
+        if head and not self.is_closing():
+            self._write(head)
+
     def close(self) -> None:
+        self._flush()
         self._connection.close_after(self._cycle)
 
     def stream(self, chunk: bytes) -> bool:
@@ -193,6 +223,14 @@ class _Outgoing:
 
     def when_writable(self, go_on: Callable[[], None]) -> None:
         self._connection.go_on = go_on
+
+    def when_gone(self, leave: Callable[[], None] | None) -> bool:
+        self._connection.attended.pop(self, None)
+        if self._cycle.disconnected or self.is_closing():
+            return False
+        if leave is not None:
+            self._connection.attended[self] = leave
+        return True
 
 
 def plain_answer(problem: Problem) -> bytes:

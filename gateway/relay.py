@@ -47,11 +47,29 @@ class Silence:
         self._stream = stream
         self._interrupt: Callable[[Problem], None] | None = None
         self._commented = self.since
+        self._timer: asyncio.TimerHandle | None = None
+        self._looking: asyncio.Task[None] | None = None
 
     def answering(self, interrupt: Callable[[Problem], None]) -> None:
         """An answer has begun: from here on its silence is limited, and ended by `interrupt`."""
         self._interrupt = interrupt
         self.since = self.clock()
+
+    def watch(self) -> None:
+        """Looks when it is due, until `end`."""
+        self._timer = asyncio.get_running_loop().call_later(self.due_s(), self._begin_look)
+
+    def end(self) -> None:
+        for one in (self._timer, self._looking):
+            if one is not None:
+                one.cancel()
+
+    def _begin_look(self) -> None:
+        self._looking = asyncio.create_task(self._look_and_watch())
+
+    async def _look_and_watch(self) -> None:
+        await self.look()
+        self.watch()
 
     def due_s(self) -> float:
         """When to look next, in seconds from now.

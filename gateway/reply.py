@@ -32,6 +32,10 @@ class Outgoing(Protocol):
     def when_writable(self, go_on: Callable[[], None]) -> None:
         """Calls this once when the client has caught up, or gone."""
 
+    def when_gone(self, leave: Callable[[], None] | None) -> bool:
+        """Calls this when the client goes before its answer is complete, None: nothing any more.
+        False when it has gone already."""
+
 
 class Reply:
     """One answer. `started`: headers are out; `streaming`: as SSE; `terminated`: after `[DONE]`.
@@ -172,6 +176,10 @@ class Copy:
     def when_writable(self, go_on: Callable[[], None]) -> None:
         assert self._outgoing is not None
         self._outgoing.when_writable(go_on)
+
+    def when_gone(self, leave: Callable[[], None] | None) -> bool:
+        assert self._outgoing is not None
+        return self._outgoing.when_gone(leave)
 
     def _note(self, message: Message) -> None:
         if message["type"] == "http.response.start":

@@ -207,6 +207,9 @@ class Sent:
     def when_writable(self, go_on: Any) -> None:
         raise AssertionError("it is always writable")
 
+    def when_gone(self, leave: Any) -> bool:
+        raise AssertionError("nobody goes")
+
 
 def drive(coroutine: Any) -> None:
     with pytest.raises(StopIteration):
