@@ -77,7 +77,7 @@ class Pair:
     async def agree(self) -> int:
         """Waits until the index is what the worker says; how many blocks that are."""
         url = self.worker.url
-        await asyncio.to_thread(assert_idle, self.worker)  # an answer's blocks come back behind it
+        await asyncio.to_thread(assert_idle, self.worker, START_S)  # blocks come back behind it
         health = await asyncio.to_thread(self.worker.health)
         last = health["kv_events"]["batches"] - 1
 
