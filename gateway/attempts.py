@@ -11,7 +11,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Coroutine, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from gateway import problems
@@ -31,6 +31,7 @@ from runtime.wire import Problem
 
 STALE_MAX = 3  # reset keep-alive connections that one request may meet
 PAUSE_S = 0.05  # before a replica is asked again, doubled each time; with up to half as much more
+SOON_S = 0.001  # after its beginning, a request is as it came
 REST_MAX_S = 30.0  # a replica that is busy is avoided no longer, whatever its Retry-After says
 DEADLINE_HEADER = "x-slo-deadline-ms"
 TTFT_HEADER = "x-slo-ttft-ms"
@@ -54,6 +55,7 @@ class Attempts:
     stale: int = 0
     tried: list[Tried] = field(default_factory=list)
     began: float = field(default_factory=lambda: asyncio.get_running_loop().time())
+    asked_at: float | None = None  # where the request is older than these attempts
 
     async def answer(self) -> Answer:
         """The answer that goes to the client: a good one, or the last bad one. Raises Problem."""
@@ -117,7 +119,7 @@ class Attempts:
         outcome, well = "left", None
         try:
             answer = await exchange(
-                self.send, attempt, self.call, self.settings,
+                self.send, attempt, self._in_time(attempt.began), self.settings,
                 self.began + self.settings.first_byte_timeout_s,
                 lambda: self._may_leave(replica),
             )  # fmt: skip
@@ -222,7 +224,17 @@ class Attempts:
     def _deadline(self) -> float:
         """When the client gives up, by its own words."""
         deadline_s = self._header_s(DEADLINE_HEADER)
-        return math.inf if deadline_s is None else self.began + deadline_s
+        asked_at = self.began if self.asked_at is None else self.asked_at
+        return math.inf if deadline_s is None else asked_at + deadline_s
+
+    def _in_time(self, now: float) -> Call:
+        """The call with what is left of its deadline: a replica counts from when it hears of it."""
+        deadline = self._deadline()
+        if deadline == math.inf or (self.asked_at is None and now - self.began < SOON_S):
+            return self.call
+        left_ms = max(1.0, 1000 * (deadline - now))
+        headers = self.call.headers | {DEADLINE_HEADER: f"{left_ms:.0f}"}
+        return replace(self.call, headers=headers)
 
     def _header_s(self, name: str) -> float | None:
         """A header's milliseconds; None without one, or for one that the replica will refuse."""

@@ -27,6 +27,7 @@ class Rest:
     replicas: Callable[[], Sequence[Replica]]
     attempts: Callable[[Call, Callable[[], Iterable[Replica]]], Attempts]
     budget: Budget
+    asked_at: float  # when the request came: its deadline counts from there
 
     async def open(
         self, call: Call, journal: Journal, failed: Sequence[Replica]
@@ -53,7 +54,9 @@ class Rest:
         rest = replace(call, body=continuation(call, journal, way))
         while able:
             try:
-                answer = await self.attempts(rest, able.copy).answer()
+                attempts = self.attempts(rest, able.copy)
+                attempts.asked_at = self.asked_at
+                answer = await attempts.answer()
             except Problem:
                 return None
             if answer.status == 200 and answer.meaning is Meaning.ANSWER:

@@ -122,7 +122,7 @@ class Pool:
         first = await self._attempts(trip, call, lambda: self.replicas).answer()
         answer: Opened = first
         if self._resumes(call) and first.status == 200 and first.is_stream:
-            rest = Rest(lambda: self.replicas, partial(self._attempts, trip), self._budget)
+            rest = Rest(lambda: self.replicas, partial(self._attempts, trip), self._budget, now)
             answer = Resumable(first, call, rest.open)
         well: bool | None = None  # a client that leaves says nothing of the replica
         try:

@@ -460,6 +460,27 @@ async def nothing_is_left(edge: Front) -> None:
     assert [replica.in_flight for replica in edge.pool.replicas] == [0, 0]
 
 
+@pytest.mark.parametrize("fault", [refuse(503, "busy", retry_after="0.2"), cut(Engine("a"), 3)])
+@on_loop
+async def test_a_later_attempt_is_told_what_is_left_of_the_deadline(fault: Answer) -> None:
+    """A replica counts from when it hears of the request."""
+
+    async def slowly(peer: Peer) -> None:
+        await asyncio.sleep(0.2)
+        await fault(peer)
+
+    headers = {"x-slo-deadline-ms": "60000"}
+    async with (
+        upstream(slowly) as primary,
+        upstream(Engine("b")) as other,
+        gateway(*fleet(primary, other), **ON) as edge,
+    ):
+        is_whole(heard((await edge.post(ASKED, headers=headers)).content))
+        told = [one.requests[0].headers["x-slo-deadline-ms"] for one in (primary, other)]
+        assert told[0] == "60000"
+        assert 50_000 < float(told[1]) <= 59_800
+
+
 @pytest.mark.parametrize("stream", [True, False])
 @on_loop
 async def test_a_request_has_a_total_limit_where_the_policy_has_one(stream: bool) -> None:
