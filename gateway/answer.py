@@ -69,6 +69,8 @@ class Attempt:
 class Answer:
     """Status and headers, and a body of which the beginning has been read already."""
 
+    resumes = 0  # it is of one replica
+
     __slots__ = ("_ended", "_interrupted", "_read", "_response", "_task", "attempt", "headers",
                  "meaning", "raw_headers", "status")  # fmt: skip
 

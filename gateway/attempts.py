@@ -31,7 +31,7 @@ from runtime.wire import Problem
 
 STALE_MAX = 3  # reset keep-alive connections that one request may meet
 PAUSE_S = 0.05  # before a replica is asked again, doubled each time; with up to half as much more
-SOON_S = 0.001  # after its beginning, a request is as it came
+SOON_S = 0.05  # after it came, a request's deadline is still what it says
 REST_MAX_S = 30.0  # a replica that is busy is avoided no longer, whatever its Retry-After says
 DEADLINE_HEADER = "x-slo-deadline-ms"
 TTFT_HEADER = "x-slo-ttft-ms"

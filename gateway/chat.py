@@ -90,7 +90,8 @@ class Completions:
                 await relay(answer, reply, silence, stream=call.stream)
                 usage = usage_of(reply.recent)
                 place.used(usage)
-                trip.served(answer.attempt.booking, usage)
+                if not answer.resumes:  # what two replicas did together tells nothing of either
+                    trip.served(answer.attempt.booking, usage)
 
 
 async def within(limit_s: float | None, work: Coroutine[None, None, None]) -> None:

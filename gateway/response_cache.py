@@ -160,7 +160,8 @@ class Recall:
 
 
 def _is_sure(body: bytes, fingerprint: str) -> bool:
-    """Whether an answer came to its natural end, made by what the key names."""
+    """Whether an answer came to its natural end, made by what the key names, in one piece."""
     made_by = {found.group(1) for found in _FINGERPRINT.finditer(body)}
     finished = _FINISHED.search(body) is not None and b'"error":' not in body
+    finished = finished and b'"headgate":{"resumed"' not in body
     return made_by == {fingerprint.encode()} and finished

@@ -460,6 +460,20 @@ async def nothing_is_left(edge: Front) -> None:
     assert [replica.in_flight for replica in edge.pool.replicas] == [0, 0]
 
 
+@on_loop
+async def test_08_the_receipt_tells_both_replicas() -> None:
+    """The one that broke and the one that went on; `headgate explain` shows them."""
+    async with (
+        upstream(cut(Engine("a"), 3)) as primary,
+        upstream(Engine("b")) as other,
+        gateway(*fleet(primary, other), **ON) as edge,
+    ):
+        response = await edge.post(ASKED)
+        receipt = edge.live.edge.routing.receipts.get(response.headers["x-headgate-receipt"])
+        assert receipt is not None
+        assert [one.url for one in receipt.attempts] == [primary.url, other.url]
+
+
 @pytest.mark.parametrize("fault", [refuse(503, "busy", retry_after="0.2"), cut(Engine("a"), 3)])
 @on_loop
 async def test_a_later_attempt_is_told_what_is_left_of_the_deadline(fault: Answer) -> None:
@@ -477,8 +491,8 @@ async def test_a_later_attempt_is_told_what_is_left_of_the_deadline(fault: Answe
     ):
         is_whole(heard((await edge.post(ASKED, headers=headers)).content))
         told = [one.requests[0].headers["x-slo-deadline-ms"] for one in (primary, other)]
-        assert told[0] == "60000"
-        assert 50_000 < float(told[1]) <= 59_800
+        assert float(told[1]) <= float(told[0]) - 200
+        assert float(told[1]) > 30_000
 
 
 @pytest.mark.parametrize("stream", [True, False])
