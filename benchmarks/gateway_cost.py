@@ -20,12 +20,12 @@ from benchmarks.lab.report import About, Goal, Measured, Settings, run
 _RUST = ("smg", "vllm-router", "sglang-router")
 _LITELLM = "litellm"
 _PEERS = (*_RUST, _LITELLM)
-_ROUNDS = 7
+_ROUNDS = 5
 # LiteLLM takes fifty times as long for a request: it gets fewer, of the same kind.
 _LOADS = {
     "short": (Load(8, 150), Load(8, 10)),
     "long": (Load(8, 40, prompt_chars=32000), Load(8, 5, prompt_chars=32000)),
-    "burst": (Load(8, 4, 500), Load(4, 1, 500)),
+    "burst": (Load(8, 4, 500), Load(2, 1, 500)),
     "paced": (Load(32, 1, 100, 20), Load(32, 1, 100, 20)),
 }
 _ALONE = (Load(1, 200), Load(1, 30))  # for the latency that a gateway adds
