@@ -53,7 +53,7 @@ class Blocks:
         self._more: dict[tuple[str, Name], int] = {}  # further copies
         self._gone: dict[Name, Place] = {}
         self._passing: set[int] = set()  # groups whose blocks do not stay
-        self.orphans = 0  # blocks of the pool that could not be named, since the last clearing
+        self.orphans = 0  # blocks that could not be named, since the last clearing
 
     def __len__(self) -> int:
         """Engine's blocks in the pool."""
@@ -106,7 +106,7 @@ class Blocks:
                 self._hold_known(names, event.medium)
                 continue
             if place is None:
-                self._miss(len(names), event.medium)
+                self.orphans += len(names)
                 continue
             tokens = event.tokens[at * size : (at + len(names)) * size]
             extras = event.extras and event.extras[at : at + PIECE_BLOCKS]
@@ -173,12 +173,8 @@ class Blocks:
     def _hold_known(self, names: Sequence[Name], medium: str) -> None:
         """Copies in a lower tier, told by name alone."""
         found = [(name, place) for name in names if (place := self._find(name)) is not None]
-        self._miss(len(names) - len(found), medium)
+        self.orphans += len(names) - len(found)
         self._hold([name for name, _ in found], [place for _, place in found], medium)
-
-    def _miss(self, blocks: int, medium: str) -> None:
-        if medium == POOL:
-            self.orphans += blocks
 
     def _find(self, name: Name) -> Place | None:
         for held in self._held.values():

@@ -7,12 +7,13 @@ import asyncio
 import contextlib
 import json
 import signal
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import uvloop
 
 from cache.blocks import BLOCK_TOKENS, chain_hashes
@@ -24,7 +25,7 @@ from gateway.replica import Replica
 from tests.end_to_end.stack import ROOT, START_S, Program, assert_idle
 from tests.end_to_end.test_events import worker
 from tests.gateway.world import Front, gateway, until
-from tests.runtime.subscriber import Known, Subscriber
+from tests.runtime.subscriber import Subscriber
 
 POCKET = ROOT / "pocket" / "target"
 TOOL = {
@@ -39,14 +40,29 @@ def on_loop(test: Coroutine[Any, Any, None]) -> None:
         runner.run(asyncio.wait_for(test, 2 * START_S))
 
 
-def ours(known: Known) -> set[bytes]:
-    """All that a subscriber knows of the pool, under the gateway's names."""
+def everything(batches: Iterable[bytes]) -> dict[int, tuple[int | None, list[int], Any]]:
+    """Every block that was ever told of, in any medium: its parent, tokens and salt."""
+    found = {}
+    for payload in batches:
+        for event in msgspec.msgpack.decode(payload)[1]:
+            if event["type"] != "BlockStored":
+                continue
+            parent, tokens = event["parent_block_hash"], event["token_ids"]
+            for at, name in enumerate(event["block_hashes"]):
+                cut = tokens[at * BLOCK_TOKENS : (at + 1) * BLOCK_TOKENS]
+                found[name] = (parent, cut, event["extra_keys"][at])
+                parent = name
+    return found
+
+
+def ours(names: Iterable[int], ever: Mapping[int, tuple[int | None, list[int], Any]]) -> set[bytes]:
+    """Blocks under the gateway's names."""
     found = set()
-    for block in known.blocks.values():
-        tokens, salt, parent = block["tokens"], block["extra"], block["parent"]
+    for name in names:
+        parent, tokens, salt = ever[name]
         while parent is not None:
-            before = known.blocks[parent]
-            tokens, salt, parent = before["tokens"] + tokens, before["extra"], before["parent"]
+            parent, before, salt = ever[parent]
+            tokens = before + tokens
         stem = root("pocket", None, salt[0] if salt else None)
         found.add(chain_hashes(stem, tokens)[-1])
     return found
@@ -65,12 +81,17 @@ class Pair:
     def index(self) -> PrefixIndex:
         return self.edge.live.edge.index
 
-    async def truth(self) -> set[bytes]:
-        def ask() -> set[bytes]:
+    async def truth(self) -> dict[str, set[bytes]]:
+        """All that a subscriber comes to know, by medium."""
+
+        def ask() -> dict[str, set[bytes]]:
             with Subscriber(self.live, self.replay) as subscriber:
-                subscriber.catch_up()
-                assert subscriber.known.orphans == 0
-                return ours(subscriber.known)
+                batches = subscriber.replay(0)
+            for _, number, payload in batches:
+                subscriber.known.take(number, payload, replayed=True)
+            ever = everything(payload for *_, payload in batches)
+            media = {"GPU": subscriber.known.blocks, **subscriber.known.below}
+            return {medium: ours(blocks, ever) for medium, blocks in media.items()}
 
         return await asyncio.to_thread(ask)
 
@@ -86,10 +107,11 @@ class Pair:
             return followed is not None and followed.followers[0].source.last == last
 
         await until(lambda: caught_up() and self.index.mode(url) is Mode.EXACT)
-        told = self.index.told(url)
-        assert told == await self.truth()
-        assert len(told) == health["blocks"]["cached"]
-        return len(told)
+        truth = await self.truth()
+        for medium in ("GPU", "CPU"):
+            assert self.index.told(url, medium) == truth.get(medium, set())
+        assert len(truth["GPU"]) == health["blocks"]["cached"]
+        return len(truth["GPU"])
 
     async def foreseen(self, path: str, body: dict[str, Any]) -> int:
         """Tokens that the index foresees of a request, by the prompt as the gateway reads it."""
@@ -107,13 +129,13 @@ class Pair:
 
 
 @contextlib.asynccontextmanager
-async def pair(folder: Path, kv_tokens: int) -> AsyncIterator[tuple[Pair, Any]]:
+async def pair(folder: Path, kv_tokens: int, more: str = "") -> AsyncIterator[tuple[Pair, Any]]:
     """Both, and what starts the worker again at the same place."""
     port, live, replay = free_ports(3)
     policy = folder / "policy.yaml"
     policy.write_text(
         f"version: 1\nruntime:\n  kv_tokens: {kv_tokens}\n  threads: 1\n  kv_events:\n"
-        f"    endpoint: tcp://127.0.0.1:{live}\n    replay_endpoint: tcp://127.0.0.1:{replay}\n"
+        f"    endpoint: tcp://127.0.0.1:{live}\n    replay_endpoint: tcp://127.0.0.1:{replay}\n{more}"
     )
 
     def start() -> contextlib.AbstractContextManager[Program]:
@@ -168,15 +190,16 @@ def test_what_the_gateway_foresees_is_what_the_worker_finds(tmp_path: Path) -> N
 
 
 def test_the_index_is_what_the_worker_says_through_everything(tmp_path: Path) -> None:
-    """Requests, evictions by a pool that is too small, a reset, a kill in mid-answer, and a new
-    life with other prompts."""
+    """Requests, evictions by a pool that is too small into host memory, a reset, a kill in
+    mid-answer, and a new life with other prompts."""
 
     async def run() -> None:
-        async with pair(tmp_path, 1024) as (both, start):
+        async with pair(tmp_path, 1024, "  tiers: {host_bytes: 16 MiB}\n") as (both, start):
             for at in range(12):
                 await both.ask(CHAT_PATH, chat(f"Order {at * 77} is late. " * 25))
             total = both.worker.health()["blocks"]["total"]
             assert total // 2 < await both.agree() <= total, "the pool was filled several times"
+            assert both.index.told(both.worker.url, "CPU"), "and what it gave up is in memory"
             await asyncio.to_thread(httpx.post, both.worker.url + "/reset_prefix_cache")
             assert await both.agree() == 0
             await both.ask(CHAT_PATH, chat("Order 9 is late. " * 25))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import count
@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings, strategies as st
 
+from cache.blocks import chain_hashes
 from cache.prefix_index import Mode, PrefixIndex
 from gateway.kv_source import Broken, Source
 from tests.gateway.publisher import Publisher, Style, root
@@ -309,3 +310,19 @@ def test_a_restart_behind_batches_that_only_a_replay_told_shows_by_its_time() ->
     world.settle()
     assert world.source.counts.restarts == 1
     assert world.index.told("replica") == world.publisher.truth()["GPU"]
+
+
+@pytest.mark.parametrize("medium", ["GPU", "CPU"])
+def test_blocks_behind_one_that_nobody_told_of_make_a_hole(medium: str) -> None:
+    """They cannot be named: their beginning is not known. Those beside them can."""
+    world = World(Publisher(), replays=False)
+    beside, lost = PROMPTS[3][:32], tuple(range(4000, 4032))
+    world.publisher.store(beside)
+    world.publisher.held.setdefault(medium, Counter())
+    world.publisher._tell_stored([lost], medium, named_only=False)
+    world.publisher.step()
+    world.deliver()
+    assert world.source.counts.orphans == 1
+    assert world.source.mode is Mode.DEGRADED
+    hashes = chain_hashes(root(None, None), beside)
+    assert world.index.match(hashes, 0.0) == {"replica": 2}
