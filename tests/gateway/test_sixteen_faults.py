@@ -513,3 +513,30 @@ async def test_a_request_has_a_total_limit_where_the_policy_has_one(stream: bool
         assert error["code"] == "request_timeout"
         await until(lambda: alone.running == 0)
         assert edge.pool.replicas[0].circuit.in_a_row == 0
+
+
+@on_loop
+async def test_15_alone_an_open_circuit_is_told_and_closes_by_a_trial() -> None:
+    """503 with the wait that is left, without asking the replica; then one request tries, and all
+    is as before. Probes, which find it well all the time, do not close it."""
+    broken = asyncio.Event()
+
+    async def answer(peer: Peer) -> None:
+        await (Engine("a") if broken.is_set() else refuse(500, "internal"))(peer)
+
+    retries, breaker = {"max_attempts": 1}, {"failures": 3, "open_s": 1.5}
+    async with upstream(answer) as alone, gateway(alone, retries=retries, breaker=breaker) as edge:
+        for _ in range(3):
+            assert (await edge.post(ASKED)).status_code == 500
+        replica = edge.pool.replicas[0]
+        response = await edge.post(ASKED)
+        assert response.status_code == 503
+        assert response.headers["retry-after"] in ("1", "2")
+        assert response.json()["error"]["code"] == "no_replica"
+        assert "failed its last requests" in response.json()["error"]["message"]
+        assert len(alone.requests) == 3
+        assert replica.healthy
+        broken.set()
+        await until(lambda: replica.circuit.allows(asyncio.get_running_loop().time()))
+        is_whole(heard((await edge.post(ASKED)).content))
+        assert replica.circuit.trial_at is None
