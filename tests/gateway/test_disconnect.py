@@ -87,6 +87,23 @@ async def test_a_reset_cancels_the_replica_too() -> None:
 
 
 @on_loop
+async def test_a_client_that_goes_takes_a_pipelined_request_with_it() -> None:
+    """What waits behind the answer under way hides neither from the disconnect."""
+    async with upstream(slow) as fake, gateway(fake) as edge:
+        reader, writer = await edge.connect()
+        body = json.dumps(STREAMED).encode()
+        head = (
+            b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\n\r\n"
+        )
+        writer.write((head % len(body) + body) * 2)
+        await reader.readuntil(CHUNK)
+        writer.close()
+        await left(fake)
+        await until(lambda: edge.pool.in_flight == 0)
+        assert len(fake.requests) == 1
+
+
+@on_loop
 async def test_a_client_that_goes_inside_its_body_leaves_nothing() -> None:
     """No replica was asked, no place is kept."""
     async with upstream() as fake, gateway(fake) as edge:
