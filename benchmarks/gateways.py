@@ -79,11 +79,11 @@ class Traffic:
 
 
 TRAFFIC = {
-    "long, 4 replicas": Traffic(4, 1.0, 600),
-    "middle, 4 replicas": Traffic(4, 0.25, 2000),
-    "middle, 8 replicas": Traffic(8, 0.25, 3000),
-    "short, 4 replicas": Traffic(4, 0.025, 6000),
-    "burst, 4 replicas": Traffic(4, 0.25, 2000, together=8),
+    "long, 4 replicas": Traffic(4, 1.0, 250),
+    "middle, 4 replicas": Traffic(4, 0.25, 800),
+    "middle, 8 replicas": Traffic(8, 0.25, 1200),
+    "short, 4 replicas": Traffic(4, 0.025, 4000),
+    "burst, 4 replicas": Traffic(4, 0.25, 800, together=8),
 }
 
 

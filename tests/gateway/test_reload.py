@@ -185,10 +185,11 @@ async def test_a_hundred_reloads_under_load_drop_nothing(tmp_path: Path) -> None
                 assert response.content == 3 * CHUNK + DONE, response.content
                 whole += 1
 
-        visitors = [asyncio.create_task(visitor()) for _ in range(16)]
+        visitors = [asyncio.create_task(visitor()) for _ in range(6)]
         for number in range(100):
             fakes = [(one, two), (one,), (two,)][number % 3]
-            it.write(*fakes, max_in_flight=100 + number, keep_alive_s=1 + number / 10)
+            tiers = f"{{batch: {{queue_max: {10 + number // 10}}}}}"  # new queues now and then
+            it.write(*fakes, max_in_flight=100 + number, keep_alive_s=1 + number / 10, tiers=tiers)
             assert await it.reload.reload(), it.live.refused
             edges.add(it.live.edge)
             assert it.live.edge.settings.max_in_flight == 100 + number
@@ -200,6 +201,9 @@ async def test_a_hundred_reloads_under_load_drop_nothing(tmp_path: Path) -> None
         for edge in edges:
             assert edge.pool.in_flight == 0
             assert all(replica.in_flight == 0 for replica in edge.pool.replicas)
+            assert all(replica.waiting_tokens == 0 for replica in edge.pool.replicas)
+            for front in edge.admission.fronts.values():
+                assert (front.queue.running, front.queue.waiting) == (0, 0)
         assert len(one.requests) + len(two.requests) == whole
 
 

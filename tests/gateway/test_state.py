@@ -77,3 +77,19 @@ async def test_a_password_comes_from_its_variable() -> None:
         async with state.far.running():
             assert (await state.store.take([Want(A, RULE)])).allowed
             assert state.health()["store"] == "redis"
+
+
+@needs_redis
+@on_loop
+async def test_a_gateway_begins_without_its_redis_and_finds_it_later() -> None:
+    with redis_server() as server:
+        server.kill()
+        state = open_state(of(server.url, timeout_ms=1000), {}, Path())
+        assert state.far is not None
+        async with state.far.running():
+            assert (await state.store.take([Want(A, RULE, 7)])).allowed
+            await until(lambda: state.health()["store"] == "local")
+            server.start()
+            await until(lambda: state.health()["store"] == "redis")
+            left = (await state.store.take([Want(A, RULE, 0)])).left[0]
+            assert left == pytest.approx(33, abs=0.1)
