@@ -93,7 +93,7 @@ def _choose(view: Sequence[Replica], rng: random.Random) -> int:
         Option(one.url, one.in_flight + one.elsewhere.running, 0.0, 0, 0.0, 0.0, 0.0, one.weight)
         for one in view
     ]
-    return decide(options, Ask(0, 0, 0.0, "least_loaded", rng.random())).at
+    return decide(options, Ask(0, 0, 0.0, 0.0, "least_loaded", rng.random())).at
 
 
 @dataclass(slots=True)

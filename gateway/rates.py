@@ -2,8 +2,9 @@
 
     first token after  =  fixed + work ahead * s_per_token + requests under way * s_per_answer
 
-by recursive least squares with forgetting (Ljung, System Identification, 11.2). Knows seconds and
-tokens; no clock, replicas or requests.
+Seconds a token come from work alone: what was computed between one first token and the next, over
+the time that passed, so that a wrong guess of what waits cannot spoil them. The rest is fitted to
+what they leave. Older observations weigh less. Knows seconds and tokens; no clock and no requests.
 """
 
 from __future__ import annotations
@@ -14,12 +15,11 @@ from dataclasses import dataclass, field
 
 FIRST_S_PER_TOKEN = 1 / 4000  # until something was seen
 FIRST_S_PER_ANSWER = 0.0005
+FIRST_TOKENS = 500.0  # that the first guess weighs
 FORGET = 0.98  # what an observation weighs when the next one comes
-SPREAD = (0.02, 1e-3, 1e-2)  # how far the first guesses may be off: fixed, per token, per answer
-S_PER_TOKEN_MIN = 1e-7
-S_PER_ANSWER_MIN = 1e-5  # requests under way never count as nothing
-CLIP = 3.0  # a first token counts as no later than this times what was foreseen, and CLIP_S
-CLIP_S = 0.5
+RIDGE = 20.0  # squared requests: how well the first guess of a request's cost is believed
+S_PER_ANSWER_MIN, S_PER_ANSWER_MAX = 1e-5, 0.1  # requests under way never count as nothing
+CLIP, CLIP_S = 10.0, 1.0  # an observation counts as no slower than this times what is known
 FLOOR_S = 0.05  # differences below are no mistakes
 ERROR_WEIGHT = 0.05  # of the latest mistake
 SEEN_MIN = 20  # observations before a model can be told to be wrong
@@ -31,55 +31,60 @@ SHARED = 0.3  # of them
 DEPTHS = tuple(sorted({int(1.25**power) for power in range(42)}))  # blocks, to about 10,000
 
 
-def _first_spread() -> list[list[float]]:
-    return [[SPREAD[row] ** 2 if row == at else 0.0 for at in range(3)] for row in range(3)]
-
-
 @dataclass(slots=True)
 class Pace:
     """The learned line of one replica."""
 
     fixed_s: float = 0.0
-    s_per_token: float = FIRST_S_PER_TOKEN
     s_per_answer: float = FIRST_S_PER_ANSWER
     seen: int = 0
     error: float = 0.0  # mean of |log(seen / foreseen)|
-    _spread: list[list[float]] = field(default_factory=_first_spread, repr=False)
+    _tokens: float = FIRST_TOKENS
+    _time_s: float = FIRST_TOKENS * FIRST_S_PER_TOKEN
+    # Decayed sums: of 1, of requests, of their squares, of what is left to explain, by requests.
+    _fit: tuple[float, float, float, float, float] = (0.0, 0.0, 0.0, 0.0, 0.0)
 
-    def foresee_s(self, ahead_tokens: float, answers: int) -> float:
+    @property
+    def s_per_token(self) -> float:
+        return self._time_s / self._tokens
+
+    def foresee_s(self, ahead_tokens: float, answers: float) -> float:
+        """When a first token will come, with so much to compute until then."""
         return self.fixed_s + ahead_tokens * self.s_per_token + answers * self.s_per_answer
 
-    def learn(self, ahead_tokens: float, answers: int, ttft_s: float) -> None:
-        """One first token: what had to be computed until it came, and beside how many answers."""
+    def learn(
+        self, tokens: float, took_s: float, ahead_tokens: float, answers: float, ttft_s: float
+    ) -> None:
+        """One first token. `tokens` were computed for it, in `took_s` since the one before or since
+        it was sent; `ahead_tokens` are these and what was before them."""
         foreseen_s = self.foresee_s(ahead_tokens, answers)
         mistake = abs(math.log(max(ttft_s, FLOOR_S) / max(foreseen_s, FLOOR_S)))
         self.seen += 1
         self.error += max(ERROR_WEIGHT, 1 / self.seen) * (mistake - self.error)
-        clipped_s = min(ttft_s, CLIP * foreseen_s + CLIP_S)
-        self._update((1.0, ahead_tokens, float(answers)), clipped_s - foreseen_s)
+        most_s = CLIP * tokens * self.s_per_token + CLIP_S
+        self._tokens = FORGET * self._tokens + tokens
+        self._time_s = FORGET * self._time_s + min(took_s, most_s)
+        self._explain(answers, min(ttft_s, CLIP * foreseen_s + CLIP_S), ahead_tokens)
 
     @property
     def factor(self) -> float:
         """By how much predictions are off, typically; 1.0: not at all."""
-        return math.exp(self.error)
+        return math.exp(min(self.error, 50.0))
 
     @property
     def wrong(self) -> bool:
         return self.seen >= SEEN_MIN and self.error > WRONG
 
-    def _update(self, x: tuple[float, float, float], residual_s: float) -> None:
-        p = self._spread
-        px = [sum(row[at] * x[at] for at in range(3)) for row in p]
-        total = FORGET + sum(x[at] * px[at] for at in range(3))
-        gain = [one / total for one in px]
-        self.fixed_s = max(0.0, self.fixed_s + gain[0] * residual_s)
-        self.s_per_token = max(S_PER_TOKEN_MIN, self.s_per_token + gain[1] * residual_s)
-        self.s_per_answer = max(S_PER_ANSWER_MIN, self.s_per_answer + gain[2] * residual_s)
-        for row in range(3):
-            for column in range(3):
-                p[row][column] = (p[row][column] - gain[row] * px[column]) / FORGET
-            # What is not exercised would be forgotten without end.
-            p[row][row] = min(p[row][row], SPREAD[row] ** 2)
+    def _explain(self, answers: float, ttft_s: float, ahead_tokens: float) -> None:
+        """Fits what tokens do not explain by least squares; the first guess is believed a bit."""
+        left_s = ttft_s - ahead_tokens * self.s_per_token
+        new = (1.0, answers, answers * answers, left_s, answers * left_s)
+        self._fit = tuple(FORGET * was + now for was, now in zip(self._fit, new, strict=True))  # type: ignore[assignment]  # still five
+        one, n, nn, r, nr = self._fit
+        over = nn - n * n / one + RIDGE
+        slope = (nr - n * r / one + RIDGE * FIRST_S_PER_ANSWER) / over
+        self.s_per_answer = min(max(slope, S_PER_ANSWER_MIN), S_PER_ANSWER_MAX)
+        self.fixed_s = max(0.0, (r - self.s_per_answer * n) / one)
 
 
 @dataclass(slots=True)
@@ -88,6 +93,7 @@ class Work:
 
     booked: dict[int, float] = field(default_factory=dict)  # tokens to compute, by booking
     _began: float = 0.0  # since when a first token of them can be due
+    _first_at: float = -math.inf  # when the latest first token came
     _next: int = 0
     _busy: float = 0.0
     _busy_at: float = 0.0
@@ -104,6 +110,12 @@ class Work:
         self._next += 1
         self.booked[self._next] = tokens
         return self._next
+
+    def first_token(self, began: float, now: float) -> float:
+        """Seconds since the first token before, or since this prompt was sent."""
+        took_s = now - max(began, self._first_at)
+        self._first_at = now
+        return took_s
 
     def release(self, booking: int, now: float) -> None:
         """Its first token has come, or it has ended without. Twice is once."""

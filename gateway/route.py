@@ -1,12 +1,14 @@
 """Which replica answers. Pure: numbers in, a choice and its reasons out; the same ones again give
 the same choice, bit by bit, which is what `headgate explain` relies on.
 
-    cost = wait + (1 + alpha + busy) * compute + decode
+    cost = wait + (1 + alpha + delayed + busy) * compute + decode
 
 `wait` is the prefill that was sent there before and has not shown a first token, `compute` what of
 the prompt is not cached there, both at the rate that the replica has shown; `decode` what the
-requests under way there add. `alpha` prices the work that others will wait for, and `busy`, the
-share of its time that the replica has computed lately, says how many others those are.
+requests under way there add. `alpha` and `delayed`, which grows with the load of the fleet, price
+the work that others will wait for; `busy`, the share of its time that a replica has computed,
+brings new work to those that had less lately. Equal costs go to the least loaded, then to who has
+more cached, then by lot.
 """
 
 from __future__ import annotations
@@ -15,9 +17,10 @@ from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
+DELAYED_MAX = 5.0  # at a load of 0.64: beyond, loads are not known well enough
 HINT_S = 0.001  # what a session's last replica may cost more, besides
 HINT_SHARE = 0.05  # this part of the least cost
-TIE_SHARE = 1e-9  # costs that differ by less are equal
+TIE_S, TIE_SHARE = 0.0005, 0.01  # costs that differ by no more than both are equal
 
 
 class Candidate(Protocol):
@@ -57,7 +60,8 @@ class Ask:
 
     prompt_tokens: int
     common_tokens: int  # of its beginning that most prompts share: it soon is everywhere
-    alpha: float
+    alpha: float  # by tier
+    delayed: float  # how many others a piece of work delays, by the fleet's load
     policy: str  # cost, p2c, round_robin, least_loaded
     draw: float  # a random number from 0 to 1
     turn: int = 0  # the how manieth choice it is
@@ -97,8 +101,17 @@ def decide(options: Sequence[Option], ask: Ask) -> Choice:
         for at, option in enumerate(options):
             if option.url == ask.hint and costs[at] <= most:
                 return Choice(at, terms)
-    limit = least + TIE_SHARE * abs(least)
-    tied = [at for at, cost in enumerate(costs) if cost <= limit]
+    if ask.policy == "least_loaded":
+        tied = [at for at, cost in enumerate(costs) if cost == least]
+        return Choice(_drawn(tied, options, ask.draw), terms)
+    limit = least + TIE_S + TIE_SHARE * least
+    ranks = {
+        at: (_load(options[at]), -max(options[at].cached_tokens, ask.common_tokens))
+        for at, cost in enumerate(costs)
+        if cost <= limit
+    }
+    best = min(ranks.values())
+    tied = [at for at, rank in ranks.items() if rank == best]
     return Choice(_drawn(tied, options, ask.draw), terms)
 
 
@@ -108,8 +121,15 @@ def price(option: Option, ask: Ask) -> Terms:
     compute_s = (ask.prompt_tokens - cached) * option.s_per_token
     wait_s = option.waiting_tokens * option.s_per_token / option.weight
     decode_s = _load(option) * option.s_per_answer
-    cost_s = wait_s + (1 + ask.alpha + option.busy) * compute_s + decode_s
+    cost_s = wait_s + (1 + ask.alpha + ask.delayed + option.busy) * compute_s + decode_s
     return Terms(wait_s, compute_s, decode_s, cost_s)
+
+
+def delayed(busy: float) -> float:
+    """How many others a piece of work delays: those that come until its queue has emptied. In a
+    queue with Poisson arrivals, of load b and with times that vary as exponential ones do, that is
+    b / (1 - b)^2."""
+    return min(busy / max(1 - busy, 1e-3) ** 2, DELAYED_MAX)
 
 
 def _drawn(tied: Sequence[int], options: Sequence[Option], draw: float) -> int:

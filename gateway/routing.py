@@ -11,7 +11,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import median
+from statistics import fmean, median
 from typing import Protocol
 
 from cache.blocks import BLOCK_TOKENS
@@ -22,7 +22,7 @@ from gateway.prompt import Prompt
 from gateway.rates import FIRST_S_PER_ANSWER, FIRST_S_PER_TOKEN, Common, Pace, Work
 from gateway.receipt import Decision, Receipt, Receipts, new_id
 from gateway.replica import Replica
-from gateway.route import Ask, Option, decide, eligible
+from gateway.route import Ask, Option, decide, delayed, eligible
 from policies.routing import Routing as Policy
 
 SESSIONS_MAX = 8192  # whose last replica is remembered
@@ -32,6 +32,7 @@ HINT_HEADERS = ("x-session-id", "x-session-affinity")
 HINT_FIELDS = ("prompt_cache_key", "user")
 HINT_CHARS_MAX = 256
 LEARNED_MIN = 3  # first tokens after which a replica's own rates count
+ALIKE = 1.3  # rates that differ by a smaller factor are the same hardware's
 CAPACITY_MIN = 64  # blocks
 SHRINK, GROW = 0.9, 1.005  # of a capacity: where less was found than foreseen, and where not
 
@@ -178,6 +179,7 @@ class Trip:
             prompt_tokens=prompt.tokens,
             common_tokens=routing.common(model).depth(prompt.hashes) * BLOCK_TOKENS,
             alpha=routing.policy.alpha_of(self.receipt.tier),
+            delayed=delayed(fmean(option.busy for option in options)),
             policy=routing.way(able),
             draw=routing.rng.random(),
             turn=routing.turns,
@@ -198,9 +200,11 @@ class Trip:
         for replica in able:
             known = routing.known(replica.url)
             pace = known.pace
-            per_token, per_answer = (
-                (pace.s_per_token, pace.s_per_answer) if pace.seen >= LEARNED_MIN else usual
-            )
+            per_token, per_answer = usual
+            if pace.seen >= LEARNED_MIN:
+                per_answer = pace.s_per_answer
+                if max(per_token, pace.s_per_token) > ALIKE * min(per_token, pace.s_per_token):
+                    per_token = pace.s_per_token
             options.append(
                 Option(
                     url=replica.url,
@@ -262,7 +266,9 @@ class Trip:
         if self.call.stream:
             self.receipt.ttft_s = booking.ttft_s
             computed = booking.tokens if told is None else max(1, prompt_tokens - told)
-            booking.known.pace.learn(booking.ahead + computed, booking.answers, booking.ttft_s)
+            ahead = booking.ahead + computed
+            pace = booking.known.pace
+            pace.learn(computed, booking.took_s, ahead, booking.answers, booking.ttft_s)
         if told is not None and not booking.beside:
             self._size(booking, told)
             if self.prompt.exact:
@@ -300,7 +306,7 @@ class Booking:
 
     __slots__ = (
         "_clock", "_number", "_over", "ahead", "answers", "began", "beside", "foreseen_s",
-        "hashes", "held", "known", "replica", "seen", "tokens", "told", "ttft_s",
+        "hashes", "held", "known", "replica", "seen", "tokens", "told", "took_s", "ttft_s",
     )  # fmt: skip
 
     def __init__(
@@ -322,6 +328,7 @@ class Booking:
         self.held = seen.captured // BLOCK_TOKENS
         self.told = min(self.held, trip.told(replica.url))  # of these, by its own word in its pool
         self.ttft_s: float | None = None
+        self.took_s = 0.0
         self._number = work.book(self.tokens, now)
         known.bookings[self._number] = self
         replica.waiting_tokens += self.tokens
@@ -333,6 +340,7 @@ class Booking:
         now = self._clock()
         self._release(now)
         self.ttft_s = now - self.began
+        self.took_s = self.known.work.first_token(self.began, now)
         self.known.work.computed(self.tokens * self.known.pace.s_per_token, now)
 
     def end(self) -> None:

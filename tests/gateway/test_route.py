@@ -11,10 +11,22 @@ import pytest
 from hypothesis import given, strategies as st
 
 from gateway.replica import Replica
-from gateway.route import HINT_S, HINT_SHARE, Ask, Option, decide, eligible, price
+from gateway.route import (
+    DELAYED_MAX,
+    HINT_S,
+    HINT_SHARE,
+    TIE_S,
+    TIE_SHARE,
+    Ask,
+    Option,
+    decide,
+    delayed,
+    eligible,
+    price,
+)
 
 IDLE = Option("a", 0, 0.0, 0, 1 / 4000, 0.001, 0.0)
-ASK = Ask(4000, 0, 0.2, "cost", 0.5)
+ASK = Ask(4000, 0, 0.2, 0.0, "cost", 0.5)
 
 costs = st.floats(0, 100, allow_subnormal=False)
 options = st.lists(
@@ -38,6 +50,7 @@ asks = st.builds(
     st.integers(0, 8000),
     st.integers(0, 4000),
     st.floats(0, 4),
+    st.floats(0, 4),
     st.sampled_from(["cost", "p2c", "round_robin", "least_loaded"]),
     st.floats(0, 1, exclude_max=True),
     st.integers(0, 10**6),
@@ -60,7 +73,7 @@ def test_only_who_is_well_and_serves_the_model_can_be_chosen() -> None:
 def test_equal_costs_are_drawn_by_weight() -> None:
     """An idle fleet shares its first requests instead of sending all of them to the first."""
     free = replace(IDLE, s_per_answer=0.0)
-    fleet = [free, replace(free, url="b"), replace(free, url="c", weight=2.0)]
+    fleet = [free, replace(free, url="b"), replace(free, url="c", weight=2.0, in_flight=1)]
     rng = random.Random(1)
     counts = Counter(decide(fleet, replace(ASK, draw=rng.random())).at for _ in range(4000))
     assert counts[0] > 800
@@ -102,6 +115,14 @@ def test_a_session_goes_where_it_was_as_long_as_that_costs_next_to_nothing() -> 
     assert decide(fleet, replace(ASK, hint="b")).at == 0
 
 
+def test_the_busier_the_fleet_the_more_keeps_to_where_it_is_cached() -> None:
+    """A wait that is not worth it on an idle fleet is worth it on a busy one."""
+    fleet = [IDLE, replace(IDLE, url="b", cached_tokens=4000, waiting_tokens=8000)]
+    assert decide(fleet, ASK).at == 0
+    assert decide(fleet, replace(ASK, delayed=delayed(0.6))).at == 1
+    assert [delayed(busy) for busy in (0.0, 0.5, 1.0)] == [0.0, 2.0, DELAYED_MAX]
+
+
 @given(options, asks)
 def test_the_choice_is_the_definition(fleet: list[Option], ask: Ask) -> None:
     """Cost: nobody is cheaper, but for a session's own. Least loaded: nobody has less. Round robin:
@@ -117,8 +138,9 @@ def test_the_choice_is_the_definition(fleet: list[Option], ask: Ask) -> None:
     elif ask.policy == "p2c":
         assert len(fleet) == 1 or sorted(loads)[-2] >= loads[choice.at]
     else:
-        slack = HINT_S + HINT_SHARE * least if chosen.url == ask.hint else 1e-6 * least
-        assert choice.terms[choice.at].cost_s <= least + slack + 1e-12
+        slack = HINT_S + HINT_SHARE * least if chosen.url == ask.hint else 0.0
+        slack = max(slack, TIE_S + TIE_SHARE * least)
+        assert choice.terms[choice.at].cost_s <= least + slack
 
 
 @given(options, asks)
