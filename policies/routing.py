@@ -9,8 +9,8 @@ from pydantic import Field
 from policies.fields import PolicyModel
 
 Way = Literal["auto", "cost", "p2c", "round_robin", "least_loaded"]
-ALPHA = {"interactive": 0.2, "standard": 0.35, "relaxed": 0.5, "batch": 1.0}
-OTHER_ALPHA = 0.35
+ALPHA = {"interactive": 0.1, "standard": 0.2, "relaxed": 0.4, "batch": 1.0}
+OTHER_ALPHA = 0.2
 
 
 class Routing(PolicyModel):
