@@ -20,7 +20,7 @@ from typing import Protocol, TypeVar
 DELAYED_MAX = 5.0  # at a load of 0.64: beyond, loads are not known well enough
 HINT_S = 0.001  # what a session's last replica may cost more, besides
 HINT_SHARE = 0.05  # this part of the least cost
-TIE_S, TIE_SHARE = 0.0005, 0.01  # costs that differ by no more than both are equal
+TIE_S, TIE_SHARE = 0.002, 0.01  # costs that differ by no more than both are equal
 
 
 class Candidate(Protocol):
