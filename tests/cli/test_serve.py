@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from command.machine import PortError, bind, cores, free_ports, port_holder
+from command.machine import PortError, bind, cores, free_ports, port_holder, reserve
 from command.serve import Plan, curl, opening, programs_of, ready, threads_of
 from policies.load import load
 from policies.model_folder import served_name
@@ -186,6 +186,19 @@ def test_free_ports_are_distinct_and_free() -> None:
     ports = free_ports(20)
     assert len(set(ports)) == 20
     bind("127.0.0.1", ports[0]).close()
+
+
+def test_a_reserved_port_is_shared_by_its_gateways_and_nobody_else() -> None:
+    """Several listen behind a reservation; a second `headgate serve` does not join them."""
+    with reserve("127.0.0.1", 0) as held:
+        port = held.getsockname()[1]
+        with (
+            socket.create_server(("127.0.0.1", port), reuse_port=True),
+            socket.create_server(("127.0.0.1", port), reuse_port=True),
+        ):
+            for take in (bind, reserve):
+                with pytest.raises(PortError, match="is taken"):
+                    take("127.0.0.1", port)
 
 
 def test_a_port_holder_is_found_or_not() -> None:
