@@ -175,7 +175,9 @@ class Answer:
     @property
     def well(self) -> bool | None:
         """What the answer says of the replica, if it was read to its end."""
-        return {Meaning.ANSWER: True, Meaning.BUSY: None, Meaning.BROKEN: False}[self.meaning]
+        if self.meaning is Meaning.BUSY:
+            return None
+        return self.meaning is Meaning.ANSWER
 
     async def _next(self) -> bytes:
         return await self._interruptible(self._response.readany())

@@ -68,9 +68,15 @@ class Call:
     data: Mapping[str, Any] = field(default_factory=dict, repr=False)  # of the body: READ
 
 
-async def read_body(headers: RawHeaders, receive: Receive, settings: Gateway) -> bytes:
-    """The whole body. Raises Problem 400, 408, 413 or 415, and ClientGone."""
+async def read_body(
+    headers: RawHeaders, receive: Receive, settings: Gateway, *, waits: bool = True
+) -> bytes:
+    """The whole body; where all of it has come it `waits` for nothing, and needs no limit.
+
+    Raises Problem 400, 408, 413 or 415, and ClientGone."""
     _check_headers(headers, settings.max_body_bytes)
+    if not waits:
+        return await _collect(receive, settings.max_body_bytes)
     try:
         async with asyncio.timeout(settings.body_timeout_s):
             return await _collect(receive, settings.max_body_bytes)

@@ -53,7 +53,9 @@ class Completions:
         try:
             headers = scope["headers"]
             tenant = edge.keys.tenant(headers)
-            body = await read_body(headers, receive, edge.settings)
+            outgoing = scope["extensions"][OUTGOING]
+            waits = not outgoing.asked
+            body = await read_body(headers, receive, edge.settings, waits=waits)
             call = parse_call(self.path, body, headers, reply.request_id)
             service = edge.tiers.tier(call, tenant)
             reply.more.append((b"x-headgate-tier", service.tier.encode()))
@@ -69,7 +71,7 @@ class Completions:
             reply.more.append((b"x-headgate-receipt", trip.receipt.id.encode()))
             place = edge.admission.place(call, tenant, service, prompt.tokens)
             forward = self._forward(edge, trip, place, reply, silence)
-            work = attend(forward, scope["extensions"][OUTGOING], silence)
+            work = attend(forward, outgoing, silence)
             await within(service.limit_s(edge.settings.total_timeout_s), work)
             if recall:
                 recall.keep()

@@ -193,6 +193,10 @@ class _Outgoing:
         self.is_closing = connection.transport.is_closing
 
     @property
+    def asked(self) -> bool:
+        return not self._cycle.more_body
+
+    @property
     def complete(self) -> bool:
         return self._cycle.response_complete
 

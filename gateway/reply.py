@@ -26,6 +26,10 @@ Headers = list[tuple[bytes, bytes]]
 class Outgoing(Protocol):
     """The client's connection as a stream's bytes go to it, past ASGI's message for each."""
 
+    @property
+    def asked(self) -> bool:
+        """Whether the whole request has come."""
+
     def stream(self, chunk: bytes) -> bool:
         """Sends a piece of a body that has begun; False when the client lags behind."""
 
@@ -167,6 +171,11 @@ class Copy:
     async def __call__(self, message: MutableMapping[str, Any]) -> None:
         self._note(message)
         await self._send(message)
+
+    @property
+    def asked(self) -> bool:
+        assert self._outgoing is not None
+        return self._outgoing.asked
 
     def stream(self, chunk: bytes) -> bool:
         self._add(chunk)

@@ -23,10 +23,10 @@ class Usage:
 def usage_of(pieces: Iterable[bytes]) -> Usage | None:
     """The last `usage` in the pieces of a stream's end or of a body; None where there is none."""
     text = b"".join(pieces)
-    at = None
-    for found in _USAGE.finditer(text):
-        at = found.end()
-    if at is None:
+    at = text.rfind(b'"usage"')
+    while at >= 0 and not _USAGE.match(text, at):  # a null, or the name of something else
+        at = text.rfind(b'"usage"', 0, at)
+    if at < 0:
         return None
     counts = {name: int(value) for name, value in _COUNT.findall(text, at)}
     if b"prompt_tokens" not in counts:

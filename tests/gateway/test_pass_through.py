@@ -207,6 +207,8 @@ class Sent:
     def when_writable(self, go_on: Any) -> None:
         raise AssertionError("it is always writable")
 
+    asked = True
+
     def when_gone(self, leave: Any) -> bool:
         raise AssertionError("nobody goes")
 
