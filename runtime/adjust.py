@@ -76,6 +76,7 @@ class _Guess(NamedTuple):
     failure: str | None
     penalized: float | None
     repeated: float | None
+    taken: bool  # by the grammar, where there is one
 
 
 class Adjustment:
@@ -104,16 +105,23 @@ class Adjustment:
 
     def push(self, token: int) -> None:
         """A token was chosen. What goes wrong shows at the next `apply`."""
+        self._take(token)
+
+    def _take(self, token: int) -> bool:
+        """True where the grammar has moved on."""
         one = self._sampling
         if one.frequency_penalty or one.presence_penalty:
             self._penalized.add(token, one.frequency_penalty, once=one.presence_penalty)
         if one.repetition_penalty != 1:
             self._repeated.add(token, 0.0)
-        if self._grammar is not None:
-            try:
-                self._grammar.accept(token)
-            except GrammarFailed as error:
-                self._failure = str(error)
+        if self._grammar is None:
+            return False
+        try:
+            self._grammar.accept(token)
+        except GrammarFailed as error:
+            self._failure = str(error)
+            return False
+        return True
 
     # ---- guesses: tokens that may have to be taken back ------------------------------------------
 
@@ -125,11 +133,10 @@ class Adjustment:
 
     def guess(self, token: int) -> None:
         """Like `push`, for a token that was only guessed."""
-        guess = _Guess(
-            token, self._failure, self._penalized.amount(token), self._repeated.amount(token)
-        )
-        self._guessed.append(guess)
-        self.push(token)
+        failure = self._failure
+        penalized, repeated = self._penalized.amount(token), self._repeated.amount(token)
+        taken = self._take(token)
+        self._guessed.append(_Guess(token, failure, penalized, repeated, taken))
 
     def keep(self, count: int) -> None:
         """The first `count` guesses were right; the others are taken back."""
@@ -140,7 +147,7 @@ class Adjustment:
                 self._penalized.put_back(guess.token, guess.penalized)
             if one.repetition_penalty != 1:
                 self._repeated.put_back(guess.token, guess.repeated)
-            if self._grammar is not None and self._failure is None:
+            if self._grammar is not None and guess.taken:
                 self._grammar.rollback(1)
             self._failure = guess.failure
         self._guessed.clear()

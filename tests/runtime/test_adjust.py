@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
@@ -132,3 +133,21 @@ def test_a_dead_end_is_told_and_does_not_touch_its_neighbours():
     assert dead[1] == DEAD_END
     assert set(dead) == {0, 1}
     assert changed[2].tolist()[:3] == [0.0, 1.0, 0.0]
+
+
+def test_a_guess_that_leads_to_a_dead_end_is_taken_back_whole():
+    """The grammar had followed such a guess and stayed there: the next token that was really
+    chosen was refused."""
+    tokenizer = Tokenizer.load(POCKET)
+    grammar = Grammars(tokenizer, tokenizer.vocab_size).compile(GrammarSpec("regex", "az|ab"))
+    a, b = (tokenizer.encode(char, special=False)[0] for char in "ab")
+    one = adjustment(Sampling(grammar=grammar), [1])
+    narrow = np.zeros(b, np.float32)  # neither b nor z can be written
+    assert one.apply(narrow.copy()) is None
+    one.guess(a)
+    assert one.apply(narrow.copy()) == DEAD_END
+    one.keep(0)
+    first = narrow.copy()
+    assert one.apply(first) is None
+    assert a in np.isfinite(first).nonzero()[0]
+    assert one.allows([a, b]) == 2

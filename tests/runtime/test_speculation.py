@@ -448,6 +448,9 @@ def test_vocabularies_are_mapped_by_what_tokens_are(folder, tmp_path):
     assert back[40] == -torch.inf
     same = vocabulary_of(target, target, 260, 260)
     assert same.to_target(logits) is logits
+    wider = vocabulary_of(target, target, 300, 260)
+    assert max(wider.to_draft([0, 299])) < 260, "the draft has no row for it"
+    assert wider.to_target(logits)[0, [0, 255, 299]].tolist() == [0, 255, -torch.inf]
     with pytest.raises(VocabulariesDiffer, match="at least 80% are needed"):
         scramble(file, keep=3)
         vocabulary_of(target, Tokenizer.load(tmp_path), 260, 260)
