@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks.lab import report, virtual
+from benchmarks.lab import live_overload, report, virtual
 from benchmarks.lab.conditions import ROOT
 from benchmarks.lab.report import About, Goal, Measured, Settings
 from benchmarks.lab.samples import four_digits, percentile
@@ -38,6 +38,8 @@ LOADS = (0.5, 1.0, 1.5, 2.0, 3.0)
 WORKERS = 2
 REPEATS = 3  # of the recording, one behind the other
 TIERS = ("interactive", "standard", "batch")
+LIVE = 120  # requests of the live run
+LIVE_TOKENS = 60
 WARM_S = 5.0  # of each run's beginning, which are not counted
 
 ABOUT = About(
@@ -48,6 +50,7 @@ ABOUT = About(
         "simulated workers can do, through the gateway's own admission on a virtual clock, and "
         "first come, first served beside it. A request is good when its first token and its "
         "tokens came within the tier's targets (batch: when it was answered); errors are misses. "
+        "`live_at_2x` is a gateway process between sockets, ten times slower, targets too. "
         "The service gap is the largest difference of what two tenants got while both waited."
     ),
     goals=(
@@ -303,6 +306,30 @@ def fairness() -> tuple[float, float]:
     return run.gaps.largest, 2 * max(price(2000, 0), price(0, under_way))
 
 
+def live(traffic: Sequence[Row], count: int) -> dict[str, Any]:
+    """`count` requests at twice what is able, through a gateway process, ten times slower. Answers
+    are cut to LIVE_TOKENS and no prompt is cached, so that what is able is another number."""
+    short = [
+        Row(row.at_s, row.tenant, row.tier, row.tokens, min(row.answer_tokens, LIVE_TOKENS), ())
+        for row in traffic
+    ]
+    scaled = at_load(short, 2.0, capacity(short))[:count]
+    slow = live_overload.SLOW
+    visits = [
+        live_overload.Visit(slow * row.at_s, row.tier, row.tokens, row.answer_tokens)
+        for row in scaled
+    ]
+    asyncio.run(live_overload.run(visits, WORKERS))
+    told: dict[str, Any] = {"requests": len(visits)}
+    for tier in TIERS:
+        own = [one for one in visits if one.tier == tier]
+        told[tier] = {
+            "good": sum(one.good for one in own) / max(len(own), 1),
+            "answered": sum(one.status == 200 for one in own) / max(len(own), 1),
+        }
+    return told
+
+
 def measure(settings: Settings) -> Measured:
     traffic = rows(settings.quick)
     able_per_s = capacity(traffic)
@@ -323,6 +350,7 @@ def measure(settings: Settings) -> Measured:
         "tiers": tiered,
         "first_come": fifo,
         "service_gap": {"largest": gap, "bound": bound},
+        "live_at_2x": live(traffic, LIVE // 8 if settings.quick else LIVE),
     }
     values = {
         "interactive_at_2x": tiered["2x"]["interactive"]["good"],

@@ -41,15 +41,17 @@ class Job:
 
 
 class Worker:
-    """One replica. `fifo`: prompts are read as they come, whatever was promised to them."""
+    """One replica. `fifo`: prompts are read as they come, whatever was promised to them. `slow`:
+    how many times longer everything takes."""
 
-    def __init__(self, name: str, *, fifo: bool) -> None:
+    def __init__(self, name: str, *, fifo: bool, slow: float = 1.0) -> None:
         self.identity = name
         self.own = True
         self.healthy = True
         self.models = ("m",)
         self.in_flight = 0
         self._fifo = fifo
+        self._slow = slow
         self._waiting: list[Job] = []
         self._running: list[Job] = []
         self._cache: OrderedDict[int, None] = OrderedDict()
@@ -77,7 +79,7 @@ class Worker:
         decoding = [job for job in self._running if not job.left]
         chunks, tokens = self._chunks(decoding)
         step_s = STEP_S + ANSWER_S * len(decoding) if decoding else 0.0
-        await asyncio.sleep(step_s + tokens / READ_TOKENS_PER_S + 0.0005)
+        await asyncio.sleep(self._slow * (step_s + tokens / READ_TOKENS_PER_S + 0.0005))
         for job, count in chunks:
             job.left -= count
         for job in self._running:
