@@ -66,7 +66,8 @@ class Server:
             self.cache.keep(prompt)
         self.answers += 1
         writer.write(HEAD)
-        blocks = int(str(asked["max_tokens"])) // BLOCK_TOKENS
+        limit = asked.get("max_tokens") or asked["max_completion_tokens"]  # some rename it
+        blocks = int(str(limit)) // BLOCK_TOKENS
         try:
             for number in range(blocks):
                 delta = {"role": "assistant", "content": f"piece {number} "}
@@ -87,6 +88,8 @@ async def _head(reader: asyncio.StreamReader) -> tuple[str, str, int] | None:
     except asyncio.IncompleteReadError:
         return None
     first, *lines = head.decode("latin-1").rstrip().split("\r\n")
+    if not first.endswith("HTTP/1.1"):  # some ask for HTTP/2 first
+        return None
     method, path, _ = first.split(" ")
     headers = dict(line.lower().split(":", 1) for line in lines)
     return method, path, int(headers.get("content-length", 0))
