@@ -182,9 +182,9 @@ class Speculation:
             mixed = _better(free, priced)
             other = best(mixed)
             look_share = (2.0 * self.timer() - 2.0 * began) / plain_s  # to offer takes as long
-            if self._drafts_rest.judge(other.speed / budget.speed, len(ready), look_share):
+            if self._drafts_rest.judge(other.gain / budget.gain, len(ready), look_share):
                 chosen, budget = mixed, other
-        gain = budget.speed * plain_s / answers
+        gain = budget.gain
         choices = [
             one.choice._replace(guesses=count)
             for one, count in zip(chosen, budget.counts, strict=True)

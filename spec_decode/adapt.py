@@ -1,8 +1,10 @@
 """How many tokens to guess, for whom, by whom: as many as make tokens come faster, often none.
 
-A step that verifies B guesses beside its own T tokens yields N + sum of their chances, N being the
-answers in it, and takes draft(B) + verify(T + B) seconds. Guesses are taken in the order of their
-chances while that quotient grows (DSpark's B*; TurboSpec's goodput is the same idea). A guess's
+A step that verifies B guesses beside its own tokens gives answer i a number of tokens n_i, one and
+the chances of its guesses, and takes draft(B) + verify(B) seconds, so it speaks n_i / seconds
+tokens a second. Guesses are taken while the geometric mean of these speeds grows. (DSpark's B* and
+TurboSpec's goodput take the sum: there an answer with good guesses may make the steps of all the
+others longer, who get nothing for it; with one answer, or equal ones, both are the same.) A guess's
 chance is that of all before it, so the best B are a prefix of each answer's guesses.
 
 Chances come from what was accepted before: of this answer, of its group, of everybody, each level
@@ -14,6 +16,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Sequence as Many
 from dataclasses import dataclass, field
+from math import exp, log, log1p
 
 # Of what was seen before, this is left after each draft: some twenty drafts count.
 FADING = 0.95
@@ -140,10 +143,7 @@ class Budget:
     counts: list[int]
     tokens: float
     seconds: float
-
-    @property
-    def speed(self) -> float:
-        return self.tokens / self.seconds
+    gain: float  # how much faster the step makes its answers, in the geometric mean
 
 
 def best_budget(
@@ -162,10 +162,11 @@ def best_budget(
     token_s = max(after_s - plain_s, plain_s * TOKEN_SHARE_MIN)
     counts = [0] * len(offers)
     tokens, beside_s, guesses = float(answers), 0.0, 0
+    won, best_gain = 0.0, 0.0  # sums over answers of the logarithms of n_i, and of their speeds
     best_tokens, best_s, best = tokens, plain_s, 0
     passes = _Passes(pass_s)
     portions = _portions(offers, token_s, pass_s, room, span_s)
-    for at, (_, number, more, chance) in enumerate(portions, start=1):
+    for at, (_, number, more, chance, wins) in enumerate(portions, start=1):
         if guesses + more > room:
             break
         if not counts[number]:
@@ -175,17 +176,19 @@ def best_budget(
             beside_s += 0.0 if counts[number] else offers[number].read_s
         counts[number] += more
         tokens += chance
+        won += wins
         guesses += more
         for _ in range(more):
             seconds, after_s = after_s, next(seconds_of)
-        if tokens * best_s > best_tokens * (seconds + beside_s):
-            best_tokens, best_s, best = tokens, seconds + beside_s, at
+        gain = won - answers * log((seconds + beside_s) / plain_s)
+        if gain > best_gain:
+            best_tokens, best_s, best_gain, best = tokens, seconds + beside_s, gain, at
         elif at - best >= HOPELESS:
             break
     counts = [0] * len(offers)
-    for _, number, more, _ in portions[:best]:
+    for _, number, more, _, _ in portions[:best]:
         counts[number] += more
-    return Budget(counts, best_tokens, best_s)
+    return Budget(counts, best_tokens, best_s, exp(best_gain / answers))
 
 
 @dataclass(slots=True)
@@ -207,8 +210,9 @@ class _Passes:
         return added_s
 
 
-# Minus the tokens that a second of it gives, the number of the offer, guesses, tokens.
-_Portion = tuple[float, int, int, float]
+# Minus what a second of it wins, the number of the offer, guesses, tokens, and what it wins: the
+# logarithm of how many times as many tokens its answer gets.
+_Portion = tuple[float, int, int, float, float]
 
 
 def _portions(
@@ -232,18 +236,20 @@ def _cut(number: int, rate: float, most: int, token_s: float, first_s: float) ->
     order of being taken. The first ones are one portion as long as another makes them worth more.
     """
     portions: list[_Portion] = []
-    chance = 1.0
-    tokens, seconds, count = 0.0, first_s, 0
+    chance, said = 1.0, 1.0
+    tokens, wins, seconds, count = 0.0, 0.0, first_s, 0
     for _ in range(most):
         chance *= rate
         if chance < SURVIVAL_MIN:
             break
-        if count and chance * seconds <= tokens * token_s:
-            portions.append((-tokens / seconds, number, count, tokens))
-            tokens, seconds, count = 0.0, 0.0, 0
-        tokens, seconds, count = tokens + chance, seconds + token_s, count + 1
+        win = log1p(chance / said)
+        said += chance
+        if count and win * seconds <= wins * token_s:
+            portions.append((-wins / seconds, number, count, tokens, wins))
+            tokens, wins, seconds, count = 0.0, 0.0, 0.0, 0
+        tokens, wins, seconds, count = tokens + chance, wins + win, seconds + token_s, count + 1
     if count:
-        portions.append((-tokens / seconds, number, count, tokens))
+        portions.append((-wins / seconds, number, count, tokens, wins))
     return portions
 
 
