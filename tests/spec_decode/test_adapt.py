@@ -107,9 +107,9 @@ def test_what_a_draft_costs_counts_once_a_pass(offers, pass_s):
 
 
 def test_nobody_is_made_slower_for_another_ones_gain():
-    """Four answers of which one is foreseen well: its guess would bring 3 % more tokens a second, all
-    of them to this one, and make everybody's steps a fifth longer. Alone it gets the guess, and so
-    do four like it."""
+    """Four answers of which one is foreseen well: its guess would bring 3 % more tokens a second,
+    all of them to this one, and make everybody's steps a fifth longer. Alone it gets the guess, and
+    so do four like it."""
     good, poor = Offer(1, 0.95), Offer(1, 0.05)
 
     def budget(*offers):
