@@ -131,7 +131,8 @@ class Speculation:
         room -= sum(choice.guesses for choice in choices)
         automatic = [one for one in ready if one.known.mode.proposer == "auto"]
         if automatic and room > 0:
-            choices += self._adaptive(plan, automatic, scheduler.costs, room)
+            waiting = len(scheduler.waiting) + sum(work.count > 1 for work in plan)
+            choices += self._adaptive(plan, automatic, scheduler.costs, room, waiting)
         return self._draft(plan, choices, scheduler) if choices else plan
 
     def _ready(self, at: int, sequence: Sequence) -> _Ready:
@@ -156,7 +157,12 @@ class Speculation:
         return choices
 
     def _adaptive(
-        self, plan: list[Work], ready: list[_Ready], costs: StepCosts | None, room: int
+        self,
+        plan: list[Work],
+        ready: list[_Ready],
+        costs: StepCosts | None,
+        room: int,
+        waiting: int,
     ) -> list[_Choice]:
         """Guesses as far as they make tokens come faster."""
         started = self.timer()
@@ -173,7 +179,7 @@ class Speculation:
         def best(offered: list[_Offered]) -> Budget:
             offers = [one.offer for one in offered]
             steps_s = step.seconds(costs)
-            return best_budget(offers, answers, steps_s, self._pass_s, room, span_s)
+            return best_budget(offers, answers, steps_s, self._pass_s, room, span_s, waiting)
 
         plain_s = next(step.seconds(costs))
         chosen, budget = free, best(free)

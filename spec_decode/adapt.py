@@ -2,10 +2,11 @@
 
 A step that verifies B guesses beside its own tokens gives answer i a number of tokens n_i, one and
 the chances of its guesses, and takes draft(B) + verify(B) seconds, so it speaks n_i / seconds
-tokens a second. Guesses are taken while the geometric mean of these speeds grows. (DSpark's B* and
-TurboSpec's goodput take the sum: there an answer with good guesses may make the steps of all the
-others longer, who get nothing for it; with one answer, or equal ones, both are the same.) A guess's
-chance is that of all before it, so the best B are a prefix of each answer's guesses.
+tokens a second. Guesses are taken while the geometric mean of these speeds grows, and prompts that
+wait for the step count as answers without a guess. (DSpark's B* and TurboSpec's goodput take the
+sum of answers' tokens: there one with good guesses may make the steps of all the others longer, who
+get nothing for it; with one answer, or equal ones, both are the same.) A guess's chance is that of
+all before it, so the best B are a prefix of each answer's guesses.
 
 Chances come from what was accepted before: of this answer, of its group, of everybody, each level
 leaning on the next as long as it has seen little. Knows numbers; knows no model and no tokens.
@@ -143,7 +144,7 @@ class Budget:
     counts: list[int]
     tokens: float
     seconds: float
-    gain: float  # how much faster the step makes its answers, in the geometric mean
+    gain: float  # how much faster the step is for everybody, in the geometric mean
 
 
 def best_budget(
@@ -153,9 +154,12 @@ def best_budget(
     pass_s: PassCost,
     room: int,
     span_s: float = 0.0,
+    waiting: int = 0,
 ) -> Budget:
-    """The B* of a step with `answers` of them, at most `room` guesses. `steps_s` has the seconds of
-    the step without a guess, with one, with two, ...; who guesses at all costs `span_s` more."""
+    """The B* of a step with `answers` of them, at most `room` guesses, while `waiting` prompts wait.
+    `steps_s` has the seconds of the step without a guess, with one, with two, ...; who guesses at
+    all costs `span_s` more."""
+    everybody = answers + waiting
     seconds_of = iter(steps_s)
     plain_s = seconds = next(seconds_of)
     after_s = next(seconds_of)
@@ -180,7 +184,7 @@ def best_budget(
         guesses += more
         for _ in range(more):
             seconds, after_s = after_s, next(seconds_of)
-        gain = won - answers * log((seconds + beside_s) / plain_s)
+        gain = won - everybody * log((seconds + beside_s) / plain_s)
         if gain > best_gain:
             best_tokens, best_s, best_gain, best = tokens, seconds + beside_s, gain, at
         elif at - best >= HOPELESS:
@@ -188,7 +192,7 @@ def best_budget(
     counts = [0] * len(offers)
     for _, number, more, _, _ in portions[:best]:
         counts[number] += more
-    return Budget(counts, best_tokens, best_s, exp(best_gain / answers))
+    return Budget(counts, best_tokens, best_s, exp(best_gain / everybody))
 
 
 @dataclass(slots=True)

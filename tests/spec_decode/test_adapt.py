@@ -109,14 +109,15 @@ def test_what_a_draft_costs_counts_once_a_pass(offers, pass_s):
 def test_nobody_is_made_slower_for_another_ones_gain():
     """Four answers of which one is foreseen well: its guess would bring 3 % more tokens a second,
     all of them to this one, and make everybody's steps a fifth longer. Alone it gets the guess, and
-    so do four like it."""
+    so do four like it; beside prompts that wait it does not."""
     good, poor = Offer(1, 0.95), Offer(1, 0.05)
 
-    def budget(*offers):
+    def budget(*offers, waiting=0):
         steps_s = (1.0 + 0.2 * guesses for guesses in itertools.count())
-        return best_budget(offers, len(offers), steps_s, lambda rows: 0.0, 16)
+        return best_budget(offers, len(offers), steps_s, lambda rows: 0.0, 16, waiting=waiting)
 
     assert budget(good, poor, poor, poor).counts == [0, 0, 0, 0]
+    assert budget(good, waiting=3).counts == [0]
     assert budget(good).counts == [1]
     assert budget(*[good] * 4).counts == [1] * 4
 
