@@ -156,7 +156,7 @@ def best_budget(
     span_s: float = 0.0,
     waiting: int = 0,
 ) -> Budget:
-    """The B* of a step with `answers` of them, at most `room` guesses, while `waiting` prompts wait.
+    """The B* of a step with so many answers, with room for `room` guesses; `waiting`: prompts.
     `steps_s` has the seconds of the step without a guess, with one, with two, ...; who guesses at
     all costs `span_s` more."""
     everybody = answers + waiting
