@@ -127,7 +127,7 @@ class Speculation:
             return plan
         taken = sum(work.count for work in plan)
         room = min(scheduler.step_tokens - taken, scheduler.scored_rows - len(plan))
-        choices = self._static(ready)
+        choices = self._static(ready, room)
         room -= sum(choice.guesses for choice in choices)
         automatic = [one for one in ready if one.known.mode.proposer == "auto"]
         if automatic and room > 0:
@@ -144,16 +144,19 @@ class Speculation:
         left = sequence.sampling.max_tokens - sequence.answer_tokens - 1
         return _Ready(at, sequence, known, min(known.mode.most, left))
 
-    def _static(self, ready: list[_Ready]) -> list[_Choice]:
-        """Guesses of those whose policy names a proposer, as many as it says."""
+    def _static(self, ready: list[_Ready], room: int) -> list[_Choice]:
+        """Guesses of those whose policy names a proposer: as many as it says, and as the step has
+        room for. Each guess is a row of logits, as wide as the vocabulary."""
         choices = []
         for one in ready:
             for number, proposer in enumerate(self.proposers):
                 if proposer.name == one.known.mode.proposer:
                     outlook = proposer.outlook(one.sequence, one.most)
-                    if outlook is not None and outlook.most > 0:
+                    count = min(outlook.most, room) if outlook is not None else 0
+                    if outlook is not None and count > 0:
                         kind = (proposer.name, outlook.trust)
-                        choices.append(_Choice(one.at, number, outlook.most, kind))
+                        choices.append(_Choice(one.at, number, count, kind))
+                        room -= count
         return choices
 
     def _adaptive(

@@ -206,6 +206,24 @@ def test_nobody_gives_way_for_a_guess(blocks, others, tokens, guesses):
     pool.check()
 
 
+@pytest.mark.parametrize(("step_tokens", "scored_rows"), [(64, 9), (9, 64)])
+def test_a_named_proposer_guesses_no_more_than_a_step_has_room_for(world, step_tokens, scored_rows):
+    """Four answers with five guesses each would be 24 rows of logits."""
+    scheduler = Scheduler(
+        BlockPool(64), step_tokens=step_tokens, max_sequences=8, scored_rows=scored_rows
+    )
+    for key in range(4):
+        scheduler.add(sequence(key, 2))
+    for work in scheduler.plan():
+        work.sequence.computed = 2
+        work.sequence.tokens.append(world.ids[0])
+    plan = scheduler.plan()
+    assert [work.count for work in plan] == [1] * 4
+    extended = always(Counted(world.ids[0]), 5).extend(plan, scheduler)
+    assert sum(work.count for work in extended) == 9
+    assert sorted(work.sequence.key for work in extended) == [0, 1, 2, 3]
+
+
 # ---- when to guess ------------------------------------------------------------------------------
 
 
