@@ -9,8 +9,10 @@ control.py.
 
 from __future__ import annotations
 
+import ctypes
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
@@ -35,6 +37,7 @@ __all__ = ["NoChatTemplate", "Tokenizer", "TokenizerUnusable", "TooLong"]
 
 
 LONG_CHARS = 4096
+HUGE_CHARS = 2**17  # while it is tokenized, a text takes 150 to 350 times as many bytes
 NORMALIZED_MAX = 4  # characters that a normalizer may compose into one, with room to spare
 
 
@@ -128,9 +131,13 @@ class Tokenizer:
                 return list(self._tokens.encode(text, add_special_tokens=special).ids)
             # `encode` holds the interpreter's lock: 5 MB would stop every other thread for seconds.
             batch = self._tokens.encode_batch_fast([text], add_special_tokens=special)
-            return list(batch[0].ids)
+            ids = list(batch[0].ids)
         except TypeError:
             raise ValueError("the text has a lone surrogate, which is not valid Unicode") from None
+        if len(text) > HUGE_CHARS:
+            del batch
+            _give_back()
+        return ids
 
     def check_length(self, text: str, limit_tokens: int) -> None:
         """Raises TooLong for a text that is hopeless by its characters alone, at no cost."""
@@ -284,6 +291,12 @@ def _without_nulls(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]
 
 
 # ---- a model folder -----------------------------------------------------------------------------
+
+
+def _give_back() -> None:
+    """Lets glibc return what is free in its heap, which it would keep; nothing elsewhere."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _read_tokenizer(path: Path) -> tuple[tokenizers.Tokenizer, Mapping[str, Any] | None]:

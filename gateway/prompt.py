@@ -35,6 +35,10 @@ TOKEN_BYTES = 4  # of an id as it is hashed; and of text, where no tokenizer tel
 MEMORY_BYTES = 16 * 2**20  # of what is known of earlier prompts
 LONG_CHARS = 4096  # more than this is tokenized in a thread
 LONG_BODY_BYTES = 2**16  # more than this is rendered there, too
+# Larger bodies are counted by their bytes: while it is tokenized, a text of a MiB takes 170 to 330
+# MB. Those above HUGE_CHARS are tokenized one after another.
+EXACT_BYTES_MAX = 2**20
+HUGE_CHARS = 2**17
 KEPT_CHARS = 256  # a last piece that is shorter is not worth keeping
 _LINK_BYTES, _HASH_BYTES = 400, 72  # what they take in memory, by sys.getsizeof
 
@@ -92,6 +96,7 @@ class Prompts:
         # None: not usable.
         self._tokenizers: dict[Path, Tokenizer | None] = before._tokenizers if before else {}
         self._loading: dict[Path, asyncio.Task[None]] = {}
+        self._huge = asyncio.Lock()
 
     # ---- lifespan -------------------------------------------------------------------------------
 
@@ -130,7 +135,7 @@ class Prompts:
         salt = call.data.get("cache_salt")
         stem = root(model, adapter, salt if isinstance(salt, str) else None)
         tokenizer = self._tokenizer(folder)
-        if tokenizer is not None:
+        if tokenizer is not None and len(call.body) <= EXACT_BYTES_MAX:
             with suppress(*_not_rendered()):
                 return await self._exact(tokenizer, call, stem)
         stem = root_hash(model=f"text for {model}", adapter=adapter, salt=stem.hex())
@@ -141,7 +146,7 @@ class Prompts:
         called from any thread."""
         folder = self._identity(model)[2]
         tokenizer = self._tokenizers.get(folder) if folder else None
-        if tokenizer is not None:
+        if tokenizer is not None and len(text) <= EXACT_BYTES_MAX:
             with suppress(ValueError):  # a lone surrogate
                 return len(tokenizer.encode(text, special=False))
         return -(-len(text.encode("utf-8", "surrogatepass")) // TOKEN_BYTES)
@@ -203,7 +208,11 @@ class Prompts:
         known = self._memory.follow(keys)
         last = known[-1] if known else Link(0, (), stem, b"")
         new = pieces[len(known) :]
-        if sum(map(len, new)) > LONG_CHARS:
+        chars = sum(map(len, new))
+        if chars > HUGE_CHARS:
+            async with self._huge:
+                links = await asyncio.to_thread(extend, last, new, encode)
+        elif chars > LONG_CHARS:
             links = await asyncio.to_thread(extend, last, new, encode)
         else:
             links = extend(last, new, encode)

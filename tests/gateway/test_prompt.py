@@ -14,7 +14,7 @@ from hypothesis import given, settings, strategies as st
 from cache.blocks import BLOCK_TOKENS, chain_hashes
 from cache.tokens import Tokenizer
 from gateway.call import CHAT_PATH, COMPLETIONS_PATH, Call, parse_call
-from gateway.prompt import Link, Memory, Prompt, Prompts, extend, root
+from gateway.prompt import EXACT_BYTES_MAX, Link, Memory, Prompt, Prompts, extend, root
 from runtime.orders import chat_prompt, completion_prompts
 from runtime.wire import parse_chat, parse_completion
 
@@ -259,3 +259,15 @@ def test_a_text_is_counted_by_the_models_own_tokens() -> None:
     assert before == 8
     assert after == len(TOKENIZER.encode("Where does order JR-9265 lie?", special=False)) != before
     assert broken == 2
+
+
+def test_a_body_of_megabytes_is_counted_by_its_bytes() -> None:
+    """Tokenizing it would take hundreds of megabytes of the gateway's memory."""
+    long = "word " * (EXACT_BYTES_MAX // 5)
+    small, large = read(
+        call_of({"messages": [{"role": "user", "content": long[: len(long) // 8]}]}),
+        call_of({"messages": [{"role": "user", "content": long}]}),
+    )
+    assert small.exact
+    assert not large.exact
+    assert large.tokens == pytest.approx(len(long) / 4, rel=0.01)
