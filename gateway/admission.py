@@ -90,6 +90,16 @@ class Admission:
         """`async with` this a request has its place. Entering raises Problem 400, 429, 503, 504."""
         return Admitted(self, call, tenant, service, tokens)
 
+    async def counted(self, tenant: Known, tier: str) -> list[tuple[bytes, bytes]]:
+        """Takes one request, and no tokens, for an answer that needs no replica; what the client is
+        told of its limits. Raises Problem 429, 503."""
+        try:
+            allowance = await self.limits.take(tenant, None)
+        except Problem:
+            self.tallies.of(tier).limited += 1
+            raise
+        return allowance.headers() if allowance is not None else []
+
     def health(self) -> list[dict[str, Any]]:
         """For /health: what waits and runs before each set of replicas, and what it can take."""
         return [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Coroutine
+from functools import partial
 
 from starlette.types import Receive, Scope, Send
 
@@ -62,7 +63,8 @@ class Completions:
             call = edge.tiers.told(call, tenant, service)
             call, _ = await edge.shortener.trim(call, tenant.name, service.tier)
             recall = edge.recall(call, tenant.name, service.tier)
-            if recall and await recall.give(reply):
+            count = partial(edge.admission.counted, tenant, service.tier)
+            if recall and await recall.give(reply, count):
                 return
             clock = asyncio.get_running_loop().time
             silence = Silence(edge.settings, reply, stream=call.stream, clock=clock)

@@ -48,9 +48,10 @@ class Limits:
         self._store = store
         self._wall = wall  # seconds since the epoch: minutes and days are those of all gateways
 
-    async def take(self, tenant: Known, tokens: int) -> Allowance | None:
-        """Takes one request and `tokens`; None for a tenant without limits. Raises Problem 429, and
-        503 where the policy wants the store and it is away."""
+    async def take(self, tenant: Known, tokens: int | None) -> Allowance | None:
+        """Takes one request and `tokens` (None: for an answer that takes none, whatever is left of
+        them); None for a tenant without limits. Raises Problem 429, and 503 where the policy wants
+        the store and it is away."""
         wants, names = wants_of(tenant, tokens, self._wall())
         if not wants:
             return None
@@ -79,7 +80,9 @@ class Limits:
             await self._store.settle(changes)
 
 
-def wants_of(tenant: Known, tokens: int, now: float) -> tuple[tuple[Want, ...], tuple[str, ...]]:
+def wants_of(
+    tenant: Known, tokens: int | None, now: float
+) -> tuple[tuple[Want, ...], tuple[str, ...]]:
     """What a request takes of each limit that its tenant has, and the limits' names."""
     rights = tenant.rights
     if rights is None:
@@ -87,9 +90,9 @@ def wants_of(tenant: Known, tokens: int, now: float) -> tuple[tuple[Want, ...], 
     found: list[tuple[str, Want]] = []
     if rights.requests_per_minute is not None:
         found.append(("requests", _minutely(tenant, "requests", rights.requests_per_minute, 1)))
-    if rights.tokens_per_minute is not None:
+    if rights.tokens_per_minute is not None and tokens is not None:
         found.append(("tokens", _minutely(tenant, "tokens", rights.tokens_per_minute, tokens)))
-    if rights.tokens_per_day is not None:
+    if rights.tokens_per_day is not None and tokens is not None:
         day = datetime.datetime.fromtimestamp(now, datetime.UTC).date().isoformat()
         ends_at = (now // DAY_S + 1) * DAY_S
         quota = Quota(float(rights.tokens_per_day), ends_at)

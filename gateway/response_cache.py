@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from collections.abc import Collection, Iterable
+from collections.abc import Awaitable, Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
 import orjson
 
 from gateway.call import Call
-from gateway.reply import Copy, Reply
+from gateway.reply import Copy, Headers, Reply
 from policies.trimming import ResponseCache
 from runtime.wire import parse_object
 
@@ -139,12 +139,14 @@ class Recall:
         self._now = now
         self._copy: Copy | None = None
 
-    async def give(self, reply: Reply) -> bool:
-        """Answers, if it is known how; otherwise begins to copy the answer that will come."""
+    async def give(self, reply: Reply, count: Callable[[], Awaitable[Headers]]) -> bool:
+        """Answers, if it is known how; otherwise begins to copy the answer that will come. `count`
+        is asked before an answer is given, and may raise Problem; its headers go with it."""
         entry = self._answers.get(self._key, self._now)
         if entry is None:
             self._copy = reply.copied(int(self._answers.settings.max_bytes * ENTRY_SHARE))
             return False
+        reply.more += await count()
         await reply.whole(200, [*entry.headers, HIT], entry.body)
         return True
 

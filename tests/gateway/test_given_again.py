@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
+from gateway.admission import ANSWER_TOKENS
+from gateway.keys import Known
+from gateway.limits import wants_of
+from policies.slo import Tenant, key_hash
 from tests.gateway.world import DONE, HELLO, Peer, gateway, on_loop, upstream
 
 GREEDY = HELLO | {"temperature": 0}
@@ -40,6 +45,26 @@ async def test_the_same_request_is_answered_once() -> None:
         assert len(one.requests) + len(two.requests) == 2
         told = (await edge.client.get("/health")).json()["response_cache"]
         assert (told["hits"], told["misses"], told["entries"]) == (2, 2, 2)
+
+
+@on_loop
+async def test_an_answer_that_is_given_again_counts_as_a_request_and_takes_no_tokens() -> None:
+    """It passed by its tenant's limits once: the same request could be repeated without end."""
+    rights = Tenant(keys=(key_hash("a"),), requests_per_minute=3, tokens_per_day=100_000)
+    async with (
+        upstream(tell, fingerprint=PRINT) as one,
+        gateway(one, response_cache=CACHE, tenants={"acme": rights}) as edge,
+    ):
+        asked = [await edge.post(GREEDY, headers={"authorization": "Bearer a"}) for _ in range(4)]
+        budget = wants_of(Known("acme", rights), 0, time.time())[0][1:]
+        assert [answer.status_code for answer in asked] == [200, 200, 200, 429]
+        assert [answer.headers.get("x-headgate-cache") for answer in asked[:2]] == [None, "hit"]
+        left = [answer.headers["x-ratelimit-remaining-requests"] for answer in asked]
+        assert left == ["2", "1", "0", "0"]
+        assert asked[3].json()["error"]["type"] == "requests"
+        assert len(one.requests) == 1
+        spent = 100_000 - (await edge.live.edge.state.store.take(budget)).left[0]
+        assert ANSWER_TOKENS <= spent < 2 * ANSWER_TOKENS  # as estimated, of the first one alone
 
 
 @on_loop

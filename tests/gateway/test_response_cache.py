@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from gateway.call import CHAT_PATH, Call, parse_call
-from gateway.reply import Reply
+from gateway.reply import Headers, Reply
 from gateway.response_cache import Answers, Entry
 from policies.trimming import ResponseCache
 
@@ -89,9 +89,12 @@ def kept(*messages: dict[str, Any]) -> Entry | None:
     async def send(message: Any) -> None:
         sent.append(message)
 
+    async def never() -> Headers:
+        raise AssertionError("an answer that is not given does not count")
+
     async def run() -> None:
         reply = Reply(send, "1")
-        assert not await recall.give(reply)
+        assert not await recall.give(reply, never)
         for message in messages:
             await reply._send(message)
 
