@@ -229,6 +229,11 @@ class Admitted:
         tally.waited_s += self._sent - now
         return self
 
+    @property
+    def pace_per_s(self) -> float | None:
+        """Chunks that the client gets a second at most, where it is a stream and its tier says."""
+        return self._service.rules.pace_chunks_per_s if self._call.stream else None
+
     def headers(self) -> list[tuple[bytes, bytes]]:
         """What the client is told of its limits."""
         return self._allowance.headers() if self._allowance is not None else []

@@ -14,6 +14,7 @@ from gateway.admission import Admitted
 from gateway.call import ClientGone, parse_call, read_body, request_id
 from gateway.edge import Edge, Live
 from gateway.listener import OUTGOING
+from gateway.pacing import paced
 from gateway.relay import Silence, relay
 from gateway.reply import Outgoing, Reply
 from gateway.routing import Trip
@@ -85,7 +86,7 @@ class Completions:
     ) -> None:
         """Waits for the call's turn, opens it on a replica and relays the answer."""
         call = trip.call
-        async with place:
+        async with paced(reply, place.pace_per_s, silence), place:
             reply.more += place.headers()
             async with edge.pool.open(call, trip) as answer:
                 if answer.status == 200:

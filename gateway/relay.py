@@ -55,6 +55,11 @@ class Silence:
         self._interrupt = interrupt
         self.since = self.clock()
 
+    def over(self) -> None:
+        """The replica has said everything, whatever the client still waits for."""
+        self._interrupt = None
+        self.since = None
+
     def watch(self) -> None:
         """Looks when it is due, until `end`."""
         self._timer = asyncio.get_running_loop().call_later(self.due_s(), self._begin_look)

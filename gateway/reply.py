@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import deque
 from collections.abc import Callable, Mapping, MutableMapping
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from starlette.types import Message, Send
 
@@ -41,6 +41,15 @@ class Outgoing(Protocol):
         False when it has gone already."""
 
 
+class Way(Outgoing, Protocol):
+    """Both ways out of an answer, ASGI's and the stream's, for what sits on them."""
+
+    async def __call__(self, message: MutableMapping[str, Any]) -> None: ...
+
+
+W = TypeVar("W", bound=Way)
+
+
 class Reply:
     """One answer. `started`: headers are out; `streaming`: as SSE; `terminated`: after `[DONE]`.
 
@@ -66,8 +75,12 @@ class Reply:
 
     def copied(self, most_bytes: int) -> Copy:
         """From now on a copy is kept of what is sent, as long as it is at most so large."""
-        self._send = self._outgoing = copy = Copy(self._send, self._outgoing, most_bytes)
-        return copy
+        return self.through(lambda send, outgoing: Copy(send, outgoing, most_bytes))
+
+    def through(self, make: Callable[[Send, Outgoing | None], W]) -> W:
+        """From now on everything goes through what is made of the ways out."""
+        self._send = self._outgoing = way = make(self._send, self._outgoing)
+        return way
 
     # ---- whole answers --------------------------------------------------------------------------
 

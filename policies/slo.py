@@ -61,6 +61,13 @@ class Tier(PolicyModel):
     queue_max: int = Field(
         1024, ge=0, le=10**6, description="Requests that may wait; more are refused with 503."
     )
+    pace_chunks_per_s: float | None = Field(
+        None,
+        ge=1,
+        le=10_000,
+        description="Chunks of a stream a second at most: what comes in bursts goes on at a "
+        "reader's pace, the first token at once. null: as they come.",
+    )
     service_tier: Literal["priority", "default", "flex"] | None = Field(
         None, description="Value of OpenAI's field `service_tier` that asks for this tier."
     )
