@@ -186,3 +186,39 @@ async def test_an_answer_in_one_piece_is_not_paced() -> None:
     async with upstream() as fake, gateway(fake, tiers=TIERS) as edge:
         answer = await edge.post({**STREAMED, "stream": False})
         assert answer.json() == {"choices": []}
+
+
+@on_loop
+async def test_a_limit_that_ends_the_request_passes_the_rest_on_at_once() -> None:
+    """The answer is there, so it is told whole instead of an error."""
+    slow = {"standard": {"pace_chunks_per_s": 1}}
+    async with upstream(burst) as fake, gateway(fake, tiers=slow, total_timeout_s=1) as edge:
+        begun = asyncio.get_running_loop().time()
+        body = (await edge.post(STREAMED)).content
+        assert asyncio.get_running_loop().time() - begun < 5
+        assert body == b"".join(BURST) + DONE
+
+
+@on_loop
+async def test_a_long_burst_holds_its_replica_back_and_goes_on_whole() -> None:
+    """More than is held and the sockets take: the replica waits, and is read again."""
+    long = b"".join(b"data: %04d%s\n\n" % (at, b"x" * 20_000) for at in range(1500))
+    got = bytearray()
+    read_by_then = 0  # by the client, when the replica had said it all
+
+    async def tell(peer: Peer) -> None:
+        nonlocal read_by_then
+        await peer.head()
+        for at in range(0, len(long), 2**16):
+            await peer.chunk(long[at : at + 2**16])
+        read_by_then = len(got)
+        await peer.chunk(DONE)
+        await peer.end()
+
+    tiers = {"standard": {"pace_chunks_per_s": 1500}}
+    async with upstream(tell) as fake, gateway(fake, tiers=tiers) as edge:
+        async with edge.client.stream("POST", "/v1/chat/completions", json=STREAMED) as answer:
+            async for piece in answer.aiter_bytes():
+                got += piece
+        assert got == long + DONE
+        assert read_by_then > len(long) / 2  # the rest lay in sockets
