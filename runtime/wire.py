@@ -42,6 +42,7 @@ SALT_CHARS_MAX = 256
 BIASES_MAX = 1024
 REPETITION_MAX = 100.0
 BEGUN_MAX = 2**20
+DEPTH_MAX = 254  # of lists and objects in each other: orjson reads more than it writes
 
 
 class Problem(Exception):
@@ -335,7 +336,19 @@ def parse_object(body: bytes) -> dict[str, Any]:
     if not isinstance(data, dict):
         got = "null" if data is None else f"a {JSON_NAMES.get(type(data), 'number')}"
         raise Problem(400, f"the body must be a JSON object, got {got}", code="invalid_json")
+    if body.count(b"[") + body.count(b"{") > DEPTH_MAX and not _can_be_written(data):
+        message = f"the body is nested too deeply: at most {DEPTH_MAX} lists and objects in another"
+        raise Problem(400, message, code="invalid_json")
     return data
+
+
+def _can_be_written(data: dict[str, Any]) -> bool:
+    """Whether it can go on: prompts are rendered, hashed and amended from what was parsed."""
+    try:
+        orjson.dumps(data)
+    except TypeError:
+        return False
+    return True
 
 
 # `headgate serve` gives one to all it starts, so that no stranger on a worker's port passes for it.

@@ -36,6 +36,10 @@ async def alive(edge: Front) -> None:
     assert (await edge.post(HELLO)).status_code == 200
 
 
+def nested(depth: int) -> bytes:
+    return b"[" * depth + b"]" * depth
+
+
 BAD_BODIES = [
     (b"", "invalid_json", None),
     (b'{"model": "m", "messages": [', "invalid_json", None),
@@ -43,6 +47,8 @@ BAD_BODIES = [
     (b'"text"', "invalid_json", None),
     (b'{"model": "m\xff", "messages": [{}]}', "invalid_json", None),
     (b"[" * 100_000, "invalid_json", None),
+    (b'{"model": "m", "messages": [{}], "tools": %s}' % nested(300), "invalid_json", None),
+    (b'{"model": "m", "messages": [{"content": %s}]}' % nested(252), "invalid_json", None),
     (b'{"messages": [{}]}', "missing_required_parameter", "model"),
     (b'{"model": null, "messages": [{}]}', "missing_required_parameter", "model"),
     (b'{"model": "", "messages": [{}]}', "invalid_value", "model"),
