@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from policies.fields import PolicyModel, refuse
 from policies.retrying import Breaker, Hedge, Retries
 from policies.routing import Routing
-from policies.slo import SHIPPED, Name, Tenant, Tier, TierTable, misfits
+from policies.slo import SHIPPED, Name, Tenant, Tier, TierTable, misfits, unknown_tiers
 from policies.state import StateStore
 from policies.trimming import ResponseCache, Trim
 
@@ -122,4 +122,7 @@ class Gateway(PolicyModel):
     @model_validator(mode="after")
     def _fits_together(self) -> Gateway:
         refuse(misfits(self.host, self.tiers, self.tenants))
+        if self.response_cache is not None:
+            named = self.response_cache.tiers
+            refuse(unknown_tiers(self.tiers, named, "response_cache", "tiers"))
         return self

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, StringConstraints, ValidatorFunctionWrapHandler, WrapValidator
@@ -182,12 +182,17 @@ def misfits(
         if not tenant.keys:
             why = "a tenant needs a key: `headgate policy key` makes one, and prints its hash"
             yield ("tenants", name, "keys"), why, ()
-        for index, tier in enumerate(tenant.tiers):
-            if tier not in tiers:
-                why = f"there is no tier {tier!r}; expected one of {', '.join(tiers)}"
-                yield ("tenants", name, "tiers", index), why, tier
+        yield from unknown_tiers(tiers, tenant.tiers, "tenants", name, "tiers")
         for index, digest in enumerate(tenant.keys):
             if digest in owners:
                 why = f"this key belongs to the tenant {owners[digest]!r} already"
                 yield ("tenants", name, "keys", index), why, digest
             owners[digest] = name
+
+
+def unknown_tiers(tiers: Mapping[str, Tier], named: Sequence[str], *where: str) -> Iterator[Misfit]:
+    """Those that a list of the policy names and that are not there."""
+    for index, tier in enumerate(named):
+        if tier not in tiers:
+            why = f"there is no tier {tier!r}; expected one of {', '.join(tiers)}"
+            yield (*where, index), why, tier
