@@ -122,6 +122,7 @@ class Gateway(PolicyModel):
     @model_validator(mode="after")
     def _fits_together(self) -> Gateway:
         refuse(misfits(self.host, self.tiers, self.tenants))
+        refuse(unknown_tiers(self.tiers, self.trim.tiers, "trim", "tiers"))
         if self.response_cache is not None:
             named = self.response_cache.tiers
             refuse(unknown_tiers(self.tiers, named, "response_cache", "tiers"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, StringConstraints, ValidatorFunctionWrapHandler, WrapValidator
@@ -190,9 +190,12 @@ def misfits(
             owners[digest] = name
 
 
-def unknown_tiers(tiers: Mapping[str, Tier], named: Sequence[str], *where: str) -> Iterator[Misfit]:
-    """Those that a list of the policy names and that are not there."""
-    for index, tier in enumerate(named):
+def unknown_tiers(
+    tiers: Mapping[str, Tier], named: Sequence[str] | Mapping[str, object], *where: str
+) -> Iterator[Misfit]:
+    """Those that a list or a mapping of the policy names and that are not there."""
+    places: Iterable[str | int] = named if isinstance(named, Mapping) else range(len(named))
+    for place, tier in zip(places, named, strict=True):
         if tier not in tiers:
             why = f"there is no tier {tier!r}; expected one of {', '.join(tiers)}"
-            yield (*where, index), why, tier
+            yield (*where, place), why, tier

@@ -30,8 +30,8 @@ gateway:
       tiers: [gold]
   trim:
     passages: {keep: 3}
-    tiers: {batch: {drop: oldest}, "7": {drop: middle, keep_share: 0.25}}
-  response_cache: {tiers: [standard, "a b"]}
+    tiers: {batch: {drop: oldest}, gold: {drop: middle, keep_share: 0.25}}
+  response_cache: {tiers: [standard, gold]}
 runtime:
   model: ../tiny
   served_name: "tiny: 1"

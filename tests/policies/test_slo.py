@@ -51,6 +51,7 @@ def test_strangers_are_served_only_with_keys_and_the_line_is_named(tmp_path: Pat
         ("tenants: {a: {keys: [sk-secret]}}", "gateway.tenants.a.keys[0]  expected text that matc"),
         ("tenants: {a: {keys: []}}", "gateway.tenants.a.keys  a tenant needs a key"),
         ("response_cache: {tiers: [gold]}", "response_cache.tiers[0]  there is no tier 'gold'"),
+        ("trim: {tiers: {gold: {drop: oldest}}}", "trim.tiers.gold  there is no tier 'gold'"),
         (f"tenants: {{a: {{keys: [{HASH}], tiers: [gold]}}}}", "tiers[0]  there is no tier 'gold'"),
         (
             f"tenants: {{a: {{keys: [{HASH}]}}, b: {{keys: [{OTHER}, {HASH}]}}}}",
