@@ -122,7 +122,7 @@ def formed(name: str, field: str, code: str, json_schema: Any, says: str = "") -
     return chat(f"format: {name}", param, code, says, response_format=asked)
 
 
-def schema(name: str, content: dict[str, Any], says: str) -> Case:
+def schema(name: str, content: dict[str, Any] | str, says: str) -> Case:
     json_schema = {"name": "x", "schema": content, "strict": True}
     return formed(name, "schema", BAD_GRAMMAR, json_schema, says)
 
@@ -267,7 +267,8 @@ CHAT_CASES = [
     schema("look-ahead", {"type": "string", "pattern": "(?=a)b"}, "look-around"),
     schema("enormous", {"enum": ["x" * 70_000]}, "at most"),
     schema("2000 free properties", FREE, "items"),
-    schema("deep", NESTED, "recursion"),
+    schema("deep, as text", json.dumps(NESTED), "recursion"),
+    chat("format: deep", None, "invalid_json", "nested too deeply", response_format=NESTED),
     outputs("empty", None, {}, "one of"),
     outputs("unknown", "whitespace_pattern", {"regex": "a", "whitespace_pattern": "x"}, "support"),
     outputs("regex number", "regex", {"regex": 5}, "string"),
