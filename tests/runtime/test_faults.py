@@ -135,8 +135,8 @@ def test_deep_nesting_in_a_message_is_refused(folder):
     """A field nested a thousand deep, which JSON allows, is the client's fault and said so."""
     nested = "[" * 1000 + "]" * 1000
     message = f'{{"role": "user", "content": "hi", "extra": {nested}}}'
-    asked = wire.parse_chat(f'{{"model": "m", "messages": [{message}]}}'.encode())
+    body = f'{{"model": "m", "messages": [{message}]}}'.encode()
     with pytest.raises(wire.Problem) as refusal:
-        chat_prompt(asked, Tokenizer.load(folder), 1000)
+        chat_prompt(wire.parse_chat(body), Tokenizer.load(folder), 1000)
     assert refusal.value.status == 400
     assert "nested" in refusal.value.message
