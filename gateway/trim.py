@@ -51,10 +51,6 @@ class Trimmed:
     removed_tokens: int
     again_tokens: int
 
-    @property
-    def net_tokens(self) -> int:
-        return self.removed_tokens - self.again_tokens
-
 
 def trim(
     messages: Sequence[Message],
@@ -67,12 +63,10 @@ def trim(
     prompt (tools, generation prompt). `cut`: the last one of this conversation, if it is known."""
     conversation = _Conversation(messages, sizes, fixed_tokens, cutting)
     first = 0 if cut is None else max(cut.end, cut.inner_end)
-    cut = cut or NOTHING
-    before = cut
+    before = cut = cut or NOTHING
     previous_ask = 0
     for ask in conversation.asks(first):
-        if ask == len(messages):
-            before = cut
+        before = cut
         if conversation.size(cut, ask) > cutting.budget_tokens:
             cut = conversation.moved(cut, ask)
         if ask < len(messages):
@@ -142,19 +136,20 @@ class _Conversation:
         return self._fixed + self._offset[ask] - self.removed(cut, ask)
 
     def removed(self, cut: Cut, ask: int) -> int:
-        ends = ((cut.start, cut.end), (cut.inner_start, cut.inner_end))
-        return sum(self._loose[min(b, ask)] - self._loose[min(a, ask)] for a, b in ends)
+        outer = self._gone(cut.start, cut.end, ask)
+        return outer + self._gone(cut.inner_start, cut.inner_end, ask)
+
+    def _gone(self, start: int, end: int, ask: int) -> int:
+        """Tokens of messages[start:end], as far as they come before `ask` and can be left out."""
+        return self._loose[min(end, ask)] - self._loose[min(start, ask)]
 
     def behind(self, cut: Cut, ask: int) -> int:
         """Tokens of messages[:ask] that stay and stand behind what is left out."""
         first = cut.end if cut.end > cut.start else cut.inner_end
         if ask <= first:
             return 0
-        return (
-            self._offset[ask]
-            - self._offset[first]
-            - self.removed(Cut(0, 0, max(cut.inner_start, first), max(cut.inner_end, first)), ask)
-        )
+        inner = self._gone(max(cut.inner_start, first), max(cut.inner_end, first), ask)
+        return self._offset[ask] - self._offset[first] - inner
 
     def moved(self, cut: Cut, ask: int) -> Cut:
         """The next cut: as few rounds more as bring the prompt to the low mark; when all but the
