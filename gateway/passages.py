@@ -21,13 +21,6 @@ _MARK = re.compile(r"^(?:\[\d{1,4}\]|(?:Passage|Document|Source) \d{1,4}:)", re.
 _WORD = re.compile(r"\w+")
 
 
-class Bm25Missing(Exception):
-    """Passages are to be chosen and the library for it is not installed."""
-
-    def __init__(self) -> None:
-        super().__init__("trim.passages.keep needs the package bm25s: pip install 'headgate[trim]'")
-
-
 @dataclass(frozen=True, slots=True)
 class Parted:
     """A text that has passages: what stands before, each passage as it stands, what follows."""
@@ -85,11 +78,9 @@ def _jaccard(a: frozenset[tuple[str, ...]], b: frozenset[tuple[str, ...]]) -> fl
 
 def best(texts: Sequence[str], question: str, count: int, names: Sequence[int]) -> list[int]:
     """The `count` names whose texts answer best by BM25, in their order; earlier ones win ties.
-    All of them where the question has no word in common with any. Raises Bm25Missing."""
-    try:
-        import bm25s
-    except ImportError:
-        raise Bm25Missing from None
+    All of them where the question has no word in common with any."""
+    import bm25s  # a policy that needs it is refused where it is missing
+
     corpus = [_WORD.findall(text.lower()) or [""] for text in texts]
     index = bm25s.BM25()
     index.index(corpus, show_progress=False)

@@ -11,7 +11,6 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
-from time import time
 from typing import Any
 
 import orjson
@@ -64,18 +63,15 @@ class Totals:
 class Shortener:
     """Trims calls by one policy. `count` tells a text's tokens for a model."""
 
-    def __init__(
-        self, settings: Trim, count: Count, store: Store, clock: Callable[[], float] = time
-    ) -> None:
+    def __init__(self, settings: Trim, count: Count, store: Store) -> None:
         self.settings = settings
         self.totals = Totals()
         self._count = count
         self._store = store
-        self._clock = clock
         self._sizes: dict[tuple[str, int, int], int] = {}
 
     async def trim(self, call: Call, tenant: str, tier: str) -> tuple[Call, Trimmed | None]:
-        """The call as it goes on, and what was cut of it, if anything. Raises Bm25Missing."""
+        """The call as it goes on, and what was cut of it, if anything."""
         if self.settings.off:
             return call, None
         messages = _readable(call.data.get("messages"))
