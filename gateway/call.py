@@ -43,6 +43,7 @@ READ = (
     "structured_outputs", "temperature", "tool_choice", "tools", "top_k", "top_logprobs",
     "top_p", "user",
 )  # fmt: skip
+SESSION_HEADERS = ("x-session-id", "x-session-affinity")
 FORWARDED_PREFIX = b"x-slo-"
 FORWARDED_MAX = 32  # headers
 HEADER_VALUE_MAX_BYTES = 4096
@@ -66,6 +67,15 @@ class Call:
     headers: dict[str, str] = field(default_factory=dict)
     authorization: str | None = field(default=None, repr=False)
     data: Mapping[str, Any] = field(default_factory=dict, repr=False)  # of the body: READ
+
+    def session(self, fields: Sequence[str]) -> str | None:
+        """What the client calls that which the request belongs to: by a header, else by the first
+        of these fields of its body."""
+        for name in SESSION_HEADERS:
+            if named := self.headers.get(name):
+                return named
+        values = (self.data.get(name) for name in fields)
+        return next((value for value in values if isinstance(value, str) and value), None)
 
 
 async def read_body(

@@ -28,7 +28,6 @@ from policies.routing import Routing as Policy
 SESSIONS_MAX = 8192  # whose last replica is remembered
 REPLICAS_MAX = 4096
 MODELS_MAX = 64  # whose common beginnings are
-HINT_HEADERS = ("x-session-id", "x-session-affinity")
 HINT_FIELDS = ("prompt_cache_key", "user")
 HINT_CHARS_MAX = 256
 LEARNED_MIN = 3  # first tokens after which a replica's own rates count
@@ -359,11 +358,5 @@ class Booking:
 
 def session_of(call: Call) -> str | None:
     """What the client says that its request belongs to: a hint, nothing that binds."""
-    for name in HINT_HEADERS:
-        if value := call.headers.get(name):
-            return value[:HINT_CHARS_MAX]
-    for name in HINT_FIELDS:
-        value = call.data.get(name)
-        if isinstance(value, str) and value:
-            return value[:HINT_CHARS_MAX]
-    return None
+    named = call.session(HINT_FIELDS)
+    return named[:HINT_CHARS_MAX] if named is not None else None

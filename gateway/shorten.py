@@ -209,11 +209,9 @@ def _text(message: Message) -> str:
 
 def _session(call: Call, messages: Sequence[Message]) -> tuple[str, ...]:
     """What names the conversation: the client's own name of it, or how it begins."""
-    for name in ("x-session-id", "x-session-affinity"):
-        if named := call.headers.get(name):
-            return name, named
-    if isinstance(named := call.data.get("prompt_cache_key"), str) and named:
-        return "prompt_cache_key", named
+    named = call.session(("prompt_cache_key",))
+    if named is not None:
+        return "named", named
     first = next((at for at, one in enumerate(messages) if one.get("role") == "user"), 0)
     return "begins", _digest(messages[: first + 1])
 
