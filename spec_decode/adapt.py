@@ -139,11 +139,9 @@ PassCost = Callable[[int], float]
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """How many guesses each offer gets, and what is expected of the step."""
+    """How many guesses each offer gets."""
 
     counts: list[int]
-    tokens: float
-    seconds: float
     gain: float  # how much faster the step is for everybody, in the geometric mean
 
 
@@ -165,12 +163,12 @@ def best_budget(
     after_s = next(seconds_of)
     token_s = max(after_s - plain_s, plain_s * TOKEN_SHARE_MIN)
     counts = [0] * len(offers)
-    tokens, beside_s, guesses = float(answers), 0.0, 0
-    won, best_gain = 0.0, 0.0  # sums over answers of the logarithms of n_i, and of their speeds
-    best_tokens, best_s, best = tokens, plain_s, 0
+    beside_s, guesses = 0.0, 0
+    # Sums over answers of the logarithms: of n_i, and of how much faster each one is at best.
+    won, best_gain, best = 0.0, 0.0, 0
     passes = _Passes(pass_s)
     portions = _portions(offers, token_s, pass_s, room, span_s)
-    for at, (_, number, more, chance, wins) in enumerate(portions, start=1):
+    for at, (_, number, more, wins) in enumerate(portions, start=1):
         if guesses + more > room:
             break
         if not counts[number]:
@@ -179,20 +177,19 @@ def best_budget(
             beside_s += passes.more(counts[number], more)
             beside_s += 0.0 if counts[number] else offers[number].read_s
         counts[number] += more
-        tokens += chance
         won += wins
         guesses += more
         for _ in range(more):
             seconds, after_s = after_s, next(seconds_of)
         gain = won - everybody * log((seconds + beside_s) / plain_s)
         if gain > best_gain:
-            best_tokens, best_s, best_gain, best = tokens, seconds + beside_s, gain, at
+            best_gain, best = gain, at
         elif at - best >= HOPELESS:
             break
     counts = [0] * len(offers)
-    for _, number, more, _, _ in portions[:best]:
+    for _, number, more, _ in portions[:best]:
         counts[number] += more
-    return Budget(counts, best_tokens, best_s, exp(best_gain / everybody))
+    return Budget(counts, exp(best_gain / everybody))
 
 
 @dataclass(slots=True)
@@ -214,9 +211,9 @@ class _Passes:
         return added_s
 
 
-# Minus what a second of it wins, the number of the offer, guesses, tokens, and what it wins: the
-# logarithm of how many times as many tokens its answer gets.
-_Portion = tuple[float, int, int, float, float]
+# Minus what a second of it wins, the number of the offer, guesses, and what it wins: the logarithm
+# of how many times as many tokens its answer gets.
+_Portion = tuple[float, int, int, float]
 
 
 def _portions(
@@ -241,7 +238,7 @@ def _cut(number: int, rate: float, most: int, token_s: float, first_s: float) ->
     """
     portions: list[_Portion] = []
     chance, said = 1.0, 1.0
-    tokens, wins, seconds, count = 0.0, 0.0, first_s, 0
+    wins, seconds, count = 0.0, first_s, 0
     for _ in range(most):
         chance *= rate
         if chance < SURVIVAL_MIN:
@@ -249,11 +246,11 @@ def _cut(number: int, rate: float, most: int, token_s: float, first_s: float) ->
         win = log1p(chance / said)
         said += chance
         if count and win * seconds <= wins * token_s:
-            portions.append((-wins / seconds, number, count, tokens, wins))
-            tokens, wins, seconds, count = 0.0, 0.0, 0.0, 0
-        tokens, wins, seconds, count = tokens + chance, wins + win, seconds + token_s, count + 1
+            portions.append((-wins / seconds, number, count, wins))
+            wins, seconds, count = 0.0, 0.0, 0
+        wins, seconds, count = wins + win, seconds + token_s, count + 1
     if count:
-        portions.append((-wins / seconds, number, count, tokens, wins))
+        portions.append((-wins / seconds, number, count, wins))
     return portions
 
 
