@@ -13,6 +13,7 @@ from gateway import problems
 from gateway.admission import Admitted
 from gateway.call import ClientGone, parse_call, read_body, request_id
 from gateway.edge import Edge, Live
+from gateway.keys import TENANT, Known
 from gateway.listener import OUTGOING
 from gateway.pacing import paced
 from gateway.relay import Silence, relay
@@ -54,7 +55,7 @@ class Completions:
         edge.pool.enter()
         try:
             headers = scope["headers"]
-            tenant = edge.keys.tenant(headers)
+            tenant: Known = scope["extensions"][TENANT]
             outgoing = scope["extensions"][OUTGOING]
             waits = not outgoing.asked
             body = await read_body(headers, receive, edge.settings, waits=waits)

@@ -11,6 +11,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from gateway import problems
 from gateway.call import RawHeaders, request_id
 from gateway.edge import Edge, Live
+from gateway.keys import ANYONE, TENANT, Known
 from gateway.reply import Reply
 from policies.loopback import foreign_header
 from runtime.wire import Problem
@@ -27,35 +28,37 @@ class Doorway:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            problem = stranger(scope, self._live.edge)
-            if problem is not None:
+            try:
+                tenant = visitor(scope, self._live.edge)
+            except Problem as problem:
                 await Reply(send, request_id(scope["headers"])).fail(problem)
                 return
+            # Who reads it awaits nothing before, and so goes by the same edge.
+            scope["extensions"][TENANT] = tenant
         await self._app(scope, receive, send)
 
 
-def stranger(scope: Scope, edge: Edge) -> Problem | None:
-    """Why this request may not come in; None where it may.
+def visitor(scope: Scope, edge: Edge) -> Known | None:
+    """Whose request this is; None for a stranger at an open path. Raises Problem 401, 403.
 
     With keys any Host and Origin will do: no page knows a key, nor does a browser send one by
     itself, so that neither a foreign page nor a rebound name gets further than anybody without.
     """
     if not edge.keys.required:
-        return refusal(scope["headers"], edge.settings.host.lower())
-    if scope["path"] == OPEN_PATH:
-        return None
+        refuse_foreign(scope["headers"], edge.settings.host.lower())
+        return ANYONE
     try:
-        edge.keys.tenant(scope["headers"])
-    except Problem as problem:
-        return problem
-    return None
+        return edge.keys.tenant(scope["headers"])
+    except Problem:
+        if scope["path"] == OPEN_PATH:
+            return None
+        raise
 
 
-def refusal(headers: RawHeaders, host: str) -> Problem | None:
-    """403 for a Host or an Origin that is not this machine."""
+def refuse_foreign(headers: RawHeaders, host: str) -> None:
+    """Raises Problem 403 for a Host or an Origin that is not this machine."""
     match foreign_header(headers, host):
         case "host", value:
-            return problems.host_not_allowed(value)
+            raise problems.host_not_allowed(value)
         case "origin", value:
-            return problems.origin_not_allowed(value)
-    return None
+            raise problems.origin_not_allowed(value)

@@ -12,6 +12,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from gateway import problems
 from gateway.call import request_id
 from gateway.edge import Live
+from gateway.keys import TENANT
 from gateway.metrics import page
 from gateway.openapi import document
 from gateway.replica import Replica
@@ -63,7 +64,7 @@ def health(live: Live) -> ASGIApp:
             starting = any(not replica.tried for replica in pool.replicas)
             status = "starting" if starting else "down"
         code = 200 if status == "ready" else 503
-        if not edge.keys.knows(scope["headers"]):
+        if scope["extensions"][TENANT] is None:
             shortly = [{"healthy": replica.healthy} for replica in pool.replicas]
             return code, {"status": status, "replicas": shortly}
         replicas = [
@@ -155,7 +156,7 @@ def receipt(live: Live) -> ASGIApp:
 
     def answer(scope: Scope) -> Answer:
         edge = live.edge
-        tenant = edge.keys.tenant(scope["headers"]).name
+        tenant = scope["extensions"][TENANT].name
         name = scope["path_params"]["id"]
         found = edge.routing.receipts.get(name)
         if found is None or found.tenant != tenant:
@@ -169,8 +170,7 @@ def receipts(live: Live) -> ASGIApp:
     """All receipts of the tenant that are still kept, the earliest first."""
 
     def answer(scope: Scope) -> Answer:
-        edge = live.edge
-        kept = edge.routing.receipts.latest(edge.keys.tenant(scope["headers"]).name)
+        kept = live.edge.routing.receipts.latest(scope["extensions"][TENANT].name)
         return 200, {"object": "list", "data": [one.payload() for one in kept]}
 
     return _as_json(answer)
