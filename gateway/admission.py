@@ -93,12 +93,16 @@ class Admission:
     async def counted(self, tenant: Known, tier: str) -> list[tuple[bytes, bytes]]:
         """Takes one request, and no tokens, for an answer that needs no replica; what the client is
         told of its limits. Raises Problem 429, 503."""
+        allowance = await self.allow(tenant, tier, None)
+        return allowance.headers() if allowance is not None else []
+
+    async def allow(self, tenant: Known, tier: str, tokens: int | None) -> Allowance | None:
+        """As `Limits.take`; who gets nothing is counted."""
         try:
-            allowance = await self.limits.take(tenant, None)
+            return await self.limits.take(tenant, tokens)
         except Problem:
             self.tallies.of(tier).limited += 1
             raise
-        return allowance.headers() if allowance is not None else []
 
     def health(self) -> list[dict[str, Any]]:
         """For /health: what waits and runs before each set of replicas, and what it can take."""
@@ -205,7 +209,8 @@ class Admitted:
         if limit is not None and self.tokens > limit:
             raise problems.prompt_beyond_tier(self.tokens, service.tier, limit)
         if self._tenant.rights is not None:
-            await self._take_allowance()
+            tokens = self.tokens + self._expected()
+            self._allowance = await admission.allow(self._tenant, service.tier, tokens)
         now = admission.clock()
         tally = admission.tallies.of(service.tier)
         front = self._front = admission.front(self._call.model, now)
@@ -237,14 +242,6 @@ class Admitted:
     def headers(self) -> list[tuple[bytes, bytes]]:
         """What the client is told of its limits."""
         return self._allowance.headers() if self._allowance is not None else []
-
-    async def _take_allowance(self) -> None:
-        tokens = self.tokens + self._expected()
-        try:
-            self._allowance = await self._admission.limits.take(self._tenant, tokens)
-        except Problem:
-            self._admission.tallies.of(self._service.tier).limited += 1
-            raise
 
     def _expected(self) -> int:
         """Tokens of the answer: what was asked for at most, else what answers of the tier had."""
