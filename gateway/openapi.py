@@ -12,6 +12,13 @@ from functools import cache
 from typing import Any
 
 from gateway.call import CHAT_PATH, COMPLETIONS_PATH
+from gateway.tiers import (
+    DEADLINE_HEADER,
+    TARGET_MS_MAX,
+    TIER_HEADER,
+    TPOT_HEADER,
+    TTFT_HEADER,
+)
 from policies.schema import Tier
 
 ERRORS = {
@@ -89,12 +96,12 @@ def _generation(
         said = {"messages": [{"role": "user", "content": "Hello"}], "prompt": "Hello"}
         given = {name: said[name] for name in prompt}
         schema["examples"] = [{"model": name, **given} for name in models[:EXAMPLES_MAX]]
-    number = {"type": "number", "exclusiveMinimum": 0, "maximum": 86_400_000}
-    headers = [_header("x-headgate-tier", {"enum": list(tiers)}, "The tier that is asked for.")]
+    number = {"type": "number", "exclusiveMinimum": 0, "maximum": TARGET_MS_MAX}
+    headers = [_header(TIER_HEADER, {"enum": list(tiers)}, "The tier that is asked for.")]
     for name, text in (
-        ("x-slo-ttft-ms", "Target for the first token."),
-        ("x-slo-tpot-ms", "Target for each further token."),
-        ("x-slo-deadline-ms", "After this the request is given up."),
+        (TTFT_HEADER, "Target for the first token."),
+        (TPOT_HEADER, "Target for each further token."),
+        (DEADLINE_HEADER, "After this the request is given up."),
     ):
         headers.append(_header(name, number, text))
     headers.append(_header("x-session-id", {"type": "string"}, "Requests that belong together."))

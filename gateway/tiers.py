@@ -24,7 +24,7 @@ PRIORITY_HEADER = "x-headgate-priority"
 TTFT_HEADER = "x-slo-ttft-ms"
 TPOT_HEADER = "x-slo-tpot-ms"
 DEADLINE_HEADER = "x-slo-deadline-ms"
-TARGET_MS_MAX = 86_400_000.0
+TARGET_MS_MAX = 86_400_000
 DEADLINE_GRACE_S = 0.25  # in which a worker says by itself that the deadline is over
 
 
@@ -167,7 +167,7 @@ def _target(headers: Mapping[str, str], name: str) -> float | None:
     except ValueError:
         value = math.nan
     if not 0 < value <= TARGET_MS_MAX:
-        expected = f"milliseconds above 0 and at most {TARGET_MS_MAX:.0f}"
+        expected = f"milliseconds above 0 and at most {TARGET_MS_MAX}"
         raise problems.wrong_value(name, expected, problems.quote(text))
     return value
 
