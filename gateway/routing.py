@@ -12,7 +12,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, median
-from typing import Protocol
 
 from cache.blocks import BLOCK_TOKENS
 from cache.prefix_index import CAPACITY_BLOCKS, Mode, PrefixIndex
@@ -23,6 +22,7 @@ from gateway.rates import FIRST_S_PER_ANSWER, FIRST_S_PER_TOKEN, Common, Pace, W
 from gateway.receipt import Decision, Receipt, Receipts, new_id
 from gateway.replica import Replica
 from gateway.route import Ask, Option, decide, delayed, eligible
+from gateway.usage import Usage
 from policies.routing import Routing as Policy
 
 SESSIONS_MAX = 8192  # whose last replica is remembered
@@ -34,15 +34,6 @@ LEARNED_MIN = 3  # first tokens after which a replica's own rates count
 ALIKE = 1.3  # rates that differ by a smaller factor are the same hardware's
 CAPACITY_MIN = 64  # blocks
 SHRINK, GROW = 0.9, 1.005  # of a capacity: where less was found than foreseen, and where not
-
-
-class Counted(Protocol):
-    """What an answer says that its prompt took."""
-
-    @property
-    def prompt_tokens(self) -> int: ...
-    @property
-    def cached_tokens(self) -> int | None: ...
 
 
 @dataclass(slots=True)
@@ -253,13 +244,13 @@ class Trip:
                 routing.sessions.popitem(last=False)
         return booking
 
-    def served(self, booking: Booking, counted: Counted | None) -> None:
-        """The answer is complete; `counted` where it says what its prompt took."""
+    def served(self, booking: Booking, usage: Usage | None) -> None:
+        """The answer is complete; `usage` where it says what it took."""
         if booking.ttft_s is None:
             return
-        told = counted.cached_tokens if counted else None
-        prompt_tokens = counted.prompt_tokens if counted else self.prompt.tokens
-        self.receipt.told_prompt_tokens = counted.prompt_tokens if counted else None
+        told = usage.cached_tokens if usage else None
+        prompt_tokens = usage.prompt_tokens if usage else self.prompt.tokens
+        self.receipt.told_prompt_tokens = usage.prompt_tokens if usage else None
         self.receipt.told_cached_tokens = told
         self._routing.ladder.served(booking.seen, prompt_tokens, told)
         if self.call.stream:
