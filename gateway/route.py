@@ -92,18 +92,17 @@ def decide(options: Sequence[Option], ask: Ask) -> Choice:
     if ask.policy == "p2c":
         return Choice(_less_loaded_of_two(options, ask.draw), terms)
     if ask.policy == "least_loaded":
-        costs = [_load(option) for option in options]
-    else:
-        costs = [one.cost_s for one in terms]
+        loads = [_load(option) for option in options]
+        least = min(loads)
+        tied = [at for at, load in enumerate(loads) if load == least]
+        return Choice(_drawn(tied, options, ask.draw), terms)
+    costs = [one.cost_s for one in terms]
     least = min(costs)
-    if ask.policy == "cost" and ask.hint is not None:
+    if ask.hint is not None:
         most = least + HINT_S + HINT_SHARE * least
         for at, option in enumerate(options):
             if option.url == ask.hint and costs[at] <= most:
                 return Choice(at, terms)
-    if ask.policy == "least_loaded":
-        tied = [at for at, cost in enumerate(costs) if cost == least]
-        return Choice(_drawn(tied, options, ask.draw), terms)
     limit = least + TIE_S + TIE_SHARE * least
     ranks = {
         at: (_load(options[at]), -max(options[at].cached_tokens, ask.common_tokens))
