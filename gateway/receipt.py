@@ -57,11 +57,7 @@ class Receipt:
 
     def payload(self) -> dict[str, Any]:
         """As JSON, all of it."""
-        told = {name: getattr(self, name) for name in self.__slots__}
-        told["decisions"] = [asdict(one) for one in self.decisions]
-        told["foreseen"] = asdict(self.foreseen) if self.foreseen else None
-        told["attempts"] = [asdict(one) for one in self.attempts]
-        return told
+        return asdict(self)
 
 
 class Receipts:
