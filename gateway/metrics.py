@@ -6,16 +6,40 @@ is no other's to read.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from gateway.admission import Admission
 from gateway.edge import Edge
+from gateway.tallies import Tally
 
 if TYPE_CHECKING:
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 PREFIX = "headgate_gateway_"
+# Counters of a tier: name without `_total`, meaning, where they stand.
+TOTALS: tuple[tuple[str, str, Callable[[Tally], float]], ...] = (
+    ("admitted", "Requests that got a place.", lambda one: one.admitted),
+    (
+        "queue_seconds",
+        "Seconds that requests waited for a place, together.",
+        lambda one: one.waited_s,
+    ),
+    ("shed", "Requests sent away for saturation.", lambda one: one.shed),
+    ("limited", "Requests beyond a tenant's limits.", lambda one: one.limited),
+    (
+        "first_token_in_time",
+        "Streams whose first token came within their target.",
+        lambda one: one.in_time,
+    ),
+    ("first_token_late", "Streams whose first token came after it.", lambda one: one.late),
+    (
+        "tokens_in_time",
+        "Streams with a usage whose tokens came within their target, on average.",
+        lambda one: one.in_pace,
+    ),
+    ("tokens_late", "Streams with a usage whose tokens came slower.", lambda one: one.slow),
+)
 
 
 def page(edge: Edge) -> tuple[bytes, bytes]:
@@ -47,10 +71,10 @@ class _Families:
             for tier, count in counts.items():
                 gauge.add_metric([tier], count)
             yield gauge
-        for name, text, totals in _totals(edge.admission):
+        for name, text, total in TOTALS:
             counter = CounterMetricFamily(PREFIX + name, text, labels=["tier"])
-            for tier, total in totals.items():
-                counter.add_metric([tier], total)
+            for tier in edge.admission.tiers:
+                counter.add_metric([tier], total(edge.admission.tallies.of(tier)))
             yield counter
 
 
@@ -64,40 +88,3 @@ def _now(admission: Admission) -> Iterator[tuple[str, str, dict[str, int]]]:
             running[tier] += line.running
     yield "requests_waiting", "Requests that wait for a replica.", waiting
     yield "requests_running", "Requests that a replica works on.", running
-
-
-def _totals(admission: Admission) -> Iterator[tuple[str, str, dict[str, float]]]:
-    """Counters: name without `_total`, meaning, value of each tier."""
-    told = [(tier, admission.tallies.of(tier)) for tier in admission.tiers]
-    yield "admitted", "Requests that got a place.", {t: float(one.admitted) for t, one in told}
-    yield (
-        "queue_seconds",
-        "Seconds that requests waited for a place, together.",
-        {t: one.waited_s for t, one in told},
-    )
-    yield "shed", "Requests sent away for saturation.", {t: float(one.shed) for t, one in told}
-    yield (
-        "limited",
-        "Requests beyond a tenant's limits.",
-        {t: float(one.limited) for t, one in told},
-    )
-    yield (
-        "first_token_in_time",
-        "Streams whose first token came within their target.",
-        {t: float(one.in_time) for t, one in told},
-    )
-    yield (
-        "first_token_late",
-        "Streams whose first token came after it.",
-        {t: float(one.late) for t, one in told},
-    )
-    yield (
-        "tokens_in_time",
-        "Streams with a usage whose tokens came within their target, on average.",
-        {t: float(one.in_pace) for t, one in told},
-    )
-    yield (
-        "tokens_late",
-        "Streams with a usage whose tokens came slower.",
-        {t: float(one.slow) for t, one in told},
-    )
