@@ -25,10 +25,9 @@ from policies.schema import Gateway, StateStore
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """The store of a gateway process, and the process's own name in it. Outlives policies."""
+    """The store of a gateway process, and who shares it. Outlives policies."""
 
     store: Store
-    process: str
     far: FailoverStore | None = None  # the same store, where it is elsewhere
     others: Others | None = None
 
@@ -79,13 +78,12 @@ def open_state(settings: Gateway, environ: Mapping[str, str], folder: Path) -> S
         patience_s=settings.store.timeout_ms / 1000,
     )
     far.peers = settings.processes
-    process = secrets.token_hex(8)
-    return State(far, process, far, Others(far, process))
+    return State(far, far, Others(far, process=secrets.token_hex(8)))
 
 
 def in_memory(settings: Gateway) -> State:
     """What one process knows by itself, which gives its share of every limit."""
-    return State(MemoryStore(among=settings.processes), secrets.token_hex(8))
+    return State(MemoryStore(among=settings.processes))
 
 
 def _redis(wanted: StateStore, environ: Mapping[str, str], folder: Path) -> Store:
