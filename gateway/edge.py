@@ -25,6 +25,7 @@ from gateway.limits import Limits
 from gateway.prompt import Prompts
 from gateway.replica import Replica
 from gateway.response_cache import Answers, Recall
+from gateway.route import eligible
 from gateway.routing import Routing
 from gateway.shorten import Shortener
 from gateway.state import State, in_memory
@@ -63,7 +64,7 @@ class Edge:
         """Where this request may get an answer that was given before, or leave one."""
         if self.answers is None:
             return None
-        could = (one for one in self.pool.replicas if one.healthy and call.model in one.models)
+        could = eligible(self.pool.replicas, call.model)
         return self.answers.recall(
             call, tenant, tier, {one.fingerprint for one in could}, time.time()
         )
