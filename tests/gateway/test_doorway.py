@@ -6,8 +6,9 @@ import json
 
 import pytest
 
-from gateway.doorway import refusal
+from gateway.doorway import refuse_foreign
 from policies.loopback import is_local
+from runtime.wire import Problem
 from tests.gateway.world import HELLO, gateway, on_loop, upstream
 
 
@@ -46,11 +47,11 @@ def test_an_origin_needs_a_scheme_of_the_web() -> None:
 
 def test_every_host_counts_and_none_is_fine() -> None:
     """HTTP/1.0 knows no Host; of two, the second must not slip in."""
-    assert refusal([], "127.0.0.1") is None
+    refuse_foreign([], "127.0.0.1")
     two = [(b"host", b"localhost"), (b"host", b"evil.example")]
-    found = refusal(two, "127.0.0.1")
-    assert found is not None
-    assert found.code == "host_not_allowed"
+    with pytest.raises(Problem) as found:
+        refuse_foreign(two, "127.0.0.1")
+    assert found.value.code == "host_not_allowed"
 
 
 @on_loop
