@@ -13,12 +13,11 @@ from gateway.others import NOTE_S, PEER_S, PENDING, PLACED, Forecast, Others, _d
 from gateway.replica import Elsewhere, Replica
 from gateway.state import open_state
 from policies.schema import Deployment, Gateway, StateStore, Upstream
+from tests.gateway.scripted import held
 from tests.gateway.world import (
-    DONE,
     HELLO,
     STREAMED,
     Fake,
-    Peer,
     listening,
     on_loop,
     until,
@@ -128,15 +127,9 @@ async def test_two_gateways_do_not_send_to_the_same_replica() -> None:
     """One is busy with streams on the first replica; the other's requests go to the second."""
     release = asyncio.Event()
 
-    async def answer(peer: Peer) -> None:
-        await peer.head()
-        await release.wait()
-        await peer.chunk(DONE)
-        await peer.end()
-
     with redis_server() as server:
         async with (
-            upstream(answer) as first,
+            upstream(held(release)) as first,
             upstream() as second,
             listening(live(server.url, first)) as one,
             listening(live(server.url, first, second)) as other,

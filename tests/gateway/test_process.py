@@ -14,6 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.gateway.scripted import held
 from tests.gateway.world import DONE, HELLO, STREAMED, Fake, Peer, on_loop, until, upstream
 
 ROOT = Path(__file__).parents[2]
@@ -56,15 +57,8 @@ async def test_running_streams_finish_and_new_requests_are_refused(tmp_path: Pat
     """SIGTERM during a stream: the stream ends whole, nothing new gets in, the exit code is 0."""
     release = asyncio.Event()
 
-    async def answer(peer: Peer) -> None:
-        await peer.head()
-        await peer.chunk(CHUNK)
-        await release.wait()
-        await peer.chunk(DONE)
-        await peer.end()
-
     async with (
-        upstream(answer) as fake,
+        upstream(held(release, CHUNK)) as fake,
         process(fake, tmp_path, "{drain_s: 10}") as (child, client),
     ):
         stream = asyncio.create_task(client.post("/v1/chat/completions", json=STREAMED))

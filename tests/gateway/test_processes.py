@@ -14,7 +14,8 @@ from pathlib import Path
 import httpx
 import psutil
 
-from tests.gateway.world import DONE, HELLO, STREAMED, Fake, Peer, on_loop, until, upstream
+from tests.gateway.scripted import held
+from tests.gateway.world import DONE, HELLO, STREAMED, Fake, on_loop, until, upstream
 
 ROOT = Path(__file__).parents[2]
 CHUNK = b'data: {"choices":[]}\n\n'
@@ -73,15 +74,8 @@ async def test_of_four_processes_one_is_killed_and_nobody_elses_client_notices(
     """Only its own streams break; new requests go on at once; it is started again; all drain."""
     release = asyncio.Event()
 
-    async def answer(peer: Peer) -> None:
-        await peer.head()
-        await peer.chunk(CHUNK)
-        await release.wait()
-        await peer.chunk(DONE)
-        await peer.end()
-
     async with (
-        upstream(answer, models=("m",)) as fake,
+        upstream(held(release, CHUNK), models=("m",)) as fake,
         serve(tmp_path, fake, "{port: 0, processes: 4, drain_s: 10}") as served,
         httpx.AsyncClient(base_url=served.url, timeout=30) as client,
     ):

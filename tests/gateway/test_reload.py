@@ -15,6 +15,7 @@ import pytest
 from gateway.edge import Live, build
 from gateway.reload import Origin, Refused, Reload, refuse_fixed
 from policies.load import load
+from tests.gateway.scripted import held
 from tests.gateway.test_process import process
 from tests.gateway.world import (
     DONE,
@@ -68,14 +69,7 @@ async def test_what_is_under_way_ends_by_the_old_policy(tmp_path: Path) -> None:
     """The upstream of a running stream leaves the policy; the stream ends whole, then its edge."""
     release = asyncio.Event()
 
-    async def answer(peer: Peer) -> None:
-        await peer.head()
-        await peer.chunk(CHUNK)
-        await release.wait()
-        await peer.chunk(DONE)
-        await peer.end()
-
-    async with upstream(answer) as old, upstream() as new, world(tmp_path, old) as it:
+    async with upstream(held(release, CHUNK)) as old, upstream() as new, world(tmp_path, old) as it:
         stream = asyncio.create_task(it.front.post(STREAMED))
         await until(lambda: old.running == 1)
         before = it.live.edge
