@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from policies.discovery import Members
 from policies.model_folder import ModelError, find_draft, find_model, refuse_large_draft
@@ -39,31 +39,18 @@ __all__ = [
 FILE_BYTES_MAX = 256 * 2**10
 PORT_VARIABLE = "HEADGATE_PORT"
 
+_Model = TypeVar("_Model", bound=BaseModel)
+_Path = tuple[str | int, ...]  # of a field
+
 
 def load(path: str | Path) -> Deployment:
     """The policy in a file. Raises PolicyError with every problem that was found."""
-    file = str(path)
-    data, places, problems = _read(file)
-    try:
-        deployment = Deployment.model_validate(data)
-    except ValidationError as error:
-        problems += explain(error, Deployment, file, places)
-    if problems:
-        raise PolicyError(*sorted(problems, key=_order))
-    return deployment
+    return _load(Deployment, str(path))
 
 
 def load_members(path: str | Path) -> Members:
     """The replicas in a discovery file. Raises PolicyError with every problem that was found."""
-    file = str(path)
-    data, places, problems = _read(file)
-    try:
-        members = Members.model_validate(data)
-    except ValidationError as error:
-        problems += explain(error, Members, file, places)
-    if problems:
-        raise PolicyError(*sorted(problems, key=_order))
-    return members
+    return _load(Members, str(path))
 
 
 def resolve_discovery(policy: str | Path, deployment: Deployment) -> Deployment:
@@ -81,12 +68,8 @@ def resolve_model(policy: str | Path, runtime: Runtime) -> Path | str:
     try:
         return find_model(runtime.model, Path(policy).absolute().parent)
     except ModelError as error:
-        _, places, _ = _read(str(policy))
-        path = ("runtime", "model")
-        place = places.of(path)
-        raise PolicyError(
-            Problem(str(policy), str(error), place, dotted(path), error.suggestion)
-        ) from None
+        wrong = [(("runtime", "model"), str(error))]
+        raise PolicyError(*_problems(policy, wrong, error.suggestion)) from None
 
 
 def resolve_adapters(policy: str | Path, runtime: Runtime) -> Path | None:
@@ -96,10 +79,8 @@ def resolve_adapters(policy: str | Path, runtime: Runtime) -> Path | None:
     folder = Path(policy).absolute().parent / Path(runtime.adapters).expanduser()
     if folder.is_dir():
         return folder
-    _, places, _ = _read(str(policy))
-    path = ("runtime", "adapters")
     message = f"there is no folder {str(folder)!r}; give one with a subfolder for each adapter"
-    raise PolicyError(Problem(str(policy), message, places.of(path), dotted(path)))
+    raise PolicyError(*_problems(policy, [(("runtime", "adapters"), message)]))
 
 
 def resolve_draft(policy: str | Path, runtime: Runtime) -> Path | str | None:
@@ -115,12 +96,8 @@ def resolve_draft(policy: str | Path, runtime: Runtime) -> Path | str | None:
         draft = find_draft(name, beside)
         refuse_large_draft(draft, find_model(runtime.model, beside))
     except ModelError as error:
-        _, places, _ = _read(str(policy))
-        path = ("runtime", "speculation", "draft")
-        place = places.of(path)
-        raise PolicyError(
-            Problem(str(policy), str(error), place, dotted(path), error.suggestion)
-        ) from None
+        wrong = [(("runtime", "speculation", "draft"), str(error))]
+        raise PolicyError(*_problems(policy, wrong, error.suggestion)) from None
     return draft
 
 
@@ -136,9 +113,8 @@ def resolve_folders(policy: str | Path, deployment: Deployment) -> Deployment:
     try:
         folder = Path(policy).absolute().parent / Path(tiers.disk.path).expanduser()
     except RuntimeError as error:  # ~nobody
-        _, places, _ = _read(str(policy))
-        path = ("runtime", "tiers", "disk", "path")
-        raise PolicyError(Problem(str(policy), f"{error}", places.of(path), dotted(path))) from None
+        wrong = [(("runtime", "tiers", "disk", "path"), str(error))]
+        raise PolicyError(*_problems(policy, wrong)) from None
     disk = tiers.disk.model_copy(update={"path": str(folder)})
     tiers = tiers.model_copy(update={"disk": disk})
     runtime = runtime.model_copy(update={"tiers": tiers})
@@ -163,13 +139,12 @@ def resolve_tokenizers(policy: str | Path, deployment: Deployment) -> Deployment
     return deployment.model_copy(update=changed)
 
 
-def _tokenizer_folder(policy: str | Path, name: str, path: tuple[str | int, ...]) -> Path:
+def _tokenizer_folder(policy: str | Path, name: str, path: _Path) -> Path:
     folder = Path(policy).absolute().parent / name
     if (folder / "tokenizer.json").is_file():
         return folder
-    _, places, _ = _read(str(policy))
     message = f"there is no file {str(folder / 'tokenizer.json')!r}"
-    raise PolicyError(Problem(str(policy), message, places.of(path), dotted(path)))
+    raise PolicyError(*_problems(policy, [(path, message)]))
 
 
 def own_tokenizer(policy: str | Path, deployment: Deployment) -> Path | None:
@@ -194,24 +169,22 @@ def package_problems(
     installed: Callable[[str], bool] = lambda package: find_spec(package) is not None,
 ) -> list[Problem]:
     """What the policy asks for and no installed package can do, each at its line."""
-    found = []
+    wrong: list[tuple[_Path, str]] = []
     for path, (package, extra) in _NEEDS.items():
         value: Any = deployment
         for name in path:
             value = getattr(value, name, None)
-        if value is None or installed(package):
-            continue
-        message = f"needs the package {package}: pip install 'headgate[{extra}]'"
-        _, places, _ = _read(str(policy))
-        found.append(Problem(str(policy), message, places.of(path), dotted(path)))
-    return found
+        if value is not None and not installed(package):
+            message = f"needs the package {package}: pip install 'headgate[{extra}]'"
+            wrong.append((path, message))
+    return _problems(policy, wrong)
 
 
 def key_problems(
     policy: str | Path, deployment: Deployment, environ: Mapping[str, str] = os.environ
 ) -> list[Problem]:
     """What is wrong with the secrets that the policy names by their variables, each at its line."""
-    named: list[tuple[tuple[str | int, ...], str | None]] = [
+    named: list[tuple[_Path, str | None]] = [
         (("upstreams", index, "api_key_env"), upstream.api_key_env)
         for index, upstream in enumerate(deployment.upstreams)
     ]
@@ -223,16 +196,14 @@ def key_problems(
     if deployment.gateway.store is not None:
         password_env = deployment.gateway.store.password_env
         named.append((("gateway", "store", "password_env"), password_env))
-    found = []
+    wrong: list[tuple[_Path, str]] = []
     for path, name in named:
         key = environ.get(name, "").strip() if name else None
         if key is None or (key and key.isascii() and key.isprintable()):
             continue
         why = "holds what no HTTP header can carry" if key else "is not set, or empty"
-        _, places, _ = _read(str(policy))
-        message = f"the environment variable {name} {why}"
-        found.append(Problem(str(policy), message, places.of(path), dotted(path)))
-    return found
+        wrong.append((path, f"the environment variable {name} {why}"))
+    return _problems(policy, wrong)
 
 
 def with_environment(deployment: Deployment, environ: Mapping[str, str] = os.environ) -> Deployment:
@@ -254,6 +225,30 @@ def port_of(environ: Mapping[str, str] = os.environ) -> int | None:
             Problem(PORT_VARIABLE, f"expected a port from 0 to 65535, got {text[:40]!r}")
         )
     return int(text)
+
+
+def _load(model: type[_Model], file: str) -> _Model:
+    data, places, problems = _read(file)
+    try:
+        loaded = model.model_validate(data)
+    except ValidationError as error:
+        problems += explain(error, model, file, places)
+    if problems:
+        raise PolicyError(*sorted(problems, key=_order))
+    return loaded
+
+
+def _problems(
+    policy: str | Path, wrong: Sequence[tuple[_Path, str]], suggestion: str | None = None
+) -> list[Problem]:
+    """What is wrong at each path, with its line: for these the file is read once more."""
+    if not wrong:
+        return []
+    _, places, _ = _read(str(policy))
+    return [
+        Problem(str(policy), message, places.of(path), dotted(path), suggestion)
+        for path, message in wrong
+    ]
 
 
 def _order(problem: Problem) -> tuple[int, int]:
