@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from policies.fields import PolicyModel, base_url
+from policies.fields import VARIABLE, PolicyModel, base_url
 from policies.kv_following import FollowedEvents
 
 Kind = Literal["headgate", "vllm", "sglang", "openai"]
@@ -18,7 +18,6 @@ TOKENIZER = (
     "model there, for exact prompts in routing; default: by bytes."
 )
 KEY = "Environment variable that holds the key sent to this server."
-VARIABLE = r"^[A-Za-z_][A-Za-z0-9_]*$"
 
 
 class Upstream(PolicyModel):
@@ -36,14 +35,13 @@ class Upstream(PolicyModel):
         description="Where the server tells what its KV cache holds; without, it is guessed. Needs "
         "`tokenizer`.",
     )
+    tokenizer: str | None = Field(None, min_length=1, description=TOKENIZER)
 
     @model_validator(mode="after")
     def _events_mean_something(self) -> Upstream:
         if self.kv_events is not None and self.tokenizer is None:
             raise ValueError("`kv_events` tell of tokens: give `tokenizer`, too")
         return self
-
-    tokenizer: str | None = Field(None, min_length=1, description=TOKENIZER)
 
 
 class Discovery(PolicyModel):

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from policies.fields import PolicyModel, refuse
+from policies.fields import VARIABLE, PolicyModel, refuse
 from policies.retrying import Breaker, Hedge, Retries
 from policies.routing import Routing
 from policies.slo import SHIPPED, Name, Tenant, Tier, TierTable, misfits, unknown_tiers
@@ -110,7 +110,7 @@ class Gateway(PolicyModel):
     )
     secret_env: str | None = Field(
         None,
-        pattern=r"^[A-Za-z_][A-Za-z0-9_]*$",
+        pattern=VARIABLE,
         description="Environment variable with the secret that the salts of tenants are made of; "
         "the same for all gateways before the same replicas. Default: a new one at each start.",
     )

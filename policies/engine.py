@@ -6,7 +6,7 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from policies.fields import PolicyModel, Size, event_endpoint
+from policies.fields import LAST_PORT, PolicyModel, Size, event_endpoint, tcp_ports
 
 
 class KvEvents(PolicyModel):
@@ -38,13 +38,9 @@ class KvEvents(PolicyModel):
 
     def port_clash(self, workers: int) -> str | None:
         """Why the ports of several workers would meet, or None."""
-        ports = [
-            int(one.rpartition(":")[2])
-            for one in (self.endpoint, self.replay_endpoint)
-            if one is not None and one.startswith("tcp:")
-        ]
-        if any(port and port + workers - 1 > 65535 for port in ports):
-            return f"the ports of {workers} workers end beyond 65535"
+        ports = tcp_ports(self.endpoint, self.replay_endpoint)
+        if any(port and port + workers - 1 > LAST_PORT for port in ports):
+            return f"the ports of {workers} workers end beyond {LAST_PORT}"
         if len(ports) == 2 and all(ports) and abs(ports[0] - ports[1]) < workers:
             return f"{workers} workers need ports of kv_events that are {workers} apart or more"
         if self.endpoint == self.replay_endpoint and not (ports and not ports[0]):

@@ -5,13 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from typing import Annotated
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from policies.loopback import is_loopback
 
+VARIABLE = r"^[A-Za-z_][A-Za-z0-9_]*$"  # of the environment
+LAST_PORT = 65535
 # What a path of a local socket may have, less what the number of a worker adds.
 _IPC_BYTES_MAX = 96
 
@@ -45,15 +47,20 @@ def loopback_address(host: str) -> str:
     return host
 
 
-def base_url(url: str) -> str:
-    wrong = ValueError(f"{url!r} is not a base URL such as http://127.0.0.1:8000")
+def url_parts(url: str) -> SplitResult | None:
+    """None for what no URL of a server can be."""
     try:
         parts = urlsplit(url)
-        readable = parts.hostname and parts.port != 0 and url.isascii() and url.isprintable()
+        readable = parts.hostname and parts.port != 0
     except ValueError:  # half an IPv6 address, a port beyond 65535
-        raise wrong from None
-    if parts.scheme not in ("http", "https") or not readable or " " in url:
-        raise wrong
+        return None
+    return parts if readable and url.isascii() and url.isprintable() and " " not in url else None
+
+
+def base_url(url: str) -> str:
+    parts = url_parts(url)
+    if parts is None or parts.scheme not in ("http", "https"):
+        raise ValueError(f"{url!r} is not a base URL such as http://127.0.0.1:8000")
     if parts.query or parts.fragment:
         raise ValueError(f"{url!r} has a query or a fragment, which a base URL cannot have")
     return url.rstrip("/").removesuffix("/v1")
@@ -68,9 +75,18 @@ def event_endpoint(endpoint: str) -> str:
 
 def publisher_endpoint(endpoint: str) -> str:
     """Where somebody else's block events are had."""
-    if _endpoint_host(endpoint) is not None and int(endpoint.rpartition(":")[2]) == 0:
+    if _endpoint_host(endpoint) is not None and tcp_ports(endpoint) == [0]:
         raise ValueError(f"{endpoint!r} has port 0, which nobody publishes at")
     return endpoint
+
+
+def tcp_ports(*endpoints: str | None) -> list[int]:
+    """The ports of those ZMQ endpoints that have one."""
+    return [
+        int(one.rpartition(":")[2])
+        for one in endpoints
+        if one is not None and one.startswith("tcp:")
+    ]
 
 
 def _endpoint_host(endpoint: str) -> str | None:
@@ -83,7 +99,7 @@ def _endpoint_host(endpoint: str) -> str | None:
             raise wrong
         return None
     match = re.fullmatch(r"tcp://(\[[^\]]+\]|[^\[\]:]+):([0-9]{1,5})", endpoint)
-    if match is None or int(match[2]) > 65535:
+    if match is None or int(match[2]) > LAST_PORT:
         raise wrong
     return match[1].strip("[]")
 

@@ -6,9 +6,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field, model_validator
 
-from policies.fields import PolicyModel, publisher_endpoint
-
-_LAST_PORT = 65535
+from policies.fields import LAST_PORT, PolicyModel, publisher_endpoint, tcp_ports
 
 
 class FollowedEvents(PolicyModel):
@@ -35,9 +33,7 @@ class FollowedEvents(PolicyModel):
 
     @model_validator(mode="after")
     def _ports_exist(self) -> FollowedEvents:
-        for endpoint in (self.endpoint, self.replay_endpoint):
-            if endpoint is not None and endpoint.startswith("tcp:"):
-                port = int(endpoint.rpartition(":")[2])
-                if port + self.ranks - 1 > _LAST_PORT:
-                    raise ValueError(f"the ports of {self.ranks} ranks end beyond {_LAST_PORT}")
+        ports = tcp_ports(self.endpoint, self.replay_endpoint)
+        if any(port + self.ranks - 1 > LAST_PORT for port in ports):
+            raise ValueError(f"the ports of {self.ranks} ranks end beyond {LAST_PORT}")
         return self

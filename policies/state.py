@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 from typing import Annotated, Literal
-from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field
 
-from policies.fields import PolicyModel
+from policies.fields import VARIABLE, PolicyModel, url_parts
 
 
 def redis_url(url: str) -> str:
     """Without a password, which does not belong into a file, and without redis-py's options."""
-    try:
-        parts = urlsplit(url)
-        readable = parts.hostname and parts.port != 0 and url.isascii() and url.isprintable()
-    except ValueError:  # half an IPv6 address, a port beyond 65535
-        readable = None
-        parts = urlsplit("")
-    database = parts.path.removeprefix("/")
+    parts = url_parts(url)
+    database = parts.path.removeprefix("/") if parts is not None else ""
     number = database == "" or (database.isdecimal() and len(database) < 6)
-    if parts.scheme not in ("redis", "rediss") or not readable or " " in url or not number:
+    if parts is None or parts.scheme not in ("redis", "rediss") or not number:
         raise ValueError("not a URL such as redis://127.0.0.1:6379/0 or rediss://cache:6380")
     if parts.password is not None:
         raise ValueError("has a password in it; name the variable that holds it by `password_env`")
@@ -37,7 +31,7 @@ class StateStore(PolicyModel):
     )
     password_env: str | None = Field(
         None,
-        pattern=r"^[A-Za-z_][A-Za-z0-9_]*$",
+        pattern=VARIABLE,
         description="Environment variable that holds its password.",
     )
     ca_file: str | None = Field(
