@@ -113,7 +113,9 @@ class Follower:
         """Until the connection is lost: ZMQ itself does not come back to a peer that broke the
         protocol, and what it still queues is of a life that is over."""
         self._gone = False
-        live = stack.enter_context(_readable(_live_socket(self._context), self._bell))
+        live = _socket(self._context, zmq.SUB, LIVE_QUEUED, LIVE_BYTES_MAX)
+        stack.enter_context(_readable(live, self._bell))
+        live.setsockopt(zmq.RECONNECT_IVL_MAX, 5000)
         monitor = live.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
         stack.enter_context(_readable(monitor, self._bell))
         stack.callback(self._close_asker)
@@ -193,11 +195,8 @@ class Follower:
         self.source.began()
         endpoint = self.where.replay_endpoint
         assert endpoint is not None, "a replay is wanted of a publisher that has none"
-        asker = self._asker = self._context.socket(zmq.DEALER)
-        asker.setsockopt(zmq.LINGER, 0)
-        asker.setsockopt(zmq.IPV6, 1)
-        asker.setsockopt(zmq.RCVHWM, REPLAYED_QUEUED)
-        asker.setsockopt(zmq.MAXMSGSIZE, REPLAYED_BYTES_MAX)
+        asker = _socket(self._context, zmq.DEALER, REPLAYED_QUEUED, REPLAYED_BYTES_MAX)
+        self._asker = asker
         asker.connect(endpoint)
         asker.send_multipart([b"", start.to_bytes(8, "big")], zmq.NOBLOCK)
         asyncio.get_running_loop().add_reader(asker.fileno(), self._bell.set)
@@ -249,14 +248,16 @@ class Follower:
                 await self._bell.wait()
 
 
-def _live_socket(context: zmq.Context[zmq.Socket[bytes]]) -> zmq.Socket[bytes]:
-    live = context.socket(zmq.SUB)
-    live.setsockopt(zmq.LINGER, 0)
-    live.setsockopt(zmq.IPV6, 1)
-    live.setsockopt(zmq.RCVHWM, LIVE_QUEUED)
-    live.setsockopt(zmq.MAXMSGSIZE, LIVE_BYTES_MAX)
-    live.setsockopt(zmq.RECONNECT_IVL_MAX, 5000)
-    return live
+def _socket(
+    context: zmq.Context[zmq.Socket[bytes]], kind: int, queued: int, bytes_max: int
+) -> zmq.Socket[bytes]:
+    """One that holds at most `queued` messages, none above `bytes_max`."""
+    socket = context.socket(kind)
+    socket.setsockopt(zmq.LINGER, 0)
+    socket.setsockopt(zmq.IPV6, 1)
+    socket.setsockopt(zmq.RCVHWM, queued)
+    socket.setsockopt(zmq.MAXMSGSIZE, bytes_max)
+    return socket
 
 
 @contextlib.contextmanager

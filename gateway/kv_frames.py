@@ -23,7 +23,7 @@ EVENTS_MAX = 2**18  # in a batch: a snapshot of a large pool has one for each ch
 BLOCKS_MAX = 2**20  # in an event
 EXTRAS_BYTES_MAX = 2**22
 BLOCK_SIZE_MAX = 2**14
-_TAGS = {0: "BlockStored", 1: "BlockRemoved", 2: "AllBlocksCleared"}
+_TAGS: dict[str | int, str] = {0: "BlockStored", 1: "BlockRemoved", 2: "AllBlocksCleared"}
 # Groups whose blocks stay where they are; those of sliding windows vanish behind the window.
 _STAYING = ("full", "mla")
 
@@ -184,14 +184,12 @@ def _is_map(data: bytes | memoryview) -> bool:
 def _event(raw: memoryview) -> Event | None:
     """None for a kind of event that is not known: there may be new ones."""
     try:
-        if _is_map(raw):
-            return _of_map(_MAP.decode(raw))
-        kind = _TAG.decode(raw).type
-        match _TAGS.get(kind, kind) if isinstance(kind, int) else kind:
+        told: _Map | _Tag = (_MAP if _is_map(raw) else _TAG).decode(raw)
+        match _TAGS.get(told.type, told.type):
             case "BlockStored":
-                return _of_stored(_STORED.decode(raw))
+                return _stored(told if isinstance(told, _Map) else _STORED.decode(raw))
             case "BlockRemoved":
-                return _of_removed(_REMOVED.decode(raw))
+                return _removed(told if isinstance(told, _Map) else _REMOVED.decode(raw))
             case "AllBlocksCleared":
                 return Cleared()
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
@@ -199,76 +197,34 @@ def _event(raw: memoryview) -> Event | None:
     return None
 
 
-def _of_map(event: _Map) -> Event | None:
-    kind = event.type
-    match _TAGS.get(kind, kind) if isinstance(kind, int) else kind:
-        case "BlockStored":
-            return _stored(
-                event.block_hashes,
-                event.parent_block_hash,
-                event.token_ids,
-                event.block_size,
-                event.medium,
-                event.lora_name,
-                event.extra_keys,
-                event.group_idx,
-                event.kv_cache_spec_kind,
-            )
-        case "BlockRemoved":
-            left = event.remaining_copy_counts
-            return _removed(event.block_hashes, event.medium, event.group_idx, left)
-        case "AllBlocksCleared":
-            return Cleared()
-    return None
-
-
-def _of_stored(event: _StoredArray) -> Stored:
-    return _stored(
-        event.block_hashes,
+def _stored(event: _Map | _StoredArray) -> Stored:
+    names, tokens, size = event.block_hashes, event.token_ids, event.block_size
+    if tokens and not (1 <= size <= BLOCK_SIZE_MAX and len(tokens) == size * len(names)):
+        raise Junk(f"{len(names)} blocks of {size} tokens have {len(tokens)} tokens")
+    kind = event.kv_cache_spec_kind
+    return Stored(
+        names,
         event.parent_block_hash,
-        event.token_ids,
-        event.block_size,
-        event.medium,
+        tokens,
+        size,
+        _medium(event.medium),
         event.lora_name if isinstance(event.lora_name, str) else None,
-        event.extra_keys,
-        event.group_idx if isinstance(event.group_idx, int) else None,
-        event.kv_cache_spec_kind,
+        _extras(event.extra_keys, len(names)),
+        _group(event),
+        stays=not isinstance(kind, str) or any(word in kind for word in _STAYING),
     )
 
 
-def _of_removed(event: _RemovedArray) -> Removed:
-    left = event.remaining_copy_counts
-    counts = left if isinstance(left, list) and all(isinstance(one, int) for one in left) else None
-    group = event.group_idx if isinstance(event.group_idx, int) else None
-    return _removed(event.block_hashes, event.medium, group, counts)
-
-
-def _stored(
-    names: list[Name],
-    parent: Name | None,
-    tokens: list[int],
-    block_size: int,
-    medium: str | None,
-    lora: str | None,
-    extra_keys: Raw,
-    group: int | None,
-    kind: Any,
-) -> Stored:
-    if tokens and not (
-        1 <= block_size <= BLOCK_SIZE_MAX and len(tokens) == block_size * len(names)
-    ):
-        raise Junk(f"{len(names)} blocks of {block_size} tokens have {len(tokens)} tokens")
-    extras = _extras(extra_keys, len(names))
-    stays = not isinstance(kind, str) or any(word in kind for word in _STAYING)
-    return Stored(names, parent, tokens, block_size, _medium(medium), lora, extras, group, stays)
-
-
-def _removed(
-    names: list[Name], medium: str | None, group: int | None, left: list[int] | None
-) -> Removed:
+def _removed(event: _Map | _RemovedArray) -> Removed:
+    names, told = event.block_hashes, event.remaining_copy_counts
+    left = told if isinstance(told, list) and all(isinstance(one, int) for one in told) else None
     if left is not None and len(left) != len(names):
         raise Junk(f"{len(names)} blocks are removed and copies of {len(left)} are left")
-    return Removed(names, _medium(medium), group, left)
+    return Removed(names, _medium(event.medium), _group(event), left)
+
+
+def _group(event: _Map | _StoredArray | _RemovedArray) -> int | None:
+    return event.group_idx if isinstance(event.group_idx, int) else None
 
 
 def _extras(raw: Raw, blocks: int) -> list[Any] | None:
