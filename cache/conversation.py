@@ -16,12 +16,10 @@ if TYPE_CHECKING:
 
 Turn = dict[str, Any]
 
-# Texts that show that a template wants a past call's arguments as text: DeepSeek's, Phi's.
-TEXT_MARKS = (
-    ("<｜tool▁calls▁begin｜>",),  # noqa: RUF001  # spelled with a wide bar
-    ("functools[",),
-    ("<|tool|>", "<|/tool|>"),
-)
+# Groups of texts by which templates are known: each of them by one group, all of which it has.
+Marks = tuple[tuple[str, ...], ...]
+DEEPSEEK_MARKS: Marks = (("<｜tool▁calls▁begin｜>",),)  # noqa: RUF001  # spelled with a wide bar
+PHI_MARKS: Marks = (("functools[",), ("<|tool|>", "<|/tool|>"))
 _TEXT_PARTS = ("text", "refusal")
 
 
@@ -116,9 +114,14 @@ def chat_ids(
 # ---- past calls ---------------------------------------------------------------------------------
 
 
+def has_marks(template: str, marks: Marks) -> bool:
+    """Whether a template of this text is known by one of the groups."""
+    return any(all(mark in template for mark in group) for group in marks)
+
+
 def takes_text(template: str) -> bool:
     """Whether a template of this text wants a past call's arguments as text, not as an object."""
-    return any(all(mark in template for mark in marks) for marks in TEXT_MARKS)
+    return has_marks(template, DEEPSEEK_MARKS) or has_marks(template, PHI_MARKS)
 
 
 def argument_forms(turns: list[Turn], *, text_first: bool) -> list[list[Turn]]:

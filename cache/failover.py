@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
 from cache.memory_store import Expiring, MemoryStore
-from cache.outbox import Outbox
+from cache.outbox import TOGETHER, Outbox
 from cache.remembered import Remembered
 from cache.store import Entries, Store, StoreDown, Taken, Want, key
 
@@ -32,7 +32,6 @@ CHECK_S = 0.3  # between looks whether the far store is there and has forgotten 
 PROBE_FIRST_S, PROBE_LAST_S = 0.1, 2.0  # between looks while it is away: doubling
 EPOCH_S = 10 * 365 * 86400.0
 EPOCH = key("epoch")
-TOGETHER = 64  # rules in one operation
 
 WhenDown = Literal["open", "local", "closed"]
 T = TypeVar("T")

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from cache.store import Store, StoreDown, Want
 
 KEYS_MAX = 100_000  # of each kind; what is new beyond it is dropped and counted
-TOGETHER = 64  # of one kind, sent at once
+TOGETHER = 64  # of one kind, told to the store at once
 
 
 @dataclass(slots=True)

@@ -55,7 +55,6 @@ class Record:
 class Known:
     """What is known of one replica."""
 
-    name: Hashable
     bit: int
     sent: Record
     told: dict[tuple[int, str], Record] = field(default_factory=dict)  # by rank and medium
@@ -279,7 +278,7 @@ class PrefixIndex:
         known = self._replicas.get(replica)
         if known is None:
             bit = _free_bit(self._names)
-            known = Known(replica, bit, self._record(bit, None))
+            known = Known(bit, self._record(bit, None))
             self._replicas[replica] = known
             self._names[bit] = replica
         return known

@@ -14,11 +14,13 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta, Raw, Struct
 
+from cache.prefix_index import POOL
+
 NAME_BYTES_MAX = 128
 # Of a block, as its engine calls it.
 Name = int | Annotated[bytes, Meta(max_length=NAME_BYTES_MAX)]
 
-POOL, HOST, STORE = "GPU", "CPU", "STORAGE"
+HOST, STORE = "CPU", "STORAGE"  # beside the pool
 EVENTS_MAX = 2**18  # in a batch: a snapshot of a large pool has one for each chain
 BLOCKS_MAX = 2**20  # in an event
 EXTRAS_BYTES_MAX = 2**22

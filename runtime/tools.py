@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
 
+from cache.conversation import DEEPSEEK_MARKS, PHI_MARKS, Marks, has_marks
 from runtime.tool_json import JsonCalls, NamedCalls
 from runtime.tool_python import PythonCalls
 from runtime.tool_reader import (
@@ -42,7 +43,7 @@ class Dialect:
     """
 
     name: str
-    marks: tuple[tuple[str, ...], ...]
+    marks: Marks
     openers: tuple[str, ...]
     calls: Calls
     bare: str = ""
@@ -51,7 +52,7 @@ class Dialect:
     id_chars: int = 24
 
     def speaks(self, template: str) -> bool:
-        return any(all(mark in template for mark in marks) for marks in self.marks)
+        return has_marks(template, self.marks)
 
     @cached_property
     def markers(self) -> frozenset[str]:
@@ -103,13 +104,13 @@ GRANITE = Dialect(
 )
 PHI = Dialect(
     "phi4",
-    marks=(("functools[",), ("<|tool|>", "<|/tool|>")),
+    marks=PHI_MARKS,
     openers=("<|tool_call|>", "functools"),
     calls=JsonCalls(closers=("<|/tool_call|>",)),
 )
 DEEPSEEK = Dialect(
     "deepseek",
-    marks=(("<｜tool▁calls▁begin｜>",),),
+    marks=DEEPSEEK_MARKS,
     openers=("<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>"),
     calls=NamedCalls(
         header=re.compile(
