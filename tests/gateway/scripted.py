@@ -24,20 +24,6 @@ ASKED: dict[str, Any] = {
 }
 
 
-def held(release: asyncio.Event, *first: bytes) -> Answer:
-    """Streams `first` at once, and its end when it is released."""
-
-    async def answer(peer: Peer) -> None:
-        await peer.head()
-        for chunk in first:
-            await peer.chunk(chunk)
-        await release.wait()
-        await peer.chunk(DONE)
-        await peer.end()
-
-    return answer
-
-
 @dataclass
 class Engine:
     """Says TOKENS, from where the request has it already; `bodies` are the requests that came."""

@@ -18,6 +18,7 @@ from tests.gateway.world import (
     Front,
     Peer,
     gateway,
+    held,
     on_loop,
     until,
     upstream,
@@ -44,15 +45,8 @@ def healthy(edge: Front) -> set[str]:
 async def test_replicas_of_a_file_join_and_leave_without_a_dropped_request(tmp_path: Path) -> None:
     """One is listed, another joins, the first one leaves while its stream goes on to its end."""
     release = asyncio.Event()
-
-    async def slow(peer: Peer) -> None:
-        await peer.head()
-        await peer.chunk(b"data: {}\n\n")
-        await release.wait()
-        await peer.chunk(DONE)
-        await peer.end()
-
     file = tmp_path / "replicas.yaml"
+    slow = held(release, b"data: {}\n\n")
     async with upstream(slow) as first, upstream() as second:
         source = listed(file, f"url: '{first.url}'")
         async with gateway(discovery=[source]) as edge:

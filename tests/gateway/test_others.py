@@ -13,11 +13,11 @@ from gateway.others import NOTE_S, PEER_S, PENDING, PLACED, Forecast, Others, _d
 from gateway.replica import Elsewhere, Replica
 from gateway.state import open_state
 from policies.schema import Deployment, Gateway, StateStore, Upstream
-from tests.gateway.scripted import held
 from tests.gateway.world import (
     HELLO,
     STREAMED,
     Fake,
+    held,
     listening,
     on_loop,
     until,
@@ -126,7 +126,6 @@ def test_news_is_believed_as_far_as_it_lasts() -> None:
 async def test_two_gateways_do_not_send_to_the_same_replica() -> None:
     """One is busy with streams on the first replica; the other's requests go to the second."""
     release = asyncio.Event()
-
     with redis_server() as server:
         async with (
             upstream(held(release)) as first,

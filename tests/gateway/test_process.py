@@ -14,8 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.gateway.scripted import held
-from tests.gateway.world import DONE, HELLO, STREAMED, Fake, Peer, on_loop, until, upstream
+from tests.gateway.world import DONE, HELLO, STREAMED, Fake, Peer, held, on_loop, until, upstream
 
 ROOT = Path(__file__).parents[2]
 CHUNK = b'data: {"choices":[]}\n\n'
@@ -56,7 +55,6 @@ async def process(fake: Fake, folder: Path, settings: str) -> AsyncIterator[tupl
 async def test_running_streams_finish_and_new_requests_are_refused(tmp_path: Path) -> None:
     """SIGTERM during a stream: the stream ends whole, nothing new gets in, the exit code is 0."""
     release = asyncio.Event()
-
     async with (
         upstream(held(release, CHUNK)) as fake,
         process(fake, tmp_path, "{drain_s: 10}") as (child, client),

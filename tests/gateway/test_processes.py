@@ -14,8 +14,7 @@ from pathlib import Path
 import httpx
 import psutil
 
-from tests.gateway.scripted import held
-from tests.gateway.world import DONE, HELLO, STREAMED, Fake, on_loop, until, upstream
+from tests.gateway.world import DONE, HELLO, STREAMED, Fake, held, on_loop, until, upstream
 
 ROOT = Path(__file__).parents[2]
 CHUNK = b'data: {"choices":[]}\n\n'
@@ -73,7 +72,6 @@ async def test_of_four_processes_one_is_killed_and_nobody_elses_client_notices(
 ) -> None:
     """Only its own streams break; new requests go on at once; it is started again; all drain."""
     release = asyncio.Event()
-
     async with (
         upstream(held(release, CHUNK), models=("m",)) as fake,
         serve(tmp_path, fake, "{port: 0, processes: 4, drain_s: 10}") as served,

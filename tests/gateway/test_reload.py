@@ -15,7 +15,6 @@ import pytest
 from gateway.edge import Live, build
 from gateway.reload import Origin, Refused, Reload, refuse_fixed
 from policies.load import load
-from tests.gateway.scripted import held
 from tests.gateway.test_process import process
 from tests.gateway.world import (
     DONE,
@@ -24,6 +23,7 @@ from tests.gateway.world import (
     Fake,
     Front,
     Peer,
+    held,
     listening,
     on_loop,
     refused_port,
@@ -68,8 +68,11 @@ async def world(folder: Path, *upstreams: Fake | str, **settings: object) -> Asy
 async def test_what_is_under_way_ends_by_the_old_policy(tmp_path: Path) -> None:
     """The upstream of a running stream leaves the policy; the stream ends whole, then its edge."""
     release = asyncio.Event()
-
-    async with upstream(held(release, CHUNK)) as old, upstream() as new, world(tmp_path, old) as it:
+    async with (
+        upstream(held(release, CHUNK)) as old,
+        upstream() as new,
+        world(tmp_path, old) as it,
+    ):
         stream = asyncio.create_task(it.front.post(STREAMED))
         await until(lambda: old.running == 1)
         before = it.live.edge

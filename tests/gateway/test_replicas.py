@@ -18,6 +18,7 @@ from tests.gateway.world import (
     Fake,
     Peer,
     gateway,
+    held,
     on_loop,
     refused_port,
     until,
@@ -38,13 +39,7 @@ async def busy(peer: Peer) -> None:
 async def test_streams_go_to_the_least_loaded_replica() -> None:
     """Eight long streams over two replicas: four each."""
     release = asyncio.Event()
-
-    async def answer(peer: Peer) -> None:
-        await peer.head()
-        await release.wait()
-        await peer.chunk(DONE)
-        await peer.end()
-
+    answer = held(release)
     async with upstream(answer) as one, upstream(answer) as two, gateway(one, two) as edge:
         streams = [asyncio.create_task(edge.post(STREAMED)) for _ in range(8)]
         await until(lambda: one.running + two.running == 8)

@@ -104,6 +104,20 @@ async def pong(peer: Peer) -> None:
         await peer.json({"choices": []})
 
 
+def held(release: asyncio.Event, *chunks: bytes) -> Answer:
+    """A stream that begins with `chunks` and ends when it is released."""
+
+    async def answer(peer: Peer) -> None:
+        await peer.head()
+        for chunk in chunks:
+            await peer.chunk(chunk)
+        await release.wait()
+        await peer.chunk(DONE)
+        await peer.end()
+
+    return answer
+
+
 @dataclass
 class Fake:
     """An upstream: answers probes by itself and everything else by `answer`."""
