@@ -68,6 +68,7 @@ class Publisher:
     held: dict[str, Counter[Path]] = field(default_factory=dict)
     sent: deque[tuple[int, bytes]] = field(default_factory=deque)
     truths: dict[tuple[int, int], dict[str, set[bytes]]] = field(default_factory=dict)
+    kept: dict[tuple[int, int], dict[str, Counter[Path]]] = field(default_factory=dict)
     outbox: deque[tuple[int, bytes]] = field(default_factory=deque)
     _events: list[dict[str, Any]] = field(default_factory=list)
 
@@ -178,13 +179,10 @@ class Publisher:
         self._events, self.held = events, now
         return payload
 
-    kept: dict[tuple[int, int], dict[str, Counter[Path]]] = field(default_factory=dict)
-
     # ---- what is true ----------------------------------------------------------------------------
 
     def name(self, path: Path) -> Name:
-        digest = chain_hashes(b"engine", [self.life, *path] + [0] * (-1 - len(path) % -16))
-        whole = root_hash(model=repr((self.life, path)), adapter=repr(digest[:1]))
+        whole = root_hash(model=repr((self.life, path)))
         return whole if self.style.names == "bytes" else int.from_bytes(whole[:8], "big")
 
     def truth(self) -> dict[str, set[bytes]]:
