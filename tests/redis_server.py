@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from command.machine import free_ports
+
 BINARY = shutil.which("redis-server")
 needs_redis = pytest.mark.skipif(BINARY is None, reason="no redis-server: apt-get install it")
 START_S = 20.0
@@ -23,9 +25,7 @@ class RedisServer:
     """One process, without persistence, on a port that stays the same over its lives."""
 
     def __init__(self, folder: Path, *more: str, tls: bool = False) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        (self.port,) = free_ports(1)
         self._folder = folder
         self._more = more
         self._tls = tls

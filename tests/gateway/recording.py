@@ -8,12 +8,13 @@ encoder that they use, which needs no GPU. Expected is what is held in the end, 
 from __future__ import annotations
 
 import json
-import socket
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import msgspec
+
+from command.machine import free_ports
 
 FRAMES = Path(__file__).with_name("frames.json")
 A = list(range(100, 148))  # three blocks of 16
@@ -203,12 +204,7 @@ def ours() -> tuple[list[bytes], dict[str, list[dict[str, Any]]]]:
     from tests.end_to_end.test_events import worker
     from tests.runtime.subscriber import Known, Subscriber
 
-    ports = []
-    for _ in range(3):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            ports.append(probe.getsockname()[1])
-    port, live, replay = ports
+    port, live, replay = free_ports(3)
     with tempfile.TemporaryDirectory() as folder:
         policy = Path(folder) / "policy.yaml"
         policy.write_text(
