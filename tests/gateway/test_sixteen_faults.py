@@ -127,13 +127,13 @@ async def test_04_a_500_that_comes_once_is_not_seen(others: int) -> None:
 # ---- 5 to 7: no answer --------------------------------------------------------------------------
 
 
+async def reset(peer: Peer) -> None:
+    peer.abort()
+
+
 @on_loop
 async def test_05_a_reset_before_the_first_byte_is_not_seen() -> None:
     """Nobody was answered anything: another replica is."""
-
-    async def reset(peer: Peer) -> None:
-        peer.abort()
-
     async with (
         upstream(reset) as primary,
         upstream(Engine("b")) as other,
@@ -417,10 +417,6 @@ async def test_15_a_flapping_primary_is_found_out() -> None:
         assert len(primary.requests) <= 12
         states = (await edge.client.get("/health")).json()["replicas"]
         assert [state["circuit"] for state in states] == ["open", "closed"]
-
-
-async def reset(peer: Peer) -> None:
-    peer.abort()
 
 
 FAULTS: dict[str, Answer] = {
