@@ -121,9 +121,20 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
 
 @contextlib.contextmanager
 def program(folder: Path, module: str, policy: Path, port: int, *more: str) -> Iterator[Program]:
-    """`python -m module policy --port port`, ended by SIGTERM: clean, and without a traceback."""
-    log = folder / f"{module}.log"
-    with log.open("wb") as output:
+    """A program that is ended by SIGTERM: clean, and without a traceback."""
+    with started(folder, module, policy, port, *more) as one:
+        yield one
+        one.process.terminate()
+        code = one.process.wait(STOP_S)
+    assert code in (0, -signal.SIGTERM), f"{module} ended with {code}:\n{one.log.read_text()}"
+    assert "Traceback" not in one.log.read_text(), one.log.read_text()
+
+
+@contextlib.contextmanager
+def started(folder: Path, module: str, policy: Path, port: int, *more: str) -> Iterator[Program]:
+    """`python -m module policy --port port`, which a test may kill, and which is in the end."""
+    log = folder / f"{module}-{port}.log"
+    with log.open("ab") as output:
         process = subprocess.Popen(
             [sys.executable, "-P", "-m", module, str(policy), "--port", str(port), *more],
             stdin=subprocess.DEVNULL,
@@ -133,14 +144,9 @@ def program(folder: Path, module: str, policy: Path, port: int, *more: str) -> I
         )
     try:
         yield Program(f"http://127.0.0.1:{port}", process, log)
-        process.terminate()
-        code = process.wait(STOP_S)
     finally:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
-    assert code in (0, -signal.SIGTERM), f"{module} ended with {code}:\n{log.read_text()}"
-    assert "Traceback" not in log.read_text(), log.read_text()
+        process.kill()
+        process.wait()
 
 
 def ready(one: Program) -> bool:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,11 +14,11 @@ from command.machine import free_ports
 from tests.end_to_end.stack import (
     CHAT,
     DEFAULTS,
-    ENVIRONMENT,
     START_S,
     Program,
     events,
     ready,
+    started,
     until,
 )
 from tests.runtime.subscriber import Known, Subscriber
@@ -37,22 +34,9 @@ LONG = DEFAULTS[CHAT] | {
 @contextlib.contextmanager
 def worker(folder: Path, policy: Path, port: int) -> Iterator[Program]:
     """A worker process that a test may kill."""
-    log = folder / "worker.log"
-    with log.open("ab") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "runtime", str(policy), "--port", str(port)],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=os.environ | ENVIRONMENT,
-        )
-    one = Program(f"http://127.0.0.1:{port}", process, log)
-    try:
-        until(lambda: ready(one), START_S, log.read_text)
+    with started(folder, "runtime", policy, port) as one:
+        until(lambda: ready(one), START_S, one.log.read_text)
         yield one
-    finally:
-        process.kill()
-        process.wait()
 
 
 def answer(one: Program) -> str:

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +13,11 @@ import pytest
 from command.machine import free_ports
 from tests.end_to_end.stack import (
     CHAT,
-    ENVIRONMENT,
     START_S,
-    Program,
     events,
     program,
     ready,
+    started,
     until,
 )
 
@@ -45,25 +40,6 @@ ASKED: dict[str, Any] = {
 }
 
 
-@contextlib.contextmanager
-def killable(folder: Path, policy: Path, port: int) -> Iterator[Program]:
-    """A worker that may be killed."""
-    log = folder / f"worker-{port}.log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "runtime", str(policy), "--port", str(port)],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=os.environ | ENVIRONMENT,
-        )
-    try:
-        yield Program(f"http://127.0.0.1:{port}", process, log)
-    finally:
-        process.kill()
-        process.wait()
-
-
 def told(chunks: list[Any]) -> tuple[str, Any, Any]:
     """Text, usage and why it ended."""
     choices = [choice for chunk in chunks for choice in chunk["choices"]]
@@ -83,7 +59,7 @@ def test_the_answer_of_a_killed_worker_goes_on_token_by_token(
     policy.write_text(POLICY)
     front, *backs = free_ports(3)
     with contextlib.ExitStack() as stop:
-        workers = [stop.enter_context(killable(tmp_path, policy, port)) for port in backs]
+        workers = [stop.enter_context(started(tmp_path, "runtime", policy, port)) for port in backs]
         for one in workers:
             until(lambda: ready(one), START_S, lambda: one.log.read_text())  # noqa: B023
         named = [word for one in workers for word in ("--replica", one.url)]
