@@ -18,8 +18,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import orjson
-
 from benchmarks.lab.client import ask, body_of, open_session
 from benchmarks.lab.conditions import ROOT
 from benchmarks.lab.report import About, Goal, Measured, MeasurementFailed, Settings, run
@@ -181,22 +179,13 @@ async def _one_session(stack: Stack, name: str, lines: Sequence[str], sums: Sums
     async with open_session() as client:
         for line in lines:
             messages.append({"role": "user", "content": line})
-            recording = await ask(client, stack.url, body_of(stack.model, messages, **fields))
-            answer = recording.answer()
-            usage = _usage(b"".join(data for _, data in recording.reads))
+            body = body_of(stack.model, messages, **fields)
+            answer = (await ask(client, stack.url, body)).answer()
             messages.append({"role": "assistant", "content": answer.text})
             sums.requests += 1
-            sums.sent += usage["prompt_tokens"]
-            sums.cached += usage["prompt_tokens_details"]["cached_tokens"]
+            sums.sent += answer.usage["prompt_tokens"]
+            sums.cached += answer.usage["prompt_tokens_details"]["cached_tokens"]
             sums.ttft_s.append(answer.ttft_s)
-
-
-def _usage(stream: bytes) -> dict[str, Any]:
-    for line in reversed(stream.split(b"\n")):
-        if line.startswith(b"data: {") and b'"usage":{' in line:
-            usage: dict[str, Any] = orjson.loads(line[6:])["usage"]
-            return usage
-    raise MeasurementFailed("a stream ended without its usage")
 
 
 if __name__ == "__main__":

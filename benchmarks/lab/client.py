@@ -26,9 +26,13 @@ class Answer:
     ttft_s: float  # to the first content that is not empty; to the last token where there is none
     last_s: float  # to the last token: the event with the last content or the finish reason
     whole_s: float  # to the end of the stream
-    tokens: int
+    usage: Mapping[str, Any]
     chunks: int  # events that carried content
     text: str
+
+    @property
+    def tokens(self) -> int:
+        return int(self.usage["completion_tokens"])
 
     @property
     def tpot_s(self) -> float:
@@ -51,25 +55,24 @@ class Recording:
         """Parses the events. Raises MeasurementFailed for an error in band or an early end."""
         events = list(self._events())
         contents: list[tuple[float, str]] = []
-        tokens = last = None
+        usage = last = None
         for at, payload in events:
             if "error" in payload:
                 raise MeasurementFailed(f"a stream ended with an error: {payload['error']}")
-            if payload.get("usage"):
-                tokens = payload["usage"]["completion_tokens"]
+            usage = payload.get("usage") or usage
             for choice in payload["choices"]:
                 if content := choice["delta"].get("content"):
                     contents.append((at, content))
                 if content or choice["finish_reason"]:
                     last = at
-        if last is None or tokens is None:
+        if last is None or usage is None:
             raise MeasurementFailed("a stream ended without a finish reason or without its usage")
         return Answer(
             opened_s=events[0][0] - self.sent,
             ttft_s=(contents[0][0] if contents else last) - self.sent,
             last_s=last - self.sent,
             whole_s=self.ended - self.sent,
-            tokens=tokens,
+            usage=usage,
             chunks=len(contents),
             text="".join(text for _, text in contents),
         )
