@@ -14,24 +14,18 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 from aiohttp import web
 
 from benchmarks.lab.report import MeasurementFailed
-from benchmarks.lab.simulated import Job, Worker
+from benchmarks.lab.simulated import TPOT_S, Job, Worker
+from command.machine import free_ports
+from policies.schema import Gateway
 
 SLOW = 10.0
 READY_S = 60.0
-POLICY = """\
-version: 1
-gateway:
-  port: 0
-  tiers:
-    interactive: {ttft_ms: 5000, tpot_ms: 300}
-    standard: {ttft_ms: 20000, tpot_ms: 1000}
-runtime: {model: pocket}
-"""
 EVENT = b'data: {"choices":[{"index":0,"delta":{"content":"x"}}]}\n\n'
 
 
@@ -46,13 +40,6 @@ class Visit:
     status: int = 0
     ttft_s: float | None = None
     tpot_s: float = 0.0
-
-    @property
-    def good(self) -> bool:
-        ttft_s, tpot_s = {"interactive": (5, 0.3), "standard": (20, 1)}.get(self.tier, (1e9, 1e9))
-        if self.status != 200 or self.ttft_s is None:
-            return False
-        return self.ttft_s <= ttft_s and self.tpot_s <= tpot_s
 
 
 async def run(visits: Sequence[Visit], workers: int) -> None:
@@ -100,7 +87,7 @@ async def _worker(name: str) -> AsyncIterator[str]:
         due = clock() + float(told["x-slo-ttft-ms"]) / 1000 if "x-slo-ttft-ms" in told else 0.0
         rank = (30 * SLOW * int(told["x-headgate-priority"]) + (due or clock()), clock())
         tokens = len(body["messages"][0]["content"]) // 4
-        tpot_s = float(told.get("x-slo-tpot-ms", 1000 * SLOW * 0.1)) / 1000 / SLOW
+        tpot_s = float(told.get("x-slo-tpot-ms", 1000 * SLOW * TPOT_S)) / 1000 / SLOW
         job = Job(tokens, body["max_tokens"], (), rank, tpot_s)
         worker.submit(job)
         try:
@@ -146,13 +133,11 @@ async def _worker(name: str) -> AsyncIterator[str]:
 
 @asynccontextmanager
 async def _gateway(replicas: Sequence[str]) -> AsyncIterator[str]:
-    from command.machine import free_ports
-
     (port,) = free_ports(1, "127.0.0.1")
     url = f"http://127.0.0.1:{port}"
     with tempfile.TemporaryDirectory(prefix="headgate-overload-") as folder:
         policy = Path(folder) / "policy.yaml"
-        policy.write_text(POLICY)
+        policy.write_text(json.dumps(_policy()))
         more = [part for replica in replicas for part in ("--replica", replica)]
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "gateway", str(policy), "--port", str(port), *more
@@ -163,6 +148,16 @@ async def _gateway(replicas: Sequence[str]) -> AsyncIterator[str]:
         finally:
             process.terminate()
             await process.wait()
+
+
+def _policy() -> dict[str, Any]:
+    """The targets that tiers ship with, longer."""
+    tiers = {
+        name: {"ttft_ms": SLOW * tier.ttft_ms, "tpot_ms": SLOW * tier.tpot_ms}
+        for name, tier in Gateway().tiers.items()
+        if tier.ttft_ms is not None and tier.tpot_ms is not None
+    }
+    return {"version": 1, "gateway": {"port": 0, "tiers": tiers}, "runtime": {"model": "pocket"}}
 
 
 async def _ready(url: str) -> None:
