@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.lab import peers_setup
 from benchmarks.lab.edge_load import Driven, Load, drive
-from benchmarks.lab.edges import COMMANDS, OURS, Edge, installed, mock_upstream, running
+from benchmarks.lab.edges import COMMANDS, OURS, Edge, installed, listening, running
 from benchmarks.lab.report import About, Goal, Measured, Settings, run
 
 _RUST = ("smg", "vllm-router", "sglang-router")
@@ -71,7 +71,7 @@ def measure(settings: Settings) -> Measured:
     names = [name for name in COMMANDS if installed(name)]
     rounds: dict[str, list[Row]] = defaultdict(list)
     with contextlib.ExitStack() as stack:
-        port = stack.enter_context(mock_upstream())
+        port = stack.enter_context(listening("mock_upstream"))
         started = [stack.enter_context(running(name, port)) for name in names]
         settings.progress(f"{', '.join(names)} are ready")
         for number in range(2 if settings.quick else _ROUNDS):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import psutil
 
@@ -21,6 +22,7 @@ from benchmarks.lab.conditions import ROOT
 from benchmarks.lab.mock_upstream import MODEL
 from benchmarks.lab.models import peers_home
 from benchmarks.lab.report import MeasurementFailed
+from benchmarks.lab.stack import cpu_s, resident_mb
 from command.machine import free_ports
 from policies.slo import key_hash
 
@@ -33,10 +35,7 @@ _READY_LIMIT_S = 120.0
 _STOP_LIMIT_S = 15.0
 
 # Every part that serves by default, a tenant's key and its three limits, and tiers.
-_POLICY = """version: 1
-upstreams:
-  - url: {upstream}
-gateway:
+_LIMITS = """gateway:
   tenants:
     bench:
       keys: ["{digest}"]
@@ -64,53 +63,58 @@ class Edge:
 
     def cpu_s(self) -> float:
         """User and system time of the whole process tree so far."""
-        times = [one.cpu_times() for one in self._tree()]
-        return sum(one.user + one.system for one in times)
+        return sum(map(cpu_s, _tree(self.process)))
 
     def rss_mb(self) -> float:
         """Resident pages of the tree, those that processes share counted in each."""
-        return sum(one.memory_info().rss for one in self._tree()) / 1e6
-
-    def _tree(self) -> list[psutil.Process]:
-        return [self.process, *self.process.children(recursive=True)]
+        return sum(map(resident_mb, _tree(self.process)))
 
 
-Command = Callable[[str, int, Path], Sequence[str]]  # upstream's URL, port, a folder to write in
+def _tree(process: psutil.Process) -> list[psutil.Process]:
+    return [process, *process.children(recursive=True)]
 
 
-def _ours(upstream: str, port: int, folder: Path) -> Sequence[str]:
-    policy = folder / "policy.yaml"
-    policy.write_text(
-        _POLICY.format(upstream=upstream, digest=key_hash(_KEYS[OURS])), encoding="utf-8"
-    )
-    return (sys.executable, "-m", "gateway", str(policy), "--port", str(port))
+Command = Callable[[Sequence[str], int, Path], Sequence[str]]  # upstreams, port, folder to write in
 
 
-def _router(package: str, module: str, log_level: str) -> Command:
-    def command(upstream: str, port: int, _folder: Path) -> Sequence[str]:
+def ours(settings: str = "") -> Command:
+    """With these settings behind its upstreams."""
+
+    def command(upstreams: Sequence[str], port: int, folder: Path) -> Sequence[str]:
+        policy = folder / "policy.yaml"
+        urls = "".join(f"  - url: {one}\n" for one in upstreams)
+        policy.write_text(f"version: 1\nupstreams:\n{urls}{settings}", encoding="utf-8")
+        return (sys.executable, "-m", "gateway", str(policy), "--port", str(port))
+
+    return command
+
+
+def router(package: str, module: str, log_level: str, *options: str) -> Command:
+    def command(upstreams: Sequence[str], port: int, _folder: Path) -> Sequence[str]:
         return (
-            str(peers_home() / f"{package}/bin/python"), "-m", module, "--worker-urls", upstream,
-            "--policy", "cache_aware", "--host", _HOST, "--port", str(port),
-            "--prometheus-port", str(free_ports(1, _HOST)[0]), "--log-level", log_level,
+            str(peers_home() / f"{package}/bin/python"), "-m", module, "--worker-urls", *upstreams,
+            "--host", _HOST, "--port", str(port),
+            "--prometheus-port", str(free_ports(1, _HOST)[0]), "--log-level", log_level, *options,
         )  # fmt: skip
 
     return command
 
 
-def _litellm(upstream: str, port: int, folder: Path) -> Sequence[str]:
+def _litellm(upstreams: Sequence[str], port: int, folder: Path) -> Sequence[str]:
     config = folder / "litellm.yaml"
-    config.write_text(_LITELLM.format(upstream=upstream, model=MODEL), encoding="utf-8")
+    config.write_text(_LITELLM.format(upstream=upstreams[0], model=MODEL), encoding="utf-8")
     return (
         str(peers_home() / "litellm/bin/litellm"), "--config", str(config),
         "--host", _HOST, "--port", str(port), "--telemetry", "False",
     )  # fmt: skip
 
 
+_AWARE = ("--policy", "cache_aware")
 COMMANDS: dict[str, Command] = {
-    OURS: _ours,
-    "smg": _router("smg", "smg.launch_router", "warn"),
-    "vllm-router": _router("vllm-router", "vllm_router.launch_router", "warning"),
-    "sglang-router": _router("sglang-router", "sglang_router.launch_router", "warn"),
+    OURS: ours(_LIMITS.format(digest=key_hash(_KEYS[OURS]))),
+    "smg": router("smg", "smg.launch_router", "warn", *_AWARE),
+    "vllm-router": router("vllm-router", "vllm_router.launch_router", "warning", *_AWARE),
+    "sglang-router": router("sglang-router", "sglang_router.launch_router", "warn", *_AWARE),
     "litellm": _litellm,
 }
 
@@ -120,26 +124,27 @@ def installed(name: str) -> bool:
 
 
 @contextlib.contextmanager
-def mock_upstream() -> Iterator[int]:
-    """The port of an upstream of its own process."""
-    command = [sys.executable, "-m", "benchmarks.lab.mock_upstream"]
+def listening(module: str, *arguments: str) -> Iterator[Any]:
+    """The port, or the ports, of a server of the lab that ends when nobody writes to it."""
+    command = [sys.executable, "-m", f"benchmarks.lab.{module}", *arguments]
     with subprocess.Popen(
         command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as process:
         assert process.stdout is not None
         assert process.stdin is not None
-        yield int(process.stdout.readline())
+        yield json.loads(process.stdout.readline())
         process.stdin.close()
 
 
 @contextlib.contextmanager
-def running(name: str, upstream_port: int) -> Iterator[Edge]:
+def running(name: str, *upstream_ports: int, command: Command | None = None) -> Iterator[Edge]:
     """One gateway, ready; ended with all its processes in the end."""
+    command = command or COMMANDS[name]
     (port,) = free_ports(1, _HOST)
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as log:
-        arguments = COMMANDS[name](f"http://{_HOST}:{upstream_port}", port, Path(folder))
+        upstreams = [f"http://{_HOST}:{one}" for one in upstream_ports]
         process = subprocess.Popen(
-            arguments,
+            command(upstreams, port, Path(folder)),
             cwd=ROOT if name == OURS else folder,
             env=os.environ | _ENVIRONMENT,
             stdin=subprocess.DEVNULL,
@@ -170,8 +175,7 @@ def _await_ready(name: str, port: int, process: subprocess.Popen[bytes], log: IO
 def _end(process: subprocess.Popen[bytes]) -> None:
     """Ends the process and its children, which are in a session of their own."""
     try:
-        leader = psutil.Process(process.pid)
-        tree = [leader, *leader.children(recursive=True)]
+        tree = _tree(psutil.Process(process.pid))
     except psutil.NoSuchProcess:
         return
     process.terminate()

@@ -37,7 +37,6 @@ class Server:
     cache: Cache
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
     answers: int = 0
-    requests: int = 0
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -47,14 +46,13 @@ class Server:
                 if method == "POST" and path.startswith("/v1/chat/completions"):
                     await self._answer(orjson.loads(body), writer)
                 else:
-                    await _plain(path, writer, self.requests)
+                    await _plain(path, writer)
         except (ConnectionError, asyncio.IncompleteReadError):
             pass
         finally:
             writer.close()
 
     async def _answer(self, asked: dict[str, object], writer: asyncio.StreamWriter) -> None:
-        self.requests += 1
         messages = asked["messages"]
         assert isinstance(messages, list)
         text = "".join(message["content"] for message in messages)
@@ -95,10 +93,8 @@ async def _head(reader: asyncio.StreamReader) -> tuple[str, str, int] | None:
     return method, path, int(headers.get("content-length", 0))
 
 
-async def _plain(path: str, writer: asyncio.StreamWriter, requests: int) -> None:
+async def _plain(path: str, writer: asyncio.StreamWriter) -> None:
     body = MODELS if path == "/v1/models" else INFO
-    if path == "/requests":
-        body = orjson.dumps(requests)
     head = (
         f"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
     )

@@ -8,13 +8,13 @@ import pytest
 
 from benchmarks import gateway_cost
 from benchmarks.lab.edge_load import Load, drive
-from benchmarks.lab.edges import OURS, mock_upstream, running
+from benchmarks.lab.edges import OURS, listening, running
 from benchmarks.lab.report import MeasurementFailed
 
 
 def test_a_load_counts_requests_and_chunks_directly_and_through_the_gateway() -> None:
     """Whole answers, a burst and paced chunks; what the gateway's processes took is told."""
-    with mock_upstream() as port, running(OURS, port) as edge:
+    with listening("mock_upstream") as port, running(OURS, port) as edge:
         for load in (Load(2, 3), Load(2, 2, 25), Load(3, 1, 5, 2)):
             for target, key in ((port, None), (edge.port, edge.key)):
                 driven = asyncio.run(drive(target, load, key))
@@ -26,7 +26,7 @@ def test_a_load_counts_requests_and_chunks_directly_and_through_the_gateway() ->
 
 def test_an_answer_that_is_none_is_not_measured() -> None:
     """A refusal costs less than an answer, and must not count as one."""
-    with mock_upstream() as port, running(OURS, port) as edge:  # noqa: SIM117  # the error is ours
+    with listening("mock_upstream") as port, running(OURS, port) as edge:  # noqa: SIM117  # the error is ours
         with pytest.raises(MeasurementFailed, match="a gateway answered"):
             asyncio.run(drive(edge.port, Load(1, 1), "a-wrong-key"))
 
