@@ -12,7 +12,7 @@ setup: .venv/installed  ## make .venv and install everything into it
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "headgate needs Python 3.11 or newer: make PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[runtime,redis,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[runtime,redis,evals,dev]'
 	touch $@
 
 serve: setup  ## the gateway and one runtime worker with the pocket model, on port 8080 or HEADGATE_PORT

@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "spec_decode": set(),
     "telemetry": set(),
 }  # fmt: skip
-MODULES = {"headgate": {"command", "policies"}, "telemetry": set[str]()}
+MODULES = {"headgate": {"command", "evals", "policies"}, "telemetry": set[str]()}
 PACKAGED = ("cache", "command", "evals", "gateway", "policies", "runtime", "spec_decode")
 
 # heavy dependency -> its only importers
