@@ -1,1 +1,1 @@
-"""Find out, judge, roll out: suites, replays, statistics and the gate. Knows HTTP, never an engine."""
+"""Find out, judge, roll out: suites, replays, statistics, the gate. Knows HTTP, never an engine."""
