@@ -1,0 +1,60 @@
+"""The answer of every test here: an estimate, its bounds, what speaks against each hypothesis."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """`low` and `high` are one-sided at alpha each: together the 1 - 2 alpha interval.
+
+    Differences are candidate less baseline and harm is a fall; ratios are candidate over baseline
+    and harm is a rise; rates are of events nobody wants. `p` is of the hypothesis that harm is at
+    least the margin (small: pass), `p_harm` of the hypothesis that it is at most the margin
+    (small: fail). `p <= alpha` says the same as the bound on the margin's side clearing it.
+    """
+
+    estimate: float
+    low: float
+    high: float
+    p: float
+    p_harm: float
+    n: int
+    clusters: int | None
+    method: str
+    detail: Mapping[str, Any] = field(default_factory=dict)
+
+
+class TooFewClusters(ValueError):
+    """Fewer independent units than the test can work with: gather more conversations."""
+
+    def __init__(self, found: int, needed: int, what: str = "clusters") -> None:
+        super().__init__(
+            f"{found} {what}, and at least {needed} are needed; add independent ones "
+            "(more rows of the same ones do not help)"
+        )
+        self.found = found
+        self.needed = needed
+
+
+def check_alpha(alpha: float) -> None:
+    if not 0 < alpha < 0.5:
+        raise ValueError(f"alpha is {alpha}; a one-sided error rate lies between 0 and 0.5")
+
+
+def finite(values: object, what: str) -> Floats:
+    """As a flat array of floats. Raises ValueError for what is empty or not finite."""
+    array = np.asarray(values, dtype=np.float64).reshape(-1)
+    if not array.size:
+        raise ValueError(f"no {what}: nothing can be estimated from nothing")
+    if not np.isfinite(array).all():
+        raise ValueError(f"{what} hold {np.count_nonzero(~np.isfinite(array))} that are not finite")
+    return array

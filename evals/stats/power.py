@@ -1,0 +1,115 @@
+"""What pairs can show, before they are spent: how many are needed, which margin is testable.
+
+For binary outcomes by the score test's own variance (Nam 1997, Biometrics 53:1422): the shorter
+(z_a + z_b)^2 flips / margin^2 promises 80 % where flips are few and gives 66 %.
+"""
+
+from __future__ import annotations
+
+import math
+
+from scipy import optimize, special
+
+from evals.stats.estimate import check_alpha
+from evals.stats.rates import trials_needed
+
+
+def pairs_needed(
+    flips: float, margin: float, alpha: float = 0.05, power: float = 0.8, diff: float = 0.0
+) -> int:
+    """Pairs with which a candidate whose true difference is `diff` passes `margin` with
+    probability `power`, when a share `flips` of items changes between right and wrong.
+    """
+    share = abs(margin)
+    distance = diff + share
+    if distance <= 0:
+        raise ValueError(f"a candidate at {diff} cannot pass a margin of {-share}")
+    z_alpha, z_beta = _normal(alpha), _normal(1 - power)
+    under_null, under_truth = _variances(max(flips, abs(diff)), share, diff)
+    needed = (z_alpha * math.sqrt(under_null) + z_beta * math.sqrt(under_truth)) ** 2 / distance**2
+    return max(math.ceil(needed), min_pairs(margin, alpha))
+
+
+def pairs_by_rule(flips: float, margin: float, alpha: float = 0.05, power: float = 0.8) -> int:
+    """The textbook's (z_a + z_b)^2 flips / margin^2, to compare with: too few at few flips."""
+    return math.ceil((_normal(alpha) + _normal(1 - power)) ** 2 * flips / margin**2)
+
+
+def min_pairs(margin: float, alpha: float = 0.05) -> int:
+    """The fewest pairs that can pass, with no flip at all: 299, 149, 59 for 1, 2, 5 points."""
+    return trials_needed(abs(margin), alpha)
+
+
+def testable_margin(pairs: int, flips: float, alpha: float = 0.05, power: float = 0.8) -> float:
+    """The smallest margin, a positive share, that `pairs` can pass with `power`; 1.0 for none."""
+    if pairs_needed(flips, 0.999, alpha, power) > pairs:
+        return 1.0
+    low, high = 1e-4, 0.999
+    while high - low > 1e-4:
+        middle = (low + high) / 2
+        enough = pairs_needed(flips, middle, alpha, power) <= pairs
+        low, high = (low, middle) if enough else (middle, high)
+    return high
+
+
+def mde(pairs: int, flips: float, alpha: float = 0.05, power: float = 0.8) -> float:
+    """The smallest difference that `pairs` tell from none with `power`."""
+    return min(1.0, (_normal(alpha) + _normal(1 - power)) * math.sqrt(flips / pairs))
+
+
+def guardrail_power(power: float, guardrails: int) -> float:
+    """What each of so many guardrails is planned at, for all of them together to have `power`."""
+    return 1 - (1 - power) / max(guardrails, 1)
+
+
+def block_pairs_needed(
+    spread: float, margin_ratio: float, alpha: float = 0.05, power: float = 0.8, ratio: float = 1.0
+) -> int:
+    """ABBA block pairs for a latency ratio whose logarithm varies by `spread` (standard deviation
+    from pair to pair, as A against A' shows it) when the truth is `ratio`.
+    """
+    distance = abs(math.log(margin_ratio) - math.log(ratio))
+    if distance == 0:
+        raise ValueError(f"a true ratio of {ratio} cannot be told from a margin of {margin_ratio}")
+    count = 2
+    while _t_power(count, distance, spread, alpha) < power:
+        count = count + max(1, count // 50)
+        if count > 1_000_000:
+            raise ValueError(f"a spread of {spread} hides a ratio of {margin_ratio} for good")
+    return count
+
+
+def testable_ratio(
+    block_pairs: int, spread: float, alpha: float = 0.05, power: float = 0.8
+) -> float:
+    """The smallest rise, 0.07 for 7 %, that so many block pairs tell from none with `power`."""
+    if block_pairs < 2:
+        return math.inf
+    found = optimize.brentq(
+        lambda distance: _t_power(block_pairs, distance, spread, alpha) - power,
+        1e-9,
+        50 * spread + 1,
+    )
+    return math.expm1(found)
+
+
+def _t_power(count: int, distance: float, spread: float, alpha: float) -> float:
+    """Of a one-sided t test on so many logarithms, by the noncentral t."""
+    if spread == 0:
+        return 1.0
+    reach = special.stdtrit(count - 1, 1 - alpha)
+    return float(1 - special.nctdtr(count - 1, distance / spread * math.sqrt(count), reach))
+
+
+def _variances(flips: float, margin: float, diff: float) -> tuple[float, float]:
+    """Of a pair's difference: under the hypothesis, as the score test fits it, and in truth."""
+    lost, null = (flips - diff) / 2, -margin
+    negative_b = flips - (2 - diff) * null
+    root = math.sqrt(negative_b**2 + 8 * lost * null * (1 - null))
+    lost_share = (root + negative_b) / 4
+    return 2 * lost_share + null * (1 - null), flips - diff**2
+
+
+def _normal(alpha: float) -> float:
+    check_alpha(alpha)
+    return float(-special.ndtri(alpha))
