@@ -9,6 +9,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from policies.side import Side
+
+__all__ = ["EXIT_CODES", "USAGE_EXIT", "Control", "Decision", "Finding", "Side", "Verdict"]
+
 SCHEMA = 1
 
 Decision = Literal["pass", "fail", "inconclusive", "invalid", "no_benefit"]
@@ -67,14 +71,6 @@ class Control:
     ok: bool
     detail: Mapping[str, Any] = field(default_factory=dict)
     said: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Side:
-    """One configuration, by what it is made of: leaf -> digest, and the root of all."""
-
-    root: str
-    leaves: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)
