@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+from command.lazy import LazyGroup
+
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 _FILE = click.Path(path_type=Path)
 
@@ -22,7 +24,11 @@ def _print_version(context: click.Context, _option: click.Parameter, wanted: boo
         context.exit()
 
 
-@click.group(context_settings=_CONTEXT)
+# Commands that are imported when they are typed: name -> where it is, what it does.
+_LAZY: dict[str, tuple[str, str]] = {}
+
+
+@click.group(cls=LazyGroup, lazy=_LAZY, context_settings=_CONTEXT)
 @click.option(
     "--version",
     is_flag=True,
@@ -39,6 +45,7 @@ def main() -> None:
     headgate chat      talk to it, in a second terminal
     headgate doctor    if something is wrong
     headgate explain   why a request went where it went
+    headgate gate      whether an optimization may go live
     """
 
 
@@ -164,6 +171,16 @@ def explain(receipt: str, url: str | None, policy: Path | None, as_json: bool) -
     from command.explain import explain as run
 
     raise SystemExit(run(receipt, url, policy, as_json=as_json))
+
+
+_GATE = {
+    "schema": ("evals.commands.gate:schema", "Print the JSON Schema of hypothesis files."),
+}
+
+
+@main.group(cls=LazyGroup, lazy=_GATE, short_help="Find out whether an optimization may go live.")
+def gate() -> None:
+    """Compare two configurations by your own evals and traffic. docs/hypothesis.md says how."""
 
 
 @main.group(short_help="Check a policy file, show it with its defaults, make keys for it.")

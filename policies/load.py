@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from policies.discovery import Members
+from policies.hypothesis import Hypothesis
 from policies.model_folder import ModelError, find_draft, find_model, refuse_large_draft
 from policies.problems import Places, PolicyError, Problem, dotted, explain
 from policies.schema import Deployment, Runtime
@@ -25,9 +26,11 @@ __all__ = [
     "Problem",
     "key_problems",
     "load",
+    "load_hypothesis",
     "load_members",
     "package_problems",
     "port_of",
+    "read_yaml",
     "resolve_adapters",
     "resolve_discovery",
     "resolve_draft",
@@ -51,6 +54,14 @@ def load(path: str | Path) -> Deployment:
 def load_members(path: str | Path) -> Members:
     """The replicas in a discovery file. Raises PolicyError with every problem that was found."""
     return _load(Members, str(path))
+
+
+def load_hypothesis(path: str | Path) -> Hypothesis:
+    """The hypothesis in a file. Raises PolicyError with every problem that was found.
+
+    Its policy files are read by `patching.variants`.
+    """
+    return _load(Hypothesis, str(path))
 
 
 def resolve_discovery(policy: str | Path, deployment: Deployment) -> Deployment:
@@ -228,7 +239,7 @@ def port_of(environ: Mapping[str, str] = os.environ) -> int | None:
 
 
 def _load(model: type[_Model], file: str) -> _Model:
-    data, places, problems = _read(file)
+    data, places, problems = read_yaml(file)
     try:
         loaded = model.model_validate(data)
     except ValidationError as error:
@@ -244,7 +255,7 @@ def _problems(
     """What is wrong at each path, with its line: for these the file is read once more."""
     if not wrong:
         return []
-    _, places, _ = _read(str(policy))
+    _, places, _ = read_yaml(str(policy))
     return [
         Problem(str(policy), message, places.of(path), dotted(path), suggestion)
         for path, message in wrong
@@ -255,7 +266,8 @@ def _order(problem: Problem) -> tuple[int, int]:
     return (problem.place.line, problem.place.column) if problem.place else (0, 0)
 
 
-def _read(file: str) -> tuple[Any, Places, list[Problem]]:
+def read_yaml(file: str) -> tuple[Any, Places, list[Problem]]:
+    """Values, places, and what was wrong already. Raises PolicyError."""
     return parse(file, _text_of(file))
 
 
