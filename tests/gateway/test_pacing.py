@@ -107,7 +107,7 @@ class Client:
 @on_loop
 async def test_what_is_held_is_bounded_and_a_lagging_client_holds_all_back() -> None:
     client = Client()
-    way = Paced(client.send, client, Pace(1000), asyncio.get_running_loop())
+    way = Paced(client.send, client, Pace(20), asyncio.get_running_loop())
     more: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     event = b"data: " + b"x" * 20_000 + b"\n\n"
     count = 1
@@ -220,5 +220,7 @@ async def test_a_long_burst_holds_its_replica_back_and_goes_on_whole() -> None:
         async with edge.client.stream("POST", "/v1/chat/completions", json=STREAMED) as answer:
             async for piece in answer.aiter_bytes():
                 got += piece
-        assert got == long + DONE
-        assert read_by_then > len(long) / 2  # the rest lay in sockets, which take up to 20 MB
+        whole = got == long + DONE  # apart: a difference of 60 MB is nothing to show
+        assert whole
+        unread = len(long) - read_by_then
+        assert unread < len(long) / 2  # that much sockets take
