@@ -23,6 +23,7 @@ CHAT_PATH = "/v1/chat/completions"
 COMPLETIONS_PATH = "/v1/completions"
 TIMEOUT_S = 300.0
 KEPT_ALIVE_S = 60.0
+LIST_TIMEOUT_S = 10.0
 ERROR_MAX_BYTES = 2**16
 HEADER_CHARS_MAX = 128
 FROM_CACHE = "response_cache"  # an Observation's replica where the gateway gave an answer again
@@ -132,6 +133,19 @@ class Client:
             replica=_replica(exchange.headers),
             **said.fields(),
         )
+
+    async def models(self) -> list[str]:
+        """What the server offers; nothing where it does not say."""
+        assert self._session is not None
+        try:
+            async with asyncio.timeout(LIST_TIMEOUT_S):
+                async with self._session.get(
+                    f"{self.url}/v1/models", headers=self._headers
+                ) as told:
+                    data = orjson.loads(await told.read())["data"]
+                    return [str(one["id"]) for one in data]
+        except (aiohttp.ClientError, KeyError, OSError, TypeError, ValueError):
+            return []
 
     async def _outcome(
         self,
