@@ -25,7 +25,12 @@ def _print_version(context: click.Context, _option: click.Parameter, wanted: boo
 
 
 # Commands that are imported when they are typed: name -> where it is, what it does.
-_LAZY: dict[str, tuple[str, str]] = {}
+_LAZY: dict[str, tuple[str, str]] = {
+    "replay": (
+        "evals.commands.replay:replay",
+        "Play recorded traffic to a server, and say what came of it.",
+    ),
+}
 
 
 @click.group(cls=LazyGroup, lazy=_LAZY, context_settings=_CONTEXT)
