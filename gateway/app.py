@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager, nullcontext
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp
 
+from gateway.admin import routes as admin_routes
 from gateway.call import CHAT_PATH, COMPLETIONS_PATH
 from gateway.chat import Completions
 from gateway.doorway import Doorway
@@ -28,15 +29,18 @@ from gateway.status import (
     receipts,
     unknown_path,
 )
+from gateway.variants import Variants
 
 
 def create_app(live: Live, reload: Reload | None = None) -> ASGIApp:
     """Serves by the edge that is current; its probes and connections live as long as the app, and
     so does what replaces it."""
+    variants = Variants(live)
 
     @asynccontextmanager
     async def lifespan(_app: Router) -> AsyncIterator[None]:
-        async with live.running(), reload.running() if reload else nullcontext():
+        watching = reload.running() if reload else nullcontext()
+        async with live.running(), watching, variants.following():
             yield
 
     routes = [
@@ -50,6 +54,7 @@ def create_app(live: Live, reload: Reload | None = None) -> ASGIApp:
         Route("/v1/receipts/{id}", Allowed("GET", receipt(live))),
         Route("/v1/models", Allowed("GET", models(live))),
         Route("/v1/models/{model:path}", Allowed("GET", model(live))),
+        *admin_routes(live, variants),
     ]
     router = Router(routes, default=unknown_path, redirect_slashes=False, lifespan=lifespan)
     return Doorway(router, live)

@@ -11,13 +11,15 @@ from starlette.types import Receive, Scope, Send
 
 from gateway import problems
 from gateway.admission import Admitted
+from gateway.answer import Answer
 from gateway.call import ClientGone, parse_call, read_body, request_id
-from gateway.edge import Edge, Live
+from gateway.edge import Asked, Edge, Live
 from gateway.keys import TENANT, Known
 from gateway.listener import OUTGOING
 from gateway.pacing import paced
 from gateway.relay import Silence, relay
 from gateway.reply import Outgoing, Reply
+from gateway.retries import Meaning
 from gateway.routing import Trip
 from gateway.usage import usage_of
 from runtime.wire import Problem
@@ -60,44 +62,59 @@ class Completions:
             waits = not outgoing.asked
             body = await read_body(headers, receive, edge.settings, waits=waits)
             call = parse_call(self.path, body, headers, reply.request_id)
-            service = edge.tiers.tier(call, tenant)
-            reply.more.append((b"x-headgate-tier", service.tier.encode()))
-            call = edge.tiers.told(call, tenant, service)
-            call, _ = await edge.shortener.trim(call, tenant.name, service.tier)
-            recall = edge.recall(call, tenant.name, service.tier)
-            count = partial(edge.admission.counted, tenant, service.tier)
-            if recall and await recall.give(reply, count):
-                return
-            clock = asyncio.get_running_loop().time
-            silence = Silence(edge.settings, reply, stream=call.stream, clock=clock)
-            prompt = await edge.prompts.read(call)
-            trip = edge.routing.trip(call, prompt, service.tier, tenant.name)
-            reply.more.append((b"x-headgate-receipt", trip.receipt.id.encode()))
-            place = edge.admission.place(call, tenant, service, prompt.tokens)
-            forward = self._forward(edge, trip, place, reply, silence)
-            work = attend(forward, outgoing, silence)
-            await within(service.limit_s(edge.settings.total_timeout_s), work)
-            if recall:
-                recall.keep()
+            asked = Asked(call, tenant, reply, outgoing)
+            beside = self.live.beside
+            if beside is None:
+                await serve(edge, asked)
+            else:
+                await beside.serve(edge, asked, serve)
         finally:
             edge.pool.leave()
 
-    async def _forward(
-        self, edge: Edge, trip: Trip, place: Admitted, reply: Reply, silence: Silence
-    ) -> None:
-        """Waits for the call's turn, opens it on a replica and relays the answer."""
-        call = trip.call
-        async with paced(reply, place.pace_per_s, silence), place:
-            reply.more += place.headers()
-            async with edge.pool.open(call, trip) as answer:
-                if answer.status == 200:
-                    place.began()
-                silence.answering(answer.interrupt)
-                await relay(answer, reply, silence, stream=call.stream)
-                usage = usage_of(reply.recent)
-                place.used(usage)
-                if not answer.resumes:  # what two replicas did together tells nothing of either
-                    trip.served(answer.attempt.booking, usage)
+
+async def serve(edge: Edge, asked: Asked, strict: bool = False) -> None:
+    """The answer by one edge. Raises Problem; with `strict`, for a replica's error, too."""
+    call, tenant, reply, outgoing = asked.call, asked.tenant, asked.reply, asked.outgoing
+    service = edge.tiers.tier(call, tenant)
+    reply.more.append((b"x-headgate-tier", service.tier.encode()))
+    call = edge.tiers.told(call, tenant, service)
+    call, _ = await edge.shortener.trim(call, tenant.name, service.tier)
+    recall = edge.recall(call, tenant.name, service.tier)
+    count = partial(edge.admission.counted, tenant, service.tier)
+    if recall and await recall.give(reply, count):
+        return
+    clock = asyncio.get_running_loop().time
+    silence = Silence(edge.settings, reply, stream=call.stream, clock=clock)
+    prompt = await edge.prompts.read(call)
+    trip = edge.routing.trip(call, prompt, service.tier, tenant.name)
+    reply.more.append((b"x-headgate-receipt", trip.receipt.id.encode()))
+    place = edge.admission.place(call, tenant, service, prompt.tokens)
+    forward = _forward(edge, trip, place, reply, silence, strict=strict)
+    work = attend(forward, outgoing, silence)
+    await within(service.limit_s(edge.settings.total_timeout_s), work)
+    if recall:
+        recall.keep()
+
+
+async def _forward(
+    edge: Edge, trip: Trip, place: Admitted, reply: Reply, silence: Silence, *, strict: bool
+) -> None:
+    """Waits for the call's turn, opens it on a replica and relays the answer."""
+    call = trip.call
+    async with paced(reply, place.pace_per_s, silence), place:
+        reply.more += place.headers()
+        async with edge.pool.open(call, trip) as answer:
+            if strict and isinstance(answer, Answer) and answer.meaning is not Meaning.ANSWER:
+                url = answer.attempt.replica.url
+                raise problems.upstream_failed(url, f"it answered {answer.status}")
+            if answer.status == 200:
+                place.began()
+            silence.answering(answer.interrupt)
+            await relay(answer, reply, silence, stream=call.stream)
+            usage = usage_of(reply.recent)
+            place.used(usage)
+            if not answer.resumes:  # what two replicas did together tells nothing of either
+                trip.served(answer.attempt.booking, usage)
 
 
 async def within(limit_s: float | None, work: Coroutine[None, None, None]) -> None:

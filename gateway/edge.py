@@ -13,17 +13,19 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from cache.prefix_index import PrefixIndex
 from gateway.admission import Admission
 from gateway.call import Call
 from gateway.discovery import sources_of
-from gateway.keys import Keys, salt_secret
+from gateway.keys import Keys, Known, salt_secret
 from gateway.kv_events import KvEvents
 from gateway.ladder import Ladder
 from gateway.limits import Limits
 from gateway.prompt import Prompts
 from gateway.replica import Replica
+from gateway.reply import Outgoing, Reply
 from gateway.response_cache import Answers, Recall
 from gateway.route import eligible
 from gateway.routing import Routing
@@ -81,8 +83,10 @@ def build(
     replicas: Sequence[Replica],
     before: Edge | None = None,
     state: State | None = None,
+    arm: str = "",
 ) -> Edge:
-    """The parts by a policy. What `before` has learned and still holds goes on in the new edge."""
+    """The parts by a policy. What `before` has learned and still holds goes on in the new edge,
+    which serves beside it where it is another `arm`."""
     settings = policy.gateway
     if before is not None and before.settings.secret_env == settings.secret_env:
         secret = before.tiers.salt_secret
@@ -122,7 +126,7 @@ def build(
         admission=admission,
         events=events,
         ladder=ladder,
-        shortener=Shortener(settings.trim, prompts.count, state.store),
+        shortener=Shortener(settings.trim, prompts.count, state.store, arm),
         answers=_answers(settings.response_cache, before.answers if before else None),
     )
 
@@ -134,8 +138,31 @@ def _answers(settings: ResponseCache | None, before: Answers | None) -> Answers 
     return before if before and before.settings == settings else Answers(settings)
 
 
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A request that was read, and the ways back to its client."""
+
+    call: Call
+    tenant: Known
+    reply: Reply
+    outgoing: Outgoing
+
+
+# Answers by one edge. With `strict`, an error that a replica answers is raised instead of relayed.
+Serve = Callable[[Edge, Asked, bool], Awaitable[None]]
+
+
+class Beside(Protocol):
+    """A second edge that takes some of the requests (gateway/variants.py)."""
+
+    async def serve(self, baseline: Edge, asked: Asked, serve: Serve) -> None: ...
+    def roll_back(self, why: str) -> None: ...
+
+
 class Live:
     """Holds the current edge, and those before it until their last request has left."""
+
+    beside: Beside | None = None  # while a rollout runs
 
     def __init__(self, edge: Edge) -> None:
         self.edge = edge
@@ -148,7 +175,7 @@ class Live:
         """Serves by the edge, and ends all of them on the way out."""
         state, index = self.edge.state, self.edge.index  # the same for all edges
         async with state.running(lambda: self.edge.pool.replicas, index):
-            await self._begin(self.edge)
+            await self.begin(self.edge)
             try:
                 yield
             finally:
@@ -160,14 +187,16 @@ class Live:
 
         Raises what kept a part from beginning, or what `is_ready` raises; then nothing is changed.
         """
-        await self._begin(edge)
+        await self.begin(edge)
         try:
             await is_ready(edge)
         except BaseException:
             await self._end(edge)
             raise
+        if self.beside is not None:
+            self.beside.roll_back("the baseline's policy was reloaded")
         old, self.edge = self.edge, edge
-        self._runs[old].replaced.set()
+        self.retire(old)
 
     @property
     def count(self) -> int:
@@ -181,7 +210,12 @@ class Live:
         assert run.task is not None, "an edge runs in a task of its own"
         await run.task
 
-    async def _begin(self, edge: Edge) -> None:
+    def retire(self, edge: Edge) -> None:
+        """It takes nothing new, and ends with the last request that it has."""
+        self._runs[edge].replaced.set()
+
+    async def begin(self, edge: Edge) -> None:
+        """Raises what kept a part from beginning."""
         run = self._runs[edge] = _Run()
         run.task = asyncio.create_task(self._run(edge, run))
         await first_of(asyncio.shield(run.task), run.begun.wait())

@@ -107,6 +107,49 @@ def wrong_method(method: str, path: str, allowed: str) -> Problem:
     return Problem(405, message, code="method_not_allowed", headers={"allow": allowed})
 
 
+# ---- rollouts -----------------------------------------------------------------------------------
+
+
+def admin_off() -> Problem:
+    message = (
+        "rollouts cannot be steered here: this gateway has tenants, and no `gateway.admin.key_env`"
+    )
+    return Problem(403, message, code="admin_off")
+
+
+def no_rollout(name: str) -> Problem:
+    message = f"there is no rollout {quote(name)}; GET /admin/variants tells which one runs"
+    return Problem(404, message, code="rollout_not_found")
+
+
+def rollout_runs(name: str) -> Problem:
+    message = f"the rollout {quote(name)} is running; end it first: one candidate at a time"
+    return Problem(409, message, code="rollout_runs")
+
+
+def rollout_ended(name: str, why: str) -> Problem:
+    message = f"the rollout {quote(name)} was rolled back: {why}; it needs new evidence"
+    return Problem(409, message, code="rollout_ended")
+
+
+def rollout_needs_store() -> Problem:
+    message = (
+        "several gateway processes can only roll out together: give `gateway.store`, or set "
+        "`gateway.processes` to 1"
+    )
+    return Problem(409, message, code="rollout_needs_store")
+
+
+def store_away() -> Problem:
+    message = "the shared store is away, so that other gateways would not hear of it; try again"
+    return Problem(503, message, code="store_away", headers={"retry-after": "1"})
+
+
+def candidate_not_ready(states: Sequence[str]) -> Problem:
+    message = f"no replica of the candidate takes requests: {listing(states) or 'it has none'}"
+    return Problem(503, message, code="candidate_not_ready", headers={"retry-after": "2"})
+
+
 # ---- the place ----------------------------------------------------------------------------------
 
 

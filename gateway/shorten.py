@@ -63,8 +63,10 @@ class Totals:
 class Shortener:
     """Trims calls by one policy. `count` tells a text's tokens for a model."""
 
-    def __init__(self, settings: Trim, count: Count, store: Store) -> None:
+    def __init__(self, settings: Trim, count: Count, store: Store, arm: str = "") -> None:
+        """Arms of an experiment, which cut in different ways, keep their cuts apart."""
         self.settings = settings
+        self._kind = f"cut{arm}"
         self.totals = Totals()
         self._count = count
         self._store = store
@@ -111,7 +113,7 @@ class Shortener:
             sizes, fixed = self._measure(call.model, messages, fixed_text)
         if fixed + sum(sizes) <= cutting.budget_tokens:
             return None
-        name = key("cut", tenant, call.model, *_session(call, messages))
+        name = key(self._kind, tenant, call.model, *_session(call, messages))
         known = await self._known(name, messages)
         trimmed = trim(messages, sizes, fixed, cutting, known)
         if trimmed.cut != known:

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from policies.admin import Admin
 from policies.fields import VARIABLE, PolicyModel, refuse
 from policies.retrying import Breaker, Hedge, Retries
 from policies.routing import Routing
@@ -118,6 +119,8 @@ class Gateway(PolicyModel):
     response_cache: ResponseCache | None = Field(
         None, description="Answers that are given again to the same request; off."
     )
+
+    admin: Admin = Field(Admin(), description="Who may steer rollouts, and what ends them at once.")
 
     @model_validator(mode="after")
     def _fits_together(self) -> Gateway:

@@ -204,6 +204,7 @@ def key_problems(
         for index, entry in enumerate(deployment.discovery)
     ]
     named.append((("gateway", "secret_env"), deployment.gateway.secret_env))
+    named.append((("gateway", "admin", "key_env"), deployment.gateway.admin.key_env))
     if deployment.gateway.store is not None:
         password_env = deployment.gateway.store.password_env
         named.append((("gateway", "store", "password_env"), password_env))

@@ -1,0 +1,232 @@
+"""The paths by which a rollout is steered and watched, for who may: `/admin/...`.
+
+Knows bodies and who may send them; what follows is variants.py's. Nothing here is on the way of a
+client's request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import os
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
+from typing import Any
+from urllib.parse import parse_qsl
+
+import orjson
+from pydantic import Field, ValidationError
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from gateway import problems
+from gateway.call import ClientGone, RawHeaders, read_body, request_id
+from gateway.edge import Live
+from gateway.keys import SCHEME
+from gateway.listener import OUTGOING
+from gateway.orders import Orders
+from gateway.reply import Reply
+from gateway.variants import Variants, patched
+from policies.discovery import Upstream
+from policies.fields import PolicyModel
+from runtime.wire import Problem, parse_object, problem_of
+
+VARIANT_PATH = "/admin/variants/candidate"
+LEASE_MAX_S = 3600.0
+READY_S = 30.0  # for a first replica of the candidate to answer
+READ_MAX = 2000  # observations in one answer
+
+
+class Lease(PolicyModel):
+    """How much may go to the candidate, and for how long without another word."""
+
+    id: str = Field(min_length=1, max_length=200)
+    share: float = Field(0.0, ge=0, le=1, strict=False)
+    shadow: float = Field(0.0, ge=0, le=1, strict=False)
+    lease_s: float = Field(10.0, gt=0, le=LEASE_MAX_S, strict=False)
+
+
+class Wanted(Lease):
+    """A candidate, and the verdict that speaks for it."""
+
+    name: str = Field(min_length=1, max_length=200)
+    patch: dict[str, Any] = Field({}, max_length=64)
+    replicas: tuple[Upstream, ...] = Field((), max_length=64, strict=False)
+    fingerprints: tuple[str, ...] = Field((), max_length=64, strict=False)
+    roots: dict[str, str] = Field({}, max_length=8)
+
+
+class Ending(PolicyModel):
+    """Why a rollout is to end."""
+
+    id: str = Field(min_length=1, max_length=200)
+    why: str = Field(min_length=1, max_length=2000)
+
+
+Answer = tuple[int, Mapping[str, Any]]
+Act = Callable[[Scope, bytes], Awaitable[Answer]]
+
+
+def routes(live: Live, variants: Variants) -> list[Route]:
+    """The endpoints, each behind the check."""
+    steering = Steering(live, variants)
+    acts: Mapping[str, Mapping[str, Act]] = {
+        "/admin/variants": {"GET": steering.told},
+        VARIANT_PATH: {
+            "PUT": steering.put, "PATCH": steering.lease, "DELETE": steering.remove,
+        },
+        f"{VARIANT_PATH}/rollback": {"POST": steering.roll_back},
+        "/admin/observations": {"GET": steering.observations},
+    }  # fmt: skip
+    return [Route(path, Guarded(live, methods)) for path, methods in acts.items()]
+
+
+class Guarded:
+    """One path's acts, by method, for those who may."""
+
+    def __init__(self, live: Live, acts: Mapping[str, Act]) -> None:
+        self._live = live
+        self._acts = acts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        reply = Reply(send, request_id(scope["headers"]))
+        try:
+            await self._answer(scope, receive, reply)
+        except ClientGone:
+            return
+        except ValidationError as error:
+            await reply.fail(problem_of(error))
+        except Problem as problem:
+            await reply.fail(problem)
+
+    async def _answer(self, scope: Scope, receive: Receive, reply: Reply) -> None:
+        edge = self._live.edge
+        refuse_stranger(scope["headers"], edge.settings.admin.key_env, keys=edge.keys.required)
+        act = self._acts.get(scope["method"])
+        if act is None:
+            methods = ", ".join(self._acts)
+            raise problems.wrong_method(scope["method"], scope["path"], methods)
+        waits = not scope["extensions"][OUTGOING].asked
+        body = await read_body(scope["headers"], receive, edge.settings, waits=waits)
+        status, payload = await act(scope, body)
+        headers = [(b"content-type", b"application/json")]
+        await reply.whole(status, headers, orjson.dumps(payload))
+
+
+def refuse_stranger(headers: RawHeaders, key_env: str | None, *, keys: bool) -> None:
+    """Raises Problem 401 or 403. Where there are no keys at all, the doorway has seen to it that
+    this machine asks."""
+    if key_env is None:
+        if keys:
+            raise problems.admin_off()
+        return
+    given = [value for name, value in headers if name == b"authorization"]
+    if not given:
+        raise problems.key_missing()
+    key = os.environ.get(key_env, "").strip().encode("utf-8", "surrogateescape")
+    scheme, sent = given[0][: len(SCHEME)], given[0][len(SCHEME) :].strip()
+    right = hmac.compare_digest(sent, key)
+    if not (right and key) or len(given) > 1 or scheme.lower() != SCHEME:
+        raise problems.key_wrong()
+
+
+class Steering:
+    """What may be asked of a rollout."""
+
+    def __init__(self, live: Live, variants: Variants) -> None:
+        self._live = live
+        self._variants = variants
+        self.clock: Callable[[], float] = time.time
+
+    async def told(self, _scope: Scope, _body: bytes) -> Answer:
+        """The rollout that runs, null where none does."""
+        await self._variants.look()
+        return 200, {"candidate": self._variants.told()}
+
+    async def put(self, _scope: Scope, body: bytes) -> Answer:
+        """Puts a candidate up, and answers when a replica of it is ready; the same one again goes
+        on. Nothing goes to it before that."""
+        wanted = Wanted.model_validate(parse_object(body))
+        asked = self._orders(wanted)
+        patched(self._live.edge.policy, wanted.patch)  # raises for one that cannot be
+
+        def make(before: Orders | None) -> Orders:
+            if before is not None and before.id != wanted.id and before.live(self.clock()):
+                raise problems.rollout_runs(before.id)
+            if before is not None and before.id == wanted.id and before.ended:
+                raise problems.rollout_ended(before.id, before.ended)
+            return asked
+
+        await self._variants.steer(make)
+        try:
+            async with asyncio.timeout(min(READY_S, wanted.lease_s)):
+                while not self._ready():  # noqa: ASYNC110  # probes tell nobody
+                    await asyncio.sleep(0.02)
+        except TimeoutError:
+            states = [one["state"] for one in (self._variants.told() or {}).get("replicas", ())]
+            raise problems.candidate_not_ready(states) from None
+        return 200, {"candidate": self._variants.told()}
+
+    def _ready(self) -> bool:
+        told = self._variants.told()
+        return told is not None and told["ready"]
+
+    async def lease(self, _scope: Scope, body: bytes) -> Answer:
+        """Share and shadow from now on, until the lease ends."""
+        wanted = Lease.model_validate(parse_object(body))
+        until = self.clock() + wanted.lease_s
+
+        def make(before: Orders | None) -> Orders:
+            orders = self._same(before, wanted.id)
+            if orders.ended:
+                raise problems.rollout_ended(orders.id, orders.ended)
+            return replace(orders, share=wanted.share, shadow=wanted.shadow, until=until)
+
+        await self._variants.steer(make)
+        return 200, {"candidate": self._variants.told()}
+
+    async def roll_back(self, _scope: Scope, body: bytes) -> Answer:
+        """Takes everything from the candidate, here at once; this needs no store."""
+        wanted = Ending.model_validate(parse_object(body))
+        told = self._variants.told()
+        if told is None or told["id"] != wanted.id:
+            raise problems.no_rollout(wanted.id)
+        self._variants.rolled_back_here(wanted.why)
+        return 200, {"candidate": self._variants.told()}
+
+    async def remove(self, scope: Scope, _body: bytes) -> Answer:
+        """Takes the candidate away; what is under way there ends there."""
+        name = _query(scope).get("id", "")
+
+        def make(before: Orders | None) -> None:
+            self._same(before, name)
+
+        await self._variants.steer(make)
+        return 200, {"candidate": self._variants.told()}
+
+    async def observations(self, scope: Scope, _body: bytes) -> Answer:
+        """What was seen of live requests since a cursor, of all gateways that share the store."""
+        query = _query(scope)
+        text = query.get("limit", str(READ_MAX))
+        if not text.isdecimal() or not 0 < int(text) <= READ_MAX:
+            raise problems.wrong_value("limit", f"1 to {READ_MAX}", problems.quote(text))
+        seen, cursor = await self._variants.observed(query.get("after", ""), int(text))
+        return 200, {"observations": seen, "cursor": cursor}
+
+    def _orders(self, wanted: Wanted) -> Orders:
+        return Orders(
+            wanted.id, wanted.name, wanted.patch,
+            tuple(one.model_dump(exclude_defaults=True) for one in wanted.replicas),
+            wanted.fingerprints, wanted.roots, wanted.share, wanted.shadow,
+            self.clock() + wanted.lease_s,
+        )  # fmt: skip
+
+    def _same(self, before: Orders | None, name: str) -> Orders:
+        if before is None or before.id != name:
+            raise problems.no_rollout(name)
+        return before
+
+
+def _query(scope: Scope) -> dict[str, str]:
+    return dict(parse_qsl(scope["query_string"].decode("latin-1")))
