@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,3 +58,15 @@ def finite(values: object, what: str) -> Floats:
     if not np.isfinite(array).all():
         raise ValueError(f"{what} hold {np.count_nonzero(~np.isfinite(array))} that are not finite")
     return array
+
+
+def cluster_sums(values: Floats, clusters: Sequence[Hashable] | None) -> tuple[Floats, Floats]:
+    """Sum and number of the values of each cluster, in order of first appearance."""
+    if clusters is None:
+        return values, np.ones(values.size)
+    if len(clusters) != values.size:
+        raise ValueError(f"{values.size} values and {len(clusters)} clusters: one for each")
+    numbers: dict[Hashable, int] = {}
+    index = np.array([numbers.setdefault(name, len(numbers)) for name in clusters])
+    sizes = np.bincount(index).astype(np.float64)
+    return np.bincount(index, values).astype(np.float64), sizes

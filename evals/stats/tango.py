@@ -21,15 +21,16 @@ EXACT_PAIRS = 20_000  # beyond, the normal approximation is right to a tenth of 
 _TIE = 1e-9  # tables of the same statistic are equally extreme
 
 
-def statistic(lost: ArrayLike, gained: ArrayLike, n: int, diff: float) -> Floats:
+def statistic(lost: ArrayLike, gained: ArrayLike, n: ArrayLike, diff: float) -> Floats:
     """Tango's z of the hypothesis that candidate less baseline is `diff`; arrays work."""
     b = np.asarray(gained, dtype=np.float64)
     c = np.asarray(lost, dtype=np.float64)
-    negative_b = b + c - (2 * n - b + c) * diff
-    root = np.sqrt(np.maximum(negative_b**2 + 8 * n * c * diff * (1 - diff), 0.0))
-    lost_share = (root + negative_b) / (4 * n)  # the likeliest under the hypothesis
-    variance = n * (2 * lost_share + diff * (1 - diff))
-    z: Floats = (b - c - n * diff) / np.sqrt(np.maximum(variance, 1e-12))
+    pairs = np.asarray(n, dtype=np.float64)
+    negative_b = b + c - (2 * pairs - b + c) * diff
+    root = np.sqrt(np.maximum(negative_b**2 + 8 * pairs * c * diff * (1 - diff), 0.0))
+    lost_share = (root + negative_b) / (4 * pairs)  # the likeliest under the hypothesis
+    variance = pairs * (2 * lost_share + diff * (1 - diff))
+    z: Floats = (b - c - pairs * diff) / np.sqrt(np.maximum(variance, 1e-12))
     return z
 
 
@@ -40,7 +41,7 @@ def tango(lost: int, gained: int, n: int, margin: float, alpha: float = 0.05) ->
     check_alpha(alpha)
     _check(lost, gained, n, margin)
     p, p_harm = p_value(lost, gained, n, margin), p_value(gained, lost, n, -margin)
-    low, high = _bound(lost, gained, n, alpha), -_bound(gained, lost, n, alpha)
+    low, high = bound(lost, gained, n, alpha), -bound(gained, lost, n, alpha)
     # bounds are searched to a step, p is not: at the margin itself the bound follows p
     low = max(low, np.nextafter(margin, 1)) if p <= alpha else min(low, margin)
     high = min(high, np.nextafter(margin, -1)) if p_harm <= alpha else max(high, margin)
@@ -62,8 +63,8 @@ def tango(lost: int, gained: int, n: int, margin: float, alpha: float = 0.05) ->
     )
 
 
-def p_value(lost: int, gained: int, n: int, diff: float) -> float:
-    """Of the hypothesis that candidate less baseline is at most `diff`."""
+def p_value(lost: float, gained: float, n: int, diff: float) -> float:
+    """Of a difference of at most `diff`; counts may be fractions, `n` is whole."""
     z = float(statistic(lost, gained, n, diff))
     if n > EXACT_PAIRS:
         return float(special.ndtr(-z))
@@ -126,7 +127,7 @@ def _probability(most_lost: Floats, n: int, diff: float, flips: float) -> float:
     return float(np.exp(log_pmf) @ within)
 
 
-def _bound(lost: int, gained: int, n: int, alpha: float) -> float:
+def bound(lost: float, gained: float, n: int, alpha: float) -> float:
     """The smallest difference that is not refused at `alpha`: the lower bound."""
     z = float(-special.ndtri(alpha))
     low = _root(lambda diff: float(statistic(lost, gained, n, diff)) - z, -1.0, (gained - lost) / n)

@@ -9,8 +9,6 @@ import pytest
 from scipy import stats
 
 from evals.stats import power, rates, tango
-from evals.stats.estimate import TooFewClusters
-from evals.stats.paired import cluster_t
 
 
 def every_table(n):
@@ -187,29 +185,3 @@ def test_percentiles_are_proven_by_as_many_requests_as_loadgen_takes():
     assert rates.percentile_proof(0.99, 0.05) == 299
     assert rates.percentile_proof(0.99, 0.01) == 459
     assert rates.percentile_proof(0.99, 0.05, late=1) == 473
-
-
-# ---- clusters ------------------------------------------------------------------------------------
-
-
-def test_clusters_of_one_are_a_t_test():
-    rng = np.random.default_rng(2)
-    diffs = rng.normal(0, 0.2, 50)
-    estimate = cluster_t(diffs, None, -0.05)
-    expected = stats.ttest_1samp(diffs, -0.05, alternative="greater")
-    assert estimate.p == pytest.approx(expected.pvalue)
-    assert estimate.low == pytest.approx(expected.confidence_interval(0.95).low + 0.0)
-
-
-def test_rows_of_one_conversation_count_once():
-    """Each item ten times in its cluster says no more than each item once."""
-    rng = np.random.default_rng(3)
-    once = rng.normal(0, 0.2, 30)
-    many = cluster_t(np.repeat(once, 10), [f"c{i}" for i in np.repeat(np.arange(30), 10)], -0.05)
-    assert many.clusters == 30
-    assert many.low == pytest.approx(cluster_t(once, None, -0.05).low)
-
-
-def test_too_few_clusters_are_refused():
-    with pytest.raises(TooFewClusters, match="19 clusters, and at least 20"):
-        cluster_t(np.zeros(190), [str(i % 19) for i in range(190)], -0.02)

@@ -1,0 +1,216 @@
+"""Whether two arms say the same: token by token, in distribution, and in what they think of a text.
+
+Knows token ids and logarithms of probabilities, no tokenizer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy import special
+
+from evals.stats.estimate import Estimate, Floats, TooFewClusters, check_alpha, cluster_sums, finite
+from evals.stats.paired import FEWEST_CLUSTERS, mean_diff, moments, tail
+from evals.stats.rates import clopper_pearson
+
+_LEAST_LOG = -700.0  # of a probability: the smallest that is still one in double precision
+
+
+def first_divergence(one: Sequence[int], other: Sequence[int]) -> int | None:
+    """Place of the first token that differs, from 0; an answer that ends earlier differs there.
+    None for the same answer.
+    """
+    for place, (left, right) in enumerate(zip(one, other, strict=False)):
+        if left != right:
+            return place
+    return None if len(one) == len(other) else min(len(one), len(other))
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """Share of answers that are still the same after so many tokens, with its interval."""
+
+    tokens: tuple[int, ...]
+    share: tuple[float, ...]
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+
+
+def kaplan_meier(tokens: Sequence[int], diverged: Sequence[bool], alpha: float = 0.05) -> Curve:
+    """`tokens`: how many were the same, until they differed or the answer ended (not diverged).
+    Intervals by the logarithm of the cumulative hazard: Kalbfleisch and Prentice 2002, 1.4.
+    """
+    check_alpha(alpha)
+    z = float(-special.ndtri(alpha))
+    times, events = np.asarray(tokens), np.asarray(diverged, dtype=bool)
+    share, variance = 1.0, 0.0
+    rows = [(0, 1.0, 1.0, 1.0)]
+    for time in np.unique(times[events]):
+        at_risk = int((times >= time).sum())
+        here = int((events & (times == time)).sum())
+        share *= 1 - here / at_risk
+        variance += here / (at_risk * (at_risk - here)) if at_risk > here else math.inf
+        if share > 0:
+            wide = math.exp(z * math.sqrt(variance) / abs(math.log(share)))
+            rows.append((int(time), share, share**wide, share ** (1 / wide)))
+        else:
+            rows.append((int(time), 0.0, 0.0, rows[-1][3]))
+    columns = tuple(zip(*rows, strict=True))
+    return Curve(columns[0], columns[1], columns[2], columns[3])
+
+
+def divergence(
+    candidate: ArrayLike,
+    control: ArrayLike,
+    margin: float,
+    clusters: Sequence[Hashable] | None = None,
+    alpha: float = 0.05,
+) -> Estimate:
+    """Whether candidate answers differ from the baseline's no more often than the baseline's own
+    second answers (`control`) do: item by item, true where they differ; `margin` as -0.02.
+    Where no control differs identity is required: one that differs is a failure.
+    """
+    changed = np.asarray(candidate, dtype=bool).reshape(-1)
+    noise = np.asarray(control, dtype=bool).reshape(-1)
+    if changed.size != noise.size:
+        raise ValueError(f"{changed.size} items of the candidate, {noise.size} of the control")
+    if noise.any():
+        return mean_diff(noise.astype(float) - changed, margin, clusters, alpha)
+    count = int(changed.sum())
+    rate = clopper_pearson(count, changed.size, 0.5, alpha)
+    return Estimate(
+        estimate=-rate.estimate,
+        low=-rate.high,
+        high=-rate.low,
+        p=1.0 if count else 0.0,
+        p_harm=0.0 if count else 1.0,
+        n=changed.size,
+        clusters=None,
+        method="identity",
+        detail={"diverged": count},
+    )
+
+
+# ---- in distribution -----------------------------------------------------------------------------
+
+
+def same_law(
+    baseline: Sequence[ArrayLike],
+    candidate: Sequence[ArrayLike],
+    rng: np.random.Generator,
+    permutations: int = 999,
+) -> float:
+    """p of "both arms draw the next token by the same law", entry i being the tokens drawn after
+    prefix i: chi-square, with the arms permuted within each prefix. Small: they differ.
+    """
+    tables = [_counts(one, other) for one, other in zip(baseline, candidate, strict=True)]
+    found = sum(_chi_square(table[0], table.sum(axis=0)) for table in tables)
+    drawn = np.zeros(permutations)
+    for table in tables:
+        total = table.sum(axis=0)
+        of_baseline = rng.multivariate_hypergeometric(total, int(table[0].sum()), size=permutations)
+        drawn += _chi_square(of_baseline, total)
+    return float((np.count_nonzero(drawn >= found - 1e-9) + 1) / (permutations + 1))
+
+
+def law_distance(
+    baseline: Sequence[ArrayLike],
+    candidate: Sequence[ArrayLike],
+    maximum: float,
+    alpha: float = 0.05,
+) -> Estimate:
+    """Mean squared distance between the laws of the next token, over prefixes, without the bias of
+    few draws: how often two draws of one arm agree, less how often one of each does (the energy
+    distance of equal or not). `p` is of a distance of at least `maximum`.
+    """
+    values = [
+        _squared_distance(_counts(one, other))
+        for one, other in zip(baseline, candidate, strict=True)
+    ]
+    return mean_below(values, maximum, None, alpha)
+
+
+def mean_below(
+    values: ArrayLike,
+    maximum: float,
+    clusters: Sequence[Hashable] | None = None,
+    alpha: float = 0.05,
+) -> Estimate:
+    """Mean of what should be small (KL of a token, loss of log likelihood on a text) and its upper
+    bound, over whole clusters. Raises TooFewClusters below 20.
+    """
+    check_alpha(alpha)
+    found = finite(values, "values")
+    sums, sizes = cluster_sums(found, clusters)
+    count = sizes.size
+    if count < FEWEST_CLUSTERS:
+        raise TooFewClusters(count, FEWEST_CLUSTERS)
+    mean = float(found.mean())
+    error, skewness = (
+        float(part[0]) for part in moments((sums - sizes * mean)[None, :], found.size)
+    )
+    reach = float(special.stdtrit(count - 1, 1 - alpha)) * error
+    distance = maximum - mean
+    return Estimate(
+        estimate=mean,
+        low=mean - reach,
+        high=mean + reach,
+        p=float(tail(distance / error, -skewness, count, count)) if error else float(distance <= 0),
+        p_harm=float(tail(-distance / error, skewness, count, count))
+        if error
+        else float(distance >= 0),
+        n=found.size,
+        clusters=count,
+        method="cluster_t",
+        detail={"standard_error": error, "skewness": skewness},
+    )
+
+
+def kl(baseline: ArrayLike, candidate: ArrayLike) -> Floats:
+    """KL(baseline || candidate) of each row of logarithms of probabilities, in nats. Rows may leave
+    out tokens: what is missing of a whole counts as one more token.
+    """
+    p, q = (
+        _whole(np.atleast_2d(np.asarray(part, dtype=np.float64))) for part in (baseline, candidate)
+    )
+    p, q = np.maximum(p, _LEAST_LOG), np.maximum(q, _LEAST_LOG)
+    terms = np.exp(p) * (p - q)
+    total: Floats = terms.sum(axis=1)
+    return total
+
+
+def _whole(logs: Floats) -> Floats:
+    rest = np.clip(1 - np.exp(logs).sum(axis=1), 0, 1)
+    with np.errstate(divide="ignore"):
+        return np.column_stack([logs, np.log(np.where(rest > 1e-9, rest, 0.0))])
+
+
+def _counts(one: ArrayLike, other: ArrayLike) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
+    left, right = np.asarray(one).reshape(-1), np.asarray(other).reshape(-1)
+    if min(left.size, right.size) < 2:
+        raise ValueError("fewer than two draws after a prefix: nothing can be said of their law")
+    tokens, places = np.unique(np.concatenate([left, right]), return_inverse=True)
+    width = tokens.size
+    counts = [np.bincount(part, minlength=width) for part in np.split(places, [left.size])]
+    return np.stack(counts).astype(np.int64)
+
+
+def _chi_square(of_baseline: ArrayLike, total: ArrayLike) -> Floats:
+    """Homogeneity of two rows with the given column totals; for many first rows at once."""
+    first, both = np.asarray(of_baseline, dtype=np.float64), np.asarray(total, dtype=np.float64)
+    size, whole = first.sum(axis=-1, keepdims=True), both.sum()
+    expected = both * size / whole
+    scale = 1 / expected + 1 / (both - expected)
+    found: Floats = ((first - expected) ** 2 * scale).sum(axis=-1)
+    return found
+
+
+def _squared_distance(counts: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> float:
+    one, other = counts[0].astype(np.float64), counts[1].astype(np.float64)
+    n, m = one.sum(), other.sum()
+    within = (one @ (one - 1)) / (n * (n - 1)) + (other @ (other - 1)) / (m * (m - 1))
+    return float(within - 2 * (one @ other) / (n * m))
