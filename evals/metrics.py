@@ -22,7 +22,7 @@ Better = Literal["higher", "lower"]
 class Metric:
     """`value` of an answered request is None where the metric says nothing about it.
 
-    Kinds: `share` in [0, 1]; `flip` of a pair from right to wrong or back; `time` in seconds, by
+    Kinds: `share` in [0, 1]; `flip` of a pair from right to wrong; `time` in seconds, by
     `quantile` (None: its mean); `tokens`, a count; `rate`, a sum of `value` a second of a block;
     `divergence` of two texts; `drift`, unbounded, of the model's probabilities.
     """
@@ -89,7 +89,6 @@ _NAMED: Mapping[str, Metric] = {
         Metric("slo_attained", "share", "higher", _slo_attained),
         Metric("served", "share", "higher", _one),
         Metric("lost", "flip", "lower", _one),
-        Metric("gained", "flip", "higher", _one),
         Metric("output_tokens", "tokens", "lower", lambda seen: seen.completion_tokens),
         Metric("prompt_tokens", "tokens", "lower", lambda seen: seen.prompt_tokens),
         Metric("computed_tokens", "tokens", "lower", _computed),
@@ -102,7 +101,7 @@ _NAMED: Mapping[str, Metric] = {
     )
 }
 # Scorers of which less is better; of all others more is.
-_UNWANTED = ("bad_output", "refusal", "kl", "perplexity")
+UNWANTED = ("bad_output", "refusal", "kl", "perplexity")
 _UNBOUNDED = ("kl", "perplexity")
 NAMES: tuple[str, ...] = (
     *_NAMED,
@@ -123,7 +122,7 @@ def metric(name: str) -> Metric:
             raise UnknownMetric(name, NAMES)
         quantile = int(match[1]) / 100 if match[1] else None
         return Metric(name, "time", "lower", _TIMES[time], quantile)
-    better: Better = "lower" if name in _UNWANTED else "higher"
+    better: Better = "lower" if name in UNWANTED else "higher"
     kind: Kind = "drift" if name in _UNBOUNDED else "share"
     return Metric(name, kind, better, lambda seen: seen.scores.get(name), scorer=name)
 
@@ -133,11 +132,3 @@ def share_of(metric: Metric, seen: Observation) -> float | None:
     if not seen.ok:
         return 0.0 if metric.better == "higher" else 1.0
     return metric.value(seen)
-
-
-def default_test(metric: Metric) -> str:
-    """What a guardrail is tested by where it does not say."""
-    return {
-        "share": "paired_ni", "flip": "rate_max", "time": "ratio_ni", "rate": "ratio_ni",
-        "tokens": "tost", "divergence": "identical", "drift": "mean_max",
-    }[metric.kind]  # fmt: skip

@@ -1,0 +1,78 @@
+"""Parts of the traffic: by tier, tenant, turn, length of the prompt, and what a change touched.
+
+The last is the guard against dilution: a change that touches 8 % of the requests can take 25 points
+from these and leave 2 points overall. Knows no statistics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from evals.pairs import Pair
+from policies.hypothesis import Hypothesis
+from telemetry import Observation
+
+ALL, AFFECTED = "all", "affected"
+_BUCKETS = (256, 1024, 4096, 16384)  # tokens
+# Knob -> what an observation tells of it: a request was touched where the arms differ in that.
+_TRACES: Mapping[str, str] = {
+    "gateway.trim": "trimmed_tokens",
+    "runtime.speculation": "accepted_tokens",
+}
+_FIELDS = ("accepted_tokens", "cached_tokens", "trimmed_tokens")
+
+
+def _prompt_bucket(seen: Observation) -> str:
+    tokens = seen.prompt_tokens
+    if tokens is None:
+        return "unknown"
+    below = next((one for one in _BUCKETS if tokens < one), None)
+    return f"<{below}" if below is not None else f">={_BUCKETS[-1]}"
+
+
+# What a pair belongs to is told by its baseline, which the change did not touch.
+_STRATA: Mapping[str, Callable[[Observation], str]] = {
+    "tier": lambda seen: seen.tier or "none",
+    "tenant": lambda seen: seen.tenant or "none",
+    "turn": lambda seen: "first" if seen.turn == 0 else "later",
+    "prompt_bucket": _prompt_bucket,
+}
+
+
+def strata(pairs: Sequence[Pair], by: Sequence[str]) -> dict[str, list[Pair]]:
+    """`tier=interactive` -> its pairs, for each of `by`; one that all pairs share is left out."""
+    parts: dict[str, list[Pair]] = {}
+    for name in by:
+        for one in pairs:
+            parts.setdefault(f"{name}={_STRATA[name](one.baseline)}", []).append(one)
+    return {name: parts[name] for name in sorted(parts) if len(parts[name]) < len(pairs)}
+
+
+def traces(hypothesis: Hypothesis) -> tuple[str, ...]:
+    """Fields of observations that tell whether a request was touched; none: all are."""
+    found = {
+        field
+        for knob, field in _TRACES.items()
+        for path in hypothesis.candidate.patch
+        if path == knob or path.startswith(f"{knob}.")
+    }
+    found |= {one.metric for one in hypothesis.activation if one.metric in _FIELDS}
+    return tuple(sorted(found))
+
+
+def affected(pairs: Sequence[Pair], fields: Sequence[str]) -> list[Pair]:
+    """Those in which the arms differ in one of `fields`, or of which that is not known: a request
+    that failed in the candidate may have been touched.
+    """
+    return [one for one in pairs if not one.candidate.ok or _differs(one, fields)]
+
+
+def touched(pairs: Sequence[Pair], fields: Sequence[str]) -> int:
+    """How many requests the change is known to have touched."""
+    return sum(_differs(one, fields) for one in pairs if one.candidate.ok)
+
+
+def _differs(one: Pair, fields: Sequence[str]) -> bool:
+    return any(
+        (getattr(one.candidate, name) or 0) != (getattr(one.baseline, name) or 0) for name in fields
+    )

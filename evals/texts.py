@@ -1,0 +1,69 @@
+"""Answers that should be the same -> an estimate: how often they are not, beyond what chance does.
+
+Servers that batch do not repeat themselves to the bit; how often the baseline differs from itself
+is the floor that the candidate is held against. Knows no decisions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from evals.pairs import Pair
+from evals.questions import Question
+from evals.shares import Answer, negated
+from evals.stats.divergence import divergence
+from evals.stats.estimate import Estimate
+from evals.stats.rates import clopper_pearson
+from policies.hypothesis import Stats
+
+
+def identical(
+    question: Question, pairs: Sequence[Pair], floor: Sequence[Pair], stats: Stats
+) -> Answer:
+    """Share of answers that differ. Where the baseline never differs from itself, the share is
+    bounded by itself, and of the requests that the floor has none may differ; else its excess over
+    the floor is bounded, on the floor's requests.
+
+    Raises TooFewClusters.
+    """
+    noise = {_key(one): differs(one) for one in floor}
+    differ = [differs(one) for one in pairs]
+    both = [(one, differs(one), noise[_key(one)]) for one in pairs if _key(one) in noise]
+    rate, own = sum(differ) / len(pairs), sum(moved for _, _, moved in both)
+    detail = {"floor_pairs": len(both), "floor_differ": own}
+    if not own:
+        found = clopper_pearson(sum(differ), len(pairs), question.bound, stats.alpha)
+        if broken := sum(moved and one.complete for one, moved, _ in both):
+            # the same request, asked of the baseline again, was answered to the letter
+            found = replace(found, p=1.0, p_harm=0.0, method="identity")
+            detail["differ_where_identical"] = broken
+        return Answer(_with(found, detail), 0.0 if both else None, rate, sum(differ), 0)
+    found = divergence(
+        [moved for _, moved, _ in both],
+        [moved for _, _, moved in both],
+        -question.bound,
+        [one.cluster for one, _, _ in both],
+        stats.alpha,
+    )
+    lost = sum(moved and not chance for _, moved, chance in both)
+    gained = sum(chance and not moved for _, moved, chance in both)
+    return Answer(_with(negated(found), detail), own / len(both), rate, lost, gained)
+
+
+def differs(pair: Pair) -> bool:
+    """Token by token where both arms tell them, else by text and tool calls; failures differ."""
+    left, right = pair.baseline, pair.candidate
+    if not pair.complete:
+        return True
+    if left.token_ids is not None and right.token_ids is not None:
+        return left.token_ids != right.token_ids
+    return (left.text, left.tool_calls) != (right.text, right.tool_calls)
+
+
+def _key(pair: Pair) -> tuple[str, str, int]:
+    return pair.source, pair.id, pair.baseline.repeat
+
+
+def _with(found: Estimate, detail: dict[str, int]) -> Estimate:
+    return replace(found, detail={**found.detail, **detail})
