@@ -179,6 +179,10 @@ def explain(receipt: str, url: str | None, policy: Path | None, as_json: bool) -
 
 
 _GATE = {
+    "report": (
+        "evals.commands.report:report",
+        "Write a run's verdict as a page, as Markdown and as JUnit.",
+    ),
     "schema": ("evals.commands.gate:schema", "Print the JSON Schema of hypothesis files."),
 }
 
