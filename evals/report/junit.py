@@ -9,6 +9,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from xml.etree import ElementTree as Xml
 
+from evals.report.checks import found
 from evals.report.markup import visible
 from evals.report.words import figure, interval, limit, title, what, why
 from evals.verdict import Control, Finding, Verdict
@@ -75,8 +76,8 @@ def _name(finding: Finding) -> str:
 
 def _control(verdict: Verdict, control: Control) -> Xml.Element:
     case = _case(verdict, "control", control.name)
-    _properties(case, dict(control.detail))
-    _outcome(case, "pass" if control.ok else "invalid", control.said or control.name, "")
+    _properties(case, {"found": found(control), **control.detail})
+    _outcome(case, "pass" if control.ok else "invalid", found(control) or control.name, "")
     return case
 
 

@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 
 from evals.report.answers import Lost, judged, paired, scored, worst
+from evals.report.checks import NAMES, found
 from evals.report.markup import visible
 from evals.report.scale import harm
 from evals.report.words import (
@@ -114,7 +115,8 @@ def _controls(verdict: Verdict) -> str:
     if not verdict.controls:
         return ""
     told = [
-        f"- {'✓' if one.ok else '✗'} **{one.name}** {plain(one.said)}".rstrip()
+        f"- {'✓' if one.ok else '✗'} {NAMES.get(one.name, one.name)}"
+        + (f": {plain(found(one))}" if found(one) else "")
         for one in verdict.controls
     ]
     return "\n".join(["### The gate checked itself", "", *told])

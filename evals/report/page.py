@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from importlib.resources import files
 
 from evals.report.answers import judged
+from evals.report.checks import NAMES, found
 from evals.report.divergence import divergences
 from evals.report.evidence import evidence, planned_power
 from evals.report.fingerprints import fingerprints
@@ -23,14 +24,6 @@ from evals.verdict import Control, Verdict
 from telemetry import Observation
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
-_CONTROLS = {
-    "aa": "The baseline against itself",
-    "sabotage": "A planted defect is noticed",
-    "activation": "What was switched on did run",
-    "fingerprint": "Answers came from what was asked",
-    "errors": "Few enough requests failed",
-    "generator": "Requests were sent on time",
-}
 
 
 def page(verdict: Verdict, rows: Sequence[Observation] = ()) -> str:
@@ -146,8 +139,8 @@ def _controls(controls: Sequence[Control]) -> Markup:
             "ul",
             *(
                 tag("li", badge("pass" if one.ok else "fail"),
-                    tag("div", tag("strong", _CONTROLS.get(one.name, one.name)),
-                        tag("span", one.said, class_="quiet")))
+                    tag("div", tag("strong", NAMES.get(one.name, one.name)),
+                        tag("span", found(one), class_="quiet")))
                 for one in controls
             ),
             class_="controls",

@@ -6,6 +6,7 @@ import re
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import get_args, get_type_hints
 from xml.etree import ElementTree as Xml
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import given, settings, strategies as st
 
 from evals.pairs import Pair
 from evals.report.answers import difference, judged, paired, worst
+from evals.report.checks import found
 from evals.report.divergence import first_difference, survival
 from evals.report.evidence import chance, differences
 from evals.report.files import NAMES, write_reports
@@ -271,6 +273,28 @@ def test_worst_answers_come_first_and_repeats_count_as_one() -> None:
     by = judged(verdict())[0][1]
     lost = worst(paired(rows), by, 9)
     assert [(one.pair.id, one.after) for one in lost] == [("all", 0.0), ("half", 0.5)]
+
+
+def test_a_control_that_holds_tells_its_numbers() -> None:
+    """One that does not says why, in its own words."""
+    same = {"estimate": 1.0031, "unit": "ratio"}
+    less = {"estimate": -0.002, "unit": "difference"}
+    metrics = {"suite:qa correct": less, "replay:week ttft.p95": same}
+    assert found(Control("aa", ok=True, detail={"metrics": metrics})) == (
+        f"qa correct {printed('-0.2 pp')}, week ttft.p95 {printed('+0.3 %')}"
+    )
+    noticed = Control("sabotage", ok=True, detail={"decisions": {"a": "fail", "b": "inconclusive"}})
+    assert found(noticed) == "failed by 1 of 2 guardrails"
+    counters = {"calls": {"found": 81234.0, "min": 1}, "hits": {"found": None, "min": 1}}
+    ran = Control("activation", ok=True, detail={"counters": counters, "exposed": 212})
+    assert found(ran) == "calls 81,234, 212 requests were touched"
+    sources = {"a": {"pairs": 100, "baseline": 0.0, "candidate": 0.04},
+               "b": {"pairs": 300, "baseline": 0.0, "candidate": 0.0}}  # fmt: skip
+    broken = Control("errors", ok=True, detail={"sources": sources})
+    assert found(broken).replace("\u00a0", " ") == "failed: baseline 0.0 %, candidate 1.0 %"
+    assert found(replace(broken, said="too many")) == "too many"
+    for name in get_args(get_type_hints(Control)["name"]):
+        assert isinstance(found(Control(name, ok=True)), str)
 
 
 def test_lost_flips_alone_still_show_the_answers() -> None:
