@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import zstandard
+from pydantic import TypeAdapter
 
 from evals.controls import Facts
 from evals.gate import judge
@@ -25,6 +27,7 @@ from telemetry import Observation
 VERDICT_FILE, PAIRS_FILE = "verdict.json", "pairs.jsonl.zst"
 _SCHEMA = 1
 _LEVEL = 9
+_SAME = 1e-9
 _BYTES_MAX = 4 * 2**30  # of the rows, unpacked
 # What a verdict says that its rows do: everything but when and with what it was written.
 _RECOMPUTED = (
@@ -103,7 +106,9 @@ def read_rows(path: Path) -> Rows:
 
 
 def differences(told: Verdict, again: Verdict) -> list[str]:
-    """Where a verdict does not say what its rows say, to the byte; empty for a true one."""
+    """Where a verdict does not say what its rows say; empty for a true one. Numbers may differ in
+    what another processor's arithmetic does, bytes on the same one do not.
+    """
     left, right = json.loads(verdict_bytes(told)), json.loads(verdict_bytes(again))
     wrong: list[str] = []
     for name in _RECOMPUTED:
@@ -118,6 +123,9 @@ def _compare(where: str, told: Any, again: Any, wrong: list[str]) -> None:
     elif isinstance(told, list) and isinstance(again, list) and len(told) == len(again):
         for index, (one, other) in enumerate(zip(told, again, strict=True)):
             _compare(f"{where}.{index}", one, other, wrong)
+    elif isinstance(told, float) and isinstance(again, float):
+        if not math.isclose(told, again, rel_tol=_SAME, abs_tol=_SAME):
+            wrong.append(f"{where}: the verdict says {told!r}, its rows say {again!r}")
     elif told != again:
         wrong.append(f"{where}: the verdict says {told!r:.120}, its rows say {again!r:.120}")
 
@@ -170,3 +178,11 @@ def _replace(file: Path, content: bytes) -> None:
     beside = file.with_name(f".{file.name}.new")
     beside.write_bytes(content)
     beside.replace(file)
+
+
+def schema() -> dict[str, Any]:
+    """The JSON Schema of verdict.json, which docs/verdict.schema.json publishes."""
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **TypeAdapter(Verdict).json_schema(mode="serialization"),
+    }

@@ -1,0 +1,342 @@
+"""Parts of the traffic, all tests at once, other tests: what hides in the whole is found."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from evals.gate import judge_pairs
+from evals.pairs import AA, BASELINE, CANDIDATE, by_arm, pair
+from evals.verdict import Finding, Verdict
+from telemetry import Observation
+from tests.evals.simulated import (
+    CORRECT,
+    SUITE,
+    TTFT,
+    hypothesis,
+    judged,
+    observed,
+    replayed,
+    suite,
+)
+
+NO_ARMS = {"aa_control": False, "sabotage_control": False}
+TRIM = {
+    "kind_of_change": "lossy_input",
+    "candidate": {"patch": {"gateway.trim": {"budget_tokens": 2000}}},
+    "claims": [],
+    "design": NO_ARMS,
+}  # fmt: skip
+
+
+def found(verdict: Verdict, metric: str, stratum: str = "all") -> Finding:
+    return next(one for one in verdict.findings if (one.metric, one.stratum) == (metric, stratum))
+
+
+def trimmed(rows: int, exposed: int, lost: int) -> list[Observation]:
+    """The first `exposed` rows were trimmed in the candidate, which got the first `lost` wrong."""
+    return [
+        Observation(
+            f"q{n:05}", SUITE, arm, f"q{n:05}",
+            trimmed_tokens=500 if arm == CANDIDATE and n < exposed else 0,
+            scores={"correct": float(arm == BASELINE or n >= lost)},
+        )
+        for arm in (BASELINE, CANDIDATE)
+        for n in range(rows)
+    ]  # fmt: skip
+
+
+def test_a_drop_of_25_points_does_not_hide_behind_the_requests_that_were_not_touched() -> None:
+    """At 8 % exposure it is two points overall, within a margin of three."""
+    asked = hypothesis(**TRIM, guardrails=[{**CORRECT, "margin": 0.03}])
+    verdict = judged(trimmed(rows=3000, exposed=240, lost=60), asked)
+    assert found(verdict, "correct").decision == "pass"
+    assert found(verdict, "correct").estimate == pytest.approx(-0.02)
+    hidden = found(verdict, "correct", "affected")
+    assert (hidden.decision, hidden.pairs, hidden.estimate) == ("fail", 240, pytest.approx(-0.25))
+    assert verdict.decision == "fail"
+    assert "[affected]: -25.00 points" in verdict.reasons[0]
+
+
+def test_fewer_touched_requests_than_asked_for_are_inconclusive() -> None:
+    """Nothing was lost, on 100 requests, which proves little about them."""
+    asked = hypothesis(**TRIM, guardrails=[{**CORRECT, "margin": 0.03}])
+    verdict = judged(trimmed(rows=3000, exposed=100, lost=0), asked)
+    assert (verdict.decision, verdict.reason) == ("inconclusive", "underpowered")
+    assert found(verdict, "correct", "affected").pairs_needed == 133
+    few = {**TRIM, "validity": {"min_affected_pairs": 100}}
+    asked = hypothesis(**few, guardrails=[{**CORRECT, "margin": 0.03}])
+    verdict = judged(trimmed(rows=3000, exposed=100, lost=0), asked)
+    assert verdict.decision == "pass"
+
+
+def test_a_trim_that_touched_nothing_is_not_activated() -> None:
+    asked = hypothesis(**TRIM, guardrails=[CORRECT])
+    verdict = judged(trimmed(rows=400, exposed=0, lost=0), asked)
+    assert (verdict.decision, verdict.reason) == ("invalid", "not_activated")
+    assert "no request of the candidate was touched" in verdict.reasons[0]
+
+
+def test_a_change_that_touches_all_has_no_part_of_its_own() -> None:
+    asked = hypothesis(**TRIM, guardrails=[CORRECT])
+    verdict = judged(trimmed(rows=400, exposed=400, lost=0), asked)
+    assert [one.stratum for one in verdict.findings] == ["all"]
+    assert verdict.decision == "pass"
+
+
+def by_tier(slower: float) -> list[Observation]:
+    """A candidate whose batch tier, a quarter of the traffic, is that much slower."""
+    return [
+        replace(one, ttft_s=one.ttft_s * slower)
+        if one.arm == CANDIDATE and one.tier == "batch" and one.ttft_s is not None
+        else one
+        for arm in (BASELINE, CANDIDATE)
+        for one in replayed(arm)
+    ]
+
+
+def test_a_part_that_is_proven_worse_fails_though_the_whole_holds() -> None:
+    asked = hypothesis(claims=[], design=NO_ARMS, guardrails=[{**TTFT, "strata": ["tier"]}])
+    verdict = judged(by_tier(1.5), asked)
+    assert found(verdict, "ttft.p50", "tier=batch").decision == "fail"
+    assert found(verdict, "ttft.p50", "tier=interactive").decision == "pass"
+    assert verdict.decision == "fail"
+
+
+def test_a_part_of_which_little_is_known_does_not_hold_up_the_whole() -> None:
+    """Strata that the file names can fail a candidate; that they pass is not asked."""
+    rows = [one for one in by_tier(1.0) if one.tier != "batch" or one.block < 5]
+    asked = hypothesis(claims=[], design=NO_ARMS, guardrails=[{**TTFT, "strata": ["tier"]}])
+    verdict = judged(rows, asked)
+    few = found(verdict, "ttft.p50", "tier=batch")
+    assert (few.decision, few.reason) == ("inconclusive", "too_few_clusters")
+    assert verdict.decision == "pass"
+
+
+def test_prompts_fall_into_buckets_by_their_length_in_the_baseline() -> None:
+    rows = [one for arm in (BASELINE, CANDIDATE) for one in replayed(arm)]
+    asked = hypothesis(claims=[], guardrails=[{**TTFT, "strata": ["prompt_bucket", "turn"]}])
+    names = {one.stratum for one in judged(rows, asked).findings}
+    assert names == {"all", "prompt_bucket=<256", "prompt_bucket=<1024"}
+
+
+def test_many_guardrails_do_not_fail_an_innocent_candidate_by_chance() -> None:
+    """What one test alone would call proven harm, at 4 %, is none among ten."""
+
+    def scores(one: Observation) -> dict[str, float]:
+        lost = one.arm == CANDIDATE and int(one.id[1:]) < 26
+        return {"s0": float(not lost), **{f"s{n}": 1.0 for n in range(1, 10)}}
+
+    loss = [replace(one, scores=scores(one)) for one in [*suite(BASELINE), *suite(CANDIDATE)]]
+    rails = [{**CORRECT, "metric": f"s{n}", "margin": 0.04} for n in range(10)]
+    alone = judged(loss, hypothesis(claims=[], design=NO_ARMS, guardrails=rails[:1]))
+    assert alone.decision == "fail"
+    assert 0.005 < alone.findings[0].detail["p_harm"] < 0.05
+    among = judged(loss, hypothesis(claims=[], design=NO_ARMS, guardrails=rails))
+    assert among.decision == "inconclusive"
+    assert among.findings[0].detail["p_harm_holm"] == pytest.approx(
+        10 * among.findings[0].detail["p_harm"]
+    )
+
+
+# ---- other tests --------------------------------------------------------------------------------
+
+
+def test_flips_are_counted_though_gains_make_up_for_them() -> None:
+    """Five points lost and five gained are no difference, and are no less five points lost."""
+    rows = [
+        replace(one, scores={"correct": float(int(one.id[1:]) % 20 != (arm == CANDIDATE))})
+        for arm in (BASELINE, CANDIDATE)
+        for one in suite(arm)
+    ]
+    lost = {"suite": "qa", "metric": "lost", "test": "rate_max", "max": 0.02}
+    verdict = judged(rows, hypothesis(claims=[], design=NO_ARMS, guardrails=[CORRECT, lost]))
+    assert found(verdict, "correct").decision == "pass"
+    flips = found(verdict, "lost")
+    assert (flips.decision, flips.lost, flips.gained) == ("fail", 20, 20)
+
+
+def test_a_rate_that_never_happened_is_bounded_by_its_number_of_trials() -> None:
+    bad = {"suite": "qa", "metric": "bad_output", "test": "rate_max", "max": 0.01}
+    asked = hypothesis(claims=[], design=NO_ARMS, guardrails=[bad])
+    for rows, decision in ((400, "pass"), (250, "inconclusive")):
+        seen = [one for arm in (BASELINE, CANDIDATE) for one in suite(arm, rows)]
+        rate = found(judged(seen, asked), "bad_output")
+        assert (rate.decision, rate.estimate) == (decision, 0.0)
+        assert rate.high == pytest.approx(3 / rows, rel=0.01)
+
+
+def test_bad_outputs_of_one_conversation_are_not_so_many_proofs() -> None:
+    """The same twelve events, one in each of twelve conversations, or all in one."""
+    bad = {"suite": "qa", "metric": "bad_output", "test": "rate_max", "max": 0.05}
+    asked = hypothesis(claims=[], design=NO_ARMS, guardrails=[bad])
+    highs = []
+    for hit in ({n * 12 for n in range(12)}, set(range(12))):
+        rows = [
+            replace(one, scores={"bad_output": float(int(one.id[1:]) in hit)})
+            for arm in (BASELINE, CANDIDATE)
+            for one in suite(arm, 480, a_cluster=12)
+        ]
+        highs.append(found(judged(rows, asked), "bad_output").high)
+    apart, together = highs
+    assert apart is not None and together is not None and together > 1.4 * apart
+
+
+def test_answers_that_grow_or_shrink_are_seen_from_both_sides() -> None:
+    rail = {"replay": "week", "metric": "output_tokens", "test": "tost", "margin": "10%"}
+    asked = hypothesis(claims=[], design=NO_ARMS, guardrails=[rail])
+    for factor, decision in ((1, "pass"), (2, "fail"), (0.5, "fail")):
+        rows = [
+            replace(one, completion_tokens=round((one.completion_tokens or 0) * factor))
+            if arm == CANDIDATE
+            else one
+            for arm in (BASELINE, CANDIDATE)
+            for one in replayed(arm)
+        ]
+        assert found(judged(rows, asked), "output_tokens").decision == decision
+
+
+def test_throughput_is_a_rate_of_blocks_and_more_of_it_is_better() -> None:
+    rail = {"replay": "week", "metric": "throughput", "test": "ratio_ni", "margin": "10%"}
+    asked = hypothesis(claims=[], design=NO_ARMS, guardrails=[rail])
+    for share, decision in ((1.0, "pass"), (0.7, "fail")):
+        rows = [*replayed(BASELINE), *(
+            replace(one, completion_tokens=round((one.completion_tokens or 0) * share))
+            for one in replayed(CANDIDATE)
+        )]  # fmt: skip
+        rate = found(judged(rows, asked), "throughput")
+        assert (rate.decision, rate.margin) == (decision, 0.9)
+
+
+def test_scores_of_repeats_are_averaged_before_they_are_tested() -> None:
+    """Three repeats of 60 items are 60 items."""
+    rows = [
+        replace(
+            one, repeat=n, scores={"correct": (n + int(one.id[1:])) % (3 + (arm == CANDIDATE)) / 3}
+        )
+        for arm in (BASELINE, CANDIDATE)
+        for n in range(3)
+        for one in suite(arm, 60)
+    ]
+    verdict = judged(rows, hypothesis(claims=[], design=NO_ARMS, guardrails=[CORRECT]))
+    assert found(verdict, "correct").pairs == 60
+    assert found(verdict, "correct").method == "betting"
+
+
+# ---- the same answer ----------------------------------------------------------------------------
+
+EXACT = {"suite": "qa", "metric": "divergence", "test": "identical", "margin": 0.02}
+
+
+def test_answers_have_to_be_the_same_where_the_baseline_repeats_itself() -> None:
+    asked = hypothesis(
+        claims=[], guardrails=[EXACT], kind_of_change="lossless_exact",
+        candidate={"patch": {"runtime.step_tokens": 512}}, design={"sabotage_control": False},
+    )  # fmt: skip
+    same = [*suite(BASELINE), *suite(CANDIDATE), *suite(AA)]
+    assert judged(same, asked).decision == "pass"
+    same[450] = replace(same[450], text="something else")
+    verdict = judged(same, asked)
+    assert (verdict.decision, found(verdict, "divergence").method) == ("fail", "identity")
+
+
+def test_a_baseline_that_does_not_repeat_itself_is_the_floor() -> None:
+    """A tenth differs by chance in every second answer; the candidate does so too, elsewhere."""
+
+    def chance(arm: str, at: int) -> list[Observation]:
+        return [
+            replace(one, text=f"{one.text} {arm}" if int(one.id[1:]) % 10 == at else one.text)
+            for one in suite(arm, 1500)
+        ]
+
+    asked = hypothesis(
+        claims=[], guardrails=[{**EXACT, "margin": 0.05}], kind_of_change="lossless_exact",
+        candidate={"patch": {"runtime.step_tokens": 512}}, design={"sabotage_control": False},
+    )  # fmt: skip
+    rows = [*suite(BASELINE, 1500), *chance(CANDIDATE, 3), *chance(AA, 7)]
+    verdict = judged(rows, asked)
+    assert (verdict.decision, found(verdict, "divergence").estimate) == ("pass", 0.0)
+
+
+# ---- sequential ---------------------------------------------------------------------------------
+
+WATCHED = {"claims": [], "design": NO_ARMS, "stats": {"mode": "sequential"}}
+
+
+def test_in_sequential_mode_evidence_is_valid_at_any_look() -> None:
+    asked = hypothesis(**WATCHED, guardrails=[CORRECT])
+    for wrong, decision in ((0.0, "pass"), (0.2, "fail")):
+        rows = [*suite(BASELINE, 600), *suite(CANDIDATE, 600, wrong)]
+        verdict = judged(rows, asked)
+        assert (verdict.decision, verdict.findings[0].method) == (decision, "e_process")
+
+
+def test_conversations_are_one_bet_each() -> None:
+    asked = hypothesis(**WATCHED, guardrails=[CORRECT])
+    rows = [one for arm in (BASELINE, CANDIDATE) for one in suite(arm, 600, a_cluster=20)]
+    finding = found(judged(rows, asked), "correct")
+    assert (finding.pairs, finding.clusters, finding.decision) == (600, 30, "inconclusive")
+
+
+# ---- algebra ------------------------------------------------------------------------------------
+
+RAILS = [
+    CORRECT,
+    TTFT,
+    {"replay": "week", "metric": "output_tokens", "test": "tost", "margin": 0.1},
+]
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.randoms(use_true_random=False))
+def test_the_order_of_rows_changes_nothing(draw: object) -> None:
+    rows = observed(wrong=0.05)
+    asked = hypothesis(guardrails=[*RAILS, {**TTFT, "metric": "ttft.p95", "strata": ["tier"]}])
+    shuffled = list(rows)
+    draw.shuffle(shuffled)  # type: ignore[attr-defined]
+    assert judged(shuffled, asked) == judged(rows, asked)
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.floats(0, 0.3), st.floats(0.7, 1.4), st.integers(0, 5), st.sampled_from([1, 3]))
+def test_swapped_arms_mirror_every_estimate(
+    wrong: float, slower: float, seed: int, a_cluster: int
+) -> None:
+    """What is lost one way is gained the other; bounds change sides."""
+    names = {BASELINE: CANDIDATE, CANDIDATE: BASELINE}
+    rows = [
+        *suite(BASELINE, wrong=0.1, seed=seed, a_cluster=a_cluster),
+        *suite(CANDIDATE, wrong=wrong, seed=seed, a_cluster=a_cluster),
+        *replayed(BASELINE, seed=seed), *replayed(CANDIDATE, slower, seed=seed),
+    ]  # fmt: skip
+    asked = hypothesis(
+        claims=[], design=NO_ARMS, guardrails=[*RAILS[::2], {**TTFT, "metric": "ttft.mean"}]
+    )
+    there = judge_pairs(asked, pair(*two_arms(rows)))
+    back = judge_pairs(asked, pair(*two_arms([replace(one, arm=names[one.arm]) for one in rows])))
+    for one, other in zip(there, back, strict=True):
+        assert one.estimate is not None and one.low is not None and one.high is not None
+        if one.unit == "difference":
+            mirror = (-one.estimate, -one.high, -one.low)
+            assert (one.lost, one.gained) == (other.gained, other.lost)
+        else:
+            mirror = (1 / one.estimate, 1 / one.high, 1 / one.low)
+        assert (other.estimate, other.low, other.high) == pytest.approx(mirror, abs=2e-3)
+        assert {one.decision, other.decision} != {"fail"}
+
+
+def two_arms(rows: list[Observation]) -> tuple[list[Observation], list[Observation]]:
+    arms = by_arm(rows)
+    return arms[BASELINE], arms[CANDIDATE]
+
+
+def test_an_arm_against_itself_never_fails() -> None:
+    asked = hypothesis(guardrails=RAILS)
+    base = [*suite(BASELINE), *replayed(BASELINE)]
+    again = [replace(one, arm=CANDIDATE) for one in base]
+    for one in judge_pairs(asked, pair(base, again)):
+        if one.kind == "guardrail":
+            assert one.decision == "pass"
+            assert one.estimate == (0.0 if one.unit == "difference" else 1.0)
