@@ -184,6 +184,7 @@ _GATE = {
         "Write a run's verdict as a page, as Markdown and as JUnit.",
     ),
     "schema": ("evals.commands.gate:schema", "Print the JSON Schema of hypothesis files."),
+    "verify": ("evals.commands.verify:verify", "Recompute a verdict from the rows beside it."),
 }
 
 
