@@ -147,7 +147,7 @@ class Design(PolicyModel):
     )
     repeats: int = Field(1, ge=1, le=100, description="How often each row is asked.")
     concurrency: int = Field(
-        2, ge=1, le=1024, description="Requests of a suite under way at once, in the arm that runs."
+        4, ge=1, le=1024, description="Requests of a suite under way at once, in the arm that runs."
     )
     speed: float | None = Field(
         1.0,
@@ -163,6 +163,11 @@ class Design(PolicyModel):
     )
     sessions: bool = Field(
         True, description="Turns of a conversation are asked in their order, one after another."
+    )
+    cold_blocks: bool = Field(
+        True,
+        description="Nothing is cached at the begin of a block: its requests have a `cache_salt` "
+        "of their own. A server that refuses unknown fields needs `false`.",
     )
     aa_control: bool = Field(
         True, description="A second baseline, which shows what chance alone does."

@@ -1,0 +1,195 @@
+"""The arms of a comparison, each a server that answers: ours, started and stopped here, or a URL.
+
+Baseline, candidate, the baseline again (A/A), and the baseline spoiled (sabotage). Knows what to
+ask a server about itself; knows no requests and no judgement.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import sys
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import orjson
+
+from evals.arm_policy import write_policy
+from evals.client import Targets
+from evals.pairs import AA, BASELINE, CANDIDATE, SABOTAGE
+from evals.processes import NotServing, serving
+from policies.hypothesis import Design, Hypothesis, Variant
+from policies.patching import Configured
+
+START_S = 900.0  # a model of many GB from a slow disk, and its kernels compiled
+ASK_S = 10.0
+_FRONT = re.compile(r"^\s+(http://\S+)/v1$")
+_PAGE = re.compile(r"^\s+metrics\s+(http://\S+/metrics)$")
+_SAMPLE = re.compile(r"^([a-zA-Z_:][\w:]*)(?:\{[^}]*\})?\s+(\S+)", re.MULTILINE)
+_UNREACHABLE = (aiohttp.ClientError, OSError, TimeoutError)
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """Where it answers. `pages` are its /metrics; `fingerprints` each that its answers may carry,
+    empty where it tells none; `broken` says why it does not answer, "" where it does.
+    """
+
+    name: str
+    url: str
+    key: str | None = None
+    model: str = ""
+    pages: tuple[str, ...] = ()
+    fingerprints: tuple[str, ...] = ()
+    broken: str = ""
+
+
+@contextlib.asynccontextmanager
+async def started(
+    hypothesis: Hypothesis, configured: Sequence[Configured | None], folder: Path
+) -> AsyncIterator[Mapping[str, Arm]]:
+    """All arms of the design, alive side by side until the context is left. `folder` takes their
+    policies and logs. An arm that does not come up is there, and `broken`.
+    """
+    base, other = hypothesis.baseline, hypothesis.candidate
+    wanted: list[tuple[str, Variant, Configured | None]] = [
+        (BASELINE, base, configured[0]),
+        (CANDIDATE, other, configured[1]),
+    ]
+    if hypothesis.design.aa_control:
+        wanted.append((AA, base, configured[0]))
+    async with contextlib.AsyncExitStack() as stack:
+        # Side by side: what takes long is waiting for libraries and weights to be read.
+        arms = await asyncio.gather(*(_up(stack, *one, folder) for one in wanted))
+        found = {arm.name: arm for arm in arms}
+        if hypothesis.design.sabotage_control:
+            seed = hypothesis.stats.seed
+            spoiled = await _spoiled(stack, found[BASELINE], hypothesis.design, seed, folder)
+            found[SABOTAGE] = spoiled
+        yield found
+
+
+async def _up(
+    stack: contextlib.AsyncExitStack,
+    name: str,
+    variant: Variant,
+    configured: Configured | None,
+    folder: Path,
+) -> Arm:
+    key = os.environ.get(variant.api_key_env) if variant.api_key_env else None
+    try:
+        if configured is None:
+            assert variant.url is not None
+            url = variant.url.rstrip("/").removesuffix("/v1")
+            return await _known(Arm(name, url, key, variant.model or "", (f"{url}/metrics",)))
+        own = folder / name
+        policy = write_policy(configured, own)
+        said = await stack.enter_async_context(
+            serving(
+                (sys.executable, "-P", "-m", "headgate", "serve", str(policy)),
+                {"HEADGATE_PORT": "0"},
+                own / "serve.log",
+                lambda line: _FRONT.match(line) is not None,
+                START_S,
+            )
+        )
+        url = next(found[1] for line in said if (found := _FRONT.match(line)))
+        pages = [found[1] for line in said if (found := _PAGE.match(line))]
+        arm = Arm(name, url, key, variant.model or "", (f"{url}/metrics", *pages))
+        return await _known(arm)
+    except NotServing as error:
+        return Arm(name, "", broken=str(error))
+    except (*_UNREACHABLE, orjson.JSONDecodeError, LookupError) as error:
+        why = f"{variant.url or name} does not answer: {type(error).__name__}: {error}"
+        return Arm(name, variant.url or "", broken=why)
+
+
+async def _spoiled(
+    stack: contextlib.AsyncExitStack, baseline: Arm, design: Design, seed: int, folder: Path
+) -> Arm:
+    if baseline.broken:
+        return replace(baseline, name=SABOTAGE)
+    own = folder / SABOTAGE
+    own.mkdir(parents=True, exist_ok=True)
+    options = ("--wrong", design.sabotage_wrong, "--slow", design.sabotage_slow, "--seed", seed)
+    said = await stack.enter_async_context(
+        serving(
+            (sys.executable, "-P", "-m", "evals.sabotage", baseline.url, *map(str, options)),
+            {},
+            own / "serve.log",
+            lambda line: line.startswith("http://"),
+            START_S,
+        )
+    )
+    return replace(baseline, name=SABOTAGE, url=said[-1])
+
+
+async def _known(arm: Arm) -> Arm:
+    """With what the server says of itself: the name of its model, its fingerprints."""
+    async with _session(arm.key) as session:
+        models = await _object(session, f"{arm.url}/v1/models")
+        model = arm.model or str(models["data"][0]["id"])
+        told: Mapping[str, Any] = {}
+        # Others than ours have none to tell.
+        with contextlib.suppress(*_UNREACHABLE, orjson.JSONDecodeError):
+            told = await _object(session, f"{arm.url}/v1/fingerprint")
+    return replace(arm, model=model, fingerprints=tuple(sorted(set(_fingerprints(told)))))
+
+
+def _fingerprints(told: Mapping[str, Any]) -> Iterable[str]:
+    """Of a worker, or of a gateway with what each of its replicas says."""
+    if isinstance(told.get("system_fingerprint"), str):
+        yield told["system_fingerprint"]
+        return
+    for entry in told.get("data") or ():
+        if isinstance(entry.get("fingerprint"), dict):
+            yield from _fingerprints(entry["fingerprint"])
+
+
+async def counters(arm: Arm) -> dict[str, float]:
+    """Every sample at the arm's /metrics, summed over labels and pages. A page that does not
+    answer counts nothing.
+    """
+    found: dict[str, float] = {}
+    if arm.broken:
+        return found
+    async with _session(arm.key) as session:
+        for page in arm.pages:
+            with contextlib.suppress(*_UNREACHABLE):
+                async with session.get(page) as answer:
+                    text = await answer.text() if answer.status == 200 else ""
+                for name, value in _SAMPLE.findall(text):
+                    with contextlib.suppress(ValueError):
+                        found[name] = found.get(name, 0.0) + float(value)
+    return found
+
+
+def targets(configured: Configured | None) -> dict[str, Targets]:
+    """What each tier of a policy promises, in seconds; both arms are held to the baseline's."""
+    if configured is None:
+        return {}
+    return {
+        name: Targets(_seconds(tier.ttft_ms), _seconds(tier.tpot_ms))
+        for name, tier in configured.deployment.gateway.tiers.items()
+    }
+
+
+def _seconds(milliseconds: float | None) -> float | None:
+    return None if milliseconds is None else milliseconds / 1000
+
+
+def _session(key: str | None) -> aiohttp.ClientSession:
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    return aiohttp.ClientSession(headers=headers, timeout=aiohttp.ClientTimeout(total=ASK_S))
+
+
+async def _object(session: aiohttp.ClientSession, url: str) -> dict[str, Any]:
+    async with session.get(url) as answer:
+        answer.raise_for_status()
+        found = orjson.loads(await answer.read())
+    return found if isinstance(found, dict) else {}

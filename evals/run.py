@@ -1,0 +1,230 @@
+"""Asks every arm every block, in the order of the design, and writes each down before the next.
+
+Knows steps, arms and the journal; neither statistics nor files of suites. A run that is started
+again goes on behind what its journal has.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from evals.arms import Arm, counters
+from evals.client import Client, Targets
+from evals.design import Block, Session, Step
+from evals.item import Item
+from evals.journal import Done, Journal
+from evals.pairs import CANDIDATE
+from evals.replay import Lateness, Replay
+from policies.hypothesis import Design, Hypothesis
+from telemetry import Observation
+
+Score = Callable[[Item, Observation], Awaitable[Mapping[str, float]]]
+# After each step that was written down: why to stop now, or None.
+After = Callable[[Step, Done], str | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A suite or a replay: its blocks, and how its answers are scored."""
+
+    name: str
+    blocks: tuple[Block, ...]
+    score: Score
+    recorded: bool = False  # asked at its own times, not one after another
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """What asks: the hypothesis, the arms that answer, the targets that they are held to."""
+
+    hypothesis: Hypothesis
+    arms: Mapping[str, Arm]
+    targets: Mapping[str, Targets]
+    sources: Mapping[str, Source]
+
+
+async def run(bench: Bench, steps: Sequence[Step], journal: Journal, after: After) -> str:
+    """Runs what is not in the journal yet; why it stopped early, "" where all is done.
+
+    It stops early where `after` says so, where an arm answers as something that it is not, and
+    where an arm answers nothing at all: what is left could tell no more.
+    """
+    left = [step for step in steps if step not in journal]
+    if not left:
+        return ""
+    began = time.monotonic() - max((one.at_s for one in journal.observations), default=0.0)
+
+    def now() -> float:
+        return time.monotonic() - began
+
+    async with _clients(bench) as clients:
+        await _warm_up(bench, clients, left, now)
+        before = await counters(bench.arms[CANDIDATE])
+        why = None
+        for step, following in zip(left, [*left[1:], None], strict=True):
+            done = await _step(bench, clients, step, now)
+            if step.arm == CANDIDATE:
+                here = await counters(bench.arms[CANDIDATE])
+                done = replace(done, counters=_risen(before, here))
+                before = here
+            journal.add(done)
+            why = why or after(step, done) or _why_to_stop(bench, done)
+            # A block is ended in all its arms: half a block would be read as failures.
+            if why and (following is None or following.block != step.block):
+                return why
+    return ""
+
+
+@contextlib.asynccontextmanager
+async def _clients(bench: Bench) -> AsyncIterator[Mapping[str, Client]]:
+    """Connections to each arm, for as long as the context."""
+    timeout_s = bench.hypothesis.design.timeout
+    async with contextlib.AsyncExitStack() as stack:
+        clients = {}
+        for name, arm in bench.arms.items():
+            client = Client(arm.url, arm.key, timeout_s=timeout_s, targets=bench.targets)
+            clients[name] = await stack.enter_async_context(client)
+        yield clients
+
+
+async def _warm_up(
+    bench: Bench, clients: Mapping[str, Client], left: Sequence[Step], now: Callable[[], float]
+) -> None:
+    """The first blocks of each source in every arm, not counted: libraries that are still being
+    loaded, kernels that are compiled at their first use.
+    """
+    sources = {step.block.source for step in left}
+    for name in sorted(sources):
+        for block in bench.sources[name].blocks[: bench.hypothesis.design.warmup]:
+            for arm in bench.arms.values():
+                if not arm.broken:
+                    await _step(bench, clients, Step(block, arm.name), now, salt="warm")
+
+
+async def _step(
+    bench: Bench,
+    clients: Mapping[str, Client],
+    step: Step,
+    now: Callable[[], float],
+    salt: str = "run",
+) -> Done:
+    """One block in one arm."""
+    design, arm, block = bench.hypothesis.design, bench.arms[step.arm], step.block
+    source = bench.sources[block.source]
+    cold = f"{salt}.{step.arm}.{block.source}.{block.number}" if design.cold_blocks else None
+    seed = bench.hypothesis.stats.seed + block.repeat
+
+    async def ask(item: Item) -> Observation:
+        asked = replace(item, body=body_for(item.body, arm.model, design, seed))
+        if arm.broken:
+            return _unanswered(asked, arm, block, now())
+        return await clients[step.arm].ask(
+            asked, step.arm, block.source, block.number, block.repeat, now=now, salt=cold
+        )
+
+    began = now()
+    if source.recorded and not arm.broken:
+        observations, late = await _played(block, design, ask, now)
+    else:
+        observations, late = await _asked(block.sessions, design.concurrency, ask), Lateness()
+    took_s = now() - began
+    items = {item.id: item for item in block.items}
+    scored = [await _scored(source, items[seen.id], seen) for seen in observations]
+    return Done(*step.key, tuple(scored), late_s=tuple(late.late_s), took_s=took_s)
+
+
+async def _scored(source: Source, item: Item, seen: Observation) -> Observation:
+    return replace(seen, scores=dict(await source.score(item, seen)))
+
+
+async def _asked(
+    sessions: Sequence[Session],
+    concurrency: int,
+    ask: Callable[[Item], Awaitable[Observation]],
+) -> list[Observation]:
+    """So many sessions at once, each a turn after the other; in the block's order."""
+    answered: list[list[Observation]] = [[] for _ in sessions]
+    waiting = iter(enumerate(sessions))
+
+    async def work() -> None:
+        for at, session in waiting:
+            for item in session:
+                answered[at].append(await ask(item))
+
+    async with asyncio.TaskGroup() as group:
+        for _ in range(min(concurrency, len(sessions))):
+            group.create_task(work())
+    return [seen for session in answered for seen in session]
+
+
+async def _played(
+    block: Block,
+    design: Design,
+    ask: Callable[[Item], Awaitable[Observation]],
+    now: Callable[[], float],
+) -> tuple[list[Observation], Lateness]:
+    """Recorded requests at the times they came, from the begin of their block on."""
+    items = [
+        replace(item, meta={**item.meta, "t_s": float(item.meta["t_s"]) - block.begin_s})
+        for item in block.items
+    ]
+    replay = Replay(ask, speed=design.speed, clock=now)
+    seen = [one async for one in replay.observations(items)]
+    return sorted(seen, key=lambda one: one.at_s), replay.lateness
+
+
+def body_for(body: Mapping[str, Any], model: str, design: Design, seed: int) -> dict[str, Any]:
+    """The same bytes for every arm but the model's name, which may differ."""
+    sent = {**body, "model": model}
+    if design.temperature != "as_recorded":
+        sent["temperature"] = design.temperature
+    sent.setdefault("seed", seed)
+    return sent
+
+
+def _unanswered(item: Item, arm: Arm, block: Block, at_s: float) -> Observation:
+    """Of an arm that does not run: not asked, and not left out."""
+    return Observation(
+        id=item.id,
+        source=block.source,
+        arm=arm.name,
+        cluster=item.cluster,
+        block=block.number,
+        repeat=block.repeat,
+        tier=item.tier,
+        tenant=str(item.meta.get("tenant", "")),
+        turn=item.turn,
+        at_s=at_s,
+        outcome="error",
+        status=0,
+        problem=arm.broken,
+        max_tokens=item.body.get("max_tokens"),
+    )
+
+
+def _why_to_stop(bench: Bench, done: Done) -> str | None:
+    allowed = bench.arms[done.arm].fingerprints
+    foreign = {seen.fingerprint for seen in done.observations if seen.fingerprint} - set(allowed)
+    if allowed and foreign:
+        names = ", ".join(sorted(foreign))
+        return f"the {done.arm} arm answered as {names}, and is {', '.join(allowed)}"
+    if all(seen.outcome in ("error", "timeout") for seen in done.observations):
+        why = done.observations[0].problem
+        return f"the {done.arm} arm answered no request of a whole block: {why}"
+    return None
+
+
+def _risen(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:
+    """What has grown; a counter that fell began again, with its server."""
+    risen = {}
+    for name, value in after.items():
+        first = before.get(name, 0.0)
+        growth = value - first if value >= first else value
+        if growth > 0:
+            risen[name] = growth
+    return risen
