@@ -120,12 +120,15 @@ def _otel(file: str, lines: Lines) -> Iterator[Row]:
     for number, line in lines:
         try:
             for one in spans.requests_of(object_of(file, number, line)):
+                body = one.body
                 yield Row(
                     one.start_s,
-                    body=one.body,
+                    body=body,
+                    prompt_tokens=one.prompt_tokens,
+                    output_tokens=one.output_tokens,
                     id=one.id,
-                    cluster=one.conversation or beginning(one.body),
-                    turn=turn_of(one.body),
+                    cluster=one.conversation or (beginning(body) if body else ""),
+                    turn=turn_of(body) if body else 0,
                     tier=one.tier,
                     expected=one.answer,
                     meta=one.meta,

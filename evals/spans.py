@@ -37,14 +37,17 @@ class NoSpan(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
-    """A request that was answered once, and what was answered."""
+    """A request that was answered once, and what was answered. Without a `body` only how long both
+    were was recorded."""
 
     start_s: float  # since 1970
     id: str
-    body: Mapping[str, Any]
+    body: Mapping[str, Any] | None
     conversation: str = ""
     tier: str = ""
     answer: str | None = None
+    prompt_tokens: int = 0
+    output_tokens: int = 0
     meta: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -68,7 +71,9 @@ def requests_of(line: Mapping[str, Any]) -> Iterator[Recorded]:
 def _recorded(
     span: Mapping[str, Any], attributes: Mapping[str, Any], *, in_session: bool
 ) -> Recorded:
-    body = _body(attributes)
+    tokens = [attributes.get(f"gen_ai.usage.{one}_tokens") for one in ("input", "output")]
+    without_text = "gen_ai.input.messages" not in attributes and all(tokens)
+    body = None if without_text else _body(attributes)
     name = str(span.get("span_id") or span.get("spanId") or "")
     trace = str(span.get("trace_id") or span.get("traceId") or "")
     session = attributes.get("gen_ai.conversation.id")
@@ -84,6 +89,8 @@ def _recorded(
         conversation=str(session or (trace if in_session else "")),
         tier=str(attributes.get("headgate.slo.tier", "")),
         answer=said[0] if said and isinstance(said[0], str) else None,
+        prompt_tokens=tokens[0] or 0,
+        output_tokens=tokens[1] or 0,
         meta=meta,
     )
 

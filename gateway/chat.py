@@ -64,10 +64,11 @@ class Completions:
             call = parse_call(self.path, body, headers, reply.request_id)
             asked = Asked(call, tenant, reply, outgoing)
             beside = self.live.beside
-            if beside is None:
-                await serve(edge, asked)
-            else:
-                await beside.serve(edge, asked, serve)
+            with edge.recording(asked, headers):
+                if beside is None:
+                    await serve(edge, asked)
+                else:
+                    await beside.serve(edge, asked, serve)
         finally:
             edge.pool.leave()
 
@@ -78,7 +79,9 @@ async def serve(edge: Edge, asked: Asked, strict: bool = False) -> None:
     service = edge.tiers.tier(call, tenant)
     reply.more.append((b"x-headgate-tier", service.tier.encode()))
     call = edge.tiers.told(call, tenant, service)
-    call, _ = await edge.shortener.trim(call, tenant.name, service.tier)
+    call, trimmed = await edge.shortener.trim(call, tenant.name, service.tier)
+    if trimmed is not None:
+        reply.more.append((b"x-headgate-trimmed-tokens", b"%d" % trimmed.removed_tokens))
     recall = edge.recall(call, tenant.name, service.tier)
     count = partial(edge.admission.counted, tenant, service.tier)
     if recall and await recall.give(reply, count):

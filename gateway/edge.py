@@ -11,19 +11,20 @@ import os
 import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from cache.prefix_index import PrefixIndex
 from gateway.admission import Admission
-from gateway.call import Call
+from gateway.call import Call, RawHeaders
 from gateway.discovery import sources_of
 from gateway.keys import Keys, Known, salt_secret
 from gateway.kv_events import KvEvents
 from gateway.ladder import Ladder
 from gateway.limits import Limits
 from gateway.prompt import Prompts
+from gateway.record import Recorder
 from gateway.replica import Replica
 from gateway.reply import Outgoing, Reply
 from gateway.response_cache import Answers, Recall
@@ -53,6 +54,7 @@ class Edge:
     events: KvEvents
     ladder: Ladder
     answers: Answers | None = None
+    recorder: Recorder | None = None
 
     @property
     def index(self) -> PrefixIndex:
@@ -71,11 +73,25 @@ class Edge:
             call, tenant, tier, {one.fingerprint for one in could}, time.time()
         )
 
+    def recording(self, asked: Asked, headers: RawHeaders) -> AbstractContextManager[object]:
+        """Around the answer to a request, which is recorded if the policy wants it to be."""
+        if self.recorder is None:
+            return UNRECORDED
+        recording = self.recorder.request(asked.call, headers, asked.tenant.name, asked.reply)
+        return recording or UNRECORDED
+
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """The parts that live over time: begun in this order, ended in reverse."""
-        async with self.prompts, self.pool, self.events.following(self.pool, self.policy):
+        async with AsyncExitStack() as parts:
+            for part in (self.prompts, self.pool, self.events.following(self.pool, self.policy)):
+                await parts.enter_async_context(part)
+            if self.recorder is not None:
+                await parts.enter_async_context(self.recorder)
             yield
+
+
+UNRECORDED = nullcontext()
 
 
 def build(
@@ -128,6 +144,7 @@ def build(
         ladder=ladder,
         shortener=Shortener(settings.trim, prompts.count, state.store, arm),
         answers=_answers(settings.response_cache, before.answers if before else None),
+        recorder=Recorder(settings.record) if settings.record and not arm else None,
     )
 
 

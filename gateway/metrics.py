@@ -66,6 +66,14 @@ class _Families:
         )
         well = sum(replica.healthy for replica in edge.pool.replicas)
         yield GaugeMetricFamily(PREFIX + "replicas_ready", "Replicas that take requests.", well)
+        if edge.recorder is not None:
+            records = CounterMetricFamily(
+                PREFIX + "records", "Requests for the recorder, by what became of them.",
+                labels=["outcome"],
+            )  # fmt: skip
+            for outcome, count in edge.recorder.told().items():
+                records.add_metric([outcome], count)
+            yield records
         for name, text, counts in _now(edge.admission):
             gauge = GaugeMetricFamily(PREFIX + name, text, labels=["tier"])
             for tier, count in counts.items():

@@ -26,6 +26,7 @@ from policies.load import (
     own_tokenizer,
     package_problems,
     resolve_discovery,
+    resolve_recording,
     resolve_tokenizers,
     with_environment,
 )
@@ -58,7 +59,7 @@ class Origin:
         if self.alone:
             gateway = policy.gateway.model_copy(update={"processes": 1})
             policy = policy.model_copy(update={"gateway": gateway})
-        policy = resolve_tokenizers(self.file, policy)
+        policy = resolve_tokenizers(self.file, resolve_recording(self.file, policy))
         tokenizer = own_tokenizer(self.file, policy) if self.workers else None
         return policy, replicas_of(policy, self.workers, self.environ, tokenizer)
 

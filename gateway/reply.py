@@ -227,3 +227,12 @@ class Copy:
     @property
     def headers(self) -> Headers:
         return self._headers
+
+    @property
+    def status(self) -> int:
+        """0 while nothing has been sent."""
+        return self._status
+
+    def so_far(self) -> bytes | None:
+        """What was sent of the body, whole or not; None for what was too large."""
+        return None if self._pieces is None else b"".join(self._pieces)

@@ -87,6 +87,8 @@ def health(live: Live) -> ASGIApp:
             payload["trim"] = edge.shortener.totals.told()
         if edge.answers is not None:
             payload["response_cache"] = edge.answers.told()
+        if edge.recorder is not None:
+            payload["record"] = edge.recorder.told()
         return code, payload
 
     return _as_json(answer)

@@ -8,9 +8,19 @@ from pydantic import Field, model_validator
 
 from policies.admin import Admin
 from policies.fields import VARIABLE, PolicyModel, refuse
+from policies.recording import Record
 from policies.retrying import Breaker, Hedge, Retries
 from policies.routing import Routing
-from policies.slo import SHIPPED, Name, Tenant, Tier, TierTable, misfits, unknown_tiers
+from policies.slo import (
+    SHIPPED,
+    Name,
+    Tenant,
+    Tier,
+    TierTable,
+    misfits,
+    unknown_tenants,
+    unknown_tiers,
+)
 from policies.state import StateStore
 from policies.trimming import ResponseCache, Trim
 
@@ -120,12 +130,17 @@ class Gateway(PolicyModel):
         None, description="Answers that are given again to the same request; off."
     )
 
+    record: Record | None = Field(
+        None, description="Requests and answers that are kept on disk, to replay them; none."
+    )
     admin: Admin = Field(Admin(), description="Who may steer rollouts, and what ends them at once.")
 
     @model_validator(mode="after")
     def _fits_together(self) -> Gateway:
         refuse(misfits(self.host, self.tiers, self.tenants))
         refuse(unknown_tiers(self.tiers, self.trim.tiers, "trim", "tiers"))
+        if self.record is not None:
+            refuse(unknown_tenants(self.tenants, self.record.tenants, "record", "tenants"))
         if self.response_cache is not None:
             named = self.response_cache.tiers
             refuse(unknown_tiers(self.tiers, named, "response_cache", "tiers"))

@@ -132,6 +132,24 @@ def resolve_folders(policy: str | Path, deployment: Deployment) -> Deployment:
     return deployment.model_copy(update={"runtime": runtime})
 
 
+def resolve_recording(policy: str | Path, deployment: Deployment) -> Deployment:
+    """The policy with `gateway.record.path` absolute: it is relative to the policy file.
+
+    Raises PolicyError at its line.
+    """
+    record = deployment.gateway.record
+    if record is None:
+        return deployment
+    try:
+        folder = Path(policy).absolute().parent / Path(record.path).expanduser()
+    except RuntimeError as error:  # ~nobody
+        wrong = [(("gateway", "record", "path"), str(error))]
+        raise PolicyError(*_problems(policy, wrong)) from None
+    record = record.model_copy(update={"path": str(folder)})
+    gateway = deployment.gateway.model_copy(update={"record": record})
+    return deployment.model_copy(update={"gateway": gateway})
+
+
 def resolve_tokenizers(policy: str | Path, deployment: Deployment) -> Deployment:
     """The policy with each `tokenizer` absolute: they are relative to the policy file.
 

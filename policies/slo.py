@@ -199,3 +199,13 @@ def unknown_tiers(
         if tier not in tiers:
             why = f"there is no tier {tier!r}; expected one of {', '.join(tiers)}"
             yield (*where, place), why, tier
+
+
+def unknown_tenants(
+    tenants: Mapping[str, Tenant], named: Sequence[str], *where: str
+) -> Iterator[Misfit]:
+    """Those that a list of the policy names and that are not there."""
+    for place, tenant in enumerate(named):
+        if tenant not in tenants:
+            why = f"there is no tenant {tenant!r}; expected one of {', '.join(tenants) or 'none'}"
+            yield (*where, place), why, tenant

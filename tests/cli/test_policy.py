@@ -32,6 +32,7 @@ gateway:
     passages: {keep: 3}
     tiers: {batch: {drop: oldest}, gold: {drop: middle, keep_share: 0.25}}
   response_cache: {tiers: [standard, gold]}
+  record: {consent: asked}
 runtime:
   model: ../tiny
   served_name: "tiny: 1"

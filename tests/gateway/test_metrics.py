@@ -31,8 +31,9 @@ async def test_requests_are_counted_by_tier() -> None:
 
 
 @on_loop
-async def test_every_metric_is_described() -> None:
-    async with upstream() as fake, gateway(fake) as edge:
+async def test_every_metric_is_described(tmp_path: Path) -> None:
+    record = {"consent": "given", "path": str(tmp_path)}
+    async with upstream() as fake, gateway(fake, record=record) as edge:
         text = (await edge.client.get("/metrics")).text
         described = PAGE.read_text()
         for family in text_string_to_metric_families(text):

@@ -51,6 +51,14 @@ def test_strangers_are_served_only_with_keys_and_the_line_is_named(tmp_path: Pat
         ("tenants: {a: {keys: [sk-secret]}}", "gateway.tenants.a.keys[0]  expected text that matc"),
         ("tenants: {a: {keys: []}}", "gateway.tenants.a.keys  a tenant needs a key"),
         ("response_cache: {tiers: [gold]}", "response_cache.tiers[0]  there is no tier 'gold'"),
+        (
+            "record: {consent: given, tenants: [who]}",
+            "record.tenants[0]  there is no tenant 'who'; expected one of none",
+        ),
+        ("record: {path: x}", "record.consent  missing"),
+        ("record: {consent: given, patterns: ['(']}", "is no regular expression"),
+        ("record: {consent: given, patterns: ['x*']}", "matches the empty text"),
+        ("record: {consent: given, max_bytes: 8 MiB}", "two files of `file_bytes`"),
         ("trim: {tiers: {gold: {drop: oldest}}}", "trim.tiers.gold  there is no tier 'gold'"),
         (f"tenants: {{a: {{keys: [{HASH}], tiers: [gold]}}}}", "tiers[0]  there is no tier 'gold'"),
         (
