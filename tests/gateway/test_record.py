@@ -145,7 +145,7 @@ async def test_a_writer_that_dies_costs_records_and_nothing_else(tmp_path: Path)
         recorder = front.live.edge.recorder
         assert recorder is not None and recorder._process is not None
         await front.post(ASKED)
-        await until(lambda: any(tmp_path.glob(f"*{PART}")))
+        await until(lambda: any(part.stat().st_size for part in tmp_path.glob(f"*{PART}")))
         os.kill(recorder._process.pid, signal.SIGKILL)
         await recorder._process.wait()
         answer = await front.post(ASKED)
