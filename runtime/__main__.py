@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import uvicorn
 
 from policies import load as policy_file
+from policies.model_facts import read_weights
 from policies.model_folder import served_name
 from policies.schema import Deployment, Runtime
 
@@ -108,7 +109,7 @@ def load_served(
     if runtime.threads:  # else OMP_NUM_THREADS, which `headgate serve` sets, or all cores
         torch.set_num_threads(runtime.threads)
     with ThreadPoolExecutor(1, "digests") as beside:  # hashing lets the interpreter go on
-        digests = isinstance(source, Path) and beside.submit(fingerprint.read_weights, source)
+        digests = isinstance(source, Path) and beside.submit(read_weights, source)
         model, folder = load_model(
             source,
             kv_tokens=runtime.kv_tokens,
@@ -119,7 +120,7 @@ def load_served(
             kv=runtime.kv,
             compiles=runtime.compile == "auto",
         )
-        weights = digests.result() if digests else fingerprint.read_weights(folder)
+        weights = digests.result() if digests else read_weights(folder)
     tokenizer = Tokenizer.load(folder)
     adapted = load_adapters(model, adapters) if adapters else {}
     digests_of = {name: one.identity for name, one in adapted.items()}
@@ -131,7 +132,7 @@ def load_served(
         runtime,
         model.device,
         adapters=digests_of,
-        draft=fingerprint.read_weights(drafts) if drafts else None,
+        draft=read_weights(drafts) if drafts else None,
     )
     content = f"{identity.leaves['weights']} {model.dtype} {runtime.weights}"
     tally = Tally(model.context_tokens)

@@ -12,16 +12,9 @@ from typing import Any
 import pytest
 import torch
 
+from policies.model_facts import ENGINE, digest_files, read_weights, source_digest
 from policies.schema import KvEvents, Runtime
-from runtime.fingerprint import (
-    LEAVES,
-    Fingerprint,
-    combine,
-    digest_files,
-    read_weights,
-    source_digest,
-    take,
-)
+from runtime.fingerprint import LEAVES, Fingerprint, combine, take
 from tests.runtime.tiny_models import FAMILIES, write_model
 
 CPU = torch.device("cpu")
@@ -154,16 +147,16 @@ def test_our_own_source_counts_by_name_and_text(tmp_path: Path) -> None:
     for name, text in (("runtime/a.py", "x = 1\n"), ("cache/b.py", "y = 2\n")):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
-    digests = [source_digest(tmp_path), source_digest(tmp_path)]
+    digests = [source_digest(ENGINE, tmp_path), source_digest(ENGINE, tmp_path)]
     (tmp_path / "runtime" / "a.py").write_text("x = 3\n")
-    digests.append(source_digest(tmp_path))
+    digests.append(source_digest(ENGINE, tmp_path))
     (tmp_path / "runtime" / "a.py").rename(tmp_path / "runtime" / "c.py")
-    digests.append(source_digest(tmp_path))
+    digests.append(source_digest(ENGINE, tmp_path))
     (tmp_path / "runtime" / "kernel.cpp").write_text("int x;\n")
-    digests.append(source_digest(tmp_path))
+    digests.append(source_digest(ENGINE, tmp_path))
     (tmp_path / "notes.py").write_text("not of a package\n")
     (tmp_path / "runtime" / "c.pyc").write_text("not source\n")
-    assert source_digest(tmp_path) == digests[-1]
+    assert source_digest(ENGINE, tmp_path) == digests[-1]
     assert digests[0] == digests[1]
     assert len(set(digests)) == 4
 
