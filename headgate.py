@@ -185,6 +185,7 @@ _GATE = {
     ),
     "schema": ("evals.commands.gate:schema", "Print the JSON Schema of hypothesis files."),
     "verify": ("evals.commands.verify:verify", "Recompute a verdict from the rows beside it."),
+    "status": ("evals.commands.status:status", "Say which optimizations are on, and why not."),
 }
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 from pydantic import BaseModel
 
+from policies.enabling import check_optimizations
 from policies.load import (
     PORT_VARIABLE,
     PolicyError,
@@ -42,6 +43,7 @@ def check_files(files: Sequence[Path]) -> int:
             if problems := package_problems(file, deployment):
                 raise PolicyError(*problems)
             resolve_tokenizers(file, deployment)
+            check_optimizations(file, deployment)
         except PolicyError as error:
             wrong = True
             click.echo(str(error), err=True)

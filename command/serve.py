@@ -14,6 +14,7 @@ import secrets
 import site
 import socket
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +23,8 @@ from command.machine import PortError, address, bind, cores, free_ports, reserve
 from command.processes import Health, Program
 from command.screen import Screen, columns
 from command.supervisor import Supervisor
+from policies.devices import asked
+from policies.enabling import Gated, for_children, gated, rows as told_of
 from policies.load import (
     PolicyError,
     key_problems,
@@ -60,6 +63,7 @@ class Plan:
     threads: int
     gateway_ports: tuple[int, ...] = ()  # of several gateway processes, each its own beside `port`
     held: socket.socket | None = None  # keeps `port` for them
+    gated: Gated | None = None  # what of the policy's optimizations may be served
 
     @property
     def url(self) -> str:
@@ -84,7 +88,8 @@ def threads_of(runtime: Runtime, environ: Mapping[str, str] = os.environ) -> int
 
 def plan(policy: Path) -> Plan:
     """Checks all that can be checked before anything runs. Raises PolicyError or StartError."""
-    deployment = with_environment(load(policy))
+    found = gated(policy, load(policy), time.time())
+    deployment = with_environment(found.deployment)
     problems = key_problems(policy, deployment)
     if problems := [*problems, *package_problems(policy, deployment)]:
         raise PolicyError(*problems)
@@ -119,6 +124,7 @@ def plan(policy: Path) -> Plan:
         threads_of(runtime) if runtime else 0,
         tuple(private[workers:]),
         front if several else None,
+        found,
     )
 
 
@@ -131,7 +137,7 @@ def programs_of(plan: Plan) -> list[Program]:
     policy = str(plan.policy)
     # -P: a folder `runtime` where the user happens to stand must not shadow ours.
     python = (sys.executable, "-P", "-m")
-    environment = _environment()
+    environment = _environment(plan.gated)
     for_workers = environment | {
         "OMP_NUM_THREADS": str(plan.threads),
         "OMP_WAIT_POLICY": "passive",
@@ -179,14 +185,15 @@ def programs_of(plan: Plan) -> list[Program]:
     return [*workers, *fronts]
 
 
-def _environment() -> dict[str, str]:
-    """Children find our packages wherever they start, and know each other by a token."""
+def _environment(found: Gated | None) -> dict[str, str]:
+    """Children find our packages wherever they start, know each other by a token, and need not ask
+    or tell again what was asked and told here."""
     root = str(Path(__file__).resolve().parent.parent)
     environment = {"PYTHONUNBUFFERED": "1", RUN_TOKEN_ENV: secrets.token_hex(16)}
     if root not in (*site.getsitepackages(), site.getusersitepackages()):
         paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
         environment["PYTHONPATH"] = os.pathsep.join(paths)
-    return environment
+    return environment | asked() | (for_children(found) if found else {})
 
 
 # ---- what a person reads ------------------------------------------------------------------------
@@ -218,6 +225,7 @@ def opening(plan: Plan, programs: list[Program]) -> list[str]:
         rows += [(worker.name, worker.url, what) for worker in programs[: runtime.workers]]
     rows += [("upstream", upstream.url, "") for upstream in plan.deployment.upstreams]
     lines = [f"headgate {version()}", *columns(rows)]
+    lines += columns(told_of(plan.gated)) if plan.gated else []
     if count and plan.deployment.gateway.store is None:
         lines.append(f"  each of {count} gateways gives its share of limits: no gateway.store")
     return lines

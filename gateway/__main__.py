@@ -16,7 +16,10 @@ from gateway.edge import Live, build
 from gateway.listener import BACKLOG, Server, adopt, configure
 from gateway.reload import Origin, Reload
 from gateway.state import open_state
+from policies.enabling import news
 from policies.load import PolicyError
+
+log = logging.getLogger("headgate.gateway")
 
 PRIVATE_HOST = "127.0.0.1"  # where the supervisor asks one of several gateways
 
@@ -31,7 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     origin = Origin(options.policy, options.replica, alone=options.private is None)
     try:
-        policy, replicas = origin.read()
+        found = origin.gated()
+        policy, replicas = origin.read(found)
         state = open_state(policy.gateway, os.environ, options.policy.absolute().parent)
     except PolicyError as error:
         print(error, file=sys.stderr)
@@ -41,6 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     settings = policy.gateway
     live = Live(build(policy, replicas, state=state))
+    live.gated = found
+    for row in news(found):
+        log.warning("%s: %s  %s", *row)
     port = settings.port if options.port is None else options.port
     reload = Reload(origin, live, lambda adopted: adopt(config, adopted))
     config = configure(create_app(live, reload), settings, host=settings.host, port=port)

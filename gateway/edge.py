@@ -34,6 +34,7 @@ from gateway.shorten import Shortener
 from gateway.state import State, in_memory
 from gateway.tiers import Tiers
 from gateway.upstream import Pool
+from policies.enabling import Gated
 from policies.schema import Deployment, Gateway
 from policies.trimming import ResponseCache
 
@@ -185,6 +186,7 @@ class Live:
         self.edge = edge
         self.reloads = 0
         self.refused: str | None = None  # why the last policy was not taken
+        self.gated: Gated | None = None  # which optimizations of the policy may be served
         self._runs: dict[Edge, _Run] = {}
 
     @asynccontextmanager

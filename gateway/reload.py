@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
@@ -19,6 +20,7 @@ from typing import Any
 
 from gateway.edge import Edge, Live, build
 from gateway.replica import Replica, replicas_of
+from policies.enabling import Gated, gated, rows
 from policies.load import (
     PolicyError,
     key_problems,
@@ -50,9 +52,14 @@ class Origin:
     alone: bool = True  # one process on its port, whatever the policy says
     environ: Mapping[str, str] = field(default_factory=lambda: os.environ, repr=False)
 
-    def read(self) -> tuple[Deployment, list[Replica]]:
-        """Raises PolicyError."""
-        policy = resolve_discovery(self.file, with_environment(load(self.file), self.environ))
+    def gated(self, serving: Gated | None = None) -> Gated:
+        """The file's policy, as far as it may be served beside what is. Raises PolicyError."""
+        return gated(self.file, load(self.file), time.time(), serving=serving)
+
+    def read(self, found: Gated | None = None) -> tuple[Deployment, list[Replica]]:
+        """By what may be served of the file. Raises PolicyError."""
+        may = (found or self.gated()).deployment
+        policy = resolve_discovery(self.file, with_environment(may, self.environ))
         problems = key_problems(self.file, policy, self.environ)
         if problems := [*problems, *package_problems(self.file, policy)]:
             raise PolicyError(*problems)
@@ -101,17 +108,23 @@ class Reload:
         """Whether the file's policy serves now; why not is in the log and in /health."""
         async with self._one_at_a_time:
             try:
-                policy, replicas = await asyncio.to_thread(self.origin.read)
+                found = await asyncio.to_thread(self.origin.gated, self.live.gated)
+                policy, replicas = await asyncio.to_thread(self.origin.read, found)
                 refuse_fixed(self.live.edge.policy, policy)
                 await self._replace(policy, replicas)
             except (PolicyError, Refused) as error:
                 self.live.refused = str(error)
                 log.warning("the policy was not reloaded, nothing has changed: %s", error)
                 return False
+            before = self.live.gated
+            self.live.gated = found
             self.live.refused = None
             self.live.reloads += 1
             self._adopt(policy.gateway)
             log.warning("the policy was reloaded from %s", self.origin.file)
+            if before is None or before.states != found.states:
+                for row in rows(found):
+                    log.warning("%s: %s  %s", *row)
             return True
 
     async def _replace(self, policy: Deployment, replicas: Sequence[Replica]) -> None:

@@ -18,6 +18,8 @@ from gateway.openapi import document
 from gateway.replica import Replica
 from gateway.reply import Reply
 from gateway.upstream import Pool
+from policies.binding import edge_facts, edge_source
+from policies.side import Side
 from runtime.wire import Problem
 
 Answer = tuple[int, Mapping[str, Any]]
@@ -179,7 +181,9 @@ def receipts(live: Live) -> ASGIApp:
 
 
 def fingerprints(live: Live) -> ASGIApp:
-    """What each replica answers at the same path; null for one that is down or has none."""
+    """What each replica answers at the same path, null for one that is down or has none; what this
+    gateway does by its policy; and which optimizations are on, or why not."""
+    source = edge_source()  # as it is now that it runs, whatever becomes of the files
 
     async def app(scope: Scope, _receive: Receive, send: Send) -> None:
         pool = live.edge.pool
@@ -188,7 +192,11 @@ def fingerprints(live: Live) -> ASGIApp:
             {"url": replica.url, "fingerprint": fingerprint}
             for replica, fingerprint in zip(pool.replicas, found, strict=True)
         ]
-        body = orjson.dumps({"object": "list", "data": data})
+        told: dict[str, Any] = {"object": "list", "data": data}
+        if (gated := live.gated) is not None:
+            leaves = Side.of(edge_facts(gated.file.parent, gated.deployment, source)).leaves
+            told |= {"gateway": {"leaves": leaves}, "optimizations": gated.payload()}
+        body = orjson.dumps(told)
         reply = Reply(send, request_id(scope["headers"]))
         await reply.whole(200, [(b"content-type", b"application/json")], body)
 

@@ -22,7 +22,7 @@ from policies.side import canonical, digest
 LINES = "decisions.jsonl"
 VERDICTS = "verdicts"
 _ID_DIGITS = 16
-_CONCLUSIVE = ("pass", "fail", "no_benefit")  # the others say nothing of the candidate
+CONCLUSIVE = ("pass", "fail", "no_benefit")  # the others say nothing of the candidate
 
 
 class LedgerError(Exception):
@@ -88,7 +88,7 @@ class Reading:
         found = [
             one
             for one in self.verdicts()
-            if (one.baseline, one.candidate, one.spec) == roots and one.decision in _CONCLUSIVE
+            if (one.baseline, one.candidate, one.spec) == roots and one.decision in CONCLUSIVE
         ]
         last = max(found, key=lambda one: one.at, default=None)
         if last is None or last.decision != "pass" or last.expired(now):

@@ -80,7 +80,7 @@ def resolve_model(policy: str | Path, runtime: Runtime) -> Path | str:
         return find_model(runtime.model, Path(policy).absolute().parent)
     except ModelError as error:
         wrong = [(("runtime", "model"), str(error))]
-        raise PolicyError(*_problems(policy, wrong, error.suggestion)) from None
+        raise PolicyError(*at_fields(policy, wrong, error.suggestion)) from None
 
 
 def resolve_adapters(policy: str | Path, runtime: Runtime) -> Path | None:
@@ -91,7 +91,7 @@ def resolve_adapters(policy: str | Path, runtime: Runtime) -> Path | None:
     if folder.is_dir():
         return folder
     message = f"there is no folder {str(folder)!r}; give one with a subfolder for each adapter"
-    raise PolicyError(*_problems(policy, [(("runtime", "adapters"), message)]))
+    raise PolicyError(*at_fields(policy, [(("runtime", "adapters"), message)]))
 
 
 def resolve_draft(policy: str | Path, runtime: Runtime) -> Path | str | None:
@@ -108,7 +108,7 @@ def resolve_draft(policy: str | Path, runtime: Runtime) -> Path | str | None:
         refuse_large_draft(draft, find_model(runtime.model, beside))
     except ModelError as error:
         wrong = [(("runtime", "speculation", "draft"), str(error))]
-        raise PolicyError(*_problems(policy, wrong, error.suggestion)) from None
+        raise PolicyError(*at_fields(policy, wrong, error.suggestion)) from None
     return draft
 
 
@@ -125,7 +125,7 @@ def resolve_folders(policy: str | Path, deployment: Deployment) -> Deployment:
         folder = Path(policy).absolute().parent / Path(tiers.disk.path).expanduser()
     except RuntimeError as error:  # ~nobody
         wrong = [(("runtime", "tiers", "disk", "path"), str(error))]
-        raise PolicyError(*_problems(policy, wrong)) from None
+        raise PolicyError(*at_fields(policy, wrong)) from None
     disk = tiers.disk.model_copy(update={"path": str(folder)})
     tiers = tiers.model_copy(update={"disk": disk})
     runtime = runtime.model_copy(update={"tiers": tiers})
@@ -173,7 +173,7 @@ def _tokenizer_folder(policy: str | Path, name: str, path: _Path) -> Path:
     if (folder / "tokenizer.json").is_file():
         return folder
     message = f"there is no file {str(folder / 'tokenizer.json')!r}"
-    raise PolicyError(*_problems(policy, [(path, message)]))
+    raise PolicyError(*at_fields(policy, [(path, message)]))
 
 
 def own_tokenizer(policy: str | Path, deployment: Deployment) -> Path | None:
@@ -206,7 +206,7 @@ def package_problems(
         if value is not None and not installed(package):
             message = f"needs the package {package}: pip install 'headgate[{extra}]'"
             wrong.append((path, message))
-    return _problems(policy, wrong)
+    return at_fields(policy, wrong)
 
 
 def key_problems(
@@ -233,7 +233,7 @@ def key_problems(
             continue
         why = "holds what no HTTP header can carry" if key else "is not set, or empty"
         wrong.append((path, f"the environment variable {name} {why}"))
-    return _problems(policy, wrong)
+    return at_fields(policy, wrong)
 
 
 def with_environment(deployment: Deployment, environ: Mapping[str, str] = os.environ) -> Deployment:
@@ -268,7 +268,7 @@ def _load(model: type[_Model], file: str) -> _Model:
     return loaded
 
 
-def _problems(
+def at_fields(
     policy: str | Path, wrong: Sequence[tuple[_Path, str]], suggestion: str | None = None
 ) -> list[Problem]:
     """What is wrong at each path, with its line: for these the file is read once more."""

@@ -156,3 +156,21 @@ def _write_kept(kept: Path, digests: dict[str, Any]) -> None:
         half.replace(kept)
     except OSError as error:  # a read-only home: the next start hashes again, nothing else is lost
         log.info("digests of weight files are not kept: %s", error)
+
+
+# ---- hub names ----------------------------------------------------------------------------------
+
+
+def hub_folder(name: str, revision: str | None) -> Path | None:
+    """Where the hub's client keeps what it has fetched of a name; None where it has fetched
+    nothing. https://huggingface.co/docs/huggingface_hub/guides/manage-cache"""
+    home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
+    cache = Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub")
+    kept = cache / f"models--{name.replace('/', '--')}"
+    wanted = revision or "main"
+    try:
+        commit = (kept / "refs" / wanted).read_text("ascii").strip()
+    except (OSError, ValueError):
+        commit = wanted
+    folder = kept / "snapshots" / commit
+    return folder if folder.is_dir() else None

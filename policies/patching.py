@@ -85,6 +85,16 @@ def _configured(file: str | Path, name: str, variant: Variant) -> Configured | N
     policy = Path(file).absolute().parent / Path(variant.config)
     data, places, problems = read_yaml(str(policy))
     _checked(data, str(policy), places, problems)
+    return configured(policy, data, file, name, variant)
+
+
+def configured(
+    policy: Path, data: Mapping[str, Any], file: str | Path, name: str, variant: Variant
+) -> Configured:
+    """A policy's data with a variant's patch, which stands under `name` in the hypothesis `file`.
+
+    Raises PolicyError at the patch.
+    """
     data = patched(data, variant.patch)
     try:
         deployment = Deployment.model_validate(data)

@@ -1,7 +1,8 @@
 """The shape of a policy file: frozen models that forbid unknown keys. Knows no YAML and no files.
 
 The parts stand in `edge.py` (the gateway), `discovery.py` (servers behind it), `slo.py` (its tiers
-and tenants), `state.py` (what gateways share) and `engine.py` (the runtime). Every field has a
+and tenants), `state.py` (what gateways share), `engine.py` (the runtime) and `gating.py` (what is
+served only with a verdict). Every field has a
 description; `docs/policy.md` is tested to name each of them.
 """
 
@@ -24,6 +25,7 @@ from policies.engine import (
     Weights,
 )
 from policies.fields import PolicyModel, integer_one
+from policies.gating import Gate, Optimization
 from policies.slo import Tenant, Tier
 from policies.state import StateStore
 
@@ -60,6 +62,15 @@ class Deployment(PolicyModel):
     discovery: tuple[Discovery, ...] = Field(
         (), max_length=64, strict=False, description="Servers that come and go, and where to look."
     )
+
+    optimizations: tuple[Optimization, ...] = Field(
+        (),
+        max_length=64,
+        strict=False,
+        description="What is served beside the rest of this file once it has passed its gate, in "
+        "this order: each was judged on top of those before it.",
+    )
+    gate: Gate = Field(Gate(), description="What lets an optimization go live.")
 
     @model_validator(mode="after")
     def _serves_something(self) -> Deployment:

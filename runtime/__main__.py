@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
 from policies import load as policy_file
+from policies.devices import Devices
+from policies.enabling import gated, news
 from policies.model_facts import read_weights
 from policies.model_folder import served_name
 from policies.schema import Deployment, Runtime
@@ -28,13 +33,24 @@ EXIT_REFUSED = 3  # the model cannot be served: starting again would not help
 def main(argv: list[str] | None = None) -> None:
     """Serves the policy's model on one port until told to stop; exit code 2: a wrong policy."""
     parser = argparse.ArgumentParser(prog="python -m runtime", description=__doc__)
-    parser.add_argument("policy", type=Path, help="policy file; its `runtime` part is obeyed")
-    parser.add_argument("--port", type=int, required=True, help="port to listen on, loopback only")
+    parser.add_argument(
+        "policy", type=Path, nargs="?", help="policy file; its `runtime` part is obeyed"
+    )
+    parser.add_argument("--port", type=int, help="port to listen on, loopback only")
     parser.add_argument("--rank", type=int, default=0, help="this worker's number, from 0")
+    parser.add_argument(
+        "--devices", action="store_true", help="print what could compute here, as JSON, and end"
+    )
     args = parser.parse_args(argv)
+    if args.devices:
+        print_devices()
+        return
+    if args.policy is None or args.port is None:
+        parser.error("give a policy file and --port")
     logging.basicConfig(level=logging.INFO, format="%(levelname).1s %(name)s: %(message)s")
     try:
-        policy = policy_file.resolve_folders(args.policy, policy_file.load(args.policy))
+        found = gated(args.policy, policy_file.load(args.policy), time.time(), _devices)
+        policy = policy_file.resolve_folders(args.policy, found.deployment)
         if policy.runtime is None:
             parser.error(f"{args.policy} has no `runtime`")
         source = policy_file.resolve_model(args.policy, policy.runtime)
@@ -43,7 +59,20 @@ def main(argv: list[str] | None = None) -> None:
     except policy_file.PolicyError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
-    serve(policy, source, adapters, draft, args.port, args.rank)
+    for row in news(found):
+        logging.getLogger("runtime").warning("%s: %s  %s", *row)
+    serve(policy, source, adapters, draft, args.port, args.rank, found.payload())
+
+
+def print_devices() -> None:
+    """For programs without torch, which decide what may run."""
+    print(json.dumps(_devices()))
+
+
+def _devices() -> Devices:
+    from runtime.fingerprint import known_devices
+
+    return known_devices()
 
 
 def serve(
@@ -53,6 +82,7 @@ def serve(
     draft: Path | str | None,
     port: int,
     rank: int,
+    optimizations: Sequence[Mapping[str, Any]] = (),
 ) -> None:
     """Blocks until the server has been told to stop and running answers have had their time."""
     from runtime.server import create_app
@@ -62,7 +92,10 @@ def serve(
     assert policy.runtime is not None
     runtime = policy.runtime
     worker = Worker(
-        lambda streams: load_served(runtime, source, adapters, draft, streams, rank),
+        lambda streams: replace(
+            load_served(runtime, source, adapters, draft, streams, rank),
+            optimizations=optimizations,
+        ),
         max_body_bytes=policy.gateway.max_body_bytes,
         on_failure=give_up,
         run_token=os.environ.get(RUN_TOKEN_ENV),

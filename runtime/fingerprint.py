@@ -110,6 +110,14 @@ def device_facts(device: torch.device) -> Facts:
     return {"type": device.type, "name": name, "detail": detail, "torch": torch.__version__}
 
 
+def known_devices() -> dict[str, Facts]:
+    """The facts by the names that a policy may give a device, those that there are."""
+    facts = {"cpu": device_facts(torch.device("cpu"))}
+    if torch.cuda.is_available():
+        facts["cuda"] = device_facts(torch.device("cuda"))
+    return facts | {"auto": facts.get("cuda", facts["cpu"])}
+
+
 def _processor() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines():

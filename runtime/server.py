@@ -74,7 +74,9 @@ def create_app(worker: Worker) -> Starlette:
 
     async def fingerprint(_: Request) -> Response:
         served = worker.require()
-        return _json({"model": served.name, **served.fingerprint.payload()})
+        optimizations = list(served.optimizations)
+        told = {"model": served.name, **served.fingerprint.payload()}
+        return _json(told | {"optimizations": optimizations})
 
     async def metrics(_: Request) -> Response:
         page = await asyncio.to_thread(worker.require().metrics.text)  # streams flow on meanwhile

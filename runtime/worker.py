@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,6 +36,7 @@ class Served:
     metrics: Page
     events: BlockEvents | None = None
     sampling: dict[str, float] = field(default_factory=dict)  # what the model's makers recommend
+    optimizations: Sequence[Mapping[str, Any]] = ()  # of the policy, and which of them are on
 
 
 class Worker:

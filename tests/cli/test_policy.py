@@ -47,6 +47,9 @@ upstreams:
 - {url: "https://example.org/base"}
 discovery:
 - {file: replicas.yaml}
+optimizations:
+- {hypothesis: int8.yaml}
+gate: {enforce: warn, max_age: 30d}
 """
 
 
