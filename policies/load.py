@@ -144,7 +144,7 @@ def resolve_recording(policy: str | Path, deployment: Deployment) -> Deployment:
         folder = Path(policy).absolute().parent / Path(record.path).expanduser()
     except RuntimeError as error:  # ~nobody
         wrong = [(("gateway", "record", "path"), str(error))]
-        raise PolicyError(*_problems(policy, wrong)) from None
+        raise PolicyError(*at_fields(policy, wrong)) from None
     record = record.model_copy(update={"path": str(folder)})
     gateway = deployment.gateway.model_copy(update={"record": record})
     return deployment.model_copy(update={"gateway": gateway})
