@@ -13,8 +13,16 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import special
 
-from evals.stats.estimate import Estimate, Floats, TooFewClusters, check_alpha, cluster_sums, finite
-from evals.stats.paired import FEWEST_CLUSTERS, mean_diff, moments, tail
+from evals.stats.estimate import (
+    Estimate,
+    Floats,
+    TooFewClusters,
+    check_alpha,
+    cluster_sums,
+    finite,
+    worth,
+)
+from evals.stats.paired import FEWEST_CLUSTERS, mean_diff, moments, reach_of, tail
 from evals.stats.rates import clopper_pearson
 
 _LEAST_LOG = -700.0  # of a probability: the smallest that is still one in double precision
@@ -150,17 +158,16 @@ def mean_below(
     if count < FEWEST_CLUSTERS:
         raise TooFewClusters(count, FEWEST_CLUSTERS)
     mean = float(found.mean())
-    error, skewness = (
-        float(part[0]) for part in moments((sums - sizes * mean)[None, :], found.size)
-    )
-    reach = float(special.stdtrit(count - 1, 1 - alpha)) * error
+    error, skewness = (float(part[0]) for part in moments((sums - sizes * mean)[None, :], sizes))
+    free = worth(sizes)
+    reach = float(special.stdtrit(max(free, 1.01) - 1, 1 - alpha))
     distance = maximum - mean
     return Estimate(
         estimate=mean,
-        low=mean - reach,
-        high=mean + reach,
-        p=float(tail(distance / error, -skewness, count, count)) if error else float(distance <= 0),
-        p_harm=float(tail(-distance / error, skewness, count, count))
+        low=mean - error * reach_of(reach, skewness, count),
+        high=mean + error * reach_of(reach, -skewness, count),
+        p=float(tail(distance / error, -skewness, count, free)) if error else float(distance <= 0),
+        p_harm=float(tail(-distance / error, skewness, count, free))
         if error
         else float(distance >= 0),
         n=found.size,

@@ -70,3 +70,8 @@ def cluster_sums(values: Floats, clusters: Sequence[Hashable] | None) -> tuple[F
     index = np.array([numbers.setdefault(name, len(numbers)) for name in clusters])
     sizes = np.bincount(index).astype(np.float64)
     return np.bincount(index, values).astype(np.float64), sizes
+
+
+def worth(sizes: Floats) -> float:
+    """How many clusters of one size say as much as these: fewer where a few hold most rows."""
+    return float(sizes.sum() ** 2 / (sizes @ sizes))

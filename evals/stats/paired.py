@@ -23,6 +23,7 @@ from evals.stats.estimate import (
     check_alpha,
     cluster_sums,
     finite,
+    worth,
 )
 from evals.stats.tango import tango
 
@@ -78,14 +79,15 @@ def cluster_t(
         found = betting(values, margin, alpha, clusters)
         return replace(found, clusters=count, detail={"moved": moved})
     mean = float(values.mean())
-    error, skewness = (float(part[0]) for part in moments((sums - sizes * mean)[None, :], n))
-    reach = float(special.stdtrit(moved - 1, 1 - alpha))
+    error, skewness = (float(part[0]) for part in moments((sums - sizes * mean)[None, :], sizes))
+    free = min(moved, worth(sizes))
+    reach = float(special.stdtrit(free - 1, 1 - alpha))
     return Estimate(
         estimate=mean,
-        low=mean - error * _reach(reach, skewness, count),
-        high=mean + error * _reach(reach, -skewness, count),
-        p=float(tail((mean - margin) / error, skewness, count, moved)) if error else 0.0,
-        p_harm=float(tail((margin - mean) / error, -skewness, count, moved)) if error else 0.0,
+        low=mean - error * reach_of(reach, skewness, count),
+        high=mean + error * reach_of(reach, -skewness, count),
+        p=float(tail((mean - margin) / error, skewness, count, free)) if error else 0.0,
+        p_harm=float(tail((margin - mean) / error, -skewness, count, free)) if error else 0.0,
         n=n,
         clusters=count,
         method="cluster_t",
@@ -93,31 +95,31 @@ def cluster_t(
     )
 
 
-def moments(residuals: Floats, n: int) -> tuple[Floats, Floats]:
-    """Standard error of the mean of `n` values and skewness, from each cluster's sum less what the
-    mean would give; one row for each data set.
+def moments(residuals: Floats, sizes: Floats) -> tuple[Floats, Floats]:
+    """Standard error of the mean and skewness, from each cluster's sum less what the mean would
+    give; one row for each data set.
     """
-    count = residuals.shape[1]
+    units, n = worth(sizes), float(sizes.sum())
     square = (residuals**2).mean(axis=1)
-    error = np.sqrt(square * count**2 / (count - 1)) / n
+    error = np.sqrt(square * sizes.size * units / (units - 1)) / n
     cube = (residuals**3).mean(axis=1)
     safe = np.where(square > 0, square, 1.0)
     return error, np.where(square > 0, cube / safe**1.5, 0.0)
 
 
-def tail(t: ArrayLike, skewness: ArrayLike, count: int, moved: ArrayLike) -> Floats:
+def tail(t: ArrayLike, skewness: ArrayLike, count: int, free: ArrayLike) -> Floats:
     """p of the t statistic, or of Hall's transformation of it (1992, JRSS-B 54:221), whichever is
-    larger. Freedom is of the clusters that moved: the others tell no variance.
+    larger; `free` clusters carry the variance, those that moved: the others tell none.
     """
     plain = np.asarray(t, dtype=np.float64)
     gamma, scaled = np.asarray(skewness, dtype=np.float64), plain / np.sqrt(count)
     cubic = scaled + gamma * scaled**2 / 3 + gamma**2 * scaled**3 / 27 + gamma / (6 * count)
     smaller = np.minimum(plain, np.sqrt(count) * cubic)
-    p: Floats = special.stdtr(np.asarray(moved) - 1, -smaller)
+    p: Floats = special.stdtr(np.maximum(free, 1.01) - 1, -smaller)
     return p
 
 
-def _reach(t: float, skewness: float, count: int) -> float:
+def reach_of(t: float, skewness: float, count: int) -> float:
     """How many standard errors below the mean `tail` refuses: the inverse of both statistics."""
     if abs(skewness) < 1e-9:
         return t
@@ -146,8 +148,10 @@ def cluster_tango(
     effect = float(design_effect(sums[None, :], sizes, np.array([lost + gained]), moved)[0])
     effective = max(int(values.size / effect), 1)
     part = effective / values.size
-    low, p = _scaled(lost * part, gained * part, effective, moved, margin, alpha)
-    high, p_harm = _scaled(gained * part, lost * part, effective, moved, -margin, alpha)
+    free = min(float(moved), worth(sizes))
+    told = moved >= FEWEST_MOVED
+    low, p = _scaled(lost * part, gained * part, effective, free, told, margin, alpha)
+    high, p_harm = _scaled(gained * part, lost * part, effective, free, told, -margin, alpha)
     return Estimate(
         estimate=float(values.mean()),
         low=low,
@@ -163,7 +167,7 @@ def cluster_tango(
             "design_effect": effect,
             "effective_pairs": effective,
             "moved": moved,
-            "correlation_assumed": moved < FEWEST_MOVED,
+            "correlation_assumed": not told,
         },
     )
 
@@ -174,7 +178,7 @@ def design_effect(sums: Floats, sizes: Floats, flips: Floats, moved: ArrayLike) 
     """
     n = float(sizes.sum())
     mean = sums.sum(axis=1) / n
-    error, _ = moments(sums - np.outer(mean, sizes), int(n))
+    error, _ = moments(sums - np.outer(mean, sizes), sizes)
     alone = (flips - n * mean**2) / n**2
     found = np.where(alone > 0, error**2 / np.where(alone > 0, alone, 1.0), 1.0)
     typical = float(sizes @ sizes) / n
@@ -183,23 +187,30 @@ def design_effect(sums: Floats, sizes: Floats, flips: Floats, moved: ArrayLike) 
     return np.maximum(found, least)
 
 
+def scaled_p(
+    lost: ArrayLike, gained: ArrayLike, n: ArrayLike, free: ArrayLike, margin: float
+) -> Floats:
+    """p of counts that are worth `n` pairs, by t of the clusters that carry the variance."""
+    z = score.statistic(lost, gained, n, margin)
+    p: Floats = special.stdtr(np.maximum(free, 1.01) - 1, -z)
+    return p
+
+
 def _scaled(
-    lost: float, gained: float, n: int, moved: int, margin: float, alpha: float
+    lost: float, gained: float, n: int, free: float, told: bool, margin: float, alpha: float
 ) -> tuple[float, float]:
-    """Lower bound and p: by t of the clusters that moved, or exactly where few did."""
-    if moved < FEWEST_MOVED:
+    """Lower bound and p: by t, or exactly where too few clusters moved to tell a variance."""
+    if not told:
         p = score.p_value(lost, gained, n, margin)
         low = score.bound(lost, gained, n, alpha)
         return (max(low, float(np.nextafter(margin, 1))) if p <= alpha else min(low, margin)), p
-    z = float(score.statistic(lost, gained, n, margin))
-    reach = float(special.stdtrit(moved - 1, 1 - alpha))
+    reach = float(special.stdtrit(max(free, 1.01) - 1, 1 - alpha))
 
     def beyond(diff: float) -> float:
         return float(score.statistic(lost, gained, n, diff)) - reach
 
-    mean = (gained - lost) / n
-    least = -1 + 1e-9
+    mean, least = (gained - lost) / n, -1 + 1e-9
     low = (
         float(optimize.brentq(beyond, least, mean)) if mean > least and beyond(least) > 0 else -1.0
     )
-    return low, float(special.stdtr(moved - 1, -z))
+    return low, float(scaled_p(lost, gained, n, free, margin))

@@ -1,33 +1,72 @@
 """What pairs can show, before they are spent: how many are needed, which margin is testable.
 
-For binary outcomes by the score test's own variance (Nam 1997, Biometrics 53:1422): the shorter
-(z_a + z_b)^2 flips / margin^2 promises 80 % where flips are few and gives 66 %.
+For binary outcomes by adding up the tables that pass; the usual (z_a + z_b)^2 flips / margin^2
+promises 80 % where flips are few and gives 25 to 77 %.
 """
 
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 from scipy import optimize, special
 
+from evals.stats import tango
 from evals.stats.estimate import check_alpha
 from evals.stats.rates import trials_needed
 
+_FEW_PAIRS = 1000
+_EXACT_COSTS = 0.015  # what the exact critical value lies above the normal one, about
 
+
+@lru_cache(maxsize=4096)
 def pairs_needed(
     flips: float, margin: float, alpha: float = 0.05, power: float = 0.8, diff: float = 0.0
 ) -> int:
     """Pairs with which a candidate whose true difference is `diff` passes `margin` with
     probability `power`, when a share `flips` of items changes between right and wrong.
     """
-    share = abs(margin)
-    distance = diff + share
+    share, flips = abs(margin), min(max(flips, abs(diff), 1e-4), 1.0)
+    low = min_pairs(share, alpha)
+    guess = _by_score(flips, share, alpha, power, diff)
+    if guess > tango.EXACT_PAIRS:
+        return guess
+    z = _normal(alpha) + _EXACT_COSTS
+
+    def shown(count: int) -> bool:
+        return tango.power(count, flips, diff, -share, z) >= power
+
+    if shown(low):
+        return _exactly(low, flips, share, alpha, power, diff)
+    high = max(guess, low + 1)
+    while not shown(high):
+        low, high = high, high + high // 4 + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if shown(middle) else (middle, high)
+    return _exactly(high, flips, share, alpha, power, diff)
+
+
+def _exactly(
+    count: int, flips: float, margin: float, alpha: float, power: float, diff: float
+) -> int:
+    """From there on with the critical value of just so many pairs, which is rough for few."""
+    while count < _FEW_PAIRS:
+        z = tango.critical(count, -margin, alpha)
+        if tango.power(count, flips, diff, -margin, z) >= power - 0.005:
+            break
+        count += max(1, count // 100)
+    return count
+
+
+def _by_score(flips: float, margin: float, alpha: float, power: float, diff: float) -> int:
+    """The same by normal approximation: right to a few points of power, at once."""
+    distance = diff + margin
     if distance <= 0:
-        raise ValueError(f"a candidate at {diff} cannot pass a margin of {-share}")
-    z_alpha, z_beta = _normal(alpha), _normal(1 - power)
-    under_null, under_truth = _variances(max(flips, abs(diff)), share, diff)
-    needed = (z_alpha * math.sqrt(under_null) + z_beta * math.sqrt(under_truth)) ** 2 / distance**2
-    return max(math.ceil(needed), min_pairs(margin, alpha))
+        raise ValueError(f"a candidate at {diff} cannot pass a margin of {-margin}")
+    under_null, under_truth = _variances(flips, margin, diff)
+    spread = _normal(alpha) * math.sqrt(under_null) + _normal(1 - power) * math.sqrt(under_truth)
+    return max(math.ceil(spread**2 / distance**2), min_pairs(margin, alpha))
 
 
 def pairs_by_rule(flips: float, margin: float, alpha: float = 0.05, power: float = 0.8) -> int:
@@ -42,12 +81,12 @@ def min_pairs(margin: float, alpha: float = 0.05) -> int:
 
 def testable_margin(pairs: int, flips: float, alpha: float = 0.05, power: float = 0.8) -> float:
     """The smallest margin, a positive share, that `pairs` can pass with `power`; 1.0 for none."""
-    if pairs_needed(flips, 0.999, alpha, power) > pairs:
+    if _by_score(flips, 0.999, alpha, power, 0.0) > pairs:
         return 1.0
     low, high = 1e-4, 0.999
     while high - low > 1e-4:
         middle = (low + high) / 2
-        enough = pairs_needed(flips, middle, alpha, power) <= pairs
+        enough = _by_score(flips, middle, alpha, power, 0.0) <= pairs
         low, high = (low, middle) if enough else (middle, high)
     return high
 

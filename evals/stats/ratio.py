@@ -22,6 +22,7 @@ from evals.stats.estimate import (
     check_alpha,
     cluster_sums,
     finite,
+    worth,
 )
 from evals.stats.paired import FEWEST_CLUSTERS, moments
 
@@ -150,11 +151,13 @@ def tost(
     sums, sizes = cluster_sums(values, clusters)
     if sizes.size < FEWEST_CLUSTERS:
         raise TooFewClusters(sizes.size, FEWEST_CLUSTERS)
-    error = float(moments((sums - sizes * values.mean())[None, :], values.size)[0][0])
-    above = _by_t(values, error, sizes.size, 1 + margin, alpha, "rise", "tost")
-    below = _by_t(values, error, sizes.size, 1 / (1 + margin), alpha, "fall", "tost")
+    error = float(moments((sums - sizes * values.mean())[None, :], sizes)[0][0])
+    units = worth(sizes)
+    above = _by_t(values, error, units, 1 + margin, alpha, "rise", "tost")
+    below = _by_t(values, error, units, 1 / (1 + margin), alpha, "fall", "tost")
     return replace(
         above,
+        clusters=sizes.size,
         p=max(above.p, below.p),
         p_harm=min(1.0, 2 * min(above.p_harm, below.p_harm)),
         detail={**above.detail, "p_more": above.p, "p_less": below.p},
@@ -164,7 +167,7 @@ def tost(
 def _by_t(
     values: Floats,
     error: float,
-    units: int,
+    units: float,
     margin_ratio: float,
     alpha: float,
     harm: Harm,
@@ -172,14 +175,14 @@ def _by_t(
 ) -> Estimate:
     if margin_ratio <= 0:
         raise ValueError(f"margin is a ratio of {margin_ratio}; 1.10 is ten per cent more")
-    mean = float(values.mean())
-    reach = float(special.stdtrit(units - 1, 1 - alpha)) * error
+    mean, free = float(values.mean()), max(units, 1.01) - 1
+    reach = float(special.stdtrit(free, 1 - alpha)) * error
     distance = math.log(margin_ratio) - mean
     if harm == "fall":
         distance = -distance
     if error:
-        p = float(special.stdtr(units - 1, -distance / error))
-        p_harm = float(special.stdtr(units - 1, distance / error))
+        p = float(special.stdtr(free, -distance / error))
+        p_harm = float(special.stdtr(free, distance / error))
     else:
         p, p_harm = float(distance <= 0), float(distance >= 0)
     return Estimate(
@@ -189,7 +192,7 @@ def _by_t(
         p=p,
         p_harm=p_harm,
         n=values.size,
-        clusters=units,
+        clusters=round(units),
         method=method,
         detail={"log_mean": mean, "standard_error": error, "spread": error * math.sqrt(units)},
     )

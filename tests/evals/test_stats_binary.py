@@ -132,19 +132,25 @@ def test_the_textbook_rule_gives_the_known_numbers():
     assert found == [[1237, 3710, 7420], [310, 928, 1855], [50, 149, 297]]
 
 
-@pytest.mark.parametrize(("flips", "margin"), [(0.06, 0.02), (0.12, 0.05), (0.06, 0.05)])
+@pytest.mark.parametrize("flips", [0.01, 0.02, 0.06, 0.12])
+@pytest.mark.parametrize("margin", [0.02, 0.05])
 def test_the_planned_pairs_have_the_planned_power(flips, margin):
-    """By exact enumeration of what passes; the textbook's number falls short."""
+    """By exact enumeration of what passes; the textbook's number falls short. Below 200 pairs one
+    table more or less is worth many points, and the plan is on the safe side.
+    """
     n = power.pairs_needed(flips, margin)
     z = tango.critical(n, -margin, 0.05)
-    assert tango.power(n, flips, 0.0, -margin, z) == pytest.approx(0.8, abs=0.03)
+    shown = tango.power(n, flips, 0.0, -margin, z)
+    assert 0.79 <= shown <= (0.83 if n > 200 else 0.93)
     rule = power.pairs_by_rule(flips, margin)
     assert rule < n
 
 
 def test_the_testable_margin_is_the_one_that_the_pairs_are_enough_for():
     margin = power.testable_margin(928, 0.06)
-    assert power.pairs_needed(0.06, margin) <= 928 < power.pairs_needed(0.06, margin - 0.0005)
+    z = tango.critical(928, -margin, 0.05)
+    assert tango.power(928, 0.06, 0.0, -margin, z) == pytest.approx(0.8, abs=0.03)
+    assert margin == pytest.approx(0.0206, abs=0.0003)
     assert power.testable_margin(1, 0.06) > 0.9
 
 
