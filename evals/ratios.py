@@ -79,7 +79,7 @@ def block_logs(metric: Metric, pairs: Sequence[Pair]) -> list[float]:
 
 def tokens(question: Question, pairs: Sequence[Pair], stats: Stats) -> Answer:
     """Mean of the items' log ratios: within both bounds (tost), or better or no worse than one."""
-    names, logs, left, right = _token_logs(question.metric, pairs)
+    names, logs, left, right = token_logs(question.metric, pairs)
     if not logs:
         raise NotMeasured(question.metric.name)
     means = math.fsum(left) / len(left), math.fsum(right) / len(right)
@@ -178,7 +178,7 @@ def _per_second(
     return math.fsum(one or 0.0 for one in found) / (end - begin)
 
 
-def _token_logs(
+def token_logs(
     metric: Metric, pairs: Sequence[Pair]
 ) -> tuple[list[str], list[float], list[float], list[float]]:
     """Cluster, log ratio and both counts of each item, repeats averaged. A failure has taken all

@@ -1,0 +1,189 @@
+"""How many pairs a question needs, by what is known of its noise. Pure; reads no file.
+
+The noise is that of the baseline against itself in an earlier run, else what is assumed here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import special
+
+from evals import ratios, shares
+from evals.battery import null_of
+from evals.pairs import Pair, by_source
+from evals.questions import Question, questions
+from evals.stats.estimate import Floats, cluster_sums
+from evals.stats.paired import FEWEST_CLUSTERS
+from evals.stats.power import block_pairs_needed, pairs_needed
+from evals.stats.rates import trials_needed
+from evals.stats.ratio import FEWEST_BLOCK_PAIRS
+from evals.texts import differs
+from policies.hypothesis import Hypothesis, Stats
+
+# What is assumed where no run has measured it.
+FLIPS, BLOCK_SPREAD, TOKEN_SPREAD, CORRELATION = 0.06, 0.10, 0.30, 0.1
+# Looking all the time takes more pairs than one look at the end.
+_SEQUENTIAL = 1.5
+NEVER = 10**9
+FINENESS = 1e-3
+
+
+@dataclass(frozen=True, slots=True)
+class Supply:
+    """What a source has, as the design will ask it: rows, repeats not counted, that fall into so
+    many clusters and blocks.
+    """
+
+    rows: int
+    clusters: int
+    blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class Noise:
+    """What one metric does without any change: `flips`, share of rows that change between right
+    and wrong; `spread`, standard deviation of a log ratio, of a pair of blocks or of a row;
+    `rate` of what nobody wants; `correlation` of rows of a cluster.
+    """
+
+    flips: float = FLIPS
+    spread: float | None = None
+    rate: float = 0.0
+    correlation: float = CORRELATION
+    measured: bool = False
+
+
+def measured(hypothesis: Hypothesis, floor: Sequence[Pair]) -> dict[str, Noise]:
+    """The noise of each question, from pairs of the baseline with itself, of an earlier run."""
+    sources = by_source(floor)
+    found = {}
+    for question in questions(hypothesis):
+        pairs = sources.get(question.source, ())
+        if pairs and (known := _noise(question, pairs)) is not None:
+            found[question.name] = known
+    return found
+
+
+def _noise(question: Question, pairs: Sequence[Pair]) -> Noise | None:
+    kind = question.metric.kind
+    if kind in ("time", "rate"):
+        logs = ratios.block_logs(question.metric, pairs)
+        return Noise(spread=float(np.std(logs, ddof=1)), measured=True) if len(logs) > 2 else None
+    if kind == "tokens":
+        _, logs, _, _ = ratios.token_logs(question.metric, pairs)
+        return Noise(spread=float(np.std(logs, ddof=1)), measured=True) if len(logs) > 2 else None
+    if kind == "divergence":
+        rate = sum(differs(one) for one in pairs) / len(pairs)
+        return Noise(flips=rate, rate=rate, measured=True)
+    seen = shares.units(null_of(question).metric, pairs) if kind in ("share", "flip") else []
+    if not seen:
+        return None
+    diffs = np.array([one.candidate - one.baseline for one in seen])
+    flips = float((diffs**2).mean())
+    rate = float(np.mean([one.baseline for one in seen]))
+    sums, sizes = cluster_sums(diffs, [one.cluster for one in seen])
+    return Noise(
+        flips=flips,
+        rate=flips / 2 if kind == "flip" else rate,
+        correlation=_correlation(sums, sizes, flips),
+        measured=True,
+    )
+
+
+def _correlation(sums: Floats, sizes: Floats, square: float) -> float:
+    """Of differences within a cluster, from how much more their sums vary than alone."""
+    room = float((sizes**2 - sizes).sum()) * square
+    extra = float((sums**2).sum()) - float(sizes.sum()) * square
+    return min(1.0, max(0.0, extra / room)) if room > 0 else CORRELATION
+
+
+Need = Callable[[float], int]
+
+
+def needs(
+    question: Question, supply: Supply, noise: Noise, stats: Stats, power: float
+) -> tuple[str, int, Need]:
+    """What counts, how much of it is there, and how much of it a bound needs."""
+    alpha = stats.alpha
+    if question.metric.kind in ("time", "rate"):
+        spread = BLOCK_SPREAD if noise.spread is None else noise.spread
+
+        def blocks(bound: float) -> int:
+            ratio = 1 + bound if question.metric.better == "lower" else 1 - bound
+            try:
+                need = block_pairs_needed(max(spread, FINENESS), ratio, alpha, power)
+            except ValueError:  # more than a million
+                return NEVER
+            return max(FEWEST_BLOCK_PAIRS, need)
+
+        return "pairs of blocks", supply.blocks, blocks
+    size = supply.rows / max(supply.clusters, 1)
+    effect = (1 + (size - 1) * noise.correlation) * (
+        _SEQUENTIAL if stats.mode == "sequential" else 1
+    )
+    few = size > 1 and supply.clusters < FEWEST_CLUSTERS
+
+    def pairs(bound: float) -> int:
+        return NEVER if few else math.ceil(effect * _pairs(question, noise, bound, alpha, power))
+
+    return "pairs", supply.rows, pairs
+
+
+def _pairs(question: Question, noise: Noise, bound: float, alpha: float, power: float) -> int:
+    """Of independent rows."""
+    if question.test in ("rate_max", "identical"):
+        return _rate_pairs(noise.rate, bound, alpha, power)
+    if question.metric.kind == "tokens":
+        tails = (1 - power) / 2 if question.test == "tost" else 1 - power
+        z = float(-special.ndtri(alpha) - special.ndtri(tails))
+        spread = TOKEN_SPREAD if noise.spread is None else noise.spread
+        return max(FEWEST_CLUSTERS, math.ceil((z * spread / math.log1p(bound)) ** 2))
+    if question.test == "mean_max":
+        return FEWEST_CLUSTERS
+    return pairs_needed(noise.flips, min(bound, 0.999), alpha, power)
+
+
+def _rate_pairs(rate: float, maximum: float, alpha: float, power: float) -> int:
+    """With which as many events as chance may bring still prove a rate below the maximum."""
+    if rate >= maximum:
+        return NEVER
+    count = trials_needed(maximum, alpha)
+    while rate > 0:
+        events = int(special.bdtrik(power, count, rate)) + 1
+        wanted = trials_needed(maximum, alpha, events)
+        if wanted <= count:
+            break
+        count = max(wanted, count + max(1, count // 50))
+        if count > NEVER // 100:
+            return NEVER
+    return count
+
+
+def note(question: Question, supply: Supply, noise: Noise) -> str:
+    kind = question.metric.kind
+    if (
+        kind not in ("time", "rate")
+        and supply.rows > supply.clusters
+        and supply.clusters < FEWEST_CLUSTERS
+    ):
+        return (
+            f"{supply.clusters} clusters, and at least {FEWEST_CLUSTERS} are needed; "
+            "more rows of the same ones do not help"
+        )
+    how = "measured" if noise.measured else "assumed"
+    if kind in ("time", "rate", "tokens"):
+        spread = (
+            noise.spread
+            if noise.spread is not None
+            else TOKEN_SPREAD
+            if kind == "tokens"
+            else BLOCK_SPREAD
+        )
+        return f"spread {spread:.1%} {how}"
+    if question.test in ("rate_max", "identical"):
+        return f"rate {noise.rate:.1%} {how}"
+    return f"{noise.flips:.1%} flips {how}"

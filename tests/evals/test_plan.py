@@ -1,0 +1,187 @@
+"""Plans: what can be shown is known before anything is spent, and what cannot is refused."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from evals.needs import Noise, Supply, measured
+from evals.pairs import AA, BASELINE, by_arm, pair
+from evals.plan import Plan, Row, plan
+from policies.hypothesis import Hypothesis
+from tests.evals.simulated import CORRECT, REPLAY, SUITE, TTFT, hypothesis, replayed, suite
+
+PLENTY = {SUITE: Supply(10_000, 10_000, 500), REPLAY: Supply(10_000, 5_000, 500)}
+
+
+def of_one(guardrail: dict[str, object], **more: object) -> Hypothesis:
+    return hypothesis(claims=[], guardrails=[guardrail], **more)
+
+
+def first(asked: Hypothesis, rows: int, noise: Noise | None = None, clusters: int = 0) -> Row:
+    supply = Supply(rows, clusters or rows, rows // 20)
+    name = plan(asked, PLENTY).rows[0].name
+    return plan(asked, {SUITE: supply, REPLAY: supply}, {name: noise} if noise else None).rows[0]
+
+
+@pytest.mark.parametrize(
+    ("margin", "flips", "about"),
+    [
+        (0.02, 0.02, 310),
+        (0.02, 0.06, 928),
+        (0.02, 0.12, 1855),
+        (0.01, 0.06, 3710),
+        (0.05, 0.06, 149),
+    ],
+)
+def test_pairs_follow_from_flips_and_margin(margin: float, flips: float, about: int) -> None:
+    """The textbook's numbers, somewhat more where flips are few."""
+    row = first(of_one({**CORRECT, "margin": margin}), 10_000, Noise(flips=flips))
+    assert row.needed is not None and about <= row.needed <= 1.5 * about
+
+
+def test_a_plan_that_cannot_pass_is_refused_with_what_can_be_tested() -> None:
+    asked = of_one({**CORRECT, "margin": 0.01})
+    known = Noise(flips=0.06)
+    made = plan(asked, {SUITE: Supply(1000, 1000, 50)}, {plan(asked, PLENTY).rows[0].name: known})
+    assert made.refused
+    (row,) = made.rows
+    assert row.needed is not None and row.needed > 1000
+    assert row.testable is not None and 0.018 <= row.testable <= 0.025
+    assert f"testable is {100 * row.testable:.3g} %" in made.table()
+    enough = of_one({**CORRECT, "margin": row.testable})
+    assert not plan(enough, {SUITE: Supply(1000, 1000, 50)}, {row.name: known}).refused
+
+
+def test_a_bound_that_no_number_of_rows_can_show_is_told_as_such() -> None:
+    """More bad answers than are allowed come without any change."""
+    bad = {"suite": "qa", "metric": "bad_output", "test": "rate_max", "max": 0.01}
+    row = first(of_one(bad), 100_000, Noise(rate=0.02))
+    assert (row.enough, row.needed) == (False, None)
+    assert row.testable is not None and 0.02 < row.testable < 0.03
+
+
+def test_a_rate_without_events_takes_three_over_its_maximum() -> None:
+    bad = {"suite": "qa", "metric": "bad_output", "test": "rate_max", "max": 0.002}
+    row = first(of_one(bad), 1000)
+    assert row.needed == pytest.approx(3 / 0.002, rel=0.01)
+    assert row.testable == pytest.approx(0.003, abs=1e-9)
+
+
+def test_each_of_many_guardrails_is_planned_for_all_of_them_to_pass() -> None:
+    one, five = of_one(CORRECT), hypothesis(claims=[], guardrails=[CORRECT] * 5)
+    assert (plan(one, PLENTY).power, plan(five, PLENTY).power) == pytest.approx((0.8, 0.96))
+    alone, among = plan(one, PLENTY).rows[0].needed, plan(five, PLENTY).rows[0].needed
+    assert alone is not None and among is not None and among > 1.4 * alone
+
+
+def test_conversations_are_worth_less_than_as_many_rows() -> None:
+    asked = of_one(CORRECT)
+    alone, together = first(asked, 4000), first(asked, 4000, clusters=400)
+    assert alone.needed is not None and together.needed is not None
+    assert together.needed == pytest.approx(1.9 * alone.needed, rel=0.01)
+    few = first(asked, 4000, clusters=19)
+    assert (few.enough, few.needed, few.testable) == (False, None, None)
+    assert "19 clusters, and at least 20 are needed" in few.note
+
+
+def test_times_need_pairs_of_blocks() -> None:
+    quiet, loud = (first(of_one(TTFT), 400, Noise(spread=spread)) for spread in (0.05, 0.3))
+    assert (quiet.what, quiet.needed, quiet.there, quiet.enough) == (
+        "pairs of blocks",
+        10,
+        20,
+        True,
+    )
+    assert loud.needed is not None and loud.needed > 50
+    assert not loud.enough
+    assert loud.testable is not None and loud.testable > 0.1
+
+
+def test_looking_all_the_time_takes_more() -> None:
+    fixed = first(of_one(CORRECT), 4000).needed
+    watched = first(of_one(CORRECT, stats={"mode": "sequential"}), 4000).needed
+    assert fixed is not None and watched == pytest.approx(1.5 * fixed, rel=0.01)
+
+
+def test_what_the_change_touches_is_planned_by_itself() -> None:
+    """An eighth of the requests: eight times as many are needed, and 133 of them in any case."""
+    trim = {
+        "kind_of_change": "lossy_input",
+        "candidate": {"patch": {"gateway.trim.budget_tokens": 9}},
+    }
+    made = plan(of_one(CORRECT, **trim), {SUITE: Supply(1000, 1000, 50)}, exposed=0.125)
+    whole, part = made.rows
+    assert (whole.enough, part.enough, part.there) == (True, False, 125)
+    assert made.refused
+    assert plan(of_one(CORRECT), {SUITE: Supply(1000, 1000, 50)}, exposed=0.125).rows == (whole,)
+
+
+def test_claims_are_never_a_reason_to_refuse() -> None:
+    made = plan(hypothesis(guardrails=[CORRECT]), PLENTY)
+    assert [one.required for one in made.rows] == [True, False]
+    assert not made.refused
+
+
+def test_a_source_without_rows_is_refused() -> None:
+    assert plan(hypothesis(), {SUITE: PLENTY[SUITE]}).refused
+
+
+def test_noise_is_taken_from_an_earlier_run() -> None:
+    """Baseline against itself: flips, spread of blocks and of answers, how they cluster."""
+    draw = random.Random(5)
+    again = [
+        replace(one, scores={"correct": 1.0 - one.scores["correct"]})
+        if draw.random() < 0.1
+        else one
+        for one in suite(AA, 2000, a_cluster=4)
+    ]
+    rows = [*suite(BASELINE, 2000, a_cluster=4), *again, *replayed(BASELINE), *replayed(AA)]
+    arms = by_arm(rows)
+    length = {"replay": "week", "metric": "output_tokens", "test": "tost", "margin": 0.1}
+    asked = hypothesis(guardrails=[CORRECT, TTFT, length])
+    noise = measured(asked, pair(arms[BASELINE], arms[AA]))
+    correct, ttft, tokens, _ = noise.values()
+    assert correct.flips == pytest.approx(0.1, abs=0.02)
+    assert correct.correlation < 0.15
+    assert ttft.spread == pytest.approx(0.1 * 1.25 / 20**0.5 * 2**0.5, rel=0.5)
+    assert tokens.spread == 0.0
+    made = plan(asked, PLENTY, noise)
+    assert "flips measured" in made.rows[0].note
+    assert all("measured" in one.note for one in made.rows)
+
+
+def test_flips_of_whole_conversations_are_measured_as_such() -> None:
+    again = [
+        replace(
+            one, scores={"correct": float(int(one.cluster[1:]) % 5 > 0) * one.scores["correct"]}
+        )
+        for one in suite(AA, 2000, a_cluster=4)
+    ]
+    arms = by_arm([*suite(BASELINE, 2000, a_cluster=4), *again])
+    (known, *_) = measured(of_one(CORRECT), pair(arms[BASELINE], arms[AA])).values()
+    assert known.correlation > 0.6
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.floats(0.005, 0.3), st.floats(0.001, 0.3), st.integers(200, 20_000))
+def test_what_is_called_testable_is_planned_as_enough(
+    margin: float, flips: float, rows: int
+) -> None:
+    row = first(of_one({**CORRECT, "margin": margin}), rows, Noise(flips=flips))
+    assert row.enough == (row.needed is not None and row.needed <= rows)
+    if row.testable is not None:
+        assert first(of_one({**CORRECT, "margin": row.testable}), rows, Noise(flips=flips)).enough
+        assert row.enough or row.testable > margin - 1e-3
+
+
+def test_the_table_says_what_people_need_to_know() -> None:
+    made: Plan = plan(hypothesis(), {SUITE: Supply(100, 100, 5), REPLAY: Supply(400, 200, 20)})
+    said = made.table().splitlines()
+    assert said[0].split() == ["bound", "needed", "there", "testable"]
+    assert said[1].startswith("guardrail 1 qa correct paired_ni")
+    assert said[-1].startswith("refused: guardrail 1 qa correct paired_ni cannot be shown: ")
+    assert made.payload()["refused"] is True
