@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from prometheus_client.core import (
@@ -44,6 +44,7 @@ class Reading:
     cache: Mapping[str, str]
     facts: Mapping[str, str]
     guesses: Counts | None = None
+    quantized: Mapping[str, bool] = field(default_factory=dict)  # `weights`, `kv`: by what is held
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +113,11 @@ def _copy_seconds(r: Reading) -> Values:
 def _guessed(read: Callable[[Counts], Values]) -> Callable[[Reading], Values]:
     """A value of speculative decoding; none where nothing is ever guessed."""
     return lambda r: {} if r.guesses is None else read(r.guesses)
+
+
+def _quantized(what: str) -> Callable[[Reading], Values]:
+    """Every step runs through every layer, and writes to every layer's part of the pool."""
+    return lambda r: r.steps if r.quantized.get(what) else 0
 
 
 def _by_place(counts: Counts) -> Values:
@@ -331,6 +337,16 @@ COUNTERS = (
         ("way",),
     ),
     Family(("headgate_steps",), "Steps of the engine.", lambda r: r.steps),
+    Family(
+        ("headgate_quantized_weight_steps",),
+        "Steps that ran through layers with weights in eight bits or fewer.",
+        _quantized("weights"),
+    ),
+    Family(
+        ("headgate_quantized_kv_steps",),
+        "Steps that kept keys and values in eight bits.",
+        _quantized("kv"),
+    ),
     Family(
         ("vllm:spec_decode_num_drafts", "headgate_drafts"),
         "Times that tokens were guessed for an answer; like all of guesses, absent where they are "

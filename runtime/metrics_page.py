@@ -53,6 +53,10 @@ class Page(Collector):
             "device": str(engine.model.device),
             "dtype": str(engine.model.dtype).removeprefix("torch."),
         }
+        self._quantized = {
+            "weights": engine.model.weights.rounds,
+            "kv": engine.model.kv_rounds,
+        }
         self._events = events
         self._registry = CollectorRegistry()
         self._registry.register(self)
@@ -91,7 +95,10 @@ class Page(Collector):
         counts = swap.counts if swap is not None else None
         speculation = self._engine.speculation
         guesses = speculation.counts if speculation is not None else None
-        return Reading(self.tally, load, steps, events, tiers, counts, cache, self._facts, guesses)
+        return Reading(
+            self.tally, load, steps, events, tiers, counts, cache, self._facts, guesses,
+            self._quantized,
+        )  # fmt: skip
 
 
 def _add(metric: Metric, labels: list[str], value: Value) -> None:

@@ -110,6 +110,11 @@ class Model:
         self.use(self._library)
 
     @property
+    def kv_rounds(self) -> bool:
+        """Whether keys and values lose something in the pool."""
+        return self._tails is not None
+
+    @property
     def kernels(self) -> list[PagedKernel | None]:
         """The compiled attention of each layer."""
         return [paged.kernel for paged in self._layers]

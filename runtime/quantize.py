@@ -36,6 +36,7 @@ from runtime.native_linear import NativeLinear, adds_bytes_exactly, is_fastest, 
 from runtime.timing import fastest
 
 LOSSLESS: tuple[WeightFormat, ...] = ("auto", "fp32", "bf16")
+ROUNDED: tuple[WeightFormat, ...] = ("w8a8", "w8", "int4", "fp8")
 INT4_GROUP = 32
 # With fewer or odd ones torch's weight-only kernel ends the process (a division by zero).
 _BYTE_FEATURES = 32

@@ -69,6 +69,11 @@ class Tally:
     untouched: list[str] = field(default_factory=list)
     swapped: list[tuple[nn.Module, str, nn.Module]] = field(default_factory=list)
 
+    @property
+    def rounds(self) -> bool:
+        """Whether any layer is held in a format that loses something against its weights."""
+        return any(way.partition("-")[0] in quantize.ROUNDED for way in self.held)
+
     def keep(self, other: Tally) -> None:
         """Counts what the other one did. The modules that it replaced are let go."""
         self.held += other.held

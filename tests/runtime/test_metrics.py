@@ -7,6 +7,7 @@ from bisect import bisect_left
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, strategies as st
@@ -16,6 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from cache.disk import DiskTier
 from cache.slot_file import slot_bytes
 from cache.tiers import MemoryTier, Tiers
+from policies.schema import Weights
 from runtime.distribution import FIRST_TOKEN_S, REQUEST_S, TOKEN_S, Distribution, tokens_up_to
 from runtime.metrics import FAMILIES, HISTOGRAMS
 from runtime.model import Model
@@ -138,6 +140,31 @@ def test_a_distribution_counts_what_is_at_most_each_bound(
 
 
 # ---- what moves them ----------------------------------------------------------------------------
+
+
+EIGHT = Weights(attention="w8a8", mlp="w8a8", head="w8a8")
+
+
+@pytest.mark.parametrize(
+    ("formats", "rounds"),
+    [
+        ({}, {"weight": False, "kv": False}),
+        ({"weights": EIGHT}, {"weight": True, "kv": False}),
+        ({"kv": "int8"}, {"weight": False, "kv": True}),
+    ],
+    ids=["plain", "w8a8", "kv int8"],
+)
+def test_steps_through_what_is_quantized_are_counted(
+    folder: Path, formats: dict[str, Any], rounds: dict[str, bool]
+) -> None:
+    """By what the model holds: a format that was asked for and not taken counts nothing."""
+    with serving(folder, formats=formats) as world:
+        assert world.post(max_tokens=5).status_code == 200
+        world.until(world.idle)
+        after = samples(world)
+    for what, rounded in rounds.items():
+        told = after[f"headgate_quantized_{what}_steps_total"]
+        assert told == (after["headgate_steps_total"] if rounded else 0), what
 
 
 def test_a_request_moves_what_it_should_and_agrees_with_its_usage(folder: Path) -> None:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -120,10 +120,11 @@ def serving(
     ready: bool = True,
     adapters: Path | None = None,
     below: Callable[[Model], Tiers] | None = None,
+    formats: Mapping[str, Any] | None = None,
     **engine: Any,
 ) -> Iterator[World]:
-    """A worker on a free port; its loading waits for `wait`."""
-    model = Gated(load_model(folder, kv_tokens=1024)[0])
+    """A worker on a free port; its loading waits for `wait`, and goes by `formats`."""
+    model = Gated(load_model(folder, kv_tokens=1024, **(formats or {}))[0])
     if adapters is not None:
         engine["adapters"] = load_adapters(model.model, adapters)
     if below is not None:
