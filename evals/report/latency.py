@@ -11,7 +11,7 @@ from evals.pairs import AA, Pair
 from evals.report.answers import paired
 from evals.report.markup import Markup, join, tag
 from evals.report.plot import Axis, Plot, Point, figure, legend, spread
-from evals.report.words import NBSP
+from evals.report.words import NBSP, named
 from evals.verdict import Finding
 from telemetry import Observation
 
@@ -48,7 +48,7 @@ def _one(
     shown = [(arm, said) for arm, said in _ARMS if any(map(math.isfinite, arms[arm]))]
     if not {"baseline", "candidate"} <= {arm for arm, _ in shown}:
         return Markup()
-    where = source.partition(":")[2] or source
+    where = named(source)
     return tag(
         "div",
         _spread({arm: arms[arm] for arm, _ in shown}, findings, f"{where}: {words}", shown),

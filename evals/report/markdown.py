@@ -22,6 +22,7 @@ from evals.report.words import (
     level,
     limit,
     moment,
+    named,
     pairs_of,
     title,
     what,
@@ -135,7 +136,7 @@ def _answers(verdict: Verdict, rows: Sequence[Observation]) -> str:
 
 def _answer(lost: Lost) -> str:
     before, after = lost.pair.baseline, lost.pair.candidate
-    name = plain(f"{before.source.partition(':')[2]} {before.id}")
+    name = plain(f"{named(before.source)} {before.id}")
     return "\n\n".join([
         f"<details><summary>{name}: {lost.before:.2g} → {lost.after:.2g}</summary>",
         "Baseline",

@@ -18,6 +18,7 @@ from evals.report.answers import (
 )  # fmt: skip
 from evals.report.markup import Markup, join, tag
 from evals.report.plot import figure, legend
+from evals.report.words import named
 from telemetry import Observation
 
 _NAMES: dict[Fate, str] = {
@@ -39,7 +40,7 @@ def answers(rows: Sequence[Observation], source: str, by: Metric) -> Markup:
     if not scored(pairs, by):
         return Markup()
     counts = fates(pairs, by)
-    name = source.partition(":")[2] or source
+    name = named(source)
     per_square = max(1, math.ceil(len(pairs) / _SQUARES))
     same = "A square is a pair." if per_square == 1 else f"A square is {per_square} pairs."
     lost = worst(pairs, by, _SHOWN)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from datetime import UTC, datetime
+from pathlib import PurePath
 
 from evals.metrics import metric
 from evals.verdict import Finding, Verdict
@@ -108,9 +109,15 @@ def level(finding: Finding) -> str:
 
 def what(finding: Finding) -> str:
     """`support-qa correct`, with its stratum where it is not everything."""
-    source = finding.source.partition(":")[2] or finding.source
+    source = named(finding.source)
     stratum = "" if finding.stratum in ("", "all") else f" · {finding.stratum}"
     return f"{source} {finding.metric}{stratum}"
+
+
+def named(source: str) -> str:
+    """`qa` of `suite:qa`; of one that is named by its file, the file's name."""
+    name = source.partition(":")[2] or source
+    return PurePath(name).stem if "/" in name else name
 
 
 def flips(finding: Finding) -> str:
