@@ -18,7 +18,7 @@ from gateway.openapi import document
 from gateway.replica import Replica
 from gateway.reply import Reply
 from gateway.upstream import Pool
-from policies.binding import edge_facts, edge_source
+from policies.leaves import edge_facts, edge_source
 from policies.side import Side
 from runtime.wire import Problem
 

@@ -1,234 +1,74 @@
-"""What a verdict is bound to: the leaves of a configuration, and of the hypothesis that judged it.
+"""What a gate compares, and what its verdict is bound to: two configurations and what is asked.
 
-Knows files and the policy's fields; which leaf spoils what, `effects.py` says. docs/binding.md.
+The policy that a hypothesis names may have optimizations of its own; it is judged on top of those
+that stand before it and are served. docs/binding.md.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from cache.tokenizer_files import TokenizerUnusable
-from policies.devices import Devices, DevicesUnknown, devices
-from policies.evidence import NoEvidence, find_source
-from policies.hypothesis import Hypothesis
-from policies.load import read_yaml
-from policies.model_facts import (
-    Facts,
-    digest_files,
-    engine_facts,
-    hub_folder,
-    kept_digests,
-    read_weights,
-    source_digest,
-    template_facts,
-    tokenizer_facts,
-    version,
-)
-from policies.model_folder import ModelError, find_draft, find_model
-from policies.patching import variants
-from policies.schema import Deployment, Discovery, Gateway, Runtime, Upstream
-from policies.side import Side, leaf
+from policies.devices import Devices, devices
+from policies.enabling import Chain, hypotheses, ledger_for
+from policies.hypothesis import Hypothesis, Variant
+from policies.leaves import Binder, Unknown, spec_side
+from policies.ledger import Ledger
+from policies.load import load, read_yaml
+from policies.patching import Configured, configured, variants
+from policies.side import Side
 
-# `runtime`: what each field says, if not of answers (NUMERICS) or of the batches that they are
-# computed in (BATCHING), has a leaf of its own, or says where something lies or who is told.
-NUMERICS = ("dtype", "weights", "kv", "compile", "speculation", "context_tokens")
-BATCHING = (
-    "workers", "threads", "kv_tokens", "tiers", "step_tokens", "tpot_ms", "max_sequences",
-    "max_waiting",
-)  # fmt: skip
-ELSEWHERE = ("model", "revision", "served_name", "device", "adapters", "kv_events")
+__all__ = ["Unknown", "ledger_of", "pair", "sides"]
 
-# `gateway`: fields with a leaf of their own, and those that change no answer and no time of one.
-OWN = ("trim", "response_cache", "routing", "tiers")
-SCHEDULING = ("running_per_replica", "max_in_flight")
-PLACES = (
-    "host", "port", "max_body_bytes", "body_timeout_s", "keep_alive_s", "drain_s", "reload",
-    "secret_env", "store", "tenants", "record",
-)  # fmt: skip
-TARGETS = ("ttft_ms", "tpot_ms")
+_GATED = ("optimizations", "gate")  # of a policy; in a pair what they said is done already
 
 
-class Unknown(Exception):
-    """A leaf that cannot be told here, and why."""
+def pair(
+    file: str | Path,
+    hypothesis: Hypothesis,
+    now: float | None = None,
+    told: Callable[[], Devices] = devices,
+) -> tuple[Configured | None, ...]:
+    """Baseline and candidate as policies without optimizations: with the patches of those that
+    stand before this one in the policy, as far as they are served. None for a variant at a URL.
 
-
-@dataclass(slots=True)
-class Binder:
-    """Takes sides of policies that lie beside one file; reads each weight file once."""
-
-    file: Path
-    devices: Callable[[], Devices] = devices
-    kept: Path | None = None  # where digests of large files are kept; default: the user's cache
-    _weights: dict[Path, Facts] = field(default_factory=dict)
-
-    def side(self, deployment: Deployment) -> Side:
-        """Raises Unknown."""
-        try:
-            facts = edge_facts(self._beside, deployment)
-            if deployment.runtime is not None:
-                facts |= self._engine(deployment.runtime)
-        except (ModelError, TokenizerUnusable, DevicesUnknown) as error:
-            raise Unknown(str(error)) from None
-        except OSError as error:
-            raise Unknown(f"{error.filename}: {error.strerror}") from None
-        return Side.of(facts)
-
-    @property
-    def _beside(self) -> Path:
-        return self.file.absolute().parent
-
-    def _engine(self, runtime: Runtime) -> dict[str, Any]:
-        model = _here(find_model(runtime.model, self._beside), runtime.revision)
-        draft = runtime.speculation.draft
-        guesser = None if draft is None else _here(find_draft(draft, self._beside), None)
-        said = runtime.model_dump(mode="json")
-        if said["tiers"] and said["tiers"]["disk"]:
-            del said["tiers"]["disk"]["path"]
-        del said["speculation"]["draft"]  # its leaf says what it is
-        known = self.devices()
-        if runtime.device not in known:
-            raise Unknown(f"there is no device {runtime.device!r} here")
-        return {
-            "weights": self._read(model),
-            "draft": self._read(guesser) if guesser else None,
-            "tokenizer": tokenizer_facts(model),
-            "template": template_facts(model),
-            "adapters": self._adapters(runtime.adapters),
-            "engine": engine_facts(),
-            "device": known[runtime.device],
-            "numerics": {name: said[name] for name in NUMERICS},
-            "batching": {name: said[name] for name in BATCHING},
-        }
-
-    def _read(self, folder: Path) -> Facts:
-        if folder not in self._weights:
-            self._weights[folder] = read_weights(folder, self.kept)
-        return self._weights[folder]
-
-    def _adapters(self, name: str | None) -> Facts | None:
-        if name is None:
-            return None
-        folder = self._beside / Path(name).expanduser()
-        return files_facts(folder, self.kept)
-
-
-def edge_source() -> Facts:
-    """What the gateway itself is."""
-    return {"headgate": version("headgate"), "source": source_digest(("gateway",))}
-
-
-def edge_facts(beside: Path, deployment: Deployment, source: Facts | None = None) -> dict[str, Any]:
-    """Leaf -> facts of the gateway's part: what it does to prompts, where it sends them, when."""
-    said = deployment.gateway.model_dump(mode="json")
-    tiers = said["tiers"]
-    del said["routing"]["receipts"]
-    return {
-        "edge": source or edge_source(),
-        "trim": said["trim"],
-        "response_cache": said["response_cache"],
-        "routing": said["routing"],
-        "slo": {name: {one: tier[one] for one in TARGETS} for name, tier in tiers.items()},
-        "scheduling": {
-            **{name: said[name] for name in SCHEDULING},
-            "tiers": {
-                name: {one: tier[one] for one in tier if one not in TARGETS}
-                for name, tier in tiers.items()
-            },
-        },
-        "transport": {name: said[name] for name in transport(Gateway)},
-        "upstreams": _upstreams(beside, deployment) or None,
-    }
-
-
-def transport(model: type[Gateway]) -> tuple[str, ...]:
-    """Fields of the gateway with no other place: retries, hedging, timeouts, and any to come."""
-    placed = {*OWN, *SCHEDULING, *PLACES}
-    return tuple(name for name in model.model_fields if name not in placed)
-
-
-def _upstreams(beside: Path, deployment: Deployment) -> list[dict[str, Any]]:
-    """Servers elsewhere are known by their address alone; and how their prompts are counted."""
-    found = []
-    listed: tuple[Upstream | Discovery, ...] = (*deployment.upstreams, *deployment.discovery)
-    for one in listed:
-        said = one.model_dump(mode="json", exclude={"api_key_env", "drain", "every_s"})
-        if one.tokenizer is not None:
-            folder = beside / one.tokenizer
-            said["tokenizer"] = [tokenizer_facts(folder), template_facts(folder)]
-        found.append(said)
-    return found
-
-
-def _here(model: Path | str, revision: str | None) -> Path:
-    folder = model if isinstance(model, Path) else hub_folder(model, revision)
-    if folder is None:
-        raise Unknown(f"what {model} is cannot be told before it has been fetched from the hub")
-    return folder
-
-
-def files_facts(folder: Path, kept: Path | None = None) -> Facts:
-    """SHA-256 of each file below a folder, or of the one file, by name. Raises OSError."""
-    if folder.is_dir():
-        files = sorted(file for file in folder.rglob("*") if file.is_file())
-        names = [file.relative_to(folder).as_posix() for file in files]
-    else:
-        files, names = [folder], [folder.name]
-    return dict(zip(names, digest_files(files, kept or kept_digests()), strict=True))
-
-
-# ---- the hypothesis -----------------------------------------------------------------------------
-
-
-def spec_side(file: str | Path, hypothesis: Hypothesis) -> Side:
-    """What was asked, and on what: the hypothesis, each suite with its scorers and judges, each
-    replay. Raises Unknown where one is not there, PolicyError for a suite that is no YAML."""
-    said = hypothesis.model_dump(
-        mode="json",
-        # The sides are leaves of their own; who asked, and what comes later, is no evidence.
-        exclude={"metadata", "baseline", "candidate", "rollout", "validity"},
+    Raises PolicyError.
+    """
+    moment = time.time() if now is None else now
+    named = (("baseline", hypothesis.baseline), ("candidate", hypothesis.candidate))
+    return tuple(
+        one and _bare(one, file, hypothesis, name, variant, moment, told)
+        for (name, variant), one in zip(named, variants(file, hypothesis), strict=True)
     )
-    said["min_affected_pairs"] = hypothesis.validity.min_affected_pairs
-    leaves = {"hypothesis": leaf("hypothesis", said)}
-    claimed = (hypothesis.source_of(one) for one in hypothesis.claims)
-    for source in dict.fromkeys((*hypothesis.sources, *claimed)):
-        try:
-            found = find_source(source, file)
-            facts = {source: files_facts(found)} if _is_replay(source) else _suite(source, found)
-        except NoEvidence as error:
-            raise Unknown(str(error)) from None
-        except OSError as error:
-            raise Unknown(f"{error.filename}: {error.strerror}") from None
-        leaves |= {name: leaf(name, one) for name, one in facts.items() if one}
-    return Side.over(leaves)
 
 
-def _is_replay(source: str) -> bool:
-    return source.startswith("replay:")
+def _bare(
+    one: Configured,
+    file: str | Path,
+    hypothesis: Hypothesis,
+    name: str,
+    variant: Variant,
+    now: float,
+    told: Callable[[], Devices],
+) -> Configured:
+    data, _, _ = read_yaml(str(one.file))
+    if not any(part in data for part in _GATED):
+        return one
+    policy = Configured(one.file, data, load(one.file))
+    chain = Chain(policy, now, told)
+    for path, before in hypotheses(one.file, policy.deployment):
+        if before.name == hypothesis.name:
+            break
+        chain.add(path, before)
+    bare = {part: said for part, said in chain.so_far.data.items() if part not in _GATED}
+    return configured(one.file, bare, file, name, variant)
 
 
-def _suite(source: str, file: Path) -> Mapping[str, Any]:
-    """`suite:NAME` are the rows and what is asked; `scorers:NAME` and `judge:NAME` who says how
-    good the answers are."""
-    data, _, _ = read_yaml(str(file))
-    said = dict(data) if isinstance(data, dict) else {}
-    listed = said.pop("scorers", None)
-    scorers = listed if isinstance(listed, list) else [listed]
-    judges = [one for one in scorers if isinstance(one, dict) and one.get("kind") == "judge"]
-    rows = said.pop("data", None)
-    if isinstance(rows, str):
-        said["rows"] = list(files_facts(file.absolute().parent / rows).values())
-    name = source.partition(":")[2]
-    return {
-        source: said,
-        f"scorers:{name}": {
-            "scorers": [one for one in scorers if one not in judges],
-            "source": source_digest(("evals/scorers",)),
-        },
-        f"judge:{name}": judges,
-    }
+def ledger_of(file: str | Path, hypothesis: Hypothesis) -> Ledger:
+    """Where its verdicts belong: the ledger that its baseline's policy names, else beside it."""
+    baseline, _ = variants(file, hypothesis)
+    return ledger_for(Path(file), baseline)
 
 
 def sides(
@@ -240,7 +80,7 @@ def sides(
     """
     named = (hypothesis.baseline, hypothesis.candidate)
     found = []
-    for variant, one in zip(named, variants(file, hypothesis), strict=True):
+    for variant, one in zip(named, pair(file, hypothesis, told=told), strict=True):
         if one is None:
             found.append(Side.of({"url": variant.url}))
         else:

@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from policies.binding import Binder
 from policies.devices import Devices, devices
 from policies.edge import Gateway
 from policies.hypothesis import Hypothesis
 from policies.knobs import KNOBS
+from policies.leaves import Binder
 from policies.ledger import Ledger, LedgerError, Reading
 from policies.load import at_fields, load_hypothesis, read_yaml
 from policies.patching import Configured, configured
@@ -27,6 +27,7 @@ from policies.standing import Question, Standing, judged
 
 # Lossy knobs that say what is served, not how it is made cheaper.
 _THE_MODEL = ("runtime.model", "runtime.revision")
+LEDGER = Path(".headgate", "ledger")
 # What only a restart can change: an optimization of it stays as it began.
 _FIXED = ("runtime.", "gateway.processes")
 # What `headgate serve` has told already; the programs that it starts tell what is otherwise.
@@ -72,29 +73,54 @@ def gated(
     file = Path(file).absolute()
     if not deployment.optimizations:
         return Gated(file, deployment, ungated=free)
-    ledger = ledger_of(file, deployment)
-    try:
-        reading, unreadable = ledger.read(), ""
-    except LedgerError as error:
-        reading, unreadable = Reading(), str(error)
-    binder = Binder(file, told)
     data, _, _ = read_yaml(str(file))
-    so_far = Configured(file, data, deployment)
-    standings: list[Standing] = []
-    for at, (path, hypothesis) in enumerate(hypotheses(file, deployment)):
-        after = configured(file, so_far.data, path, "candidate", hypothesis.candidate)
-        _refuse_twice(file, at, hypothesis, standings)
-        before, gate = so_far.deployment, deployment.gate
-        one = judged(
-            Question(path, hypothesis, before, after.deployment, gate, ledger, reading, binder, now)
-        )
+    chain = Chain(Configured(file, data, deployment), now, told, serving)
+    for path, hypothesis in hypotheses(file, deployment):
+        chain.add(path, hypothesis)
+    damaged = tuple(sorted({one for known in chain.readings.values() for one in known.damaged}))
+    return Gated(file, chain.so_far.deployment, tuple(chain.standings), free, damaged)
+
+
+class Chain:
+    """A policy to which one optimization after the other is added, if it may be served there."""
+
+    def __init__(
+        self,
+        policy: Configured,
+        now: float,
+        told: Callable[[], Devices] = devices,
+        serving: Gated | None = None,
+    ) -> None:
+        self.so_far = policy
+        self.standings: list[Standing] = []
+        self.readings: dict[Path, Reading] = {}  # by the ledger's folder
+        self._policy = policy
+        self._now = now
+        self._serving = serving
+        self._binder = Binder(policy.file, told)
+
+    def add(self, path: Path, hypothesis: Hypothesis) -> None:
+        """Raises PolicyError where its patch makes no policy."""
+        before = self.so_far
+        after = configured(before.file, before.data, path, "candidate", hypothesis.candidate)
+        ledger = ledger_for(path, self._policy)
+        unreadable = ""
+        try:
+            reading = self.readings.get(ledger.folder) or ledger.read()
+            self.readings[ledger.folder] = reading
+        except LedgerError as error:
+            reading, unreadable = Reading(), str(error)
+        asked = Question(
+            path, hypothesis, before.deployment, after.deployment, self._policy.deployment.gate,
+            ledger, reading, self._binder, self._now,
+        )  # fmt: skip
+        one = judged(asked)
         if unreadable and not one.enabled:
             one = replace(one, why=unreadable)
-        if serving is not None:
-            one = _held(one, serving)
-        standings.append(one)
-        so_far = after if one.enabled else so_far
-    return Gated(file, so_far.deployment, tuple(standings), free, reading.damaged)
+        if self._serving is not None:
+            one = _held(one, self._serving)
+        self.standings.append(one)
+        self.so_far = after if one.enabled else before
 
 
 def _held(one: Standing, serving: Gated) -> Standing:
@@ -114,14 +140,24 @@ def check_optimizations(file: str | Path, deployment: Deployment) -> None:
     gated(file, deployment.model_copy(update={"gate": asks_nobody}), 0.0)
 
 
-def ledger_of(file: str | Path, deployment: Deployment) -> Ledger:
-    """The ledger that a policy goes by."""
-    beside = Path(file).absolute().parent
-    return Ledger.open(beside / Path(deployment.gate.ledger).expanduser())
+def ledger_for(hypothesis: Path, policy: Configured | None) -> Ledger:
+    """The ledger that holds a hypothesis' verdicts: the policy's, else beside the hypothesis."""
+    named = policy.deployment.gate.ledger if policy is not None else None
+    if policy is None or named is None:
+        return Ledger.open(hypothesis.absolute().parent / LEDGER)
+    return Ledger.open(policy.file.absolute().parent / Path(named).expanduser())
+
+
+def ledgers(found: Gated) -> list[Ledger]:
+    """Those that a policy goes by, each once; the one beside it, too."""
+    policy = Configured(found.file, {}, found.deployment)
+    files = (found.file, *(Path(one.file) for one in found.standings))
+    return list(dict.fromkeys(ledger_for(file, policy) for file in files))
 
 
 def hypotheses(file: Path, deployment: Deployment) -> Iterator[tuple[Path, Hypothesis]]:
     """Those that the policy names, with their files. Raises PolicyError."""
+    names: set[str] = set()
     for at, one in enumerate(deployment.optimizations):
         path = file.parent / Path(one.hypothesis).expanduser()
         place = ("optimizations", at, "hypothesis")
@@ -130,6 +166,10 @@ def hypotheses(file: Path, deployment: Deployment) -> Iterator[tuple[Path, Hypot
         hypothesis = load_hypothesis(path)
         if (why := _not_a_patch(hypothesis)) is not None:
             raise PolicyError(*at_fields(file, [(place, why)]))
+        if hypothesis.name in names:
+            why = f"the hypothesis {hypothesis.name!r} is named twice"
+            raise PolicyError(*at_fields(file, [(place, why)]))
+        names.add(hypothesis.name)
         yield path, hypothesis
 
 
@@ -140,12 +180,6 @@ def _not_a_patch(hypothesis: Hypothesis) -> str | None:
     if other.config not in (None, base.config) or not other.patch:
         return "its candidate is another policy file: a policy can enable a `patch` only"
     return None
-
-
-def _refuse_twice(file: Path, at: int, hypothesis: Hypothesis, before: list[Standing]) -> None:
-    if any(one.hypothesis == hypothesis.name for one in before):
-        why = f"the hypothesis {hypothesis.name!r} is named twice"
-        raise PolicyError(*at_fields(file, [(("optimizations", at, "hypothesis"), why)]))
 
 
 def ungated(deployment: Deployment) -> Iterator[str]:

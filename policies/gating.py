@@ -23,10 +23,11 @@ class Optimization(PolicyModel):
 class Gate(PolicyModel):
     """What lets an optimization go live: a pass in the ledger for exactly what would be served."""
 
-    ledger: str = Field(
-        ".headgate/ledger",
+    ledger: str | None = Field(
+        None,
         min_length=1,
-        description="Folder of the ledger, relative to the policy file.",
+        description="Folder of the ledger, relative to the policy file. null: `.headgate/ledger` "
+        "beside each hypothesis.",
     )
     enforce: Literal["strict", "warn", "off"] = Field(
         "strict",

@@ -1,6 +1,6 @@
 """One configuration as what it is made of: a digest a leaf, and one root over all of them.
 
-Knows hashing only; `binding.py` says which leaves there are. docs/binding.md tells the recipe.
+Knows hashing only; `leaves.py` says which leaves there are. docs/binding.md tells the recipe.
 """
 
 from __future__ import annotations

@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from policies.binding import Binder, Unknown, spec_side
 from policies.effects import Spoiled, spoiled
 from policies.gating import Gate
 from policies.hypothesis import Hypothesis
+from policies.leaves import Binder, Unknown, spec_side
 from policies.ledger import CONCLUSIVE, Decision, Ledger, LedgerError, Reading
 from policies.schema import Deployment
 from policies.side import Side, changed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from pathlib import Path
@@ -75,14 +76,14 @@ def exit_code(found: Gated) -> int:
 
 
 def _others(found: Gated) -> list[Decision]:
-    """The last verdict of each hypothesis that the policy does not name."""
-    from policies.enabling import ledger_of
+    """The last verdict of each hypothesis that the policy does not name, in its ledgers."""
+    from policies.enabling import ledgers
     from policies.ledger import LedgerError
 
-    try:
-        verdicts = ledger_of(found.file, found.deployment).verdicts()
-    except LedgerError:  # told with each optimization
-        return []
+    verdicts: list[Decision] = []
+    for ledger in ledgers(found):
+        with contextlib.suppress(LedgerError):  # told with each optimization
+            verdicts += ledger.verdicts()
     named = {one.hypothesis for one in found.standings}
     last = {one.hypothesis: one for one in sorted(verdicts, key=lambda one: one.at)}
     return [one for name, one in sorted(last.items()) if name not in named]

@@ -9,7 +9,11 @@ from typing import Any
 
 import pytest
 
-from policies.binding import (
+from policies.binding import ledger_of, pair
+from policies.devices import DevicesUnknown
+from policies.effects import EFFECTS, effect
+from policies.enabling import gated, news, rows
+from policies.leaves import (
     BATCHING,
     ELSEWHERE,
     NUMERICS,
@@ -19,11 +23,8 @@ from policies.binding import (
     Binder,
     transport,
 )
-from policies.devices import DevicesUnknown
-from policies.effects import EFFECTS, effect
-from policies.enabling import gated, news, rows
 from policies.ledger import LINES, VERDICTS
-from policies.load import PolicyError, load
+from policies.load import PolicyError, load, load_hypothesis
 from policies.schema import Gateway, Runtime
 from tests.policies.gated_world import DAY, DEVICES, GUARDRAILS, NOW, POLICY, World, build
 
@@ -447,3 +448,56 @@ def test_optimizations_that_are_not_there_or_twice_are_told_at_their_line(world:
     world.serve("x", "x")
     with pytest.raises(PolicyError, match=r"policy.yaml:5:\d+ .* 'x' is named twice"):
         gated(world.policy, load(world.policy), NOW, lambda: DEVICES)
+
+
+# ---- what a gate compares -----------------------------------------------------------------------
+
+
+def test_a_gate_compares_on_top_of_what_is_on_and_stands_before(world: World) -> None:
+    """The policy names both; the second is judged with the first in both arms, and neither arm has
+    optimizations of its own."""
+    world.hypothesis("int8")
+    world.hypothesis("kv", "{runtime.kv: int8}")
+    world.judge("int8")
+    world.serve("int8", "kv")
+    file = world.folder / "kv.yaml"
+
+    def compared() -> list[tuple[str, str]]:
+        found = []
+        for one in pair(file, load_hypothesis(file), NOW + 1, lambda: DEVICES):
+            assert one is not None
+            assert one.deployment.optimizations == ()
+            assert not {"optimizations", "gate"} & set(one.data)
+            assert one.deployment.runtime is not None
+            found.append((one.deployment.runtime.weights.mlp, one.deployment.runtime.kv))
+        return found
+
+    assert compared() == [("w8a8", "auto"), ("w8a8", "int8")]
+    world.ledger.quarantine("int8", world.gated().standings[0].candidate, "looped", at=NOW)
+    assert compared() == [("auto", "auto"), ("auto", "int8")]
+
+
+def test_judging_it_again_compares_with_the_policy_without_it(world: World) -> None:
+    """That it is on now does not put it into the baseline; what it then enables is what it was."""
+    world.hypothesis("int8")
+    world.serve("int8")
+    for at in (0.0, 1.0):
+        world.judge("int8", at=NOW + at)
+        assert world.states(now=NOW + 2) == {"int8": "on"}
+    first, second = world.ledger.verdicts()
+    assert (first.baseline, first.candidate) == (second.baseline, second.candidate)
+
+
+def test_verdicts_lie_where_the_policy_says_else_beside_the_hypothesis(world: World) -> None:
+    file = world.hypothesis("int8")
+    hypothesis = load_hypothesis(file)
+    assert ledger_of(file, hypothesis) == world.ledger
+    world.serve("int8", gate="{ledger: kept/here}")
+    there = ledger_of(file, hypothesis)
+    assert there.folder == world.folder / "kept" / "here"
+    world.judge("int8")
+    assert world.states() == {"int8": "off"}
+    world.ledger.folder.rename(world.folder / "kept.tmp")
+    there.folder.parent.mkdir()
+    (world.folder / "kept.tmp").rename(there.folder)
+    assert world.states() == {"int8": "on"}
