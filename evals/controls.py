@@ -127,9 +127,10 @@ def _broken(observations: Iterable[Observation]) -> int:
 
 def _counted(name: str, pairs: Sequence[Pair], facts: Facts) -> float | None:
     known = facts.activation
-    for each in (name, f"headgate_{name}", f"{name}_total", f"headgate_{name}_total"):
-        if each in known:
-            return known[each]
+    for prefix in ("", "headgate_", "headgate_gateway_"):
+        for each in (f"{prefix}{name}", f"{prefix}{name}_total"):
+            if each in known:
+                return known[each]
     if name not in _FIELDS:
         return None
     told = [getattr(one.candidate, name) for one in pairs]

@@ -74,7 +74,7 @@ def _noise(question: Question, pairs: Sequence[Pair]) -> Noise | None:
         logs = ratios.block_logs(question.metric, pairs)
         return Noise(spread=float(np.std(logs, ddof=1)), measured=True) if len(logs) > 2 else None
     if kind == "tokens":
-        _, logs, _, _ = ratios.token_logs(question.metric, pairs)
+        logs = [one.log for one in ratios.counted(question.metric, pairs)]
         return Noise(spread=float(np.std(logs, ddof=1)), measured=True) if len(logs) > 2 else None
     if kind == "divergence":
         rate = sum(differs(one) for one in pairs) / len(pairs)

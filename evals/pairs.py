@@ -60,7 +60,8 @@ def by_arm(observations: Iterable[Observation]) -> dict[str, list[Observation]]:
 
 def pair(baseline: Sequence[Observation], arm: Sequence[Observation]) -> tuple[Pair, ...]:
     """Each request of either arm: one that an arm has no row for has failed there, so that
-    nothing gets better by leaving it out. Raises DuplicateRows.
+    nothing gets better by leaving it out. A block of which the other arm was asked nothing is left
+    out: a run that ends early ends between two arms. Raises DuplicateRows.
     """
     left, right = _keyed(baseline), _keyed(arm)
     both = [(left[key], right[key]) for key in sorted(left.keys() & right.keys())]
@@ -68,10 +69,14 @@ def pair(baseline: Sequence[Observation], arm: Sequence[Observation]) -> tuple[P
     back = _partners((a.source, b.block, a.block) for a, b in both)
     pairs = [Pair(a, b) for a, b in both]
     pairs += [
-        Pair(one, _missing(one, CANDIDATE, there)) for key, one in left.items() if key not in right
+        Pair(one, _missing(one, CANDIDATE, block))
+        for key, one in left.items()
+        if key not in right and (block := there.get((one.source, one.block))) is not None
     ]
     pairs += [
-        Pair(_missing(one, BASELINE, back), one) for key, one in right.items() if key not in left
+        Pair(_missing(one, BASELINE, block), one)
+        for key, one in right.items()
+        if key not in left and (block := back.get((one.source, one.block))) is not None
     ]
     return tuple(sorted(pairs, key=lambda one: _key(one.baseline)))
 
@@ -99,13 +104,13 @@ def _partners(seen: Iterable[tuple[str, int, int]]) -> dict[tuple[str, int], int
     return {key: min(count, key=lambda one: (-count[one], one)) for key, count in counts.items()}
 
 
-def _missing(other: Observation, arm: str, partners: Mapping[tuple[str, int], int]) -> Observation:
+def _missing(other: Observation, arm: str, block: int) -> Observation:
     return Observation(
         id=other.id,
         source=other.source,
         arm=arm,
         cluster=other.cluster,
-        block=partners.get((other.source, other.block), other.block),
+        block=block,
         repeat=other.repeat,
         tier=other.tier,
         tenant=other.tenant,

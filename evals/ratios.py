@@ -30,6 +30,17 @@ class Blocks:
     candidate: tuple[Floats, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """Tokens of an item in both arms, repeats averaged; `log`: mean log ratio."""
+
+    id: str
+    cluster: str
+    baseline: float
+    candidate: float
+    log: float
+
+
 def times(question: Question, pairs: Sequence[Pair], stats: Stats) -> Answer:
     """Of a quantile, or of the mean. A failure takes as long as the slowest request of all.
 
@@ -79,18 +90,20 @@ def block_logs(metric: Metric, pairs: Sequence[Pair]) -> list[float]:
 
 def tokens(question: Question, pairs: Sequence[Pair], stats: Stats) -> Answer:
     """Mean of the items' log ratios: within both bounds (tost), or better or no worse than one."""
-    names, logs, left, right = token_logs(question.metric, pairs)
-    if not logs:
+    seen = counted(question.metric, pairs)
+    if not seen:
         raise NotMeasured(question.metric.name)
-    means = math.fsum(left) / len(left), math.fsum(right) / len(right)
+    names, logs = [one.cluster for one in seen], [one.log for one in seen]
+    left = math.fsum(one.baseline for one in seen) / len(seen)
+    right = math.fsum(one.candidate for one in seen) / len(seen)
     if question.test == "tost":
-        return Answer(tost(logs, question.bound, names, stats.alpha), *means)
+        return Answer(tost(logs, question.bound, names, stats.alpha), left, right)
     rises = question.metric.better == "higher"
     sign = 1.0 if rises else -1.0
     found = cluster_t(
         [sign * one for one in logs], names, sign * math.log(question.margin), stats.alpha
     )
-    return Answer(_exponential(found, rises), *means)
+    return Answer(_exponential(found, rises), left, right)
 
 
 def _harm(question: Question) -> Harm:
@@ -178,29 +191,32 @@ def _per_second(
     return math.fsum(one or 0.0 for one in found) / (end - begin)
 
 
-def token_logs(
-    metric: Metric, pairs: Sequence[Pair]
-) -> tuple[list[str], list[float], list[float], list[float]]:
-    """Cluster, log ratio and both counts of each item, repeats averaged. A failure has taken all
-    the tokens that it was allowed, else as many as the longest.
+def counted(metric: Metric, pairs: Sequence[Pair]) -> list[Counted]:
+    """Each item. A failure has taken all the tokens that it was allowed, else as many as the
+    longest.
     """
     known = [
         metric.value(one) for pair in pairs for one in (pair.baseline, pair.candidate) if one.ok
     ]
     longest = max((one for one in known if one is not None), default=1.0)
-    items: dict[str, list[tuple[float, float, str]]] = {}
+    items: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    clusters: dict[tuple[str, str], str] = {}
     for pair in pairs:
         a = _count(metric, pair.baseline, longest)
         b = _count(metric, pair.candidate, longest)
         if a is not None and b is not None:
-            items.setdefault(f"{pair.source} {pair.id}", []).append((a, b, pair.cluster))
-    names, logs, left, right = [], [], [], []
-    for seen in items.values():
-        names.append(seen[0][2])
-        logs.append(math.fsum(math.log(b / a) for a, b, _ in seen) / len(seen))
-        left.append(math.fsum(a for a, _, _ in seen) / len(seen))
-        right.append(math.fsum(b for _, b, _ in seen) / len(seen))
-    return names, logs, left, right
+            items.setdefault((pair.source, pair.id), []).append((a, b))
+            clusters[pair.source, pair.id] = pair.cluster
+    return [
+        Counted(
+            id=key[1],
+            cluster=clusters[key],
+            baseline=math.fsum(a for a, _ in seen) / len(seen),
+            candidate=math.fsum(b for _, b in seen) / len(seen),
+            log=math.fsum(math.log(b / a) for a, b in seen) / len(seen),
+        )
+        for key, seen in items.items()
+    ]
 
 
 def _count(metric: Metric, seen: Observation, longest: float) -> float | None:

@@ -34,6 +34,7 @@ class NotMeasured(ValueError):
 class Unit:
     """One item with all its repeats: the mean of each arm."""
 
+    id: str
     baseline: float
     candidate: float
     cluster: str
@@ -95,7 +96,7 @@ def rate(question: Question, pairs: Sequence[Pair], stats: Stats) -> Answer:
         raise NotMeasured(question.metric.name)
     values = np.array([value for value, _, _ in events])
     if stats.mode == "sequential":
-        seen = [Unit(0.0, value, cluster, at_s) for value, cluster, at_s in events]
+        seen = [Unit("", 0.0, value, cluster, at_s) for value, cluster, at_s in events]
         found = negated(_anytime(-values, seen, -question.bound, stats.alpha))
     else:
         found = _clustered_rate(values, [cluster for _, cluster, _ in events], question, stats)
@@ -130,21 +131,22 @@ def negated(found: Estimate) -> Estimate:
 def _averaged(
     pairs: Sequence[Pair], value: Callable[[Observation], float | None], worst: float
 ) -> list[Unit]:
-    items: dict[str, list[tuple[float, float, Pair]]] = {}
+    items: dict[tuple[str, str], list[tuple[float, float, Pair]]] = {}
     for pair in pairs:
         left, right = value(pair.baseline), value(pair.candidate)
         if left is None and right is None:
             continue
         both = (worst if left is None else left, worst if right is None else right, pair)
-        items.setdefault(f"{pair.source} {pair.id}", []).append(both)
+        items.setdefault((pair.source, pair.id), []).append(both)
     return [
         Unit(
+            key[1],
             _mean([left for left, _, _ in seen]),
             _mean([right for _, right, _ in seen]),
             seen[0][2].cluster,
             min(pair.baseline.at_s for _, _, pair in seen),
         )
-        for seen in items.values()
+        for key, seen in items.items()
     ]
 
 

@@ -32,6 +32,13 @@ def test_a_missing_row_lies_in_the_block_that_its_partners_lie_in() -> None:
     assert {one.block for one in pair(left, right)} == {(0, 1), (2, 3)}
 
 
+def test_a_block_that_only_one_arm_was_asked_is_no_failure_of_the_other() -> None:
+    """A run that stops as soon as it is sure stops between the two."""
+    left = [seen(f"r{n}", BASELINE, block=n // 3) for n in range(6)]
+    assert len(pair(left, [seen(f"r{n}", CANDIDATE, block=0) for n in range(3)])) == 3
+    assert pair(left, []) == ()
+
+
 def test_an_arm_that_answers_one_request_twice_is_refused() -> None:
     with pytest.raises(DuplicateRows, match="'a', repeat 0, twice"):
         pair([seen("a", BASELINE)] * 2, [seen("a", CANDIDATE)])
