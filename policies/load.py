@@ -19,6 +19,7 @@ from policies.hypothesis import Hypothesis
 from policies.model_folder import ModelError, find_draft, find_model, refuse_large_draft
 from policies.problems import Places, PolicyError, Problem, dotted, explain
 from policies.schema import Deployment, Runtime
+from policies.suite import SuiteFile
 from policies.yaml_tree import parse
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "load",
     "load_hypothesis",
     "load_members",
+    "load_suite_file",
     "package_problems",
     "port_of",
     "read_yaml",
@@ -62,6 +64,11 @@ def load_hypothesis(path: str | Path) -> Hypothesis:
     Its policy files are read by `patching.variants`.
     """
     return _load(Hypothesis, str(path))
+
+
+def load_suite_file(path: str | Path) -> SuiteFile:
+    """The suite in a file, without its rows. Raises PolicyError with every problem found."""
+    return _load(SuiteFile, str(path))
 
 
 def resolve_discovery(policy: str | Path, deployment: Deployment) -> Deployment:

@@ -213,9 +213,18 @@ def explain(
     error: ValidationError, root: type[BaseModel], file: str, places: Places
 ) -> list[Problem]:
     """Each complaint of pydantic as a Problem that points into the file."""
+    complaints = error.errors(include_url=False)
+    wrong = [complaint["loc"] for complaint in complaints]
     return [
-        _explain_one(complaint, root, file, places) for complaint in error.errors(include_url=False)
+        _explain_one(complaint, root, file, places)
+        for complaint in complaints
+        if not (complaint["type"] == "too_short" and _inside(complaint["loc"], wrong))
     ]
+
+
+def _inside(path: Path, wrong: Sequence[Path]) -> bool:
+    """Whether something in it is wrong: pydantic then also counts it as missing from its list."""
+    return any(len(one) > len(path) and one[: len(path)] == path for one in wrong)
 
 
 def _explain_one(complaint: Any, root: type[BaseModel], file: str, places: Places) -> Problem:
@@ -240,6 +249,10 @@ def _explain_one(complaint: Any, root: type[BaseModel], file: str, places: Place
     elif kind == "too_long":
         message = (
             f"expected at most {context['max_length']} entries, got {context['actual_length']}"
+        )
+    elif kind == "too_short":
+        message = (
+            f"expected at least {context['min_length']} entries, got {context['actual_length']}"
         )
     elif kind == "model_type":
         names = ", ".join(model.model_fields) if model else ""
