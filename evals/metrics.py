@@ -101,8 +101,7 @@ _NAMED: Mapping[str, Metric] = {
     )
 }
 # Scorers of which less is better; of all others more is.
-UNWANTED = ("bad_output", "refusal", "kl", "perplexity")
-_UNWANTED = ("bad_output", "refusal", "kl", "perplexity", "judge_errors")
+UNWANTED = ("bad_output", "refusal", "kl", "perplexity", "judge_errors")
 _UNBOUNDED = ("kl", "perplexity")
 NAMES: tuple[str, ...] = (
     *_NAMED,
