@@ -33,6 +33,8 @@ HEADER = b"x-headgate-record"
 YES, NO = b"yes", b"no"
 BODY_MAX_BYTES = 2**20  # a larger request or answer is not recorded
 WAITING_MAX_BYTES = 8 * 2**20  # in front of the pipe
+BATCH_BYTES = 2**18
+FLUSH_S = 0.2  # what has come goes to the writer together
 AGAIN_S = 10.0  # until a writer that died is started again
 END_S = 10.0  # for the writer to finish its file
 SESSION_FIELDS = ("prompt_cache_key", "user")
@@ -52,6 +54,9 @@ class Recorder:
         self._process: asyncio.subprocess.Process | None = None
         self._started = 0.0
         self._starting: asyncio.Task[None] | None = None
+        self._batch: list[bytes] = []
+        self._batch_bytes = 0
+        self._flushing: asyncio.TimerHandle | None = None
 
     def told(self) -> dict[str, int]:
         return {
@@ -71,6 +76,7 @@ class Recorder:
         if self._process is None:
             return
         assert self._process.stdin is not None
+        self._flush()
         with suppress(OSError):
             self._process.stdin.close()
         try:
@@ -115,8 +121,23 @@ class Recorder:
             self.dropped += 1
         else:
             lengths = LENGTHS.pack(len(facts), len(request), len(answer))
-            pipe.write(b"".join((lengths, facts, request, answer)))
+            self._batch += (lengths, facts, request, answer)
+            self._batch_bytes += len(facts) + len(request) + len(answer)
             self.recorded += 1
+            if self._flushing is None:
+                self._flushing = asyncio.get_running_loop().call_later(FLUSH_S, self._flush)
+            elif self._batch_bytes > BATCH_BYTES:
+                self._flush()
+
+    def _flush(self) -> None:
+        """Writes what has come together: waking the writer costs more than a record does."""
+        batch, self._batch, self._batch_bytes = self._batch, [], 0
+        if self._flushing is not None:
+            self._flushing.cancel()
+            self._flushing = None
+        pipe = self._process.stdin if self._process is not None else None
+        if batch and pipe is not None and not pipe.is_closing():
+            pipe.write(b"".join(batch))
 
     def _gone(self) -> bool:
         return self._process is not None and self._process.returncode is not None
@@ -137,9 +158,16 @@ class Tape(Copy):
     first: float | None = None
 
     def stream(self, chunk: bytes) -> bool:
-        if self.first is None:
-            self.first = time.time()
-        return super().stream(chunk)
+        pieces, outgoing = self._pieces, self._outgoing
+        if pieces is not None:  # all of this again for every chunk: nothing is called
+            if self.first is None:
+                self.first = time.time()
+            pieces.append(chunk)
+            self._size_bytes += len(chunk)
+            if self._size_bytes > BODY_MAX_BYTES:
+                self._pieces = None
+        assert outgoing is not None
+        return outgoing.stream(chunk)
 
 
 class Recording:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import signal
 import struct
 import sys
@@ -24,6 +25,7 @@ from gateway.redact import blotter
 
 log = logging.getLogger("headgate.record")
 
+NICE = 10
 LENGTHS = struct.Struct(">III")  # of facts, request and answer, which follow
 
 
@@ -61,6 +63,7 @@ def write(stream: BinaryIO, settings: dict[str, Any]) -> int:
 
 
 def main(arguments: list[str]) -> int:
+    os.nice(NICE)  # whoever serves goes first
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the gateway, which ends us
     return write(sys.stdin.buffer, json.loads(arguments[0]))
 

@@ -8,41 +8,87 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
-# name -> what it looks like, and what stands there then
-PATTERNS: dict[str, tuple[tuple[str, str], ...]] = {
+DIGITS = tuple("0123456789")
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """What something looks like, and what stands there then. A text is searched only if it has one
+    of the `words` (in small letters) and matches the `hint`, which are quicker than the form."""
+
+    text: str
+    instead: str
+    words: tuple[str, ...]
+    hint: str = ""
+
+
+FORMS: dict[str, tuple[Form, ...]] = {
     "key": (
-        (
-            r"-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*?-----END [A-Z ]*PRIVATE KEY-----"
-            r"|\b(?:sk|pk|rk)[-_][A-Za-z0-9_-]{16,}"
-            r"|\bgh[pousr]_[A-Za-z0-9]{20,}|\bgithub_pat_\w{20,}|\bxox[abprs]-[\w-]{10,}"
-            r"|\bAKIA[0-9A-Z]{16}\b|\bAIza[\w-]{35}"
-            r"|\beyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]+"
-            r"|(?i:\bbearer) [A-Za-z0-9._~+/-]{16,}=*",
+        Form(
+            r"-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*?-----END [A-Z ]*PRIVATE KEY-----",
             "[key]",
+            ("-----begin",),
         ),
-        (  # the word stays, so that JSON in a text stays JSON
+        Form(
+            r"\b(?:sk|pk|rk)[-_][A-Za-z0-9_-]{16,}",
+            "[key]",
+            ("sk-", "sk_", "pk-", "pk_", "rk-", "rk_"),
+        ),
+        Form(
+            r"\bgh[pousr]_[A-Za-z0-9]{20,}|\bgithub_pat_\w{20,}|\bxox[abprs]-[\w-]{10,}",
+            "[key]",
+            ("ghp_", "gho_", "ghu_", "ghs_", "ghr_", "github_pat_", "xox"),
+        ),
+        Form(
+            r"\bAKIA[0-9A-Z]{16}\b|\bAIza[\w-]{35}|\beyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]+",
+            "[key]",
+            ("akia", "aiza", "eyj"),
+        ),
+        Form(r"(?i:\bbearer) [A-Za-z0-9._~+/-]{16,}=*", "[key]", ("bearer ",)),
+        Form(  # the word stays, so that JSON in a text stays JSON
             r"(\b(?i:api[_-]?key|secret|passw(?:or)?d|token)[\"']?\s{0,3}[:=]\s{0,3}[\"']?)"
             r"[^\s\"',;}\[]{4,}",
             r"\1[key]",
+            ("api", "secret", "passw", "token"),
         ),
     ),
-    "email": ((r"\b[\w.+%-]{1,64}@[\w-]{1,63}(?:\.[\w-]{1,63}){1,4}\b", "[email]"),),
-    "iban": ((r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?\b", "[iban]"),),
-    "card": ((r"\b\d(?:[ -]?\d){12,18}\b", "[card]"),),  # if its digits are those of one
+    "email": (Form(r"\b[\w.+%-]{1,64}@[\w-]{1,63}(?:\.[\w-]{1,63}){1,4}\b", "[email]", ("@",)),),
+    "iban": (
+        Form(
+            r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?\b",
+            "[iban]",
+            DIGITS,
+            r"[A-Z][A-Z]\d\d",
+        ),
+    ),
+    "card": (  # if its last digit is the check of the others
+        Form(r"\b\d(?:[ -]?\d){12,18}\b", "[card]", DIGITS, r"\d(?:[ -]?\d){12}"),
+    ),
     "ip": (
-        (
+        Form(
             r"(?<![\d.])(?:(?:25[0-5]|2[0-4]\d|1?\d?\d)\.){3}(?:25[0-5]|2[0-4]\d|1?\d?\d)"
-            r"(?!\.?\d)"
-            r"|(?<![\w:])(?:[0-9A-Fa-f]{1,4}:){3,7}(?::?[0-9A-Fa-f]{1,4}){1,5}(?![\w:])",
+            r"(?!\.?\d)",
             "[ip]",
+            DIGITS,
+            r"\d\.\d{1,3}\.\d{1,3}\.\d",
+        ),
+        Form(
+            r"(?<![\w:])(?:[0-9A-Fa-f]{1,4}:){3,7}(?::?[0-9A-Fa-f]{1,4}){1,5}(?![\w:])",
+            "[ip]",
+            (":",),
+            r":[0-9A-Fa-f]{1,4}:[0-9A-Fa-f]{1,4}:",
         ),
     ),
     "phone": (
-        (
-            r"(?<![\w+])\+\d[\d ()./-]{7,17}\d\b|(?<!\w)\(?\d{3}\)?[ .-]\d{3}[ .-]\d{4}\b",
+        Form(r"(?<![\w+])\+\d[\d ()./-]{7,17}\d\b", "[phone]", ("+",)),
+        Form(
+            r"(?<!\w)\(?\d{3}\)?[ .-]\d{3}[ .-]\d{4}\b",
             "[phone]",
+            DIGITS,
+            r"\d\d\d[ .-]\d{4}",
         ),
     ),
 }
@@ -51,19 +97,28 @@ Blot = Callable[[str], str]
 
 
 def blotter(names: Iterable[str], own: Iterable[str] = ()) -> Blot:
-    """Blots the named patterns out of a text, and then what one's own ones match."""
+    """Blots the named forms out of a text, and then what one's own expressions match."""
     wanted = set(names)
-    rules: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
-        (re.compile(text), _card if name == "card" else instead)
-        for name, entries in PATTERNS.items()
+    forms = [
+        (
+            form,
+            re.compile(form.text),
+            re.compile(form.hint),
+            _card if name == "card" else form.instead,
+        )
+        for name, those in FORMS.items()
         if name in wanted
-        for text, instead in entries
+        for form in those
     ]
-    rules += [(re.compile(text), "[redacted]") for text in own]
+    more = [re.compile(text) for text in own]
 
     def blot(text: str) -> str:
-        for pattern, instead in rules:
-            text = pattern.sub(instead, text)
+        small = text.lower()
+        for form, pattern, hint, instead in forms:
+            if any(word in small for word in form.words) and hint.search(text):
+                text = pattern.sub(instead, text)
+        for pattern in more:
+            text = pattern.sub("[redacted]", text)
         return text
 
     return blot

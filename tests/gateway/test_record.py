@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import stat
 from pathlib import Path
@@ -19,7 +20,7 @@ from gateway.call import CHAT_PATH, parse_call
 from gateway.genai import Exchange, span_of
 from gateway.record import Recorder, session_of, within_share
 from gateway.record_files import HEAD, PART, SUFFIX, Files, by_conversation, line_of
-from gateway.redact import PATTERNS, blotted, blotter
+from gateway.redact import FORMS, blotted, blotter
 from policies.recording import REDACTED, Record
 from tests.gateway.scripted import ASKED, TEXT, Engine
 from tests.gateway.world import HELLO, Front, Peer, gateway, held, on_loop, until, upstream
@@ -237,7 +238,7 @@ SECRETS = {
 @pytest.mark.parametrize("name", sorted(SECRETS))
 def test_what_is_to_be_blotted_out_is(name: str) -> None:
     """Alone, in a sentence, and only where it is asked for."""
-    assert set(SECRETS) == set(PATTERNS) == set(REDACTED)
+    assert set(SECRETS) == set(FORMS) == set(REDACTED)
     for secret in SECRETS[name]:
         for before, after in (("", ""), ("It is ", "."), ('{"a": "', '"}'), ("(", ")")):
             text = f"{before}{secret}{after}"
@@ -255,6 +256,17 @@ def test_a_password_goes_and_its_word_stays() -> None:
     assert json.loads(blot(told)) == {"user": "a", "password": "[key]", "note": "x"}
     assert blot("api_key=abcd1234 ok") == "api_key=[key] ok"
     assert blot("the token: it is a word") == "the token: it is a word"
+
+
+@given(st.text(alphabet="aA1 .:+-@_()Z", max_size=60))
+def test_a_hint_never_hides_what_a_form_would_find(text: str) -> None:
+    """What is skipped for want of a word or a hint holds nothing."""
+    for forms in FORMS.values():
+        for form in forms:
+            if re.search(form.text, text):
+                small = text.lower()
+                assert any(word in small for word in form.words)
+                assert re.search(form.hint, text)
 
 
 @given(st.text(max_size=200))
