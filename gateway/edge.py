@@ -132,6 +132,11 @@ def build(
         before.routing if before else None,
         events.delivered,
     )
+
+    def tokens_of(receipt: str) -> int | None:
+        kept = routing.receipts.get(receipt)
+        return kept.prompt_tokens if kept else None
+
     return Edge(
         policy=policy,
         pool=pool,
@@ -145,7 +150,7 @@ def build(
         ladder=ladder,
         shortener=Shortener(settings.trim, prompts.count, state.store, arm),
         answers=_answers(settings.response_cache, before.answers if before else None),
-        recorder=Recorder(settings.record) if settings.record and not arm else None,
+        recorder=Recorder(settings.record, tokens_of) if settings.record and not arm else None,
     )
 
 

@@ -56,6 +56,7 @@ class Exchange:
     conversation: bool = False  # the client says that requests belong together
     consent: str = ""
     receipt: str = ""
+    prompt_tokens: int | None = None  # by the gateway's own count
 
 
 @dataclass(slots=True)
@@ -67,6 +68,7 @@ class Answer:
     calls: dict[int, dict[str, str]] = field(default_factory=dict)
     finish: str = ""
     usage: dict[str, Any] = field(default_factory=dict)
+    pieces: int = 0  # that said something: about as many tokens
 
     def add(self, payload: Mapping[str, Any]) -> None:
         self.usage = payload.get("usage") or self.usage
@@ -78,6 +80,7 @@ class Answer:
                 continue
             said = choice.get("delta") or choice.get("message") or choice
             self.texts.append(said.get("content") or said.get("text") or "")
+            self.pieces += bool(self.texts[-1] or said.get("tool_calls"))
             self.finish = choice.get("finish_reason") or self.finish
             for place, call in enumerate(said.get("tool_calls") or ()):
                 self._add_call(call.get("index", place), call)
@@ -111,6 +114,7 @@ def span_of(
         "gen_ai.request.stream": body.get("stream") is True,
         **_request(body),
         **_response(heard),
+        **_usage(heard, exchange),
         **_facts(exchange),
     }
     if exchange.conversation:
@@ -143,15 +147,31 @@ def _request(body: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def _usage(heard: Answer, exchange: Exchange) -> dict[str, Any]:
+    """As the server counts; where the client did not ask it to, by the gateway's count of the
+    prompt and the pieces of the answer, which is marked: tools that replay need lengths."""
+    if heard.usage:
+        prompt = heard.usage.get("prompt_tokens_details") or {}
+        found = {
+            "gen_ai.usage.input_tokens": heard.usage.get("prompt_tokens"),
+            "gen_ai.usage.output_tokens": heard.usage.get("completion_tokens"),
+            "gen_ai.usage.cache_read.input_tokens": prompt.get("cached_tokens"),
+        }
+        return {name: value for name, value in found.items() if type(value) is int}
+    if exchange.prompt_tokens is None or not heard.pieces:
+        return {}
+    return {
+        "gen_ai.usage.input_tokens": exchange.prompt_tokens,
+        "gen_ai.usage.output_tokens": heard.pieces,
+        "headgate.usage.estimated": True,
+    }
+
+
 def _response(heard: Answer) -> dict[str, Any]:
-    prompt = heard.usage.get("prompt_tokens_details") or {}
     found = {
         "gen_ai.response.id": heard.head.get("id"),
         "gen_ai.response.model": heard.head.get("model"),
         "gen_ai.response.finish_reasons": [heard.finish] if heard.finish else None,
-        "gen_ai.usage.input_tokens": heard.usage.get("prompt_tokens"),
-        "gen_ai.usage.output_tokens": heard.usage.get("completion_tokens"),
-        "gen_ai.usage.cache_read.input_tokens": prompt.get("cached_tokens"),
         "headgate.config.fingerprint": heard.head.get("system_fingerprint"),
     }
     return {name: value for name, value in found.items() if value is not None}

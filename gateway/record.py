@@ -11,7 +11,7 @@ import logging
 import secrets
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
@@ -46,8 +46,12 @@ RawHeaders = Sequence[tuple[bytes, bytes]]
 class Recorder:
     """Records by one policy, through one writing process. Use it as a context."""
 
-    def __init__(self, settings: Record) -> None:
+    def __init__(
+        self, settings: Record, tokens_of: Callable[[str], int | None] = lambda _receipt: None
+    ) -> None:
+        """`tokens_of` a receipt: how long the prompt is by the gateway's count."""
         self.settings = settings
+        self.tokens_of = tokens_of
         self.recorded = 0
         self.dropped = 0  # the writer was too slow, or gone
         self.too_large = 0
@@ -202,6 +206,7 @@ class Recording:
             return
         span_id = secrets.token_hex(8)
         told = {name: value.decode("latin-1") for name, value in self._reply.more}
+        receipt = told.get(b"x-headgate-receipt", "")
         facts = {
             "session": self._session or span_id,
             "conversation": bool(self._session),
@@ -215,7 +220,8 @@ class Recording:
             "error": _error(error, tape.status),
             "ttft_s": None if tape.first is None else tape.first - self._began,
             "consent": self._recorder.settings.consent,
-            "receipt": told.get(b"x-headgate-receipt", ""),
+            "receipt": receipt,
+            "prompt_tokens": self._recorder.tokens_of(receipt),
         }
         self._recorder.send(orjson.dumps(facts), self._call.body, answer)
 

@@ -99,6 +99,24 @@ async def test_a_whole_answer_is_recorded_too(tmp_path: Path) -> None:
 
 
 @on_loop
+async def test_a_stream_that_tells_no_usage_has_one_that_is_marked(tmp_path: Path) -> None:
+    """Tools that replay leave out what has no lengths."""
+
+    async def answer(peer: Peer) -> None:
+        pieces = ({"role": "assistant", "content": ""}, {"content": "a"}, {"content": "b"})
+        chunks = [json.dumps({"choices": [{"index": 0, "delta": one}]}) for one in pieces]
+        await peer.stream(*(f"data: {one}\n\n".encode() for one in chunks), b"data: [DONE]\n\n")
+
+    async with upstream(answer) as server, gateway(server, **policy(tmp_path)) as front:
+        await front.post(ASKED)
+        await settled(front, 1)
+    (span,) = kept(tmp_path)
+    assert span["attributes"]["headgate.usage.estimated"] is True
+    assert span["attributes"]["gen_ai.usage.input_tokens"] > 0
+    assert span["attributes"]["gen_ai.usage.output_tokens"] == 2
+
+
+@on_loop
 async def test_nobody_is_recorded_who_has_not_agreed(tmp_path: Path) -> None:
     """`asked` wants a yes, `given` takes a no."""
     for consent, header, recorded in (
