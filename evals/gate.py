@@ -38,7 +38,7 @@ from policies.hypothesis import Hypothesis
 from telemetry import Observation
 
 # Control -> what a verdict is called when it does not hold. All but the last make it invalid.
-_CONTROLS: Mapping[str, tuple[Decision, str]] = {
+CONTROLS: Mapping[str, tuple[Decision, str]] = {
     "errors": ("invalid", "errors"),
     "fingerprint": ("invalid", "fingerprint_mismatch"),
     "generator": ("invalid", "generator_saturated"),
@@ -203,7 +203,7 @@ def _decide(
     rails = [one for one in findings if one.kind == "guardrail"]
     failed = [one for one in rails if one.decision == "fail"]
     open_ = [one for one in rails if one.decision != "pass" and one.stratum in _MUST_PASS]
-    for name, (decision, reason) in _CONTROLS.items():
+    for name, (decision, reason) in CONTROLS.items():
         if name in broken and decision == "invalid":
             return decision, reason, _said(broken, failed)
     if failed:
@@ -222,5 +222,5 @@ def _decide(
 
 
 def _said(broken: Mapping[str, Control], findings: Sequence[Finding]) -> tuple[str, ...]:
-    controls = [broken[name].said for name in _CONTROLS if name in broken]
+    controls = [broken[name].said for name in CONTROLS if name in broken]
     return (*controls, *(sentence(one) for one in findings))

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from evals.metrics import NAMES, UnknownMetric, metric, share_of
+from evals.battery import DISAGREE, NOT_MEASURED, TOO_FEW, UNDERPOWERED
+from evals.gate import CONTROLS
+from evals.metrics import NAMES, UNWANTED, UnknownMetric, metric, share_of
+from evals.questions import SUPERIORITY, TESTS
+from evals.verdict import EXIT_CODES
 from telemetry import Observation
 
 
@@ -55,3 +61,15 @@ def test_a_cached_token_costs_a_tenth_and_one_of_the_answer_four() -> None:
 def test_quantiles_are_read_from_the_name() -> None:
     assert metric("e2e.p7").quantile == 0.07
     assert metric("gap_max.mean").quantile is None
+
+
+def test_every_metric_test_and_reason_is_described() -> None:
+    """docs/verdicts.md is how people read a verdict: what is not there, they cannot look up."""
+    text = (Path(__file__).parents[2] / "docs" / "verdicts.md").read_text()
+    missing = [name for name in NAMES if f"`{name}`" not in text and name.partition(".")[1] == ""]
+    missing += [name for name in TESTS if f"`{name}`" not in text and name != SUPERIORITY]
+    missing += [name for name in (*UNWANTED, UNDERPOWERED, TOO_FEW, NOT_MEASURED, DISAGREE)
+                if f"`{name}`" not in text]
+    missing += [reason for _, reason in CONTROLS.values() if f"{reason}`" not in text]
+    missing += [name for name in EXIT_CODES if f"| `{name}` | {EXIT_CODES[name]} |" not in text]
+    assert not missing
