@@ -68,8 +68,11 @@ def test_every_metric_test_and_reason_is_described() -> None:
     text = (Path(__file__).parents[2] / "docs" / "verdicts.md").read_text()
     missing = [name for name in NAMES if f"`{name}`" not in text and name.partition(".")[1] == ""]
     missing += [name for name in TESTS if f"`{name}`" not in text and name != SUPERIORITY]
-    missing += [name for name in (*UNWANTED, UNDERPOWERED, TOO_FEW, NOT_MEASURED, DISAGREE)
-                if f"`{name}`" not in text]
+    missing += [
+        name
+        for name in (*UNWANTED, UNDERPOWERED, TOO_FEW, NOT_MEASURED, DISAGREE)
+        if f"`{name}`" not in text
+    ]
     missing += [reason for _, reason in CONTROLS.values() if f"{reason}`" not in text]
     missing += [name for name in EXIT_CODES if f"| `{name}` | {EXIT_CODES[name]} |" not in text]
     assert not missing
