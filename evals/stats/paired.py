@@ -66,7 +66,8 @@ def cluster_t(
     """Mean difference by whole clusters: t, and t corrected for skewness; the wider bound holds.
 
     `clusters` names each difference's, or is None when each is its own. Bets instead, where fewer
-    than 10 clusters differ at all. Raises TooFewClusters below 20 clusters.
+    than 10 clusters differ at all. Raises TooFewClusters below 20 clusters, and where it would have
+    to bet on differences beyond -1 .. 1.
     """
     check_alpha(alpha)
     values = finite(diffs, "differences")
@@ -76,6 +77,8 @@ def cluster_t(
         raise TooFewClusters(count, FEWEST_CLUSTERS)
     moved = int(np.count_nonzero(sums))
     if moved < FEWEST_MOVED:
+        if np.abs(values).max() > 1:  # logarithms of ratios, which no bet is bounded by
+            raise TooFewClusters(moved, FEWEST_MOVED, "clusters that differ")
         found = betting(values, margin, alpha, clusters)
         return replace(found, clusters=count, detail={"moved": moved})
     mean = float(values.mean())

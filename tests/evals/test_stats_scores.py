@@ -81,6 +81,16 @@ def test_few_clusters_with_a_flip_do_not_tell_how_flips_cluster():
     assert mean_diff(np.zeros(540), -0.02, np.repeat(np.arange(60), 9).tolist()).p > 0.05
 
 
+def test_few_clusters_that_differ_beyond_a_score_are_too_few():
+    """Logarithms of ratios are no scores to bet on: nine that grew threefold say too little."""
+    ratios = np.zeros(60)
+    ratios[:9] = math.log(3)
+    with pytest.raises(TooFewClusters, match="9 clusters that differ"):
+        cluster_t(ratios, None, -0.1)
+    ratios[9] = math.log(3)
+    assert cluster_t(ratios, None, -0.1).method == "cluster_t"
+
+
 @pytest.mark.parametrize("scores", [np.zeros(190), np.full(190, 0.3)])
 def test_too_few_clusters_are_refused(scores):
     with pytest.raises(TooFewClusters, match="19 clusters, and at least 20"):
