@@ -26,6 +26,10 @@ def _print_version(context: click.Context, _option: click.Parameter, wanted: boo
 
 # Commands that are imported when they are typed: name -> where it is, what it does.
 _LAZY: dict[str, tuple[str, str]] = {
+    "rollout": (
+        "evals.commands.rollout:rollout",
+        "Bring a candidate that has passed to live traffic, step by step.",
+    ),
     "replay": (
         "evals.commands.replay:replay",
         "Play recorded traffic to a server, and say what came of it.",

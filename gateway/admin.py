@@ -62,6 +62,7 @@ class Ending(PolicyModel):
 
     id: str = Field(min_length=1, max_length=200)
     why: str = Field(min_length=1, max_length=2000)
+    blamed: bool = True  # the candidate: it may not come back under this name either way
 
 
 Answer = tuple[int, Mapping[str, Any]]
@@ -192,7 +193,7 @@ class Steering:
         told = self._variants.told()
         if told is None or told["id"] != wanted.id:
             raise problems.no_rollout(wanted.id)
-        self._variants.rolled_back_here(wanted.why)
+        self._variants.roll_back(wanted.why, blamed=wanted.blamed)
         return 200, {"candidate": self._variants.told()}
 
     async def remove(self, scope: Scope, _body: bytes) -> Answer:

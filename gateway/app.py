@@ -32,10 +32,12 @@ from gateway.status import (
 from gateway.variants import Variants
 
 
-def create_app(live: Live, reload: Reload | None = None) -> ASGIApp:
+def create_app(
+    live: Live, reload: Reload | None = None, variants: Variants | None = None
+) -> ASGIApp:
     """Serves by the edge that is current; its probes and connections live as long as the app, and
     so does what replaces it."""
-    variants = Variants(live)
+    variants = variants or Variants(live)
 
     @asynccontextmanager
     async def lifespan(_app: Router) -> AsyncIterator[None]:

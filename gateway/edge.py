@@ -179,7 +179,7 @@ class Beside(Protocol):
     """A second edge that takes some of the requests (gateway/variants.py)."""
 
     async def serve(self, baseline: Edge, asked: Asked, serve: Serve) -> None: ...
-    def roll_back(self, why: str) -> None: ...
+    def roll_back(self, why: str, *, blamed: bool = True) -> None: ...
 
 
 class Live:
@@ -218,7 +218,7 @@ class Live:
             await self._end(edge)
             raise
         if self.beside is not None:
-            self.beside.roll_back("the baseline's policy was reloaded")
+            self.beside.roll_back("the baseline's policy was reloaded", blamed=False)
         old, self.edge = self.edge, edge
         self.retire(old)
 

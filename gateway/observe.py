@@ -194,12 +194,16 @@ def observation(
         tpot_s = (watch.last_at - watch.first_at) / (tokens - 1)
     fault = watch.speech.fault() if watch.status == 200 and _most(call.data) != 0 else ""
     ttft_s, per_token_s = _targets(edge, asked)
+    receipt = edge.routing.receipts.get(_named(watch, b"x-headgate-receipt"))
+    prompt_tokens = _count(usage, "prompt_tokens")
+    if prompt_tokens is None and receipt is not None:
+        prompt_tokens = receipt.prompt_tokens
     return Observation(
         id=asked.reply.request_id,
         source="live",
         arm=arm,
         cluster=cluster,
-        tier=_tier(watch),
+        tier=_named(watch, b"x-headgate-tier"),
         tenant=asked.tenant.name,
         turn=_turn(asked),
         at_s=now - e2e_s,
@@ -212,7 +216,7 @@ def observation(
         e2e_s=e2e_s,
         ttft_target_s=ttft_s,
         tpot_target_s=per_token_s,
-        prompt_tokens=_count(usage, "prompt_tokens"),
+        prompt_tokens=prompt_tokens,
         cached_tokens=_count(usage.get("prompt_tokens_details"), "cached_tokens"),
         completion_tokens=tokens,
         max_tokens=_most(call.data),
@@ -224,7 +228,7 @@ def observation(
         ),
         finish_reason=watch.finish_reason,
         fingerprint=watch.fingerprint,
-        replica=_replica(edge, watch),
+        replica=receipt.attempts[-1].url if receipt is not None and receipt.attempts else "",
         scores={"bad_output": 1.0 if fault else 0.0} if watch.status == 200 else {},
     )
 
@@ -269,10 +273,6 @@ def _named(watch: Watch, name: bytes) -> str:
     return watch.headers.get(name, b"").decode("latin-1")
 
 
-def _tier(watch: Watch) -> str:
-    return _named(watch, b"x-headgate-tier")
-
-
 def _targets(edge: Edge, asked: Asked) -> tuple[float | None, float | None]:
     """What was promised, in seconds."""
     try:
@@ -284,8 +284,3 @@ def _targets(edge: Edge, asked: Asked) -> tuple[float | None, float | None]:
         None if ttft_ms is None else ttft_ms / 1000,
         None if tpot_ms is None else tpot_ms / 1000,
     )
-
-
-def _replica(edge: Edge, watch: Watch) -> str:
-    receipt = edge.routing.receipts.get(_named(watch, b"x-headgate-receipt"))
-    return receipt.attempts[-1].url if receipt is not None and receipt.attempts else ""

@@ -35,15 +35,16 @@ class Orders:
     until: float = 0.0
     ended: str = ""  # why it was rolled back, which is for good
     ended_at: float | None = None
+    blamed: bool = True  # the candidate, for its end
 
     def live(self, now: float) -> bool:
         """Whether anything may go to the candidate."""
         return not self.ended and now < self.until
 
-    def rolled_back(self, why: str, now: float) -> Orders:
+    def rolled_back(self, why: str, now: float, *, blamed: bool = True) -> Orders:
         if self.ended:
             return self
-        return replace(self, share=0.0, shadow=0.0, ended=why, ended_at=now)
+        return replace(self, share=0.0, shadow=0.0, ended=why, ended_at=now, blamed=blamed)
 
     def dumped(self) -> bytes:
         return orjson.dumps(asdict(self))

@@ -87,10 +87,10 @@ class Variant:
             return "candidate"
         return "shadow" if drawn(session, f"shadow {orders.id}") < orders.shadow else "baseline"
 
-    def roll_back(self, why: str) -> None:
+    def roll_back(self, why: str, *, blamed: bool = True) -> None:
         """From now on nothing goes to the candidate; what is under way there ends there."""
         if not self.orders.ended:
-            self.orders = self.orders.rolled_back(why, self._clock())
+            self.orders = self.orders.rolled_back(why, self._clock(), blamed=blamed)
             log.warning("rollout %s is rolled back: %s", self.orders.id, why)
             self._spread(why)
 
@@ -218,7 +218,7 @@ class Variants:
 
     async def _go_by(self, orders: Orders | None) -> None:
         variant = self._variant
-        if variant is not None and (orders is None or orders.id != variant.orders.id):
+        if variant is not None and (orders is None or not _same(orders, variant.orders)):
             await self._take_down()
             variant = None
         if orders is None:
@@ -292,9 +292,10 @@ class Variants:
             raise problems.store_away() from None
         return await self.look()
 
-    def rolled_back_here(self, why: str) -> None:
+    def roll_back(self, why: str, *, blamed: bool) -> None:
+        """Here at once; the others hear of it."""
         if self._variant is not None:
-            self._variant.roll_back(why)
+            self._variant.roll_back(why, blamed=blamed)
 
     async def observed(self, after: str, limit: int) -> tuple[list[Any], str]:
         """Observations of all gateways since a cursor, and the next cursor."""
@@ -315,6 +316,7 @@ class Variants:
             "lease_s": max(0.0, round(orders.until - self._clock(), 3)),
             "ended": orders.ended or None,
             "ended_at": orders.ended_at,
+            "blamed": orders.blamed,
             "suspended": variant.suspended,
             "ready": variant.ready(),
             "roots": dict(orders.roots),
@@ -325,6 +327,12 @@ class Variants:
                 for one in variant.edge.pool.replicas
             ],
         }
+
+
+def _same(one: Orders, other: Orders) -> bool:
+    """Whether the same edge goes by both: a restarted controller may have other workers."""
+    made_of = (other.id, other.patch, other.replicas, other.fingerprints)
+    return (one.id, one.patch, one.replicas, one.fingerprints) == made_of
 
 
 # ---- a candidate's edge -------------------------------------------------------------------------

@@ -45,7 +45,7 @@ OWN = ("trim", "response_cache", "routing", "tiers")
 SCHEDULING = ("running_per_replica", "max_in_flight")
 PLACES = (
     "host", "port", "max_body_bytes", "body_timeout_s", "keep_alive_s", "drain_s", "reload",
-    "secret_env", "store", "tenants", "record",
+    "secret_env", "store", "tenants", "record", "admin",
 )  # fmt: skip
 TARGETS = ("ttft_ms", "tpot_ms")
 

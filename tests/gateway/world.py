@@ -20,6 +20,7 @@ from gateway.edge import Live, build
 from gateway.listener import configure
 from gateway.replica import Replica, replicas_of
 from gateway.upstream import Pool
+from gateway.variants import Variants
 from policies.schema import Deployment, Discovery, Gateway, Runtime, Upstream
 from runtime.wire import CHALLENGE_HEADER, run_proof
 
@@ -271,7 +272,10 @@ async def gateway(
 @asynccontextmanager
 async def listening(live: Live) -> AsyncIterator[Front]:
     """The gateway of an edge on a free port; all is served and gone at the end."""
-    config = configure(create_app(live), live.edge.settings, host="127.0.0.1", port=0)
+    variants = Variants(live)
+    config = configure(
+        create_app(live, variants=variants), live.edge.settings, host="127.0.0.1", port=0
+    )
     config.load()
     state = ServerState()
     loop = asyncio.get_running_loop()
@@ -280,7 +284,11 @@ async def listening(live: Live) -> AsyncIterator[Front]:
     port = server.sockets[0].getsockname()[1]
     url = f"http://127.0.0.1:{port}"
     try:
-        async with live.running(), httpx.AsyncClient(base_url=url, timeout=LIMIT_S) as client:
+        async with (
+            live.running(),
+            variants.following(),
+            httpx.AsyncClient(base_url=url, timeout=LIMIT_S) as client,
+        ):
             edge = Front(live, live.edge.pool, url, port, client)
             try:
                 yield edge
