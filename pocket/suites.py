@@ -1,6 +1,6 @@
-"""Suites of held-out rows, as `headgate gate` reads them: `python -m pocket.suites`.
+"""Suites of held-out rows and a replay, as `headgate gate` reads them: `python -m pocket.suites`.
 
-Writes the rows of evals/data/pocket*.jsonl again, byte for byte; `--out` writes elsewhere. The
+Writes the .jsonl files of evals/data again, byte for byte; `--out` writes elsewhere. The
 seed is one that no training and no choice of the recipe has looked at.
 """
 
@@ -16,6 +16,7 @@ from typing import Any
 from pocket.errands import draw_rewrite, draw_total
 from pocket.facts import draw_sheet, state
 from pocket.tasks import TASKS, ask_about, behind, draw_system, row
+from pocket.traffic import day, long_talks
 from pocket.words import Draw
 
 SEED = 11
@@ -79,6 +80,8 @@ FILES: dict[str, Callable[[], _Made]] = {
     "pocket.jsonl": tasks,
     "pocket-chat.jsonl": conversations,
     "pocket-text.jsonl": texts,
+    "pocket-long.jsonl": long_talks,
+    "replays/pocket-day.jsonl": day,
 }
 
 
@@ -90,8 +93,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=_OUT, help="folder to write to")
     folder: Path = parser.parse_args().out
-    folder.mkdir(parents=True, exist_ok=True)
     for name in FILES:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text_of(name), encoding="utf-8")
         print(folder / name)
 

@@ -42,6 +42,7 @@ def find_source(source: str, hypothesis: str | Path) -> Path:
 
 def _shipped(kind: str) -> list[Path]:
     spec = find_spec("evals")
-    if kind != "suite" or spec is None or not spec.submodule_search_locations:
+    if spec is None or not spec.submodule_search_locations:
         return []
-    return [Path(next(iter(spec.submodule_search_locations))) / "data"]
+    data = Path(next(iter(spec.submodule_search_locations))) / "data"
+    return [data if kind == "suite" else data / "replays"]
