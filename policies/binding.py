@@ -10,8 +10,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from policies.chain import Chain, hypotheses, ledger_for
 from policies.devices import Devices, devices
-from policies.enabling import Chain, hypotheses, ledger_for
 from policies.hypothesis import Hypothesis, Variant
 from policies.leaves import Binder, Unknown, spec_side
 from policies.ledger import Ledger

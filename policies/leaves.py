@@ -8,12 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cache.tokenizer_files import TokenizerUnusable
 from policies.devices import Devices, DevicesUnknown, devices
 from policies.evidence import NoEvidence, find_source
-from policies.hypothesis import Hypothesis
 from policies.load import read_yaml
 from policies.model_facts import (
     Facts,
@@ -30,6 +29,9 @@ from policies.model_facts import (
 from policies.model_folder import ModelError, find_draft, find_model
 from policies.schema import Deployment, Discovery, Gateway, Runtime, Upstream
 from policies.side import Side, leaf
+
+if TYPE_CHECKING:
+    from policies.hypothesis import Hypothesis
 
 # `runtime`: what each field says, if not of answers (NUMERICS) or of the batches that they are
 # computed in (BATCHING), has a leaf of its own, or says where something lies or who is told.

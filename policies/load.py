@@ -10,17 +10,19 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from policies.discovery import Members
-from policies.hypothesis import Hypothesis
 from policies.model_folder import ModelError, find_draft, find_model, refuse_large_draft
 from policies.problems import Places, PolicyError, Problem, dotted, explain
 from policies.schema import Deployment, Runtime
-from policies.suite import SuiteFile
 from policies.yaml_tree import parse
+
+if TYPE_CHECKING:
+    from policies.hypothesis import Hypothesis
+    from policies.suite import SuiteFile
 
 __all__ = [
     "PolicyError",
@@ -63,11 +65,15 @@ def load_hypothesis(path: str | Path) -> Hypothesis:
 
     Its policy files are read by `patching.variants`.
     """
+    from policies.hypothesis import Hypothesis  # serving needs none
+
     return _load(Hypothesis, str(path))
 
 
 def load_suite_file(path: str | Path) -> SuiteFile:
     """The suite in a file, without its rows. Raises PolicyError with every problem found."""
+    from policies.suite import SuiteFile
+
     return _load(SuiteFile, str(path))
 
 

@@ -77,7 +77,7 @@ def exit_code(found: Gated) -> int:
 
 def _others(found: Gated) -> list[Decision]:
     """The last verdict of each hypothesis that the policy does not name, in its ledgers."""
-    from policies.enabling import ledgers
+    from policies.chain import ledgers
     from policies.ledger import LedgerError
 
     verdicts: list[Decision] = []
