@@ -16,9 +16,9 @@ from evals.pairs import BASELINE, CANDIDATE, Pair
 from evals.questions import Question
 from evals.stats.betting import betting
 from evals.stats.divergence import mean_below
-from evals.stats.estimate import Estimate, Floats, TooFewClusters, cluster_sums
-from evals.stats.paired import FEWEST_CLUSTERS, mean_diff
-from evals.stats.rates import clopper_pearson
+from evals.stats.estimate import Estimate, Floats, cluster_sums
+from evals.stats.paired import mean_diff
+from evals.stats.rates import cluster_rate
 from evals.stats.sequential import Sequential
 from policies.hypothesis import Stats
 from telemetry import Observation
@@ -99,7 +99,8 @@ def rate(question: Question, pairs: Sequence[Pair], stats: Stats) -> Answer:
         seen = [Unit("", 0.0, value, cluster, at_s) for value, cluster, at_s in events]
         found = negated(_anytime(-values, seen, -question.bound, stats.alpha))
     else:
-        found = _clustered_rate(values, [cluster for _, cluster, _ in events], question, stats)
+        names = [cluster for _, cluster, _ in events]
+        found = cluster_rate(values, names, question.bound, stats.alpha)
     return Answer(found, of_baseline, float(values.mean()), lost, gained)
 
 
@@ -173,32 +174,6 @@ def _lost(pairs: Sequence[Pair]) -> tuple[list[tuple[float, str, float]], int, i
 
 def correct(seen: Observation) -> float | None:
     return seen.scores.get("correct") if seen.ok else 0.0
-
-
-def _clustered_rate(
-    values: Floats,
-    clusters: Sequence[str],
-    question: Question,
-    stats: Stats,
-) -> Estimate:
-    """Clopper-Pearson over as many independent events as clusters leave (Korn and Graubard 1998,
-    Survey Methodology 24:193).
-    """
-    count, events = values.size, math.ceil(float(values.sum()) - 1e-9)
-    sums, sizes = cluster_sums(values, clusters)
-    if sums.size == count or not 0 < events < count:
-        return clopper_pearson(events, count, question.bound, stats.alpha)
-    if sums.size < FEWEST_CLUSTERS:
-        raise TooFewClusters(sums.size, FEWEST_CLUSTERS)
-    share = float(values.mean())
-    residuals = sums - sizes * share
-    variance = sums.size / (sums.size - 1) * float(residuals @ residuals) / count**2
-    effect = max(1.0, variance / (share * (1 - share) / count))
-    found = clopper_pearson(
-        math.ceil(events / effect), max(1, math.floor(count / effect)), question.bound, stats.alpha
-    )
-    detail = {"events": events, "design_effect": effect, "effective": found.n}
-    return replace(found, estimate=share, n=count, clusters=sums.size, detail=detail)
 
 
 def _anytime(

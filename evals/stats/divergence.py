@@ -14,15 +14,17 @@ from numpy.typing import ArrayLike
 from scipy import special
 
 from evals.stats.estimate import (
+    FEWEST_CLUSTERS,
     Estimate,
     Floats,
     TooFewClusters,
     check_alpha,
     cluster_sums,
     finite,
+    moments,
     worth,
 )
-from evals.stats.paired import FEWEST_CLUSTERS, mean_diff, moments, reach_of, tail
+from evals.stats.paired import mean_diff, reach_of, tail
 from evals.stats.rates import clopper_pearson
 
 _LEAST_LOG = -700.0  # of a probability: the smallest that is still one in double precision

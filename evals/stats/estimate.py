@@ -11,6 +11,10 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 
+FEWEST_CLUSTERS = 20
+FEWEST_MOVED = 10  # clusters with an event, below which the data do not tell how events cluster
+ASSUMED_CORRELATION = 0.5  # of events within a cluster, where the data do not tell
+
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
@@ -75,3 +79,20 @@ def cluster_sums(values: Floats, clusters: Sequence[Hashable] | None) -> tuple[F
 def worth(sizes: Floats) -> float:
     """How many clusters of one size say as much as these: fewer where a few hold most rows."""
     return float(sizes.sum() ** 2 / (sizes @ sizes))
+
+
+def moments(residuals: Floats, sizes: Floats) -> tuple[Floats, Floats]:
+    """Standard error of the mean and skewness, from each cluster's sum less what the mean would
+    give; one row for each data set.
+    """
+    units, n = worth(sizes), float(sizes.sum())
+    square = (residuals**2).mean(axis=1)
+    error = np.sqrt(square * sizes.size * units / (units - 1)) / n
+    cube = (residuals**3).mean(axis=1)
+    safe = np.where(square > 0, square, 1.0)
+    return error, np.where(square > 0, cube / safe**1.5, 0.0)
+
+
+def assumed_effect(sizes: Floats) -> float:
+    """How many times more a mean varies than without clusters, where the data do not tell."""
+    return 1 + (float(sizes @ sizes / sizes.sum()) - 1) * ASSUMED_CORRELATION

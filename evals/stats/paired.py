@@ -17,22 +17,34 @@ from scipy import optimize, special
 from evals.stats import tango as score
 from evals.stats.betting import betting
 from evals.stats.estimate import (
+    FEWEST_CLUSTERS,
+    FEWEST_MOVED,
     Estimate,
     Floats,
     TooFewClusters,
+    assumed_effect,
     check_alpha,
     cluster_sums,
     finite,
+    moments,
     worth,
 )
 from evals.stats.tango import tango
 
-__all__ = ["TooFewClusters", "betting", "cluster_t", "cluster_tango", "mean_diff", "tango"]
+__all__ = [
+    "FEWEST_CLUSTERS",
+    "FEWEST_MOVED",
+    "TooFewClusters",
+    "betting",
+    "cluster_t",
+    "cluster_tango",
+    "mean_diff",
+    "tango",
+]
 
-FEWEST_CLUSTERS = 20
-FEWEST_MOVED = 10  # clusters with a difference, below which the data do not tell how they cluster
-ASSUMED_CORRELATION = 0.5  # of flips within a cluster, where the data do not tell
 FEWEST_SCORES = 100
+FEWEST_LOSING = 6  # clusters with a loss, of fewer than so many:
+MANY_CLUSTERS = 100
 
 
 def mean_diff(
@@ -68,46 +80,57 @@ def cluster_t(
     `clusters` names each difference's, or is None when each is its own. Bets instead, where fewer
     than 10 clusters differ at all. Raises TooFewClusters below 20 clusters, and where it would have
     to bet on differences beyond -1 .. 1.
+    `clusters` names each difference's, or is None when each is its own. A side bets instead where
+    too few clusters lose (or, for harm, gain) to know how bad losses are: `detail["bets"]`.
+    Raises TooFewClusters below 20 clusters, and where bets are needed on values beyond -1 .. 1.
     """
     check_alpha(alpha)
     values = finite(diffs, "differences")
     sums, sizes = cluster_sums(values, clusters)
-    count, n = sizes.size, values.size
-    if count < FEWEST_CLUSTERS:
-        raise TooFewClusters(count, FEWEST_CLUSTERS)
+    if sizes.size < FEWEST_CLUSTERS:
+        raise TooFewClusters(sizes.size, FEWEST_CLUSTERS)
     moved = int(np.count_nonzero(sums))
-    if moved < FEWEST_MOVED:
-        if np.abs(values).max() > 1:  # logarithms of ratios, which no bet is bounded by
-            raise TooFewClusters(moved, FEWEST_MOVED, "clusters that differ")
-        found = betting(values, margin, alpha, clusters)
-        return replace(found, clusters=count, detail={"moved": moved})
+    bounded = float(np.abs(values).max()) <= 1
+    if moved < FEWEST_MOVED and not bounded:  # logarithms of ratios, which no bet is bounded by
+        raise TooFewClusters(moved, FEWEST_MOVED, "clusters that differ")
+    sides = {"pass": bounded and few_lose(sums), "harm": bounded and few_lose(-sums)}
     mean = float(values.mean())
     error, skewness = (float(part[0]) for part in moments((sums - sizes * mean)[None, :], sizes))
     free = min(moved, worth(sizes))
-    reach = float(special.stdtrit(free - 1, 1 - alpha))
-    return Estimate(
+    reach = float(special.stdtrit(max(free, 1.01) - 1, 1 - alpha))
+    bet = betting(values, margin, alpha, clusters) if any(sides.values()) else None
+    by_t = Estimate(
         estimate=mean,
-        low=mean - error * reach_of(reach, skewness, count),
-        high=mean + error * reach_of(reach, -skewness, count),
-        p=float(tail((mean - margin) / error, skewness, count, free)) if error else 0.0,
-        p_harm=float(tail((margin - mean) / error, -skewness, count, free)) if error else 0.0,
-        n=n,
-        clusters=count,
-        method="cluster_t",
-        detail={"standard_error": error, "skewness": skewness, "moved": moved},
+        low=mean - error * reach_of(reach, skewness, sizes.size),
+        high=mean + error * reach_of(reach, -skewness, sizes.size),
+        p=_tail_of(mean - margin, error, skewness, sizes.size, free),
+        p_harm=_tail_of(margin - mean, error, -skewness, sizes.size, free),
+        n=values.size,
+        clusters=sizes.size,
+        method="cluster_t" if not all(sides.values()) else "betting",
+        detail={
+            "standard_error": error,
+            "skewness": skewness,
+            "moved": moved,
+            "bets": [side for side, few in sides.items() if few],
+        },
     )
+    if bet and sides["pass"]:
+        by_t = replace(by_t, low=bet.low, p=bet.p)
+    return replace(by_t, high=bet.high, p_harm=bet.p_harm) if bet and sides["harm"] else by_t
 
 
-def moments(residuals: Floats, sizes: Floats) -> tuple[Floats, Floats]:
-    """Standard error of the mean and skewness, from each cluster's sum less what the mean would
-    give; one row for each data set.
-    """
-    units, n = worth(sizes), float(sizes.sum())
-    square = (residuals**2).mean(axis=1)
-    error = np.sqrt(square * sizes.size * units / (units - 1)) / n
-    cube = (residuals**3).mean(axis=1)
-    safe = np.where(square > 0, square, 1.0)
-    return error, np.where(square > 0, cube / safe**1.5, 0.0)
+def few_lose(sums: Floats) -> bool:
+    """Whether too few clusters have a loss to tell what losses are like: t believes too soon."""
+    if np.count_nonzero(sums) < FEWEST_MOVED:
+        return True
+    return sums.size < MANY_CLUSTERS and int(np.count_nonzero(sums < 0)) < FEWEST_LOSING
+
+
+def _tail_of(distance: float, error: float, skewness: float, count: int, free: float) -> float:
+    if error == 0:
+        return float(distance <= 0)
+    return float(tail(distance / error, skewness, count, free))
 
 
 def tail(t: ArrayLike, skewness: ArrayLike, count: int, free: ArrayLike) -> Floats:
@@ -184,9 +207,7 @@ def design_effect(sums: Floats, sizes: Floats, flips: Floats, moved: ArrayLike) 
     error, _ = moments(sums - np.outer(mean, sizes), sizes)
     alone = (flips - n * mean**2) / n**2
     found = np.where(alone > 0, error**2 / np.where(alone > 0, alone, 1.0), 1.0)
-    typical = float(sizes @ sizes) / n
-    assumed = 1 + (typical - 1) * ASSUMED_CORRELATION
-    least = np.where(np.asarray(moved) < FEWEST_MOVED, assumed, 1.0)
+    least = np.where(np.asarray(moved) < FEWEST_MOVED, assumed_effect(sizes), 1.0)
     return np.maximum(found, least)
 
 

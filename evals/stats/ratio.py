@@ -16,15 +16,16 @@ from numpy.typing import ArrayLike
 from scipy import special
 
 from evals.stats.estimate import (
+    FEWEST_CLUSTERS,
     Estimate,
     Floats,
     TooFewClusters,
     check_alpha,
     cluster_sums,
     finite,
+    moments,
     worth,
 )
-from evals.stats.paired import FEWEST_CLUSTERS, moments
 
 Harm = Literal["rise", "fall"]  # what of the metric is bad: latencies rise, throughput falls
 FEWEST_BLOCK_PAIRS = 10

@@ -9,6 +9,7 @@ import pytest
 from scipy import stats
 
 from evals.stats import power, rates, tango
+from evals.stats.estimate import TooFewClusters
 
 
 def every_table(n):
@@ -191,3 +192,38 @@ def test_percentiles_are_proven_by_as_many_requests_as_loadgen_takes():
     assert rates.percentile_proof(0.99, 0.05) == 299
     assert rates.percentile_proof(0.99, 0.01) == 459
     assert rates.percentile_proof(0.99, 0.05, late=1) == 473
+
+
+def test_events_of_one_conversation_are_worth_fewer_trials():
+    """The same forty events, spread over all conversations or within ten of them."""
+    names = [number // 10 for number in range(1000)]
+    spread, together = np.zeros(1000), np.zeros(1000)
+    spread[::25] = 1
+    together[[100 * number + place for number in range(10) for place in range(4)]] = 1
+    apart = rates.cluster_rate(spread, names, 0.06)
+    close = rates.cluster_rate(together, names, 0.06)
+    assert apart.estimate == close.estimate == 0.04
+    assert apart.p < 0.05 < close.p
+    assert close.high > 1.2 * apart.high
+    assert close.detail["design_effect"] > 2 > 1.2 > apart.detail["design_effect"]
+
+
+def test_a_rate_of_events_on_their_own_is_clopper_and_pearsons():
+    values = np.zeros(500)
+    values[:3] = 1
+    one = rates.cluster_rate(values, list(range(500)), 0.02)
+    assert one == rates.clopper_pearson(3, 500, 0.02)
+    repeats = rates.cluster_rate(values / 2, list(range(500)), 0.02)
+    assert repeats.estimate == 0.003
+    assert repeats.high < one.high
+
+
+def test_no_event_in_a_hundred_conversations_is_no_proof_of_a_thousand_turns():
+    """Where nothing happened the data do not tell how events cluster: worth 182 trials."""
+    names = [number // 10 for number in range(1000)]
+    none = rates.cluster_rate(np.zeros(1000), names, 0.01)
+    assert none.detail["correlation_assumed"]
+    assert none.detail["design_effect"] == 5.5
+    assert none.high == pytest.approx(rates.rule_of_three(1000 / 5.5))
+    with pytest.raises(TooFewClusters, match="10 clusters"):
+        rates.cluster_rate(np.zeros(1000), [number // 100 for number in range(1000)], 0.01)

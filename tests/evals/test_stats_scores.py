@@ -47,6 +47,18 @@ def test_a_rare_great_loss_widens_the_low_end():
     assert estimate.low < plain.confidence_interval(0.95).low
 
 
+def test_few_conversations_that_lose_do_not_tell_how_bad_losses_are():
+    """Gains everywhere and three losses in forty: the pass is bet on, the harm is not."""
+    diffs = np.full(40, 0.05)
+    diffs[:3] = -0.3
+    estimate = cluster_t(diffs, None, -0.02)
+    assert estimate.detail["bets"] == ["pass"]
+    assert estimate.p == betting(diffs, -0.02).p > 0.05
+    assert estimate.low == betting(diffs, -0.02).low
+    assert estimate.high < betting(diffs, -0.02).high
+    assert cluster_t(np.tile(diffs, 3), None, -0.02).detail["bets"] == []
+
+
 def test_rows_of_one_conversation_count_once():
     """Each row ten times in its cluster says no more than each row once."""
     once = rng(3).normal(0, 0.2, 30)
