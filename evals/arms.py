@@ -6,7 +6,6 @@ ask a server about itself; knows no requests and no judgement.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import re
@@ -64,9 +63,8 @@ async def started(
     if hypothesis.design.aa_control:
         wanted.append((AA, base, configured[0]))
     async with contextlib.AsyncExitStack() as stack:
-        # Side by side: what takes long is waiting for libraries and weights to be read.
-        arms = await asyncio.gather(*(_up(stack, *one, folder) for one in wanted))
-        found = {arm.name: arm for arm in arms}
+        # One after the other: a worker measures itself as it starts, and chooses by that.
+        found = {one[0]: await _up(stack, *one, folder) for one in wanted}
         if hypothesis.design.sabotage_control:
             seed = hypothesis.stats.seed
             spoiled = await _spoiled(stack, found[BASELINE], hypothesis.design, seed, folder)

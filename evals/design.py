@@ -14,6 +14,7 @@ from evals.pairs import AA, BASELINE, CANDIDATE, SABOTAGE
 from policies.hypothesis import Design, Stats
 
 Session = tuple[Item, ...]  # asked one after another
+CONTROL_BLOCKS_MIN = 12  # fewer would say nothing of times
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +79,10 @@ def steps(blocks: Sequence[Block], design: Design, stats: Stats) -> tuple[Step, 
     machine that gets slower or faster, steadily, does so to every arm alike.
     """
     rng = random.Random(f"{stats.seed}:order")  # noqa: S311  # repeatable
+    controlled = _controlled(-(-len(blocks) // 2), design.control_share)
     ordered: list[Step] = []
     for at in range(0, len(blocks), 2):
-        arms = _arms(at // 2, design)
+        arms = _arms(design) if at // 2 in controlled else (BASELINE, CANDIDATE)
         if rng.random() < 0.5:
             arms = arms[::-1]
         for block, order in zip(blocks[at : at + 2], (arms, arms[::-1]), strict=False):
@@ -88,12 +90,14 @@ def steps(blocks: Sequence[Block], design: Design, stats: Stats) -> tuple[Step, 
     return tuple(ordered)
 
 
-def _arms(unit: int, design: Design) -> tuple[str, ...]:
-    """Of a pair of blocks: the controls run in `control_share` of them, evenly spread."""
+def _controlled(units: int, share: float) -> frozenset[int]:
+    """The pairs of blocks that the control arms run in, evenly spread."""
+    count = min(units, max(round(units * share), CONTROL_BLOCKS_MIN // 2))
+    return frozenset(at * units // count for at in range(count))
+
+
+def _arms(design: Design) -> tuple[str, ...]:
     arms: tuple[str, ...] = (BASELINE, CANDIDATE)
-    share = design.control_share
-    if int((unit + 1) * share) == int(unit * share) and unit > 0:
-        return arms
     if design.aa_control:
         arms = (*arms, AA)
     return (*arms, SABOTAGE) if design.sabotage_control else arms

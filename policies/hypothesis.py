@@ -176,13 +176,17 @@ class Design(PolicyModel):
         True, description="A spoiled baseline, which the gate has to find out."
     )
     sabotage_wrong: Share = Field(
-        0.05, ge=0, le=1, description="Share of answers that the spoiled baseline gets wrong."
+        0.1, ge=0, le=1, description="Share of answers that the spoiled baseline gets wrong."
     )
     sabotage_slow: Share = Field(
-        0.15, ge=0, le=10, description="How much longer its answers take, as a share."
+        0.3, ge=0, le=10, description="How much longer its answers take, as a share."
     )
     control_share: Share = Field(
-        0.25, gt=0, le=1, description="Share of the blocks that the two control arms run in."
+        0.25,
+        gt=0,
+        le=1,
+        description="Share of the blocks that the two control arms run in; 12 blocks at least, "
+        "where there are as many.",
     )
 
 
