@@ -187,6 +187,7 @@ _GATE = {
         "evals.commands.report:report",
         "Write a run's verdict as a page, as Markdown and as JUnit.",
     ),
+    "run": ("evals.commands.run:run", "Try a hypothesis, judge it, and record the verdict."),
     "schema": ("evals.commands.gate:schema", "Print the JSON Schema of hypothesis files."),
     "verify": ("evals.commands.verify:verify", "Recompute a verdict from the rows beside it."),
     "status": ("evals.commands.status:status", "Say which optimizations are on, and why not."),

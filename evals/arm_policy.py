@@ -37,13 +37,9 @@ def placed(data: Mapping[str, Any], beside: Path, folder: Path) -> dict[str, Any
     runtime = own.get("runtime")
     if runtime is not None:
         _place_runtime(runtime, beside, folder)
-    if isinstance(own.get("gate"), dict) and "ledger" in own["gate"]:
-        own["gate"]["ledger"] = str(beside / own["gate"]["ledger"])
-    elif own.get("optimizations"):
-        own["gate"] = {**own.get("gate", {}), "ledger": str(beside / ".headgate" / "ledger")}
-    for part in ("upstreams", "discovery", "optimizations"):
+    for part in ("upstreams", "discovery"):
         for entry in own.get(part, ()):
-            for name in ("tokenizer", "file", "hypothesis"):
+            for name in ("tokenizer", "file"):
                 if name in entry:
                     entry[name] = str(beside / entry[name])
     return own

@@ -1,0 +1,106 @@
+"""`headgate gate run`: a hypothesis, tried; and what it came to, in words."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import click
+
+from evals.execute import Prepared, execute, prepare
+from evals.journal import JournalError
+from evals.progress import Progress, interval
+from evals.questions import Unanswerable
+from evals.verdict import EXIT_CODES, USAGE_EXIT, Finding, Verdict
+from policies.binding import Unknown
+from policies.ledger import LedgerError
+from policies.load import PolicyError, read_yaml
+from policies.problems import Problem, dotted
+
+INTERRUPTED = 130
+
+
+@click.command()
+@click.argument("hypothesis", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print the verdict as JSON.")
+def run(hypothesis: Path, as_json: bool) -> None:
+    """Try HYPOTHESIS: start both configurations, ask them the same, and judge.
+
+    What was asked and answered, and the verdict, are written to .headgate/runs beside the
+    hypothesis; the ledger there gets the decision. A run that is interrupted, or killed, goes on
+    where it was when the same command is given again.
+
+    \b
+    Example:
+      headgate gate run policies/int8.yaml
+
+    \b
+    Exit codes:
+      0    pass: nothing was lost that must not be, and something was gained
+      1    fail: a loss beyond its margin is shown
+      2    the hypothesis, or what it names, is wrong; each problem is printed as file:line:col
+      3    inconclusive: too little is known either way; or refused before it began, since so few
+           rows can show nothing: the table says what they could
+      4    invalid: the run itself cannot be believed
+      5    no benefit: nothing was lost, nothing was gained
+      130  interrupted
+    """
+    try:
+        plan = prepare(hypothesis)
+        if (outlook := plan.outlook).refused:
+            click.echo(outlook.table(), err=True)
+            raise SystemExit(EXIT_CODES["inconclusive"])
+        verdict = asyncio.run(execute(plan, _log, Progress(plan.hypothesis, _show)))
+    except Unanswerable as error:
+        click.echo(str(_at(hypothesis, error)), err=True)
+        raise SystemExit(USAGE_EXIT) from None
+    except (PolicyError, Unknown, JournalError, LedgerError) as error:
+        click.echo(str(error), err=True)
+        raise SystemExit(USAGE_EXIT) from None
+    except KeyboardInterrupt:
+        _show("")
+        click.echo("interrupted; the same command goes on with it", err=True)
+        raise SystemExit(INTERRUPTED) from None
+    if as_json:
+        click.echo(json.dumps(verdict.payload(), indent=1, ensure_ascii=False))
+    else:
+        click.echo("\n".join(lines(plan, verdict)))
+    raise SystemExit(verdict.exit_code)
+
+
+def _at(file: Path, error: Unanswerable) -> Problem:
+    _, places, _ = read_yaml(str(file))
+    return Problem(str(file), error.why, places.of(error.where), dotted(error.where))
+
+
+def lines(plan: Prepared, verdict: Verdict) -> list[str]:
+    """The verdict for a person: decision, why, each question, each control, where it all lies."""
+    reason = f" ({verdict.reason})" if verdict.reason else ""
+    found = [f"{verdict.hypothesis}: {verdict.decision}{reason}"]
+    found += [f"  {one}" for one in verdict.reasons]
+    found += ["", *_table(verdict.findings)]
+    found += [f"  {'ok ' if one.ok else 'NOT'}  {one.name}  {one.said}" for one in verdict.controls]
+    return [*found, "", f"  {plan.folder}"]
+
+
+def _table(findings: tuple[Finding, ...]) -> list[str]:
+    rows = [(one.decision, one.name, interval(one), f"{one.pairs} pairs") for one in findings]
+    widths = [max((len(row[at]) for row in rows), default=0) for at in range(3)]
+    return [
+        "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, [*widths, 0], strict=True))
+        for row in rows
+    ]
+
+
+def _log(line: str) -> None:
+    click.echo(line, err=True)
+
+
+def _show(line: str) -> None:
+    """One line that replaces the last, where somebody watches."""
+    if sys.stderr.isatty():
+        width = shutil.get_terminal_size().columns - 1
+        click.echo(f"\r\x1b[K{line[:width]}", nl=False, err=True)
