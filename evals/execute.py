@@ -26,6 +26,7 @@ from evals.plan import Plan as Outlook, plan as outlook
 from evals.progress import Progress
 from evals.replay import Lateness
 from evals.run import Bench, Source, run
+from evals.scorers import needs_pairs, score_pairs
 from evals.sources import read_sources
 from evals.verdict import Side, Verdict
 from evals.verdict_file import VERDICT_FILE, Rows, write_run
@@ -34,6 +35,7 @@ from policies.hypothesis import Hypothesis
 from policies.ledger import Ledger
 from policies.load import load_hypothesis
 from policies.patching import Configured
+from telemetry import Observation
 
 STATE = ".headgate"  # beside the hypothesis
 SPEC_FILE, JOURNAL_FILE, ARMS_FILE = "spec.json", "journal.jsonl", "arms.json"
@@ -74,11 +76,14 @@ def _supply(source: Source) -> Supply:
     return Supply(len(items), len({item.cluster for item in items}), len(source.blocks))
 
 
-def prepare(file: Path) -> Prepared:
-    """Reads everything that a hypothesis names. Raises PolicyError, binding.Unknown."""
+def prepare(file: Path, *, allow_code: bool = False) -> Prepared:
+    """Reads everything that a hypothesis names. Raises PolicyError, binding.Unknown.
+
+    `allow_code`: whether scorers may run what a model wrote.
+    """
     hypothesis = load_hypothesis(file)
     configured = pair(file, hypothesis)
-    sources = read_sources(file, hypothesis)
+    sources = read_sources(file, hypothesis, allow_code=allow_code)
     blocks = [block for source in sources for block in source.blocks]
     baseline, candidate, spec = sides(file, hypothesis)
     return Prepared(
@@ -102,7 +107,7 @@ async def execute(plan: Prepared, say: Say, progress: Progress) -> Verdict:
         told = _told_arms(folder)
         rows = Rows(
             hypothesis=plan.hypothesis,
-            observations=tuple(journal.observations),
+            observations=await _compared(plan, tuple(journal.observations)),
             sides=plan.sides,
             spec=plan.spec,
             now=time.time(),
@@ -113,7 +118,19 @@ async def execute(plan: Prepared, say: Say, progress: Progress) -> Verdict:
     return verdict
 
 
-async def _run(plan: Prepared, folder: Path, journal: Journal, say: Say, progress: Progress) -> None:
+async def _compared(
+    plan: Prepared, observations: tuple[Observation, ...]
+) -> tuple[Observation, ...]:
+    """With the scores that need the answers of both arms."""
+    suites = {one.name: one.suite for one in plan.sources if one.suite is not None}
+    if not any(needs_pairs(suite.scorers) for suite in suites.values()):
+        return observations
+    return await score_pairs(suites, observations)
+
+
+async def _run(
+    plan: Prepared, folder: Path, journal: Journal, say: Say, progress: Progress
+) -> None:
     say(f"starting {_arms_of(plan.hypothesis)}")
     async with arms.started(plan.hypothesis, plan.configured, folder / "arms") as found:
         for arm in found.values():

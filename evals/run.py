@@ -15,6 +15,7 @@ from typing import Any
 
 from evals.arms import Arm, counters
 from evals.client import Client, Targets
+from evals.dataset import Suite
 from evals.design import Block, Session, Step
 from evals.item import Item
 from evals.journal import Done, Journal
@@ -36,6 +37,7 @@ class Source:
     blocks: tuple[Block, ...]
     score: Score
     recorded: bool = False  # asked at its own times, not one after another
+    suite: Suite | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +136,7 @@ async def _step(
         observations, late = await _asked(block.sessions, design.concurrency, ask), Lateness()
     took_s = now() - began
     items = {item.id: item for item in block.items}
-    scored = [await _scored(source, items[seen.id], seen) for seen in observations]
+    scored = await asyncio.gather(*(_scored(source, items[seen.id], seen) for seen in observations))
     return Done(*step.key, tuple(scored), late_s=tuple(late.late_s), took_s=took_s)
 
 

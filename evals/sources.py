@@ -25,21 +25,23 @@ from telemetry import Observation
 _ANY_MODEL = "-"  # each arm is asked by the name of its own
 
 
-def read_sources(file: str | Path, hypothesis: Hypothesis) -> tuple[Source, ...]:
+def read_sources(
+    file: str | Path, hypothesis: Hypothesis, *, allow_code: bool = False
+) -> tuple[Source, ...]:
     """Every suite and replay that is named. Raises PolicyError: for what is not there at the place
     that names it, for what is wrong with it at its own.
     """
-    return tuple(_source(file, hypothesis, name) for name in hypothesis.sources)
+    return tuple(_source(file, hypothesis, name, allow_code) for name in hypothesis.sources)
 
 
-def _source(file: str | Path, hypothesis: Hypothesis, name: str) -> Source:
+def _source(file: str | Path, hypothesis: Hypothesis, name: str, allow_code: bool) -> Source:
     design, stats = hypothesis.design, hypothesis.stats
     try:
         found = find_source(name, file)
         if name.startswith("suite:"):
-            suite = load_suite(found)
+            suite = load_suite(found, allow_code=allow_code)
             blocks = blocks_of_rows(name, suite.items, design, stats)
-            return Source(name, blocks, scored_by(suite))
+            return Source(name, blocks, scored_by(suite), suite=suite)
         items = tuple(read_trace(found).items(Filler(), _ANY_MODEL))
         blocks = blocks_of_time(name, items, design, stats)
         return Source(name, blocks, score_recorded, recorded=True)

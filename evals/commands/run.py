@@ -25,8 +25,11 @@ INTERRUPTED = 130
 
 @click.command()
 @click.argument("hypothesis", type=click.Path(path_type=Path))
+@click.option(
+    "--allow-code", is_flag=True, help="Let scorers run code that a model wrote, in a sandbox."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the verdict as JSON.")
-def run(hypothesis: Path, as_json: bool) -> None:
+def run(hypothesis: Path, allow_code: bool, as_json: bool) -> None:
     """Try HYPOTHESIS: start both configurations, ask them the same, and judge.
 
     What was asked and answered, and the verdict, are written to .headgate/runs beside the
@@ -49,7 +52,7 @@ def run(hypothesis: Path, as_json: bool) -> None:
       130  interrupted
     """
     try:
-        plan = prepare(hypothesis)
+        plan = prepare(hypothesis, allow_code=allow_code)
         if (outlook := plan.outlook).refused:
             click.echo(outlook.table(), err=True)
             raise SystemExit(EXIT_CODES["inconclusive"])
