@@ -73,6 +73,14 @@ GATEWAYS = (
     Recipe("sglang-router", ("bin/pip install sglang-router==0.3.2",)),
     Recipe("litellm", ("bin/pip install 'litellm[proxy]==1.108.7'",)),
 )
+CLIENTS = (
+    Recipe("guidellm", ("bin/pip install torch==2.13.0", "bin/pip install guidellm==0.8.1")),
+    Recipe("aiperf", ("bin/pip install aiperf==0.13.0",)),
+    Recipe(  # there is none for 3.11
+        "inference-perf",
+        ("python3.12 -m venv --clear .", "bin/pip install inference-perf==0.7.0"),
+    ),
+)
 PEERS = tuple(recipe.peer for recipe in ENGINES)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import uvloop
 
 from evals.client import Client
 from evals.filler import Filler, measured
@@ -119,7 +120,8 @@ def replay(
         click.echo(f"{file}: no request came then", err=True)
         raise SystemExit(2)
     base = url or f"http://127.0.0.1:{port or DEFAULT_PORT}"
-    told = asyncio.run(_play(trace, Options(url=base, **given), out))
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        told = runner.run(_play(trace, Options(url=base, **given), out))
     click.echo(json.dumps(told) if as_json else "\n".join(_table(told)))
     raise SystemExit(_exit_code(told))
 
@@ -214,10 +216,10 @@ def _table(told: dict[str, Any]) -> list[str]:
         f"{_number(told['requests_per_s'])} answers/s, {_number(told['tokens_per_s'])} tokens/s, "
         f"{told['cached_tokens']} of {told['prompt_tokens']} prompt tokens cached",
         "",
-        "              " + "".join(f"{name:>10}" for name in ("p50", "p95", "p99", "max")),
+        " " * 14 + "".join(f"{name:>12}" for name in ("p50", "p95", "p99", "max")),
     ]
     for name, of in told["times"].items():
-        lines.append(f"{_NAMES[name]:<14}" + "".join(f"{_ms(value):>10}" for value in of.values()))
+        lines.append(f"{_NAMES[name]:<14}" + "".join(f"{_ms(value):>12}" for value in of.values()))
     late = told["late"]
     lines += ["", f"sent late: p50 {_ms(late['p50_s'])}, p99 {_ms(late['p99_s'])}"]
     if late["generator_saturated"]:
