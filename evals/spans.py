@@ -114,7 +114,7 @@ def _body(attributes: Mapping[str, Any]) -> dict[str, Any]:
             body[ours] = attributes[name]
     if (tools := _decoded(attributes, "gen_ai.tool.definitions")) is not None:
         body["tools"] = tools
-    if "prompt" in body:  # a text completion
+    if "prompt" in body:  # of a text completion, as token ids or as a list
         return body
     told = _decoded(attributes, "gen_ai.input.messages")
     if not isinstance(told, list) or not told:
@@ -123,7 +123,10 @@ def _body(attributes: Mapping[str, Any]) -> dict[str, Any]:
     messages = _message({"role": "system", "parts": system}) if system else []
     for one in told:
         messages += _message(one)
-    body["messages"] = messages
+    if attributes.get("gen_ai.operation.name") == "text_completion":
+        body["prompt"] = messages[-1].get("content") or ""
+    else:
+        body["messages"] = messages
     return body
 
 
@@ -134,7 +137,7 @@ def _message(given: Any) -> list[dict[str, Any]]:
     parts = given.get("parts")
     if not isinstance(parts, list):
         return [dict(given)]
-    beside = {name: value for name, value in given.items() if name in ("name", "role")}
+    beside = {name: value for name, value in given.items() if name not in _OF_PARTS}
     outputs = [one for one in parts if one.get("type") == "tool_call_response"]
     if outputs:
         return [
@@ -144,6 +147,9 @@ def _message(given: Any) -> list[dict[str, Any]]:
     contents = [one for one in parts if one.get("type") not in ("tool_call", "reasoning")]
     message = beside | {"content": _content(contents)}
     return [message | {"tool_calls": calls} if calls else message]
+
+
+_OF_PARTS = ("finish_reason", "parts")
 
 
 def _content(parts: list[dict[str, Any]]) -> Any:

@@ -221,10 +221,10 @@ def _content(body: Mapping[str, Any], heard: Answer, operation: str, blot: Blot)
 def _message(given: Mapping[str, Any]) -> dict[str, Any]:
     """OpenAI's message in parts."""
     role, content = given.get("role"), given.get("content")
-    beside = {name: given[name] for name in ("name",) if name in given}
+    beside = {name: value for name, value in given.items() if name not in _IN_PARTS}
     if role == "tool":
         output = {"type": "tool_call_response", "id": given.get("tool_call_id")}
-        return {"role": role, **beside, "parts": [output | {"response": _joined(content)}]}
+        return beside | {"parts": [output | {"response": _joined(content)}]}
     parts: list[dict[str, Any]] = []
     if isinstance(content, str):
         parts.append(_text(content))
@@ -234,7 +234,10 @@ def _message(given: Mapping[str, Any]) -> dict[str, Any]:
         function = call.get("function") or {}
         said = {"name": function.get("name"), "arguments": function.get("arguments")}
         parts.append({"type": "tool_call", "id": call.get("id"), **said})
-    return {"role": role, **beside, "parts": parts}
+    return beside | {"parts": parts}
+
+
+_IN_PARTS = ("content", "tool_call_id", "tool_calls")
 
 
 def _text(text: str) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from evals.filler import Filler
+from evals.spans import requests_of
 from evals.traces import Trace, read_trace
 from gateway.call import CHAT_PATH, parse_call
 from gateway.genai import Exchange, span_of
@@ -328,6 +329,58 @@ def test_nothing_that_is_blotted_out_reaches_the_span() -> None:
     span = span_of(exchange, json.dumps(body).encode(), stream, blotter(["email"]), content=True)
     assert "ann@" not in json.dumps(span)
     assert json.dumps(span).count("[email]") == 4
+
+
+WORDS = st.text(max_size=12)
+CALLS = st.builds(
+    lambda id_, name: {
+        "id": id_,
+        "type": "function",
+        "function": {"name": name, "arguments": "{}"},
+    },
+    WORDS,
+    WORDS,
+)
+MESSAGES = st.one_of(
+    st.builds(lambda text: {"role": "user", "content": text}, WORDS),
+    st.builds(lambda text, name: {"role": "system", "content": text, "name": name}, WORDS, WORDS),
+    st.builds(lambda text: {"role": "assistant", "content": text, "refusal": None}, WORDS),
+    st.builds(
+        lambda calls: {"role": "assistant", "content": None, "tool_calls": calls},
+        st.lists(CALLS, min_size=1, max_size=2),
+    ),
+    st.builds(lambda text: {"role": "tool", "tool_call_id": "c", "content": text}, WORDS),
+    st.builds(
+        lambda text: {
+            "role": "user",
+            "content": [{"type": "text", "text": text}, {"type": "image_url", "image_url": {}}],
+        },
+        WORDS,
+    ),
+)
+ASKING = st.one_of(
+    st.fixed_dictionaries({"messages": st.lists(MESSAGES, min_size=1, max_size=5)}),
+    st.fixed_dictionaries({"prompt": st.one_of(WORDS, st.lists(st.integers(0, 9), min_size=1))}),
+)
+MORE = st.fixed_dictionaries(
+    {"model": st.just("m")},
+    optional={
+        "temperature": st.floats(0, 2), "max_tokens": st.integers(1, 99), "seed": st.integers(0, 9),
+        "stop": st.lists(WORDS, max_size=2), "logit_bias": st.just({"5": -1}),
+        "tools": st.just([{"type": "function", "function": {"name": "f"}}]),
+        "response_format": st.just({"type": "json_object"}), "ignore_eos": st.booleans(),
+    },
+)  # fmt: skip
+
+
+@given(ASKING, MORE)
+def test_every_request_comes_back_as_it_was(asking: dict[str, Any], more: dict[str, Any]) -> None:
+    """Where nothing is to be blotted out, what is replayed is what was asked."""
+    body = asking | more
+    exchange = Exchange("t" * 32, "s" * 16, CHAT_PATH, "", "", 0.0, 1.0, 200)
+    span = span_of(exchange, json.dumps(body).encode(), b"", blotter([]), content=True)
+    (one,) = requests_of(json.loads(json.dumps({"spans": [span]})))
+    assert one.body == body
 
 
 # ---- without texts ------------------------------------------------------------------------------
