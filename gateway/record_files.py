@@ -102,19 +102,19 @@ class Files:
                     os.close(descriptor)
 
     def _keep_within(self) -> None:
-        """Room for the next file is kept; a file that another process removed first is gone too."""
-        files = [
-            (path.name, path, path.stat().st_size)
-            for path in self.folder.iterdir()
-            if path.name.endswith((SUFFIX, PART))
-        ]
-        total = sum(size for _, _, size in files)
-        for name, path, size in sorted(files):
-            if total <= self._max_bytes - self._file_bytes:
+        """Room is kept for this process's next file, for one that is just being put together, and
+        for those that others write. What another process removed first is gone too."""
+        written = 2 + sum(1 for _ in self.folder.glob(f"*{PART}"))
+        files: list[tuple[Path, int]] = []
+        for path in sorted(self.folder.glob(f"*{SUFFIX}")):
+            with suppress(FileNotFoundError):
+                files.append((path, path.stat().st_size))
+        total = sum(size for _, size in files)
+        for path, size in files:
+            if total + written * self._file_bytes <= self._max_bytes:
                 break
-            if name.endswith(SUFFIX):
-                path.unlink(missing_ok=True)
-                total -= size
+            path.unlink(missing_ok=True)
+            total -= size
 
 
 def _finish(part: Path) -> None:

@@ -80,6 +80,6 @@ class Record(PolicyModel):
 
     @model_validator(mode="after")
     def _files_fit(self) -> Record:
-        if self.file_bytes * 2 > self.max_bytes:
-            raise ValueError("`max_bytes` has to hold at least two files of `file_bytes`")
+        if self.file_bytes * 4 > self.max_bytes:
+            raise ValueError("`max_bytes` has to hold at least four files of `file_bytes`")
         return self

@@ -58,7 +58,7 @@ def test_strangers_are_served_only_with_keys_and_the_line_is_named(tmp_path: Pat
         ("record: {path: x}", "record.consent  missing"),
         ("record: {consent: given, patterns: ['(']}", "is no regular expression"),
         ("record: {consent: given, patterns: ['x*']}", "matches the empty text"),
-        ("record: {consent: given, max_bytes: 8 MiB}", "two files of `file_bytes`"),
+        ("record: {consent: given, max_bytes: 8 MiB}", "four files of `file_bytes`"),
         ("trim: {tiers: {gold: {drop: oldest}}}", "trim.tiers.gold  there is no tier 'gold'"),
         (f"tenants: {{a: {{keys: [{HASH}], tiers: [gold]}}}}", "tiers[0]  there is no tier 'gold'"),
         (
