@@ -42,6 +42,8 @@ class Said:
     usage: Mapping[str, Any] = field(default_factory=dict)
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    scored_from: int = 0  # of an echo, the tokens from this character on
+    _echoed: int = 0
     _texts: list[str] = field(default_factory=list)
 
     @property
@@ -100,7 +102,7 @@ class Said:
         self.finish_reason = choice.get("finish_reason") or self.finish_reason
         ids = choice.get("token_ids")
         self.token_ids += [one for one in ids if type(one) is int] if ids else []
-        self.logprobs += _logprobs(choice.get("logprobs"))
+        self._add_logprobs(choice.get("logprobs"))
 
     def _add_delta(self, delta: Mapping[str, Any]) -> bool:
         """Whether it holds anything that a reader waits for."""
@@ -112,6 +114,22 @@ class Said:
             self._add_call(call.get("index", place), call)
         reasoning = delta.get("reasoning_content") or delta.get("reasoning")
         return bool(text or calls or reasoning)
+
+    def _add_logprobs(self, told: Mapping[str, Any] | None) -> None:
+        """Of chat (`content[].logprob`) or of a text completion (`token_logprobs`, null at first),
+        where tokens say themselves how long they are: offsets leave special ones out.
+        """
+        if not told:
+            return
+        if (entries := told.get("content")) is not None:
+            self.logprobs += [float(one["logprob"]) for one in entries]
+            return
+        logprobs = told.get("token_logprobs") or ()
+        tokens = told.get("tokens") or [""] * len(logprobs)
+        for token, logprob in zip(tokens, logprobs, strict=True):
+            if logprob is not None and self._echoed >= self.scored_from:
+                self.logprobs.append(float(logprob))
+            self._echoed += len(token)
 
     def _add_call(self, at: int, call: Mapping[str, Any]) -> None:
         known = self.calls.setdefault(
@@ -198,15 +216,6 @@ def _shown(data: bytes) -> str:
 
 def _first_choice(choices: Iterable[Mapping[str, Any]] | None) -> Mapping[str, Any] | None:
     return next((one for one in choices or () if one.get("index", 0) == 0), None)
-
-
-def _logprobs(told: Mapping[str, Any] | None) -> list[float]:
-    """Of chat (`content[].logprob`) or of a text completion (`token_logprobs`, null at first)."""
-    if not told:
-        return []
-    if (entries := told.get("content")) is not None:
-        return [float(one["logprob"]) for one in entries]
-    return [float(one) for one in told.get("token_logprobs") or () if one is not None]
 
 
 def _count(counts: Mapping[str, Any], name: str) -> int | None:

@@ -105,7 +105,7 @@ class Client:
         its usage; with `stream: false` there is no ttft. Only a cancelled task raises.
         """
         body = body_of(item.body, salt)
-        exchange, said = _Exchange(now()), Said()
+        exchange, said = _Exchange(now()), Said(scored_from=int(item.meta.get("scored_from", 0)))
         outcome, problem = await self._outcome(item, arm, body, exchange, said, now)
         ended = exchange.ended if exchange.ended is not None else now()
         tier = exchange.headers.get("x-headgate-tier", "") or item.tier

@@ -16,7 +16,8 @@ class Item:
 
     `cluster` is the conversation or document that the row belongs to, `turn` its place there.
     `expected` is what scorers compare with. `meta`: what else is known; of replays `t_s`, seconds
-    since their begin, `tenant` and `session`.
+    since their begin, `tenant` and `session`; of texts `scored_from`, the character that their
+    log-probabilities are told from.
     """
 
     id: str

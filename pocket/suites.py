@@ -24,6 +24,7 @@ ROWS_A_TASK = 100
 CONVERSATIONS = 160
 TURNS = 6
 TEXTS = 240
+_PLAIN = tuple(task for task in TASKS if task != "tool")  # whose template has no list of tools
 _OUT = Path(__file__).parents[1] / "evals" / "data"
 _Made = Iterator[dict[str, Any]]
 
@@ -33,7 +34,8 @@ def tasks() -> _Made:
     for index in range(ROWS_A_TASK):
         for task in TASKS:
             made = row(task, "test", SEED, index)
-            told: dict[str, Any] = {"id": f"{task}-{index:03d}", "task": task}
+            form = "call" if made.tools else "text"
+            told: dict[str, Any] = {"id": f"{task}-{index:03d}", "task": task, "form": form}
             told["messages"] = made.messages
             if made.tools:
                 told["tools"] = made.tools
@@ -68,12 +70,16 @@ def conversations() -> _Made:
 
 
 def texts() -> _Made:
-    """Questions and right answers as one text, whose tokens a model finds likely or not."""
+    """Chats with their right answers as one text, as the model's template writes them: how likely
+    it finds each token.
+    """
     for index in range(TEXTS):
-        made = row(TASKS[index % len(TASKS)], "test", SEED + 1, index)
-        said = [str(one["content"]) for one in made.messages if one["role"] != "system"]
-        text = "\n".join([*said, made.answer])
-        yield {"id": f"text-{index:03d}", "prompt": text, "echo": True, "logprobs": 1}
+        made = row(_PLAIN[index % len(_PLAIN)], "test", SEED + 1, index)
+        said = [*made.messages, {"role": "assistant", "content": made.answer}]
+        turns = [f"<|im_start|>{one['role']}\n{one['content']}<|im_end|>" for one in said]
+        text = "\n".join(turns)
+        told = {"id": f"text-{index:03d}", "prompt": text, "echo": True, "logprobs": 1}
+        yield {**told, "scored_from": len(text) - len(f"{made.answer}<|im_end|>")}
 
 
 FILES: dict[str, Callable[[], _Made]] = {

@@ -134,6 +134,15 @@ def test_a_tool_call_and_reasoning_are_first_tokens_too() -> None:
     assert (said.first, said.last, said.text) == (1.0, 4.0, "")
 
 
+def test_log_probabilities_of_an_echo_count_from_where_the_row_says() -> None:
+    """By the tokens' own lengths: offsets of servers leave special tokens out."""
+    said = Said(scored_from=3)
+    logprobs = {"tokens": ["a", "<b>", "c", "d"], "token_logprobs": [None, -1.0, -2.0, -3.0]}
+    told = {"index": 0, "text": "a<b>cd", "logprobs": logprobs, "finish_reason": "stop"}
+    said.add({"choices": [told]}, 0.0)
+    assert said.logprobs == [-2.0, -3.0]
+
+
 def test_token_ids_and_logprobs_are_kept_where_they_are_told() -> None:
     """Ids from our workers' comments or from a choice; logprobs of chat and of completions."""
     own, other = Said(), Said()
