@@ -130,7 +130,9 @@ class Supervised:
         return self.process.wait()
 
     def pids(self) -> list[int]:
-        return [int(line.split()[-1]) for line in self.lines if re.search("pid|grandchild", line)]
+        """Whoever was killed may have left half a line."""
+        found = [re.search(r"(?:pid|grandchild) (\d+)$", line) for line in self.lines]
+        return [int(one[1]) for one in found if one]
 
 
 @contextlib.contextmanager
