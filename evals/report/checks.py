@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from evals.report.words import NBSP
+from evals.report.words import NBSP, named
 from evals.verdict import Control
 
 NAMES: Mapping[str, str] = {
@@ -28,10 +28,13 @@ def _differences(detail: Mapping[str, Any]) -> str:
     """`qa correct −0.1 pp, week ttft.p50 +0.3 %`."""
     told = []
     for name, one in detail.get("metrics", {}).items():
+        if one["estimate"] is None:  # too little was asked of the second baseline
+            told.append(f"{named(name)} unknown")
+            continue
         ratio = one["unit"] == "ratio"
         value = 100 * (one["estimate"] - (1 if ratio else 0))
         unit = "%" if ratio else "pp"
-        told.append(f"{name.partition(':')[2] or name} {value:+.1f}{NBSP}{unit}".replace("-", "−"))
+        told.append(f"{named(name)} {value:+.1f}{NBSP}{unit}".replace("-", "−"))
     return ", ".join(told)
 
 

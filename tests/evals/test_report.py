@@ -283,6 +283,8 @@ def test_a_control_that_holds_tells_its_numbers() -> None:
     assert found(Control("aa", ok=True, detail={"metrics": metrics})) == (
         f"qa correct {printed('-0.2 pp')}, week ttft.p95 {printed('+0.3 %')}"
     )
+    unknown = {"suite:qa correct": {"estimate": None, "unit": "difference"}}
+    assert found(Control("aa", ok=True, detail={"metrics": unknown})) == "qa correct unknown"
     noticed = Control("sabotage", ok=True, detail={"decisions": {"a": "fail", "b": "inconclusive"}})
     assert found(noticed) == "failed by 1 of 2 guardrails"
     counters = {"calls": {"found": 81234.0, "min": 1}, "hits": {"found": None, "min": 1}}
