@@ -28,6 +28,7 @@ from gateway.listener import OUTGOING
 from gateway.orders import Orders
 from gateway.reply import Reply
 from gateway.variants import Variants, patched
+from gateway.verdicts import Verdicts, named_in
 from policies.discovery import Upstream
 from policies.fields import PolicyModel
 from runtime.wire import Problem, parse_object, problem_of
@@ -79,6 +80,9 @@ def routes(live: Live, variants: Variants) -> list[Route]:
         },
         f"{VARIANT_PATH}/rollback": {"POST": steering.roll_back},
         "/admin/observations": {"GET": steering.observations},
+        "/gate/confirm-promotion": {"POST": steering.confirm},
+        "/gate/rollback": {"POST": steering.confirm_rollback},
+        "/gate/{fingerprint}": {"GET": steering.result},
     }  # fmt: skip
     return [Route(path, Guarded(live, methods)) for path, methods in acts.items()]
 
@@ -138,6 +142,7 @@ class Steering:
     def __init__(self, live: Live, variants: Variants) -> None:
         self._live = live
         self._variants = variants
+        self._verdicts = Verdicts(live)
         self.clock: Callable[[], float] = time.time
 
     async def told(self, _scope: Scope, _body: bytes) -> Answer:
@@ -151,6 +156,8 @@ class Steering:
         wanted = Wanted.model_validate(parse_object(body))
         asked = self._orders(wanted)
         patched(self._live.edge.policy, wanted.patch)  # raises for one that cannot be
+        if wanted.share:
+            await self._verdicts.refuse(wanted.roots)
 
         def make(before: Orders | None) -> Orders:
             if before is not None and before.id != wanted.id and before.live(self.clock()):
@@ -177,6 +184,8 @@ class Steering:
         """Share and shadow from now on, until the lease ends."""
         wanted = Lease.model_validate(parse_object(body))
         until = self.clock() + wanted.lease_s
+        if wanted.share:
+            await self._verdicts.refuse((self._variants.told() or {}).get("roots", {}))
 
         def make(before: Orders | None) -> Orders:
             orders = self._same(before, wanted.id)
@@ -214,6 +223,24 @@ class Steering:
             raise problems.wrong_value("limit", f"1 to {READ_MAX}", problems.quote(text))
         seen, cursor = await self._variants.observed(query.get("after", ""), int(text))
         return 200, {"observations": seen, "cursor": cursor}
+
+    async def result(self, scope: Scope, _body: bytes) -> Answer:
+        """As a web metric of Argo Rollouts reads it: `result` is pass, fail or inconclusive."""
+        return 200, await self._verdicts.result(scope["path_params"]["fingerprint"])
+
+    async def confirm(self, _scope: Scope, body: bytes) -> Answer:
+        """Flagger's `confirm-promotion`: 200 lets the canary be promoted, 403 holds it."""
+        found = await self._verdicts.result(named_in(parse_object(body)))
+        if found["result"] != "pass":
+            raise problems.gate_not_passed(found)
+        return 200, found
+
+    async def confirm_rollback(self, _scope: Scope, body: bytes) -> Answer:
+        """Flagger's `rollback`: 200 rolls the canary back, 403 lets it go on."""
+        found = await self._verdicts.result(named_in(parse_object(body)))
+        if found["result"] != "fail":
+            raise problems.gate_not_passed(found)
+        return 200, found
 
     def _orders(self, wanted: Wanted) -> Orders:
         return Orders(

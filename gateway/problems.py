@@ -132,6 +132,23 @@ def rollout_ended(name: str, why: str) -> Problem:
     return Problem(409, message, code="rollout_ended")
 
 
+def no_live_pass(ledgers: Sequence[str]) -> Problem:
+    message = (
+        "no live pass speaks for exactly this baseline, candidate and hypothesis in "
+        f"{listing(ledgers)}; run the gate, or name its ledger in `gate.ledger`"
+    )
+    return Problem(403, message, code="no_live_pass")
+
+
+def gate_not_passed(result: Mapping[str, object]) -> Problem:
+    message = f"the gate says {result['result']} of {result['fingerprint']}: {result['reason']}"
+    return Problem(403, message, code="gate_not_passed")
+
+
+def ledger_unreadable(why: str) -> Problem:
+    return Problem(503, why, code="ledger_unreadable", headers={"retry-after": "1"})
+
+
 def rollout_needs_store() -> Problem:
     message = (
         "several gateway processes can only roll out together: give `gateway.store`, or set "
