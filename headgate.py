@@ -183,6 +183,7 @@ def explain(receipt: str, url: str | None, policy: Path | None, as_json: bool) -
 
 
 _GATE = {
+    "plan": ("evals.commands.plan:show_plan", "Say what could be shown, before anything is spent."),
     "report": (
         "evals.commands.report:report",
         "Write a run's verdict as a page, as Markdown and as JUnit.",

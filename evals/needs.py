@@ -14,6 +14,7 @@ from scipy import special
 
 from evals import ratios, shares
 from evals.battery import null_of
+from evals.design import Block
 from evals.pairs import Pair, by_source
 from evals.questions import Question, questions
 from evals.stats.estimate import Floats, cluster_sums
@@ -41,6 +42,12 @@ class Supply:
     rows: int
     clusters: int
     blocks: int
+
+
+def supply_of(blocks: Sequence[Block]) -> Supply:
+    """What the blocks of a source have, repeats not counted."""
+    items = [item for block in blocks if block.repeat == 0 for item in block.items]
+    return Supply(len(items), len({item.cluster for item in items}), len(blocks))
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 from evals.metrics import Kind, Metric, UnknownMetric, metric
 from policies.hypothesis import Claim, Guardrail, Hypothesis
+from policies.load import read_yaml
+from policies.problems import PolicyError, Problem, dotted
 
 SUPERIORITY = "superiority"
 # Test -> the kinds of metrics that it can be asked of.
@@ -65,6 +68,16 @@ class Unanswerable(ValueError):
 def questions(hypothesis: Hypothesis) -> tuple[Question, ...]:
     """Guardrails first, then claims. Raises Unanswerable."""
     return (*_guardrails(hypothesis), *_claims(hypothesis))
+
+
+def asked_in(file: str | Path, hypothesis: Hypothesis) -> tuple[Question, ...]:
+    """Of a hypothesis in a file. Raises PolicyError at the place of what cannot be answered."""
+    try:
+        return questions(hypothesis)
+    except Unanswerable as error:
+        _, places, _ = read_yaml(str(file))
+        place = places.of(error.where)
+        raise PolicyError(Problem(str(file), error.why, place, dotted(error.where))) from None
 
 
 def _guardrails(hypothesis: Hypothesis) -> Iterator[Question]:

@@ -8,10 +8,12 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from evals.needs import Noise, Supply, measured
+from evals.design import blocks_of_rows
+from evals.item import Item
+from evals.needs import Noise, Supply, measured, supply_of
 from evals.pairs import AA, BASELINE, by_arm, pair
 from evals.plan import Plan, Row, plan
-from policies.hypothesis import Hypothesis
+from policies.hypothesis import Design, Hypothesis, Stats
 from tests.evals.simulated import CORRECT, REPLAY, SUITE, TTFT, hypothesis, replayed, suite
 
 PLENTY = {SUITE: Supply(10_000, 10_000, 500), REPLAY: Supply(10_000, 5_000, 500)}
@@ -118,6 +120,14 @@ def test_what_the_change_touches_is_planned_by_itself() -> None:
     assert (whole.enough, part.enough, part.there) == (True, False, 125)
     assert made.refused
     assert plan(of_one(CORRECT), {SUITE: Supply(1000, 1000, 50)}, exposed=0.125).rows == (whole,)
+
+
+def test_what_a_source_has_is_counted_as_the_design_asks_it() -> None:
+    """Repeats are further blocks of the same rows."""
+    items = [Item(f"q{n}", f"c{n // 4}", n % 4, {}) for n in range(100)]
+    design = Design(repeats=2, block_items=20)
+    blocks = blocks_of_rows(SUITE, items, design, Stats())
+    assert supply_of(blocks) == Supply(rows=100, clusters=25, blocks=10)
 
 
 def test_claims_are_never_a_reason_to_refuse() -> None:

@@ -1,0 +1,91 @@
+"""`headgate gate plan`, as people type it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import click
+
+from evals.needs import Noise, measured, supply_of
+from evals.pairs import AA, BASELINE, CANDIDATE, by_arm, pair, pair_control
+from evals.plan import Plan, plan
+from evals.questions import asked_in
+from evals.sources import read_sources
+from evals.strata import touched, traces
+from evals.verdict import EXIT_CODES, USAGE_EXIT
+from evals.verdict_file import BrokenRun, read_rows
+from policies.hypothesis import Hypothesis
+from policies.load import PolicyError, load_hypothesis
+
+
+@click.command("plan")
+@click.argument("hypothesis", type=click.Path(path_type=Path))
+@click.option(
+    "--from",
+    "run",
+    type=click.Path(path_type=Path),
+    help="A run's folder: its second baseline tells how noisy each metric is.",
+)
+@click.option(
+    "--flips",
+    type=click.FloatRange(0, 1),
+    help="Share of rows that change between right and wrong by chance. Default: 0.06.",
+)
+@click.option(
+    "--exposed",
+    type=click.FloatRange(0, 1),
+    help="Share of the requests that the change will touch. Default: all.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
+def show_plan(
+    hypothesis: Path, run: Path | None, flips: float | None, exposed: float | None, as_json: bool
+) -> None:
+    """Say what HYPOTHESIS could show with the rows that there are, before anything is spent.
+
+    For each guardrail: how many pairs it needs to pass if nothing is lost, how many there are, and
+    the smallest margin that can be tested with these.
+
+    \b
+    Examples:
+      headgate gate plan policies/int8.yaml
+      headgate gate plan policies/int8.yaml --from .headgate/runs/int8-0123abcd
+
+    \b
+    Exit codes:
+      0  every guardrail can be shown
+      2  the hypothesis, or what it names, is wrong; each problem is printed as file:line:col
+      3  refused: some guardrail could not pass even if nothing is lost
+    """
+    try:
+        asked = load_hypothesis(hypothesis)
+        made = planned(hypothesis, asked, run, flips, exposed)
+    except (PolicyError, BrokenRun) as error:
+        click.echo(str(error), err=True)
+        raise SystemExit(USAGE_EXIT) from None
+    click.echo(json.dumps(made.payload(), indent=2) if as_json else made.table())
+    raise SystemExit(EXIT_CODES["inconclusive"] if made.refused else 0)
+
+
+def planned(
+    file: Path, asked: Hypothesis, run: Path | None, flips: float | None, exposed: float | None
+) -> Plan:
+    """Raises PolicyError, BrokenRun."""
+    asked_in(file, asked)
+    supplies = {one.name: supply_of(one.blocks) for one in read_sources(file, asked)}
+    noise: Mapping[str, Noise] = {}
+    if run is not None:
+        noise, seen = _of_run(asked, run)
+        exposed = seen if exposed is None else exposed
+    assumed = Noise() if flips is None else Noise(flips=flips)
+    return plan(asked, supplies, noise, 1.0 if exposed is None else exposed, assumed)
+
+
+def _of_run(asked: Hypothesis, run: Path) -> tuple[Mapping[str, Noise], float]:
+    """The noise of its metrics, and the share of its requests that the change touched."""
+    arms = by_arm(read_rows(run).observations)
+    base = arms.get(BASELINE, [])
+    pairs, fields = pair(base, arms.get(CANDIDATE, [])), traces(asked)
+    share = touched(pairs, fields) / len(pairs) if pairs and fields else 1.0
+    return measured(asked, pair_control(base, arms.get(AA, []))), share

@@ -1,0 +1,89 @@
+"""`headgate gate plan`: the table, the refusal, what is wrong with the file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from click.testing import CliRunner
+
+import headgate
+from evals.controls import Facts
+from evals.verdict_file import Rows, write_run
+from tests.evals.simulated import BASE, OTHER, SPEC, hypothesis, observed
+
+FILE = """\
+apiVersion: headgate/v1
+kind: Hypothesis
+metadata: {name: small}
+baseline: {config: base.yaml}
+candidate: {patch: {runtime.weights: w8a8}}
+kind_of_change: lossy_model
+guardrails:
+- {suite: qa, metric: correct, test: paired_ni, margin: 5%}
+"""
+SUITE = """\
+apiVersion: headgate/v1
+kind: Suite
+name: qa
+data: qa.jsonl
+scorers: [{kind: exact}]
+"""
+
+
+def folder(path: Path, rows: int, text: str = FILE) -> Path:
+    (path / "base.yaml").write_text("version: 1\nruntime: {model: pocket}\n")
+    (path / "qa.yaml").write_text(SUITE)
+    lines = [
+        json.dumps({"id": f"q{n:05}", "prompt": f"{n}?", "expected": str(n)}) for n in range(rows)
+    ]
+    (path / "qa.jsonl").write_text("\n".join(lines) + "\n")
+    file = path / "small.yaml"
+    file.write_text(text)
+    return file
+
+
+def run(*arguments: object) -> tuple[int, str]:
+    done = CliRunner().invoke(headgate.main, ["gate", "plan", *map(str, arguments)])
+    return done.exit_code, done.output
+
+
+def test_enough_rows_are_planned_and_too_few_are_refused(tmp_path: Path) -> None:
+    """With the margin that can be tested, which then is enough."""
+    code, said = run(folder(tmp_path, 600))
+    assert code == 0
+    assert "600 pairs" in said
+    file = folder(tmp_path, 90)
+    code, said = run(file, "--json")
+    told = json.loads(said)
+    assert (code, told["refused"], told["rows"][0]["there"]) == (3, True, 90)
+    testable = told["rows"][0]["testable"]
+    assert 0.05 < testable < 0.2
+    assert run(folder(tmp_path, 90, FILE.replace("5%", str(testable))))[0] == 0
+
+
+def test_few_flips_need_few_rows(tmp_path: Path) -> None:
+    file = folder(tmp_path, 90)
+    assert run(file, "--flips", 0.0)[0] == 0
+    assert run(file, "--flips", 0.2)[0] == 3
+
+
+def test_an_earlier_run_tells_the_noise(tmp_path: Path) -> None:
+    """Its second baseline never flipped, so that 90 rows are enough."""
+    rows = Rows(hypothesis(), tuple(observed()), (BASE, OTHER), SPEC, 1.0, Facts())
+    write_run(tmp_path / "run", rows)
+    code, said = run(folder(tmp_path, 90), "--from", tmp_path / "run")
+    assert code == 0
+    assert "0.0% flips measured" in said
+
+
+def test_what_cannot_be_asked_is_told_at_its_place(tmp_path: Path) -> None:
+    code, said = run(folder(tmp_path, 9, FILE.replace("metric: correct", "metric: tftt.p95")))
+    assert code == 2
+    assert "small.yaml:8:" in said
+    assert "guardrails[0].metric" in said
+    assert "did you mean 'ttft.p95'" in said
+    code, said = run(folder(tmp_path, 9, FILE.replace("suite: qa", "suite: qb")))
+    assert code == 2
+    assert "there is no suite 'qb'" in said
+    assert run(folder(tmp_path, 9), "--from", tmp_path / "nothing")[0] == 2
