@@ -183,6 +183,7 @@ def explain(receipt: str, url: str | None, policy: Path | None, as_json: bool) -
 
 
 _GATE = {
+    "matrix": ("evals.commands.matrix:matrix", "Say what several changes add to each other."),
     "plan": ("evals.commands.plan:show_plan", "Say what could be shown, before anything is spent."),
     "report": (
         "evals.commands.report:report",

@@ -72,6 +72,17 @@ async def started(
         yield found
 
 
+@contextlib.asynccontextmanager
+async def beside(
+    policies: Mapping[str, Configured], folder: Path
+) -> AsyncIterator[Mapping[str, Arm]]:
+    """An arm for each policy, under its name, alive side by side until the context is left."""
+    async with contextlib.AsyncExitStack() as stack:
+        yield {
+            name: await _up(stack, name, Variant(), one, folder) for name, one in policies.items()
+        }
+
+
 async def _up(
     stack: contextlib.AsyncExitStack,
     name: str,

@@ -15,7 +15,7 @@ import numpy as np
 
 from evals import ratios, shares
 from evals.battery import answer, null_of
-from evals.pairs import BASELINE, Pair, by_arm, by_source, pair
+from evals.pairs import BASELINE, CANDIDATE, Pair, by_arm, by_source, pair
 from evals.questions import Question, questions
 from evals.stats.divergence import mean_below
 from evals.stats.estimate import TooFewClusters
@@ -23,7 +23,7 @@ from evals.stats.ratio import block_t
 from policies.hypothesis import Hypothesis, Stats
 from telemetry import Observation
 
-FULL = "full"
+FULL = CANDIDATE  # the arm with every change
 TOGETHER = "together"
 _JUDGED = ("share", "flip", "time", "rate", "tokens")
 
@@ -48,7 +48,8 @@ class Effect:
 @dataclass(frozen=True, slots=True)
 class Matrix:
     """`total`: all changes against none. `marginal`: all against all but one. `interaction`: the
-    sum of the marginals less the total; 0 (or a ratio of 1) where each adds what it adds alone.
+    sum of the marginals less the total, which is what changes do only together: 0 (or a ratio of 1)
+    where each adds what it adds alone.
     """
 
     names: tuple[str, ...]
@@ -61,7 +62,7 @@ class Matrix:
         return asdict(self)
 
     def table(self) -> str:
-        """A line a metric and change, then all together, then what is left over."""
+        """A line a metric and change, then all together, then what they do only together."""
         lines: list[str] = []
         for one in self.total:
             key = (one.source, one.metric)
@@ -70,7 +71,7 @@ class Matrix:
             left = [each for each in self.interaction if (each.source, each.metric) == key]
             lines += [f"  {each.of:<32}{_said(each)}" for each in parts]
             lines += [f"  {'all together':<32}{_said(one)}"]
-            lines += [f"  {'beyond the sum of each':<32}{_said(each)}" for each in left]
+            lines += [f"  {'only together':<32}{_said(each)}" for each in left]
         return "\n".join(lines)
 
 

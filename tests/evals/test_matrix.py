@@ -96,4 +96,4 @@ def test_the_table_has_a_line_for_each_change_and_for_what_is_left() -> None:
     said = judged(additive=True).table()
     assert "qa correct\n  a " in said
     assert "-5.00 points" in said
-    assert said.count("beyond the sum of each") == 3
+    assert said.count("only together") == 3
