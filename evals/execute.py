@@ -20,7 +20,7 @@ from evals.arms import Arm
 from evals.controls import Facts
 from evals.design import Step, steps
 from evals.journal import Journal
-from evals.needs import Supply
+from evals.needs import supply_of
 from evals.pairs import CANDIDATE
 from evals.plan import Plan as Outlook, plan as outlook
 from evals.progress import Progress
@@ -67,13 +67,7 @@ class Prepared:
     @property
     def outlook(self) -> Outlook:
         """What so many rows can show. Raises Unanswerable."""
-        return outlook(self.hypothesis, {one.name: _supply(one) for one in self.sources})
-
-
-def _supply(source: Source) -> Supply:
-    blocks = [block for block in source.blocks if block.repeat == 0]
-    items = [item for block in blocks for item in block.items]
-    return Supply(len(items), len({item.cluster for item in items}), len(source.blocks))
+        return outlook(self.hypothesis, {one.name: supply_of(one.blocks) for one in self.sources})
 
 
 def prepare(file: Path, *, allow_code: bool = False) -> Prepared:

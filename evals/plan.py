@@ -86,10 +86,9 @@ def plan(
     supplies: Mapping[str, Supply],
     noise: Mapping[str, Noise] | None = None,
     exposed: float = 1.0,
-    assumed: Noise | None = None,
 ) -> Plan:
-    """`supplies` by source; `noise` by question, from `measured`, `assumed` where it was not;
-    `exposed`: share of the requests that the change will touch. Raises Unanswerable.
+    """`supplies` by source; `noise` by question, from `measured`; `exposed`: share of the requests
+    that the change will touch. Raises Unanswerable.
     """
     asked = questions(hypothesis)
     stats = hypothesis.stats
@@ -98,7 +97,7 @@ def plan(
     rows = []
     for one in asked:
         supply = supplies.get(one.source, Supply(0, 0, 0))
-        known = (noise or {}).get(one.name, assumed or Noise())
+        known = (noise or {}).get(one.name, Noise())
         rows.append(_row(one, supply, known, stats, power))
         if touched < 1 and one.kind == "guardrail":
             least = hypothesis.validity.min_affected_pairs

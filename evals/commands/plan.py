@@ -72,14 +72,16 @@ def planned(
     file: Path, asked: Hypothesis, run: Path | None, flips: float | None, exposed: float | None
 ) -> Plan:
     """Raises PolicyError, BrokenRun."""
-    asked_in(file, asked)
+    questions = asked_in(file, asked)
     supplies = {one.name: supply_of(one.blocks) for one in read_sources(file, asked)}
-    noise: Mapping[str, Noise] = {}
+    noise: dict[str, Noise] = {}
+    if flips is not None:
+        noise = {one.name: Noise(flips=flips) for one in questions}
     if run is not None:
-        noise, seen = _of_run(asked, run)
+        found, seen = _of_run(asked, run)
+        noise |= found
         exposed = seen if exposed is None else exposed
-    assumed = Noise() if flips is None else Noise(flips=flips)
-    return plan(asked, supplies, noise, 1.0 if exposed is None else exposed, assumed)
+    return plan(asked, supplies, noise, 1.0 if exposed is None else exposed)
 
 
 def _of_run(asked: Hypothesis, run: Path) -> tuple[Mapping[str, Noise], float]:
