@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from policies.chain import Chain, hypotheses, ledger_for
 from policies.devices import Devices, devices
+from policies.gating import Gate
 from policies.hypothesis import Hypothesis, Variant
 from policies.leaves import Binder, Unknown, spec_side
-from policies.ledger import Ledger
+from policies.ledger import Ledger, LedgerError, Reading
 from policies.load import load, read_yaml
 from policies.patching import Configured, configured, variants
 from policies.side import Side
+from policies.standing import Question, Standing, judged
 
-__all__ = ["Unknown", "ledger_of", "pair", "sides"]
+__all__ = ["Unknown", "ledger_of", "pair", "sides", "standing_of"]
 
 _GATED = ("optimizations", "gate")  # of a policy; in a pair what they said is done already
 
@@ -87,3 +90,25 @@ def sides(
             found.append(Binder(one.file, told).side(one.deployment))
     baseline, candidate = found
     return baseline, candidate, spec_side(file, hypothesis)
+
+
+def standing_of(
+    file: str | Path, hypothesis: Hypothesis, now: float, told: Callable[[], Devices] = devices
+) -> Standing:
+    """How a hypothesis stands that no policy names: by its own baseline, and strictly. Raises
+    PolicyError."""
+    path = Path(file).absolute()
+    baseline, _ = variants(path, hypothesis)
+    ledger = ledger_for(path, baseline)
+    gate = baseline.deployment.gate if baseline is not None else Gate()
+    strict = gate.model_copy(update={"enforce": "strict"})
+    try:
+        reading, unreadable = ledger.read(), ""
+    except LedgerError as error:
+        reading, unreadable = Reading(), str(error)
+
+    def both() -> tuple[Side, Side, Side]:
+        return sides(path, hypothesis, told)
+
+    one = judged(Question(path, hypothesis, both, strict, ledger, reading, now))
+    return replace(one, enabled=False, why=unreadable or one.why)

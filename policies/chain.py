@@ -12,12 +12,13 @@ from pathlib import Path
 from policies.devices import Devices, devices
 from policies.enabling import Gated
 from policies.hypothesis import Hypothesis
-from policies.leaves import Binder
+from policies.leaves import Binder, spec_side
 from policies.ledger import Ledger, LedgerError, Reading
 from policies.load import at_fields, load_hypothesis
 from policies.patching import Configured, configured
 from policies.problems import PolicyError
 from policies.schema import Deployment
+from policies.side import Side
 from policies.standing import Question, Standing, judged
 
 LEDGER = Path(".headgate", "ledger")
@@ -54,11 +55,13 @@ class Chain:
             self.readings[ledger.folder] = reading
         except LedgerError as error:
             reading, unreadable = Reading(), str(error)
-        asked = Question(
-            path, hypothesis, before.deployment, after.deployment, self._policy.deployment.gate,
-            ledger, reading, self._binder, self._now,
-        )  # fmt: skip
-        one = judged(asked)
+
+        def sides() -> tuple[Side, Side, Side]:
+            side = self._binder.side
+            return side(before.deployment), side(after.deployment), spec_side(path, hypothesis)
+
+        gate = self._policy.deployment.gate
+        one = judged(Question(path, hypothesis, sides, gate, ledger, reading, self._now))
         if unreadable and not one.enabled:
             one = replace(one, why=unreadable)
         if self._serving is not None:

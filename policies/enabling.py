@@ -102,7 +102,7 @@ def ungated(deployment: Deployment) -> Iterator[str]:
 
 def rows(found: Gated) -> list[Row]:
     """A line each of what is on, off, stale or quarantined, what nobody judged, what is damaged."""
-    told: list[Row] = [(f"optimization {one.hypothesis}", *_said(one)) for one in found.standings]
+    told: list[Row] = [(f"optimization {one.hypothesis}", *said(one)) for one in found.standings]
     why = "lossy, and set in the policy itself: no verdict speaks of it"
     told += [(knob, "ungated", why) for knob in found.ungated]
     if found.damaged:
@@ -111,7 +111,8 @@ def rows(found: Gated) -> list[Row]:
     return told
 
 
-def _said(one: Standing) -> tuple[str, str]:
+def said(one: Standing) -> tuple[str, str]:
+    """Its state and why, as people read it."""
     state = one.state
     if one.enabled and state != "on":
         return f"{state}, served", one.why

@@ -6,7 +6,7 @@ they are now, as far as `effects.py` says that it matters to what was found.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -14,9 +14,8 @@ from typing import Any, Literal
 from policies.effects import Spoiled, spoiled
 from policies.gating import Gate
 from policies.hypothesis import Hypothesis
-from policies.leaves import Binder, Unknown, spec_side
+from policies.leaves import Unknown
 from policies.ledger import CONCLUSIVE, Decision, Ledger, LedgerError, Reading
-from policies.schema import Deployment
 from policies.side import Side, changed
 
 State = Literal["on", "off", "stale", "quarantined"]
@@ -72,30 +71,19 @@ class Standing:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """May the policy `before` become `after`, as the hypothesis in `file` proposes?"""
+    """May a policy become what the hypothesis in `file` proposes?"""
 
     file: Path
     hypothesis: Hypothesis
-    before: Deployment
-    after: Deployment
+    sides: Callable[[], tuple[Side, Side, Side]]  # baseline, candidate, spec; may raise Unknown
     gate: Gate
     ledger: Ledger
     reading: Reading  # of the ledger
-    binder: Binder
     now: float
 
     @property
     def again(self) -> str:
         return f"headgate gate run {self.file}"
-
-
-@dataclass(frozen=True, slots=True)
-class _Sides:
-    """What would be served, and how it would be judged."""
-
-    baseline: Side
-    candidate: Side
-    spec: Side
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,16 +122,11 @@ def _by_verdicts(one: Standing, asked: Question) -> Standing:
         why = f"its verdict is {last.decision}{reason}: {asked.again}"
         return replace(_seen(one, last), why=why)
     spoken.sort(key=lambda verdict: verdict.at, reverse=True)
-    newest = next((verdict for verdict in spoken if verdict.decision == "pass"), spoken[0])
+    newest = spoken[0]
     try:
-        sides = _Sides(
-            asked.binder.side(asked.before),
-            asked.binder.side(asked.after),
-            spec_side(asked.file, asked.hypothesis),
-        )
-        one = replace(
-            one, baseline=sides.baseline.root, candidate=sides.candidate.root, spec=sides.spec.root
-        )
+        sides = asked.sides()
+        baseline, candidate, spec = (side.root for side in sides)
+        one = replace(one, baseline=baseline, candidate=candidate, spec=spec)
         compared = []
         for verdict in spoken:  # one that cannot be read may have said that it failed
             compared.append(found := _compare(asked.ledger, verdict, sides))
@@ -166,14 +149,14 @@ def _seen(one: Standing, verdict: Decision) -> Standing:
     )
 
 
-def _compare(ledger: Ledger, verdict: Decision, sides: _Sides) -> _Compared:
+def _compare(ledger: Ledger, verdict: Decision, sides: Iterable[Side]) -> _Compared:
     """What of a verdict the leaves spoil that changed since. Raises LedgerError."""
     payload = ledger.verdict(verdict.evidence)
     try:
         if payload["decision"] != verdict.decision:
             raise LedgerError(f"verdict {verdict.evidence} is {payload['decision']}, not as listed")
         then = [_side(payload, name) for name in ("baseline", "candidate", "spec")]
-        pairs = zip(then, (sides.baseline, sides.candidate, sides.spec), strict=True)
+        pairs = zip(then, sides, strict=True)
         leaves = sorted({leaf for old, new in pairs for leaf in changed(old, new)})
         return _Compared(verdict, spoiled(payload, leaves))
     except (KeyError, TypeError, AttributeError) as error:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import time
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +15,9 @@ from evals.verdict import EXIT_CODES, USAGE_EXIT
 
 if TYPE_CHECKING:
     from policies.enabling import Gated
-    from policies.ledger import Decision
+    from policies.standing import Standing
 
+KIND = "Hypothesis"
 NO_VERDICT = EXIT_CODES["inconclusive"]
 
 
@@ -25,8 +27,9 @@ NO_VERDICT = EXIT_CODES["inconclusive"]
 def status(policy: Path | None, as_json: bool) -> None:
     """Say which optimizations of POLICY would be served now, which not, and what made them stale.
 
-    It is what `headgate serve` says at its start, by the same rules; nothing is started. Verdicts
-    of hypotheses that the policy does not name are listed below.
+    It is what `headgate serve` says at its start, by the same rules; nothing is started. Hypotheses
+    beside the policy that it does not name, and those in `hypotheses/` there, are judged by their
+    own baselines: `ready` ones could be named.
 
     \b
     Examples:
@@ -34,10 +37,10 @@ def status(policy: Path | None, as_json: bool) -> None:
       headgate gate status my-policy.yaml --json
 
     \b
-    Exit codes:
+    Exit codes, by what the policy names:
       0  every optimization has a live pass
       1  one failed, or is quarantined
-      2  the policy or a hypothesis is wrong
+      2  the policy or a hypothesis that it names is wrong
       3  one has no verdict, or an inconclusive one
       4  the verdict of one is invalid
       5  one brought no benefit
@@ -54,11 +57,11 @@ def status(policy: Path | None, as_json: bool) -> None:
     except PolicyError as error:
         click.echo(str(error), err=True)
         raise SystemExit(USAGE_EXIT) from None
-    others = _others(found)
+    unnamed = list(_unnamed(found, now))
     if as_json:
-        click.echo(json.dumps(_payload(found, others, now), indent=2))
+        click.echo(json.dumps(_payload(found, unnamed, now), indent=2))
     else:
-        for line in _lines(found, others, now):
+        for line in _lines(found, unnamed):
             click.echo(line)
     raise SystemExit(exit_code(found))
 
@@ -75,39 +78,35 @@ def exit_code(found: Gated) -> int:
     return 0
 
 
-def _others(found: Gated) -> list[Decision]:
-    """The last verdict of each hypothesis that the policy does not name, in its ledgers."""
-    from policies.chain import ledgers
-    from policies.ledger import LedgerError
+def _unnamed(found: Gated, now: float) -> Iterator[tuple[Path, Standing | str]]:
+    """Hypotheses of which the policy says nothing, as they stand, or what is wrong with them."""
+    from policies.binding import standing_of
+    from policies.load import PolicyError, load_hypothesis, read_yaml
 
-    verdicts: list[Decision] = []
-    for ledger in ledgers(found):
-        with contextlib.suppress(LedgerError):  # told with each optimization
-            verdicts += ledger.verdicts()
-    named = {one.hypothesis for one in found.standings}
-    last = {one.hypothesis: one for one in sorted(verdicts, key=lambda one: one.at)}
-    return [one for name, one in sorted(last.items()) if name not in named]
+    named = {one.file for one in found.standings}
+    folder = found.file.parent
+    for file in (*sorted(folder.glob("*.yaml")), *sorted(folder.glob("hypotheses/*.yaml"))):
+        try:
+            data, _, _ = read_yaml(str(file))
+            if str(file) in named or not isinstance(data, dict) or data.get("kind") != KIND:
+                continue
+            yield file, standing_of(file, load_hypothesis(file), now)
+        except PolicyError as error:
+            yield file, str(error).partition("\n")[0]
 
 
-def _payload(found: Gated, others: list[Decision], now: float) -> dict[str, Any]:
+def _payload(
+    found: Gated, unnamed: list[tuple[Path, Standing | str]], now: float
+) -> dict[str, Any]:
+    others = [
+        {"file": str(file), "problem": one} if isinstance(one, str) else _aged(one.payload(), now)
+        for file, one in unnamed
+    ]
     return {
         "policy": str(found.file),
         "enforce": found.deployment.gate.enforce,
         "optimizations": [_aged(one, now) for one in found.payload()],
-        "not_in_the_policy": [
-            _aged(
-                {
-                    "hypothesis": one.hypothesis,
-                    "verdict": one.decision,
-                    "reason": one.reason or None,
-                    "made_at": one.at,
-                    "expires_at": one.expires_at,
-                    "evidence": one.evidence,
-                },
-                now,
-            )
-            for one in others
-        ],
+        "not_in_the_policy": others,
         "ungated": list(found.ungated),
         "damaged_lines": list(found.damaged),
     }
@@ -118,19 +117,16 @@ def _aged(told: dict[str, Any], now: float) -> dict[str, Any]:
     return told | {"age_s": None if made_at is None else round(now - made_at, 1)}
 
 
-def _lines(found: Gated, others: list[Decision], now: float) -> list[str]:
-    from policies.enabling import rows
+def _lines(found: Gated, unnamed: list[tuple[Path, Standing | str]]) -> list[str]:
+    from policies.enabling import rows, said
 
-    table = [list(row) for row in rows(found)]
-    for one in others:
-        age = f"{_age(now - one.at)} old, not in the policy"
-        table.append([f"hypothesis {one.hypothesis}", one.decision, age])
-    if not table:
-        return [f"{found.file} has no optimizations"]
-    first, second = (max(len(row[at]) for row in table) for at in (0, 1))
-    return [f"{a.ljust(first)}  {b.ljust(second)}  {why}".rstrip() for a, b, why in table]
-
-
-def _age(age_s: float) -> str:
-    days, hours = age_s / 86400, age_s / 3600
-    return f"{days:.0f} days" if days >= 2 else f"{hours:.0f} hours"
+    table = list(rows(found))
+    for file, one in unnamed:
+        if isinstance(one, str):
+            table.append((f"hypothesis {file.stem}", "wrong", one))
+            continue
+        state, why = said(replace(one, enabled=one.state == "on"))
+        table.append((f"hypothesis {one.hypothesis}", "ready" if state == "on" else state, why))
+    head = [] if found.standings else [f"{found.file} has no optimizations"]
+    first, second = (max((len(row[at]) for row in table), default=0) for at in (0, 1))
+    return head + [f"{a.ljust(first)}  {b.ljust(second)}  {why}".rstrip() for a, b, why in table]

@@ -59,13 +59,17 @@ def test_each_state_has_its_line_and_its_exit_code(world: World) -> None:
 
 
 def test_a_program_reads_verdict_age_and_leaf(world: World) -> None:
-    """Hypotheses that the policy does not name are told with their last verdict."""
-    for name in ("int8", "kv"):
+    """Of each hypothesis, also of one that the policy does not name, and of one that is wrong."""
+    for name in ("int8", "kv", "ready"):
         world.hypothesis(name)
         world.judge(name, at=time.time() - 3 * DAY)
     world.judge("kv", "no_benefit", at=time.time() - DAY)
     world.serve("int8")
-    (world.folder / "tiny" / "model.safetensors").write_bytes(b"\1" * 64)
+    weights = world.folder / "tiny" / "model.safetensors"
+    weights.write_bytes(b"\1" * 64)
+    world.judge("ready", at=time.time() - DAY)
+    (world.folder / "hypotheses").mkdir()
+    (world.folder / "hypotheses" / "bad.yaml").write_text("kind: Hypothesis\nmetdata: {}\n")
     done = status(world, "--json")
     assert done.returncode == 6
     told = json.loads(done.stdout)
@@ -76,9 +80,17 @@ def test_a_program_reads_verdict_age_and_leaf(world: World) -> None:
         {"finding": "guardrail 0 suite:a correct", "leaf": "weights", "effect": "stale"}
     ]
     assert 3 * DAY <= one["age_s"] < 3 * DAY + 600
-    (other,) = told["not_in_the_policy"]
-    assert (other["hypothesis"], other["verdict"]) == ("kv", "no_benefit")
-    assert DAY <= other["age_s"] < DAY + 600
+    kv, ready, bad = told["not_in_the_policy"]
+    assert (kv["verdict"], kv["state"], kv["stale_leaves"]) == ("no_benefit", "off", ["weights"])
+    assert (ready["hypothesis"], ready["state"], ready["enabled"]) == ("ready", "on", False)
+    assert "bad.yaml:1:1  apiVersion  missing" in bad["problem"]
+    lines = status(world).stdout.splitlines()
+    assert [line.split()[:3] for line in lines] == [
+        ["optimization", "int8", "stale"],
+        ["hypothesis", "kv", "off"],
+        ["hypothesis", "ready", "ready"],
+        ["hypothesis", "bad", "wrong"],
+    ]
 
 
 def test_a_wrong_policy_exits_with_2(world: World) -> None:
