@@ -78,5 +78,5 @@ class Lane:
 def wrong(seen: Observation) -> str:
     """In a word; "" for an answer that shows nothing, and where the client is to blame."""
     if seen.outcome in ("error", "timeout"):
-        return f"{seen.outcome} {seen.status}"
+        return "broken stream" if seen.status == 200 else f"{seen.outcome} {seen.status}"
     return seen.problem if seen.scores.get("bad_output") else ""

@@ -86,6 +86,7 @@ class Watch:
         self.gap_max_s: float | None = None
         self.fingerprint = ""
         self.finish_reason = ""
+        self.resumed = False  # another replica went on with it
         self.usage: Mapping[str, Any] = NOTHING
         self._journal = Journal()
         self._whole = b""
@@ -137,6 +138,8 @@ class Watch:
         fingerprint = payload.get("system_fingerprint")
         if isinstance(fingerprint, str):
             self.fingerprint = fingerprint
+        told = payload.get("headgate")
+        self.resumed = self.resumed or (isinstance(told, dict) and "resumed" in told)
         usage, choices = payload.get("usage"), payload.get("choices")
         if isinstance(usage, dict):
             self.usage = usage
@@ -198,6 +201,7 @@ def observation(
     prompt_tokens = _count(usage, "prompt_tokens")
     if prompt_tokens is None and receipt is not None:
         prompt_tokens = receipt.prompt_tokens
+    broken = watch.resumed and arm == "candidate"
     return Observation(
         id=asked.reply.request_id,
         source="live",
@@ -207,9 +211,9 @@ def observation(
         tenant=asked.tenant.name,
         turn=_turn(asked),
         at_s=now - e2e_s,
-        outcome=_outcome(watch.status),
+        outcome="error" if broken else _outcome(watch.status),
         status=watch.status,
-        problem=fault,
+        problem="it broke, and another replica went on" if broken else fault,
         ttft_s=None if watch.first_at is None else watch.first_at - watch.began,
         tpot_s=tpot_s,
         gap_max_s=watch.gap_max_s,

@@ -51,6 +51,8 @@ class Pool:
         self._fleet = Fleet(replicas, sources, known, settings.breaker)
         self.draining = False
         self.in_flight = 0
+        # Who else may go on with a broken stream; nothing begins there.
+        self.rescuers: Callable[[], Sequence[Replica]] = tuple
         retries, hedge = settings.retries, settings.hedge
         self._budget = Budget(retries.budget_share, retries.budget_min_per_s)
         self._duplicates = Budget(hedge.budget_share if hedge else 0.0, 0.0)
@@ -122,7 +124,7 @@ class Pool:
         first = await self._attempts(trip, call, lambda: self.replicas).answer()
         answer: Opened = first
         if self._resumes(call) and first.status == 200 and first.is_stream:
-            rest = Rest(lambda: self.replicas, partial(self._attempts, trip), self._budget, now)
+            rest = Rest(self._all, partial(self._attempts, trip), self._budget, now)
             answer = Resumable(first, call, rest.open)
         well: bool | None = None  # a client that leaves says nothing of the replica
         try:
@@ -135,6 +137,9 @@ class Pool:
             raise
         finally:
             answer.close(well=well)
+
+    def _all(self) -> Sequence[Replica]:
+        return (*self.replicas, *self.rescuers())
 
     def _attempts(
         self, trip: Trip, call: Call, replicas: Callable[[], Iterable[Replica]]

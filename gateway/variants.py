@@ -351,7 +351,9 @@ def candidate(baseline: Edge, orders: Orders) -> Edge:
     for replica in replicas:
         replica.own = replica.kind == "headgate"  # a worker of ours: it sees no client's key
         replica.tokenizer = replica.tokenizer or tokenizer
-    return build(policy, replicas, baseline, arm=orders.id)
+    edge = build(policy, replicas, baseline, arm=orders.id)
+    edge.pool.rescuers = lambda: baseline.pool.replicas
+    return edge
 
 
 def patched(policy: Deployment, patch: Mapping[str, Any]) -> Deployment:

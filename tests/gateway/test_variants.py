@@ -13,8 +13,10 @@ import pytest
 from gateway.lane import Lane
 from gateway.observe import LOOP_CHARS, looped
 from gateway.orders import Orders
+from gateway.replica import Replica
 from gateway.variants import drawn
 from telemetry import Observation
+from tests.gateway.scripted import ASKED, TEXT, Engine, cut, heard
 from tests.gateway.world import (
     DONE,
     HELLO,
@@ -199,6 +201,23 @@ async def test_a_candidate_whose_worker_is_killed_serves_nobody() -> None:
             assert answer.status_code == 200
             assert "x-headgate-variant" not in answer.headers
         assert len(new.requests) < 5
+
+
+@on_loop
+async def test_a_stream_that_breaks_on_the_candidate_is_gone_on_with_by_the_baseline() -> None:
+    """With `resume: auto` its client gets the whole text; it counts as the candidate's failure."""
+    engine = Engine("a")
+    async with (
+        upstream(engine) as old,
+        upstream(cut(engine, 3)) as new,
+        gateway(Replica(old.url, own=True, kind="headgate"), resume="auto") as front,
+    ):
+        await put(front, replicas=[{"url": new.url, "kind": "headgate"}])
+        for _ in range(4):
+            answer = heard((await front.post(ASKED)).content)
+            assert (answer.text, answer.error, answer.done) == (TEXT, None, 1)
+        assert "failed: broken stream" in (await told(front))["ended"]
+        assert len(new.requests) == 3
 
 
 @on_loop
