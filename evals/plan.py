@@ -97,7 +97,7 @@ def plan(
     rows = []
     for one in asked:
         supply = supplies.get(one.source, Supply(0, 0, 0))
-        known = (noise or {}).get(one.name, Noise())
+        known = (noise or {}).get(one.name, Noise(flips=stats.flips))
         rows.append(_row(one, supply, known, stats, power))
         if touched < 1 and one.kind == "guardrail":
             least = hypothesis.validity.min_affected_pairs

@@ -199,6 +199,13 @@ class Stats(PolicyModel):
     power: float = Field(
         0.8, ge=0.5, lt=1, description="Chance of a pass that is planned for where nothing is lost."
     )
+    flips: Share = Field(
+        0.06,
+        ge=0,
+        le=1,
+        description="Share of answers that are expected to change between right and wrong: what is "
+        "planned by before a run has measured it.",
+    )
     mode: Literal["fixed", "sequential"] = Field(
         "fixed",
         description="`fixed`: one look at the end. `sequential`: stops as soon as it is sure.",
