@@ -30,6 +30,10 @@ _LAZY: dict[str, tuple[str, str]] = {
         "evals.commands.rollout:rollout",
         "Bring a candidate that has passed to live traffic, step by step.",
     ),
+    "menu": (
+        "evals.commands.menu:menu",
+        "Measure techniques and their combinations on your own workload.",
+    ),
     "replay": (
         "evals.commands.replay:replay",
         "Play recorded traffic to a server, and say what came of it.",
@@ -55,6 +59,7 @@ def main() -> None:
     headgate doctor    if something is wrong
     headgate explain   why a request went where it went
     headgate gate      whether an optimization may go live
+    headgate menu      what optimizations bring and take, on your workload
     """
 
 

@@ -25,6 +25,7 @@ from evals.pairs import CANDIDATE
 from evals.plan import Plan as Outlook, plan as outlook
 from evals.progress import Progress
 from evals.replay import Lateness
+from evals.report.files import write_reports
 from evals.run import Bench, Source, run
 from evals.scorers import needs_pairs, score_pairs
 from evals.sources import read_sources
@@ -109,6 +110,7 @@ async def execute(plan: Prepared, say: Say, progress: Progress) -> Verdict:
         )
         verdict = write_run(folder, rows)
     plan.ledger.record_verdict(verdict.payload())
+    write_reports(folder, verdict, rows.observations)
     return verdict
 
 

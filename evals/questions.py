@@ -132,7 +132,11 @@ def _metric(asked: Claim | Guardrail, where: tuple[str | int, ...], test: str) -
     return found
 
 
+def named(source: str) -> str:
+    """`qa` of `suite:qa`; of one that is named by its file, the file's name."""
+    name = source.partition(":")[2] or source
+    return Path(name).stem if "/" in name else name
+
+
 def _name(kind: str, index: int, source: str, found: Metric, test: str) -> str:
-    return " ".join(
-        filter(None, (kind, str(index + 1), source.partition(":")[2], found.name, test))
-    )
+    return " ".join(filter(None, (kind, str(index + 1), named(source), found.name, test)))

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from evals.report.words import NBSP, named
+from evals.questions import named
+from evals.report.words import NBSP
 from evals.verdict import Control
 
 NAMES: Mapping[str, str] = {
@@ -27,14 +28,16 @@ def found(control: Control) -> str:
 def _differences(detail: Mapping[str, Any]) -> str:
     """`qa correct −0.1 pp, week ttft.p50 +0.3 %`."""
     told = []
-    for name, one in detail.get("metrics", {}).items():
+    for key, one in detail.get("metrics", {}).items():
+        source, _, metric = key.rpartition(" ")
+        name = f"{named(source)} {metric}"
         if one["estimate"] is None:  # too little was asked of the second baseline
-            told.append(f"{named(name)} unknown")
+            told.append(f"{name} unknown")
             continue
         ratio = one["unit"] == "ratio"
         value = 100 * (one["estimate"] - (1 if ratio else 0))
         unit = "%" if ratio else "pp"
-        told.append(f"{named(name)} {value:+.1f}{NBSP}{unit}".replace("-", "−"))
+        told.append(f"{name} {value:+.1f}{NBSP}{unit}".replace("-", "−"))
     return ", ".join(told)
 
 

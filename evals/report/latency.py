@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 
 from evals.pairs import AA, Pair
+from evals.questions import named
 from evals.report.answers import paired
 from evals.report.markup import Markup, join, tag
 from evals.report.plot import Axis, Plot, Point, figure, legend, spread
-from evals.report.words import NBSP, named
+from evals.report.words import NBSP
 from evals.verdict import Finding
 from telemetry import Observation
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from evals.questions import named
 from evals.report.answers import Lost, judged, paired, scored, worst
 from evals.report.checks import NAMES, found
 from evals.report.markup import visible
@@ -22,7 +23,6 @@ from evals.report.words import (
     level,
     limit,
     moment,
-    named,
     pairs_of,
     title,
     what,

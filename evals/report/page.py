@@ -70,7 +70,7 @@ def themes() -> Markup:
 
 def _header(verdict: Verdict) -> Markup:
     reason = verdict.reason.replace("_", " ")
-    facts = {
+    told = {
         "Change": verdict.kind_of_change.replace("_", " "),
         "Pairs": f"{pairs_of(verdict):,}",
         "Alpha": _plain(verdict.stats.get("alpha")),
@@ -91,15 +91,15 @@ def _header(verdict: Verdict) -> Markup:
                 else None),
             class_=f"decision {verdict.decision}",
         ),
-        pairs_list(facts),
+        facts(told),
     )  # fmt: skip
 
 
-def pairs_list(facts: Mapping[str, str]) -> Markup:
+def facts(told: Mapping[str, str]) -> Markup:
     """Names and values in a row."""
     return tag(
         "dl",
-        *(tag("div", tag("dt", name), tag("dd", value)) for name, value in facts.items() if value),
+        *(tag("div", tag("dt", name), tag("dd", value)) for name, value in told.items() if value),
         class_="facts",
     )
 
@@ -157,7 +157,7 @@ def _footer(verdict: Verdict) -> Markup:
     }
     return tag(
         "footer",
-        pairs_list(told),
+        facts(told),
         tag(
             "p",
             "Everything here is computed from the pairs. ",

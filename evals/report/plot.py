@@ -122,6 +122,27 @@ class Plot:
             "circle", said, cx=self._left(x), cy=self._top(y), r=radius, class_=f"dot {class_}"
         )
 
+    def whisker(self, x: float, low: float, high: float, class_: str) -> Markup:
+        """An upright interval."""
+        at = self._left(x)
+        return tag(
+            "line", x1=at, x2=at, y1=self._top(low), y2=self._top(high), class_=f"whisker {class_}"
+        )
+
+    def name(self, x: float, y: float, text: str) -> Markup:
+        """Words beside a dot, on the side where there is room."""
+        right = self.x.at(x) > 0.7
+        return tag(
+            "text",
+            text,
+            x=self._left(x),
+            y=self._top(y),
+            dx=-10 if right else 10,
+            dy="0.32em",
+            class_="note",
+            text_anchor="end" if right else "start",
+        )
+
     def rule(
         self,
         class_: str,

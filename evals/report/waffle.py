@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from evals.metrics import Metric
+from evals.questions import named
 from evals.report.answers import (
     Fate,
     Lost,
@@ -18,7 +19,6 @@ from evals.report.answers import (
 )  # fmt: skip
 from evals.report.markup import Markup, join, tag
 from evals.report.plot import figure, legend
-from evals.report.words import named
 from telemetry import Observation
 
 _NAMES: dict[Fate, str] = {

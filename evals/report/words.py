@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from datetime import UTC, datetime
-from pathlib import PurePath
 
 from evals.metrics import metric
+from evals.questions import named
 from evals.verdict import Finding, Verdict
 
 # What a verdict says in a sentence; the reasons say why.
@@ -112,12 +112,6 @@ def what(finding: Finding) -> str:
     source = named(finding.source)
     stratum = "" if finding.stratum in ("", "all") else f" · {finding.stratum}"
     return f"{source} {finding.metric}{stratum}"
-
-
-def named(source: str) -> str:
-    """`qa` of `suite:qa`; of one that is named by its file, the file's name."""
-    name = source.partition(":")[2] or source
-    return PurePath(name).stem if "/" in name else name
 
 
 def flips(finding: Finding) -> str:
