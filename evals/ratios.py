@@ -10,13 +10,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from scipy import special
 
 from evals.metrics import Metric
 from evals.pairs import Pair
 from evals.questions import Question
 from evals.shares import Answer, NotMeasured
-from evals.stats.estimate import Estimate, Floats
-from evals.stats.paired import cluster_t
+from evals.stats.estimate import Estimate, Floats, cluster_sums
 from evals.stats.ratio import Harm, block_t, quantile_ratio, tost
 from policies.hypothesis import Stats
 from telemetry import Observation
@@ -98,23 +98,36 @@ def tokens(question: Question, pairs: Sequence[Pair], stats: Stats) -> Answer:
     right = math.fsum(one.candidate for one in seen) / len(seen)
     if question.test == "tost":
         return Answer(tost(logs, question.bound, names, stats.alpha), left, right)
-    rises = question.metric.better == "higher"
-    sign = 1.0 if rises else -1.0
-    found = cluster_t(
-        [sign * one for one in logs], names, sign * math.log(question.margin), stats.alpha
+    return Answer(_mean_ratio(question, logs, names, stats.alpha), left, right)
+
+
+def _mean_ratio(
+    question: Question, logs: Sequence[float], clusters: Sequence[str], alpha: float
+) -> Estimate:
+    """One-sided t over whole clusters. Freedom is of the clusters that changed at all: where most
+    answers are as long as before, the others tell no variance.
+    """
+    found = tost(logs, 1.0, clusters, alpha)  # for its mean and its error; its margin is not used
+    mean, error = found.detail["log_mean"], found.detail["standard_error"]
+    sums, _ = cluster_sums(np.abs(np.array(logs)), clusters)
+    freedom = max(int(np.count_nonzero(sums)) - 1, 1)
+    distance = math.log(question.margin) - mean
+    if _harm(question) == "fall":
+        distance = -distance
+    reach = float(special.stdtrit(freedom, 1 - alpha)) * error
+    return replace(
+        found,
+        low=math.exp(mean - reach),
+        high=math.exp(mean + reach),
+        p=float(special.stdtr(freedom, -distance / error)) if error else float(distance <= 0),
+        p_harm=float(special.stdtr(freedom, distance / error)) if error else float(distance >= 0),
+        method="cluster_t",
+        detail={"log_mean": mean, "standard_error": error, "freedom": freedom},
     )
-    return Answer(_exponential(found, rises), left, right)
 
 
 def _harm(question: Question) -> Harm:
     return "rise" if question.metric.better == "lower" else "fall"
-
-
-def _exponential(found: Estimate, rises: bool) -> Estimate:
-    bounds = (found.low, found.high) if rises else (-found.high, -found.low)
-    middle = found.estimate if rises else -found.estimate
-    low, high = (math.exp(one) for one in bounds)
-    return replace(found, estimate=math.exp(middle), low=low, high=high)
 
 
 def _grouped(pairs: Sequence[Pair]) -> list[list[Pair]]:

@@ -198,6 +198,39 @@ def test_answers_that_grow_or_shrink_are_seen_from_both_sides() -> None:
         assert found(judged(rows, asked), "output_tokens").decision == decision
 
 
+@pytest.mark.parametrize(
+    ("direction", "factor", "claimed", "guarded"),
+    [
+        ("lower", 0.5, "pass", "pass"),
+        ("lower", 1.0, "fail", "pass"),
+        ("lower", 2.0, "fail", "fail"),
+        ("higher", 2.0, "pass", "fail"),
+    ],
+)
+def test_fewer_tokens_can_be_claimed_and_guarded(
+    direction: str, factor: float, claimed: str, guarded: str
+) -> None:
+    """Also where not a single answer changes its length."""
+    claim = {"replay": "week", "metric": "cost", "direction": direction, "min_effect": 0.1}
+    rail = {"replay": "week", "metric": "cost", "test": "ratio_ni", "margin": 0.1}
+    asked = hypothesis(claims=[claim], design=NO_ARMS, guardrails=[rail])
+    rows = [
+        replace(
+            one,
+            completion_tokens=round((one.completion_tokens or 0) * factor),
+            prompt_tokens=round((one.prompt_tokens or 0) * factor),
+        )
+        if arm == CANDIDATE
+        else one
+        for arm in (BASELINE, CANDIDATE)
+        for one in replayed(arm)
+    ]
+    by_kind = {one.kind: one for one in judged(rows, asked).findings}
+    assert by_kind["claim"].decision == claimed
+    assert by_kind["guardrail"].decision == guarded
+    assert by_kind["claim"].estimate == pytest.approx(factor, rel=0.02)
+
+
 def test_throughput_is_a_rate_of_blocks_and_more_of_it_is_better() -> None:
     rail = {"replay": "week", "metric": "throughput", "test": "ratio_ni", "margin": "10%"}
     asked = hypothesis(claims=[], design=NO_ARMS, guardrails=[rail])
