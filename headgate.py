@@ -190,6 +190,10 @@ def explain(receipt: str, url: str | None, policy: Path | None, as_json: bool) -
 _GATE = {
     "matrix": ("evals.commands.matrix:matrix", "Say what several changes add to each other."),
     "plan": ("evals.commands.plan:show_plan", "Say what could be shown, before anything is spent."),
+    "compare": (
+        "evals.commands.compare:compare",
+        "Judge two runs of inspect_ai, lm-eval, promptfoo, guidellm or aiperf as pairs.",
+    ),
     "report": (
         "evals.commands.report:report",
         "Write a run's verdict as a page, as Markdown and as JUnit.",

@@ -80,13 +80,18 @@ def _at(file: Path, error: Unanswerable) -> Problem:
 
 
 def lines(plan: Prepared, verdict: Verdict) -> list[str]:
-    """The verdict for a person: decision, why, each question, each control, where it all lies."""
+    """The verdict for a person, and where it all lies."""
+    return [*verdict_lines(verdict), "", f"  {plan.folder}"]
+
+
+def verdict_lines(verdict: Verdict) -> list[str]:
+    """The verdict for a person: decision, why, each question, each control."""
     reason = f" ({verdict.reason})" if verdict.reason else ""
     found = [f"{verdict.hypothesis}: {verdict.decision}{reason}"]
     found += [f"  {one}" for one in verdict.reasons]
     found += ["", *_table(verdict.findings)]
     found += [f"  {'ok ' if one.ok else 'NOT'}  {one.name}  {one.said}" for one in verdict.controls]
-    return [*found, "", f"  {plan.folder}"]
+    return found
 
 
 def _table(findings: tuple[Finding, ...]) -> list[str]:
