@@ -201,6 +201,7 @@ _GATE = {
     "run": ("evals.commands.run:run", "Try a hypothesis, judge it, and record the verdict."),
     "schema": ("evals.commands.gate:schema", "Print the JSON Schema of hypothesis files."),
     "verify": ("evals.commands.verify:verify", "Recompute a verdict from the rows beside it."),
+    "drift": ("evals.commands.drift:drift", "Say whether traffic is still what was judged."),
     "status": ("evals.commands.status:status", "Say which optimizations are on, and why not."),
 }
 

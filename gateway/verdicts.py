@@ -15,7 +15,8 @@ from typing import Any
 from gateway import problems
 from gateway.edge import Live
 from policies.chain import ledgers
-from policies.ledger import Decision, LedgerError, Reading
+from policies.enabling import Gated
+from policies.ledger import Decision, Ledger, LedgerError, Reading
 from policies.side import SHORT_DIGITS
 from runtime.wire import Problem
 
@@ -41,7 +42,7 @@ class Verdicts:
         now = self._clock()
         readings = await self._readings()
         if not any(one.live(baseline, candidate, spec, now) for one in readings):
-            raise problems.no_live_pass([str(one.folder) for one in ledgers(found)])
+            raise problems.no_live_pass([str(one.folder) for one in _ledgers(found)])
 
     async def _readings(self) -> list[Reading]:
         """Raises Problem 503 for a ledger that cannot be read."""
@@ -49,7 +50,7 @@ class Verdicts:
         if found is None:
             return []
         try:
-            return await asyncio.to_thread(lambda: [one.read() for one in ledgers(found)])
+            return await asyncio.to_thread(lambda: [one.read() for one in _ledgers(found)])
         except LedgerError as error:
             raise problems.ledger_unreadable(str(error)) from None
 
@@ -85,6 +86,11 @@ class Verdicts:
             "made_at": last.at,
             "evidence": last.evidence,
         }
+
+
+def _ledgers(found: Gated) -> list[Ledger]:
+
+    return ledgers(found)
 
 
 def named_in(payload: Mapping[str, Any]) -> str:

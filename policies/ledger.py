@@ -34,10 +34,11 @@ class Decision:
     """One line. `baseline`, `candidate` and `spec` are roots; `at` is in seconds since 1970.
 
     `quarantine` keeps a candidate from going live until a verdict that is made later passes;
-    `rollout` is a step on the way, with its share in `detail`.
+    `rollout` is a step on the way, with its share in `detail`; `drift` says that live traffic has
+    `moved` from what was judged, or is the `same`.
     """
 
-    kind: Literal["verdict", "quarantine", "rollout"]
+    kind: Literal["verdict", "quarantine", "rollout", "drift"]
     hypothesis: str
     baseline: str
     candidate: str
@@ -80,6 +81,15 @@ class Reading:
             and (one.covers(verdict) or (candidate != "" and one.candidate == candidate))
         ]
         return later[-1] if later else None
+
+    def drift_since(self, verdict: Decision) -> Decision | None:
+        """That live traffic has moved since a verdict, if that was the last word on it."""
+        said = [
+            one
+            for one in self.decisions
+            if one.kind == "drift" and one.hypothesis == verdict.hypothesis and one.at >= verdict.at
+        ]
+        return said[-1] if said and said[-1].decision == "moved" else None
 
     def live(self, baseline: str, candidate: str, spec: str, now: float) -> Decision | None:
         """The pass for exactly these three roots, unless it has expired, a later verdict says

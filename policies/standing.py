@@ -19,7 +19,8 @@ from policies.ledger import CONCLUSIVE, Decision, Ledger, LedgerError, Reading
 from policies.side import Side, changed
 
 State = Literal["on", "off", "stale", "quarantined"]
-AGE = "age"  # in place of a leaf, where time alone made a verdict stale
+# In place of a leaf: time alone made a verdict stale, or traffic that is another now.
+AGE, TRAFFIC = "age", "traffic"
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +183,11 @@ def _of_what_is_served(one: Standing, verdict: Decision, asked: Question) -> Sta
         days = (asked.now - verdict.at) / 86400
         why = f"its verdict is {days:.0f} days old: {asked.again}"
         return replace(one, state="stale", leaves=(AGE,), why=why)
-    return replace(one, state="on", enabled=True)
+    drift = asked.reading.drift_since(verdict)
+    if drift is not None and asked.hypothesis.validity.on_traffic_drift == "stale":
+        why = f"{drift.reason}: {asked.again}"
+        return replace(one, state="stale", leaves=(TRAFFIC,), why=why)
+    return replace(one, state="on", enabled=True, why=drift.reason if drift else "")
 
 
 def _of_something_else(one: Standing, nearest: _Compared, asked: Question) -> Standing:
