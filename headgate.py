@@ -60,6 +60,8 @@ def main() -> None:
     headgate explain   why a request went where it went
     headgate gate      whether an optimization may go live
     headgate menu      what optimizations bring and take, on your workload
+    headgate rollout   how it goes live, and back
+    headgate replay    play recorded traffic
     """
 
 
