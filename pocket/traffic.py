@@ -18,11 +18,11 @@ from pocket.words import Draw
 
 SEED = 13
 LENGTH_S = 240.0
-SINGLES = 320
+SINGLES = 480
 TALKS = 60
 TALK_TURNS = 4
 TURN_S = (4.0, 15.0)  # from one turn of a talk to the next
-AGAIN = 0.2  # of the one-off questions were asked before
+AGAIN = 0.35  # of the one-off questions were asked before
 # Tier -> its share; batches are what reads long sheets.
 TIERS = {"interactive": 0.6, "standard": 0.3, "batch": 0.1}
 _SINGLE_TASKS = ("answer", "extract", "classify", "total", "rewrite", "repeat", "unknown")

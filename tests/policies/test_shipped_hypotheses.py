@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -34,3 +36,13 @@ def test_a_shipped_hypothesis_can_be_run_as_it_is(file: Path) -> None:
     assert hypothesis.claims
     for source in hypothesis.sources:
         assert find_source(source, file).is_file()
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_a_shipped_hypothesis_can_be_shown_by_the_rows_that_ship(file: Path) -> None:
+    """`headgate gate plan` lets it through."""
+    done = subprocess.run(
+        [sys.executable, "-m", "headgate", "gate", "plan", str(file)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
