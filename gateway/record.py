@@ -37,6 +37,7 @@ BATCH_BYTES = 2**18
 FLUSH_S = 0.2  # what has come goes to the writer together
 AGAIN_S = 10.0  # until a writer that died is started again
 END_S = 10.0  # for the writer to finish its file
+TOLD_BY_CHARS = 512  # of the beginning and of the end of a first message
 SESSION_FIELDS = ("prompt_cache_key", "user")
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -250,8 +251,9 @@ def session_of(call: Call, tenant: str) -> str:
         first = next(said, None)
         if first is None:
             return ""
-        named = first if isinstance(first, str) else orjson.dumps(first).decode()
-        named = blake2b(named.encode("utf-8", "replace"), digest_size=16).hexdigest()
+        text = first if isinstance(first, str) else orjson.dumps(first).decode()
+        known = f"{len(text)} {text[:TOLD_BY_CHARS]} {text[-TOLD_BY_CHARS:]}"
+        named = blake2b(known.encode("utf-8", "replace"), digest_size=16).hexdigest()
     return f"{tenant}/{named}"
 
 
