@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 
 from evals.commands.replay import replay
 from evals.item import Item
@@ -63,6 +63,7 @@ async def played(replay: Replay, given: Iterable[Item]) -> list[str]:
     return [seen.id async for seen in replay.observations(given)]
 
 
+@settings(deadline=None)  # a busy machine is slow now and then
 @given(
     st.lists(st.floats(0, 1000), max_size=20).map(sorted),
     st.floats(0.1, 50),
@@ -166,6 +167,7 @@ def test_failures_count_in_every_share() -> None:
     assert attained([Observation("1", "s", "a", "1")]) is None
 
 
+@settings(deadline=None)  # a busy machine is slow now and then
 @given(st.lists(st.floats(0, 10), min_size=1), st.floats(0.001, 1))
 def test_a_quantile_is_the_least_value_that_so_many_do_not_exceed(
     values: list[float], share: float

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 
 from evals.filler import Filler
 from evals.spans import requests_of
@@ -201,6 +201,7 @@ def call(text: str = "hi", **more: Any) -> Any:
     return parse_call(CHAT_PATH, json.dumps(body | more).encode(), [], "r")
 
 
+@settings(deadline=None)  # a busy machine is slow now and then
 @given(st.text(max_size=30), st.floats(0.01, 1))
 def test_a_conversation_is_recorded_whole_or_not_at_all(text: str, share: float) -> None:
     """Every turn begins with the same words, whether a session is named or not."""
@@ -277,6 +278,7 @@ def test_a_password_goes_and_its_word_stays() -> None:
     assert blot("the token: it is a word") == "the token: it is a word"
 
 
+@settings(deadline=None)  # a busy machine is slow now and then
 @given(st.text(alphabet="aA1 .:+-@_()Z", max_size=60))
 def test_a_hint_never_hides_what_a_form_would_find(text: str) -> None:
     """What is skipped for want of a word or a hint holds nothing."""
@@ -288,6 +290,7 @@ def test_a_hint_never_hides_what_a_form_would_find(text: str) -> None:
                 assert re.search(form.hint, text)
 
 
+@settings(deadline=None)  # a busy machine is slow now and then
 @given(st.text(max_size=200))
 def test_blotting_twice_is_blotting_once(text: str) -> None:
     blot = blotter(REDACTED, ["secret word"])
@@ -373,6 +376,7 @@ MORE = st.fixed_dictionaries(
 )  # fmt: skip
 
 
+@settings(deadline=None)  # a busy machine is slow now and then
 @given(ASKING, MORE)
 def test_every_request_comes_back_as_it_was(asking: dict[str, Any], more: dict[str, Any]) -> None:
     """Where nothing is to be blotted out, what is replayed is what was asked."""
@@ -402,6 +406,7 @@ async def test_without_content_lengths_are_kept_and_replayed(tmp_path: Path) -> 
 # ---- files --------------------------------------------------------------------------------------
 
 
+@settings(deadline=None)  # a busy machine is slow now and then
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 99)), max_size=30))
 def test_a_line_holds_a_conversation(spans: list[tuple[int, int]]) -> None:
     """Each span once, in its order; conversations in theirs; a torn line is left out."""
