@@ -15,6 +15,7 @@ from scipy import special
 from evals import ratios, shares
 from evals.battery import null_of
 from evals.design import Block
+from evals.metrics import UNWANTED
 from evals.pairs import Pair, by_source
 from evals.questions import Question, questions
 from evals.stats.estimate import Floats, cluster_sums
@@ -27,6 +28,9 @@ from policies.hypothesis import Hypothesis, Stats
 
 # What is assumed where no run has measured it.
 FLIPS, BLOCK_SPREAD, TOKEN_SPREAD, CORRELATION = 0.06, 0.10, 0.30, 0.1
+# Flips of what hardly ever happens: an answer that is empty or looped, a request that fails.
+RARE_FLIPS = 0.005
+_RARE = ("served", *UNWANTED)
 # Looking all the time takes more pairs than one look at the end.
 _SEQUENTIAL = 1.5
 NEVER = 10**9
@@ -151,7 +155,12 @@ def _pairs(question: Question, noise: Noise, bound: float, alpha: float, power: 
         return max(FEWEST_CLUSTERS, math.ceil((z * spread / math.log1p(bound)) ** 2))
     if question.test == "mean_max":
         return FEWEST_CLUSTERS
-    return pairs_needed(noise.flips, min(bound, 0.999), alpha, power)
+    return pairs_needed(_flips(question, noise), min(bound, 0.999), alpha, power)
+
+
+def _flips(question: Question, noise: Noise) -> float:
+    rare = not noise.measured and question.metric.name in _RARE
+    return min(noise.flips, RARE_FLIPS) if rare else noise.flips
 
 
 def _rate_pairs(rate: float, maximum: float, alpha: float, power: float) -> int:
@@ -193,4 +202,4 @@ def note(question: Question, supply: Supply, noise: Noise) -> str:
         return f"spread {spread:.1%} {how}"
     if question.test in ("rate_max", "identical"):
         return f"rate {noise.rate:.1%} {how}"
-    return f"{noise.flips:.1%} flips {how}"
+    return f"{_flips(question, noise):.1%} flips {how}"

@@ -73,6 +73,16 @@ def test_a_rate_without_events_takes_three_over_its_maximum() -> None:
     assert row.testable == pytest.approx(0.003, abs=1e-9)
 
 
+def test_what_hardly_ever_happens_is_not_planned_as_if_it_did() -> None:
+    """Answers flip between right and wrong; whether a request is answered at all does not."""
+    rails = [{"suite": "qa", "metric": name, "test": "paired_ni", "margin": 0.02}
+             for name in ("correct", "served", "bad_output")]  # fmt: skip
+    correct, served, bad = plan(hypothesis(claims=[], guardrails=rails), PLENTY).rows
+    assert correct.needed is not None and served.needed is not None
+    assert served.needed == bad.needed < correct.needed / 4
+    assert "0.5% flips assumed" in served.note
+
+
 def test_each_of_many_guardrails_is_planned_for_all_of_them_to_pass() -> None:
     one, five = of_one(CORRECT), hypothesis(claims=[], guardrails=[CORRECT] * 5)
     assert (plan(one, PLENTY).power, plan(five, PLENTY).power) == pytest.approx((0.8, 0.96))
