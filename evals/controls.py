@@ -19,6 +19,8 @@ from telemetry import Observation
 BASELINE_FAILED_MAX = 0.05
 # More than this of one source, and the candidate was not there rather than worse.
 CANDIDATE_FAILED_MAX = 0.5
+# More of what a judge was asked that it did not answer, and ties are no tie.
+UNJUDGED_MAX = 0.05
 _FIELDS = ("accepted_tokens", "cached_tokens", "trimmed_tokens", "completion_tokens")
 _SAME = {BASELINE: "baseline", AA: "baseline", CANDIDATE: "candidate"}
 
@@ -70,7 +72,18 @@ def check_errors(pairs: Sequence[Pair], asked: Sequence[str]) -> Control:
             why = Counter(one.candidate.problem for one in rows if not one.candidate.ok)
             most = max(sorted(why), key=lambda name: why[name]) or "no reason given"
             said.append(f"{source}: the candidate failed {arm:.1%} of its requests ({most})")
+        if (unjudged := _unjudged(rows)) > UNJUDGED_MAX:
+            said.append(f"{source}: the judge did not answer for {unjudged:.1%} of the answers")
     return Control("errors", not said, {"sources": sources}, "; ".join(said))
+
+
+def _unjudged(pairs: Sequence[Pair]) -> float:
+    """Of the answers that a judge was asked about, the share that it could not be brought to judge;
+    they count as ties, and a judge that is down would make everything one.
+    """
+    both = [one.scores for pair in pairs for one in (pair.baseline, pair.candidate)]
+    asked = [one["judge_errors"] for one in both if one.get("judge_asked")]
+    return sum(asked) / len(asked) if asked else 0.0
 
 
 def check_fingerprints(

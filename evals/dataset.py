@@ -66,8 +66,7 @@ def load_suite(path: str | Path, *, allow_code: bool = False) -> Suite:
     `allow_code`: whether code that models wrote may be run, where a scorer asks for it.
     """
     said = load_suite_file(path)
-    if not allow_code:
-        _refuse_code(str(path), said)
+    _refuse_code(str(path), said, allow_code)
     file = Path(path).absolute().parent / said.data
     data, digest = _read(file)
     problems = _Problems(str(file))
@@ -97,13 +96,23 @@ def value_of(item: Item, field: str) -> Any:
     return item.expected if field == "expected" else item.meta.get(field)
 
 
-def _refuse_code(path: str, said: SuiteFile) -> None:
-    for index, scorer in enumerate(said.scorers):
-        if scorer.kind == "code":
-            _, places, _ = read_yaml(path)
-            where = ("scorers", index, "kind")
-            why = "runs what the model wrote, which is done only where asked for: --allow-code"
-            raise PolicyError(Problem(path, why, places.of(where), dotted(where)))
+def _refuse_code(path: str, said: SuiteFile, allow_code: bool) -> None:
+    """What models wrote is run only where somebody asked for it, and where it can be held in."""
+    index = next((at for at, one in enumerate(said.scorers) if one.kind == "code"), None)
+    if index is None:
+        return
+    why = "runs what the model wrote, which is done only where asked for: --allow-code"
+    if allow_code:
+        from evals.scorers.sandbox import NoSandbox, try_sandbox
+
+        try:
+            try_sandbox()
+            return
+        except NoSandbox as error:
+            why = f"code cannot be held in on this machine: {error}"
+    _, places, _ = read_yaml(path)
+    where = ("scorers", index, "kind")
+    raise PolicyError(Problem(path, why, places.of(where), dotted(where)))
 
 
 # ---- rows ---------------------------------------------------------------------------------------

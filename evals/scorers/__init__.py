@@ -77,7 +77,7 @@ async def _scores(scorer: Scorer, item: Item, seen: Observation) -> dict[str, fl
         seen = text.only_after(scorer.after, seen)
     if scorer.kind == "judge":
         judged = await judge.against_expected(scorer, item, seen)
-        return {name: judged.score, "judge_errors": float(judged.errors > 0)}
+        return judged.scores(name)
     if scorer.kind == "code":
         return {name: await code.passes(scorer, item, seen)}
     return {name: _AT_ONCE[scorer.kind](scorer, item, seen)}

@@ -43,10 +43,16 @@ _ASK = (
 @dataclass(frozen=True, slots=True)
 class Judged:
     """`score`: 1 where the answer is better in every vote, 0 where the other one is; `errors`:
-    votes that could not be had."""
+    votes that could not be had, of so many that were `asked` for."""
 
     score: float
-    errors: int
+    errors: int = 0
+    asked: int = 0
+
+    def scores(self, name: str) -> dict[str, float]:
+        """As an observation has them: the gate counts errors against what was asked."""
+        told = {name: self.score, "judge_errors": float(self.errors > 0)}
+        return told | {"judge_asked": 1.0} if self.asked else told
 
 
 async def against_expected(scorer: Scorer, item: Item, seen: Observation) -> Judged:
@@ -59,7 +65,7 @@ async def against_expected(scorer: Scorer, item: Item, seen: Observation) -> Jud
 async def compare(scorer: Scorer, item: Item, answer: str, other: str) -> Judged:
     """Whether `answer` is better than `other`. Equal ones are a tie, which costs nothing."""
     if answer.strip() == other.strip():
-        return Judged(TIE, 0)
+        return Judged(TIE)
     request = _request(item)
     assert scorer.url is not None
     key = os.environ.get(scorer.api_key_env, "") if scorer.api_key_env else None
@@ -72,7 +78,7 @@ async def compare(scorer: Scorer, item: Item, answer: str, other: str) -> Judged
             )
         )
     turned = [_for_answer(vote, second=bool(at % 2)) for at, vote in enumerate(votes)]
-    return Judged(sum(turned) / len(turned), sum(vote is None for vote in votes))
+    return Judged(sum(turned) / len(turned), sum(vote is None for vote in votes), len(votes))
 
 
 def answer_of(seen: Observation) -> str:

@@ -75,7 +75,7 @@ async def _scores(
     if not baseline.ok:
         return {scorer.called: 1.0}
     judged = await compare(scorer, item, answer_of(seen), answer_of(baseline))
-    return {scorer.called: judged.score, "judge_errors": float(judged.errors > 0)}
+    return judged.scores(scorer.called)
 
 
 def _key(one: Observation) -> _Key:

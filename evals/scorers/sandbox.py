@@ -13,6 +13,7 @@ import asyncio
 import os
 import secrets
 import signal
+import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from pathlib import Path
 
 SAID_CHARS_MAX = 2000
 _JAIL = Path(__file__).with_name("jail.py")
+_UNHELD = "cannot be held in: "  # as the jail says it
 _STARTS_S = 5.0  # that the interpreter and the filter may take
 
 
@@ -43,22 +45,50 @@ class Ran:
     said: str
 
 
+def try_sandbox() -> None:
+    """Raises NoSandbox where code cannot be held in."""
+    _refuse_elsewhere()
+    secret = secrets.token_hex(16)
+    command = _command(Limits(seconds=_STARTS_S, memory_bytes=2**29))
+    try:
+        ran = subprocess.run(
+            command,
+            check=False,
+            input=f"{secret}\n".encode(),
+            capture_output=True,
+            env={},
+            timeout=_STARTS_S * 4,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise NoSandbox(str(error)) from None
+    if secret.encode() not in ran.stdout:
+        said = ran.stderr.decode("utf-8", "replace")[-SAID_CHARS_MAX:]
+        raise NoSandbox(said.removeprefix(_UNHELD).strip() or f"it ended with {ran.returncode}")
+
+
+def _refuse_elsewhere() -> None:
+    if sys.platform != "linux":
+        raise NoSandbox(
+            f"code is only run on Linux, where it can be held in, not on {sys.platform}"
+        )
+
+
+def _command(limits: Limits) -> list[str]:
+    seconds = str(max(1, round(limits.seconds)))
+    return [sys.executable, "-I", "-S", "-B", str(_JAIL), str(limits.memory_bytes), seconds]
+
+
 async def run_python(source: str, limits: Limits) -> Ran:
-    """Whether it runs to its end. Raises NoSandbox.
+    """Whether it runs to its end; not, where it cannot be held in. Raises NoSandbox elsewhere.
 
     The end is told by a secret that the process has only at its end: an early exit is no success.
     """
-    if sys.platform != "linux":
-        raise NoSandbox(
-            f"code is only run on Linux, where it can be held in; this is {sys.platform}"
-        )
+    _refuse_elsewhere()
     secret = secrets.token_hex(16)
     said = f"{secret}\n{source}".encode("utf-8", "replace")
     with tempfile.TemporaryDirectory(prefix="headgate-code-") as folder:
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-I", "-S", "-B", str(_JAIL), str(limits.memory_bytes),
-            str(max(1, round(limits.seconds))),
-            stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
+            *_command(limits), stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE, cwd=folder, env={}, start_new_session=True,
         )  # fmt: skip
         try:
@@ -71,9 +101,4 @@ async def run_python(source: str, limits: Limits) -> Ran:
                 os.killpg(process.pid, signal.SIGKILL)
                 await process.wait()
     complaint = errors.decode("utf-8", "replace")[-SAID_CHARS_MAX:]
-    if complaint.startswith(_UNHELD):
-        raise NoSandbox(complaint.removeprefix(_UNHELD).strip())
     return Ran(secret.encode() in told, complaint)
-
-
-_UNHELD = "cannot be held in: "

@@ -11,8 +11,11 @@ import pytest
 from aiohttp import web
 
 from evals.dataset import Suite
+from evals.gate import judge
 from evals.item import Item
 from evals.scorers import needs_pairs, score, score_pairs
+from policies.hypothesis import Hypothesis
+from policies.side import Side
 from policies.suite import Scorer
 from telemetry import Observation
 
@@ -73,7 +76,7 @@ def prefers(wanted: str) -> Says:
 
 def test_a_preference_that_holds_in_both_orders_counts_whole() -> None:
     better, asked = scored(prefers("By Ulm station."), "By Ulm station.")
-    assert better == {"judge": 1.0, "judge_errors": 0.0, "correct": 1.0}
+    assert better == {"judge": 1.0, "judge_errors": 0.0, "judge_asked": 1.0, "correct": 1.0}
     assert asked == 2
     assert scored(prefers("In Ulm."), "Here.")[0]["correct"] == 0.0
 
@@ -99,7 +102,7 @@ def test_equal_answers_are_a_tie_that_is_not_asked_for() -> None:
 def test_a_judge_that_errors_is_asked_again_and_then_counted_as_a_tie(says: Says) -> None:
     """The row stays: one that left it out would choose which rows count."""
     told, asked = scored(says, "Here.")
-    assert told == {"judge": 0.5, "judge_errors": 1.0, "correct": 0.5}
+    assert told == {"judge": 0.5, "judge_errors": 1.0, "judge_asked": 1.0, "correct": 0.5}
     assert asked == 6
 
 
@@ -126,10 +129,43 @@ def test_arms_are_compared_with_each_other_once_both_are_known() -> None:
     told, asked = judged(prefers("In Ulm, I think."), run, against="baseline")
     assert [dict(one.scores) for one in told] == [
         {"judge": 0.5, "correct": 0.5},
-        {"judge": 1.0, "judge_errors": 0.0, "correct": 1.0},
+        {"judge": 1.0, "judge_errors": 0.0, "judge_asked": 1.0, "correct": 1.0},
         {"judge": 0.0, "correct": 0.0},
     ]
     assert asked == 2
+
+
+@pytest.mark.parametrize(("failed", "decision"), [(10, "pass"), (60, "invalid")])
+def test_a_judge_that_is_down_makes_a_gate_invalid(failed: int, decision: str) -> None:
+    """Its ties would be a pass; a few of them are counted and borne."""
+    asked = Hypothesis.model_validate(
+        {
+            "apiVersion": "headgate/v1", "kind": "Hypothesis", "metadata": {"name": "h"},
+            "baseline": {"url": "http://a"}, "candidate": {"url": "http://b"},
+            "kind_of_change": "lossy_model",
+            "guardrails": [
+                {"suite": "s", "metric": "correct", "test": "paired_ni", "margin": 0.05}
+            ],
+            "design": {"aa_control": False, "sabotage_control": False},
+        }
+    )  # fmt: skip
+    rows = [
+        Observation(str(at), "suite:s", arm, str(at), scores=_judged(arm, at < failed))
+        for at in range(400)
+        for arm in ("baseline", "candidate")
+    ]
+    side = Side.of({"a": 1})
+    verdict = judge(asked, rows, (side, Side.of({"a": 2})), side, 0.0)
+    assert verdict.decision == decision, verdict.reasons
+    if decision == "invalid":
+        assert verdict.reasons[0].startswith("suite:s: the judge did not answer for 15.0%")
+
+
+def _judged(arm: str, failed: bool) -> dict[str, float]:
+    scores = {"correct": 0.5, "judge": 0.5}
+    if arm == "baseline":
+        return scores
+    return {**scores, "judge_errors": float(failed), "judge_asked": 1.0}
 
 
 def test_what_an_answer_tells_the_judge_to_do_stands_between_marks() -> None:

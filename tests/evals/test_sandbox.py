@@ -16,7 +16,7 @@ from evals.item import Item
 from evals.scorers import score
 from evals.scorers.code import program
 from evals.scorers.jail import filter_for
-from evals.scorers.sandbox import Limits, run_python
+from evals.scorers.sandbox import Limits, run_python, try_sandbox
 from policies.suite import Scorer
 from telemetry import Observation
 
@@ -81,6 +81,14 @@ def test_sockets_are_out_of_reach_for_machine_code_too() -> None:
     """The filter is the kernel's: going past Python's modules changes nothing."""
     source = "import ctypes\nassert ctypes.CDLL(None).socket(2, 1, 0) == -1"
     assert runs(source)[0]
+
+
+def test_code_is_not_run_where_it_cannot_be_held_in() -> None:
+    """Too little memory even for the filter: nothing of the program runs."""
+    try_sandbox()
+    passed, said = runs("open('/dev/null', 'w')", Limits(1, 2**20))
+    assert not passed
+    assert "answer.py" not in said
 
 
 def test_time_and_memory_have_an_end() -> None:
