@@ -6,6 +6,7 @@ import asyncio
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -16,6 +17,7 @@ from policies.binding import sides
 from policies.leaves import edge_facts
 from policies.load import load_hypothesis
 from policies.side import Side
+from tests.cache.tiny_tokenizers import byte_level, write_folder
 from tests.gateway.test_process import ROOT, free_port
 from tests.gateway.world import listening, on_loop, until, upstream
 from tests.policies.gated_world import DAY, World, build as build_world
@@ -29,43 +31,65 @@ def world(tmp_path: Path) -> World:
 
 
 def policy(url: str) -> str:
-    return f"version: 1\nupstreams: [{{url: '{url}'}}]\n"
+    return f"version: 1\nupstreams: [{{url: '{url}', tokenizer: server}}]\n"
 
 
 def judged(world: World, url: str) -> None:
     """Trimming has passed on these upstreams."""
+    write_folder(world.folder / "server", byte_level())
     world.hypothesis("trim", TRIM, "lossy_input")
     world.serve("trim", text=policy(url))
     world.judge("trim", at=time.time())
 
 
+def rewrite(file: Path, old: str, new: str) -> None:
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new, 1))
+
+
+async def started(world: World) -> tuple[dict[str, Any], str]:
+    """What a gateway that is started by hand tells of the optimization, and what it has said."""
+    port = free_port()
+    child = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "gateway", str(world.policy), "--port", str(port),
+        cwd=ROOT, stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
+            await until_up(client)
+            told = (await client.get("/v1/fingerprint")).json()
+    finally:
+        child.terminate()
+        _, said = await child.communicate()
+    assert child.returncode == 0
+    (one,) = told["optimizations"]
+    return one, said.decode()
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "leaf"),
+    [
+        ("a.jsonl", "ho", "hu", "suite:a"),
+        ("policy.yaml", "version: 1", "version: 1\ngateway: {routing: {policy: p2c}}", "routing"),
+        ("server/tokenizer_config.json", "assistant", "Assistant", "upstreams"),
+    ],
+)
 @on_loop
 async def test_a_gateway_by_hand_says_and_tells_what_is_on_and_what_has_become_stale(
-    world: World,
+    world: World, file: str, old: str, new: str, leaf: str
 ) -> None:
-    """`python -m gateway` decides by itself: on, and after a row of the suite has changed, not."""
+    """`python -m gateway` decides by itself: on, and not once a row of the suite, the policy or the
+    chat template has changed."""
     async with upstream() as fake:
         judged(world, fake.url)
-        for state in ("on", "stale"):
-            port = free_port()
-            child = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "gateway", str(world.policy), "--port", str(port),
-                cwd=ROOT, stderr=asyncio.subprocess.PIPE,
-            )  # fmt: skip
-            try:
-                async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
-                    await until_up(client)
-                    told = (await client.get("/v1/fingerprint")).json()
-            finally:
-                child.terminate()
-                _, said = await child.communicate()
-            (one,) = told["optimizations"]
-            assert (one["state"], one["enabled"]) == (state, state == "on")
-            assert f"optimization trim: {state}  " in said.decode()
-            assert child.returncode == 0
-            rows = world.folder / "a.jsonl"
-            rows.write_text(rows.read_text().replace("ho", "hu"))
-        assert one["stale_leaves"] == ["suite:a"]
+        one, said = await started(world)
+        assert (one["state"], one["enabled"]) == ("on", True)
+        assert "optimization trim: on  " in said
+        rewrite(world.folder / file, old, new)
+        one, said = await started(world)
+        assert (one["state"], one["enabled"], one["stale_leaves"]) == ("stale", False, [leaf])
+        assert f"optimization trim: stale  {leaf} has changed since its verdict" in said
 
 
 async def until_up(client: httpx.AsyncClient) -> None:
