@@ -95,6 +95,7 @@ class Rollout:
     clock: Callable[[], float] = time.time
     pause: Callable[[float], Awaitable[None]] = asyncio.sleep
     latest: list[Observation] = field(default_factory=list)
+    _told: bool = False  # the gateway, of the candidate as it runs now
     _gone_since: float | None = None
     _unreachable: bool = False
 
@@ -145,17 +146,20 @@ class Rollout:
         return await self._advance()
 
     async def _renew(self) -> dict[str, Any]:
-        """The stage's lease; a gateway that has forgotten the candidate is told anew."""
+        """The stage's lease. The candidate is told first, whose servers may be others than before
+        a restart; and again to a gateway that has forgotten it."""
         share = self.plan.share(self.progress.stage)
         shadow = 1.0 if self.progress.stage == 0 else 0.0
         name = self.plan.candidate.id
         try:
-            return await self.gateway.lease(name, share, shadow, LEASE_S)
+            if self._told:
+                return await self.gateway.lease(name, share, shadow, LEASE_S)
         except Refused as refused:
             if refused.code != "rollout_not_found":
                 raise
+            self.progress.cursor = ""
         await self.gateway.put(self.plan.candidate, PUT_LEASE_S)
-        self.progress.cursor = ""
+        self._told = True
         return await self.gateway.lease(name, share, shadow, LEASE_S)
 
     async def _hear(self) -> None:

@@ -124,8 +124,13 @@ async def test_one_that_degrades_after_200_requests_is_rolled_back_by_itself(
 async def test_a_killed_controller_leaves_the_baseline_and_goes_on_when_it_is_back(
     tmp_path: Path,
 ) -> None:
-    """At the second step, with what it had proved by then."""
-    async with world(tmp_path) as it, Steered(it.front.url) as steered:
+    """At the second step, with what it had proved by then, and with a candidate's worker that has
+    another address."""
+    async with (
+        world(tmp_path) as it,
+        Steered(it.front.url) as steered,
+        upstream(hi) as another,
+    ):
         first = it.rollout(steered)
         first.plan = Plan(first.plan.candidate, 20, (0.3, 0.6), 3600.0)
         task = asyncio.create_task(first.run())
@@ -134,9 +139,13 @@ async def test_a_killed_controller_leaves_the_baseline_and_goes_on_when_it_is_ba
         await asyncio.gather(task, return_exceptions=True)
         variant: Any = it.front.live.beside
         variant.orders = variant.orders.rolled_back("", 0.0)  # as when the lease is over
+        died, it.new = it.new, another
+        asked = len(died.requests)
         second = it.rollout(steered)
         assert (second.progress.stage, second.progress.id) == (1, "r1")
         assert await second.run() == "promoted"
+        assert len(another.requests) > 0
+        assert len(died.requests) <= asked + 8  # what was under way
         assert it.said.count("shadow: 0 shadow pairs, 0 of 1 signals proved") == 1
         assert it.statuses == {200}
 
