@@ -21,6 +21,7 @@ from evals.stats.estimate import (
     check_alpha,
     cluster_sums,
     finite,
+    freedom,
     moments,
     worth,
 )
@@ -160,8 +161,9 @@ def mean_below(
     if count < FEWEST_CLUSTERS:
         raise TooFewClusters(count, FEWEST_CLUSTERS)
     mean = float(found.mean())
-    error, skewness = (float(part[0]) for part in moments((sums - sizes * mean)[None, :], sizes))
-    free = worth(sizes)
+    residuals = (sums - sizes * mean)[None, :]
+    error, skewness = (float(part[0]) for part in moments(residuals, sizes))
+    free = min(worth(sizes), 1 + float(freedom(residuals)[0]) / 2)  # no bets guard this one
     reach = float(special.stdtrit(max(free, 1.01) - 1, 1 - alpha))
     distance = maximum - mean
     return Estimate(

@@ -93,6 +93,17 @@ def moments(residuals: Floats, sizes: Floats) -> tuple[Floats, Floats]:
     return error, np.where(square > 0, cube / safe**1.5, 0.0)
 
 
+def freedom(residuals: Floats) -> Floats:
+    """Degrees of freedom of their variance, by their own fourth moment (Satterthwaite): as many as
+    clusters less one for a normal law, few where few clusters make up all the variance. A row for
+    each data set; residuals as for `moments`.
+    """
+    square = (residuals**2).sum(axis=1)
+    variation = (residuals**4).sum(axis=1) - square**2 / residuals.shape[1]
+    found: Floats = 2 * square**2 / np.maximum(variation, 1e-9 * np.maximum(square**2, 1e-300))
+    return np.clip(found, 0.01, residuals.shape[1] - 1)
+
+
 def assumed_effect(sizes: Floats) -> float:
     """How many times more a mean varies than without clusters, where the data do not tell."""
     return 1 + (float(sizes @ sizes / sizes.sum()) - 1) * ASSUMED_CORRELATION

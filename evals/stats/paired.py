@@ -26,6 +26,7 @@ from evals.stats.estimate import (
     check_alpha,
     cluster_sums,
     finite,
+    freedom,
     moments,
     worth,
 )
@@ -77,12 +78,10 @@ def cluster_t(
 ) -> Estimate:
     """Mean difference by whole clusters: t, and t corrected for skewness; the wider bound holds.
 
-    `clusters` names each difference's, or is None when each is its own. Bets instead, where fewer
-    than 10 clusters differ at all. Raises TooFewClusters below 20 clusters, and where it would have
-    to bet on differences beyond -1 .. 1.
     `clusters` names each difference's, or is None when each is its own. A side bets instead where
     too few clusters lose (or, for harm, gain) to know how bad losses are: `detail["bets"]`.
-    Raises TooFewClusters below 20 clusters, and where bets are needed on values beyond -1 .. 1.
+    Raises TooFewClusters below 20 clusters, and where fewer than 10 differ by values that no bet is
+    bounded by.
     """
     check_alpha(alpha)
     values = finite(diffs, "differences")
@@ -91,12 +90,13 @@ def cluster_t(
         raise TooFewClusters(sizes.size, FEWEST_CLUSTERS)
     moved = int(np.count_nonzero(sums))
     bounded = float(np.abs(values).max()) <= 1
-    if moved < FEWEST_MOVED and not bounded:  # logarithms of ratios, which no bet is bounded by
+    if moved < FEWEST_MOVED and not bounded:  # logarithms of ratios
         raise TooFewClusters(moved, FEWEST_MOVED, "clusters that differ")
     sides = {"pass": bounded and few_lose(sums), "harm": bounded and few_lose(-sums)}
     mean = float(values.mean())
-    error, skewness = (float(part[0]) for part in moments((sums - sizes * mean)[None, :], sizes))
-    free = min(moved, worth(sizes))
+    residuals = (sums - sizes * mean)[None, :]
+    error, skewness = (float(part[0]) for part in moments(residuals, sizes))
+    free = min(moved, worth(sizes), 1 + float(freedom(residuals)[0]))
     reach = float(special.stdtrit(max(free, 1.01) - 1, 1 - alpha))
     bet = betting(values, margin, alpha, clusters) if any(sides.values()) else None
     by_t = Estimate(
@@ -135,7 +135,7 @@ def _tail_of(distance: float, error: float, skewness: float, count: int, free: f
 
 def tail(t: ArrayLike, skewness: ArrayLike, count: int, free: ArrayLike) -> Floats:
     """p of the t statistic, or of Hall's transformation of it (1992, JRSS-B 54:221), whichever is
-    larger; `free` clusters carry the variance, those that moved: the others tell none.
+    larger; `free` clusters carry the variance.
     """
     plain = np.asarray(t, dtype=np.float64)
     gamma, scaled = np.asarray(skewness, dtype=np.float64), plain / np.sqrt(count)
@@ -174,7 +174,8 @@ def cluster_tango(
     effect = float(design_effect(sums[None, :], sizes, np.array([lost + gained]), moved)[0])
     effective = max(int(values.size / effect), 1)
     part = effective / values.size
-    free = min(float(moved), worth(sizes))
+    residuals = (sums - sizes * values.mean())[None, :]
+    free = min(moved, worth(sizes), 1 + float(freedom(residuals)[0]))
     told = moved >= FEWEST_MOVED
     low, p = _scaled(lost * part, gained * part, effective, free, told, margin, alpha)
     high, p_harm = _scaled(gained * part, lost * part, effective, free, told, -margin, alpha)

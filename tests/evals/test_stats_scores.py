@@ -12,7 +12,7 @@ from scipy import stats
 
 from evals.stats import divergence, drift, many, ratio
 from evals.stats.betting import bets, betting
-from evals.stats.estimate import TooFewClusters
+from evals.stats.estimate import TooFewClusters, freedom
 from evals.stats.paired import cluster_t, cluster_tango, mean_diff
 from evals.stats.sequential import EProcess, Matched, Sequential
 
@@ -29,8 +29,8 @@ def of_pairs(lost, gained, n):
 
 
 def test_scores_on_their_own_give_the_t_test_unless_skewed():
-    """Hall's correction only ever widens; without skewness nothing is left of it."""
-    once = rng(2).normal(0, 0.2, 40)
+    """Hall's correction only ever widens; without skewness and far values nothing is left of it."""
+    once = rng(2).uniform(-0.4, 0.4, 40)
     diffs = np.concatenate([once, -once])
     estimate = cluster_t(diffs, None, -0.05)
     expected = stats.ttest_1samp(diffs, -0.05, alternative="greater")
@@ -57,6 +57,16 @@ def test_few_conversations_that_lose_do_not_tell_how_bad_losses_are():
     assert estimate.low == betting(diffs, -0.02).low
     assert estimate.high < betting(diffs, -0.02).high
     assert cluster_t(np.tile(diffs, 3), None, -0.02).detail["bets"] == []
+
+
+def test_a_variance_that_few_clusters_make_up_has_few_degrees_of_freedom():
+    """Close to clusters less one for a normal law, about two for each of few that differ much."""
+    normal = rng(4).normal(0, 1, (1, 4000))
+    assert float(freedom(normal)[0]) == pytest.approx(4000, rel=0.1)
+    few = np.zeros((1, 1000))
+    few[0, :4] = 1.0
+    assert float(freedom(few)[0]) == pytest.approx(8, rel=0.02)
+    assert float(freedom(np.zeros((1, 50)))[0]) > 0
 
 
 def test_rows_of_one_conversation_count_once():
