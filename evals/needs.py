@@ -18,8 +18,13 @@ from evals.design import Block
 from evals.metrics import UNWANTED
 from evals.pairs import Pair, by_source
 from evals.questions import Question, questions
-from evals.stats.estimate import Floats, cluster_sums
-from evals.stats.paired import FEWEST_CLUSTERS
+from evals.stats.estimate import (
+    ASSUMED_CORRELATION,
+    FEWEST_CLUSTERS,
+    FEWEST_MOVED,
+    Floats,
+    cluster_sums,
+)
 from evals.stats.power import block_pairs_needed, pairs_needed
 from evals.stats.rates import trials_needed
 from evals.stats.ratio import FEWEST_BLOCK_PAIRS
@@ -133,7 +138,7 @@ def needs(
 
         return "pairs of blocks", supply.blocks, blocks
     size = supply.rows / max(supply.clusters, 1)
-    effect = (1 + (size - 1) * noise.correlation) * (
+    effect = (1 + (size - 1) * _correlated(question, supply, noise)) * (
         _SEQUENTIAL if stats.mode == "sequential" else 1
     )
     few = size > 1 and supply.clusters < FEWEST_CLUSTERS
@@ -142,6 +147,17 @@ def needs(
         return NEVER if few else math.ceil(effect * _pairs(question, noise, bound, alpha, power))
 
     return "pairs", supply.rows, pairs
+
+
+def _correlated(question: Question, supply: Supply, noise: Noise) -> float:
+    """Of rows in a cluster; where few clusters will have an event, what the tests assume."""
+    if question.test == "mean_max" or question.metric.kind == "tokens":
+        return noise.correlation
+    size = supply.rows / max(supply.clusters, 1)
+    share = noise.rate if question.test in ("rate_max", "identical") else noise.flips
+    with_event = supply.clusters * (1 - (1 - min(share, 1.0)) ** size)
+    few = with_event < FEWEST_MOVED
+    return max(noise.correlation, ASSUMED_CORRELATION) if few else noise.correlation
 
 
 def _pairs(question: Question, noise: Noise, bound: float, alpha: float, power: float) -> int:

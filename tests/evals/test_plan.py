@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import replace
 
@@ -95,6 +96,8 @@ def test_conversations_are_worth_less_than_as_many_rows() -> None:
     alone, together = first(asked, 4000), first(asked, 4000, clusters=400)
     assert alone.needed is not None and together.needed is not None
     assert together.needed == pytest.approx(1.9 * alone.needed, rel=0.01)
+    calm = first(asked, 4000, Noise(flips=0.0), clusters=400)
+    assert calm.needed == math.ceil(59 * (1 + 9 * 0.5))  # no flip tells how flips would cluster
     few = first(asked, 4000, clusters=19)
     assert (few.enough, few.needed, few.testable) == (False, None, None)
     assert "19 clusters, and at least 20 are needed" in few.note
