@@ -10,7 +10,6 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from evals.pairs import BASELINE, CANDIDATE, by_arm
@@ -76,8 +75,9 @@ class Row:
         return asdict(self)
 
 
-def hypothesis_of(technique: Technique, policy: Path, workload: Workload) -> dict[str, Any]:
-    """As its file says it: the policy against itself with the patch, over the workload."""
+def hypothesis_of(technique: Technique, policy: str, workload: Workload) -> dict[str, Any]:
+    """As its file says it: the policy against itself with the patch, over the workload. Files are
+    named as seen from its folder."""
     guardrails: list[dict[str, Any]] = []
     for suite in workload.suites:
         guardrails += [
@@ -96,7 +96,7 @@ def hypothesis_of(technique: Technique, policy: Path, workload: Workload) -> dic
         "apiVersion": "headgate/v1",
         "kind": "Hypothesis",
         "metadata": {"name": technique.file_name, "note": technique.said},
-        "baseline": {"config": str(policy.resolve())},
+        "baseline": {"config": policy},
         "candidate": {"patch": dict(technique.patch)},
         "kind_of_change": technique.kind,
         "claims": [

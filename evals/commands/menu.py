@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import shutil
 import sys
 import time
@@ -45,7 +46,7 @@ class Options:
     @property
     def folder(self) -> Path:
         """Beside the policy: hypotheses, table, page, and the runs' own folder."""
-        return self.policy.resolve().parent / _FOLDER
+        return _folder(self.policy)
 
 
 @click.command(short_help="Measure techniques and their combinations on your own workload.")
@@ -95,8 +96,13 @@ def menu(
       2    wrong usage, a wrong policy, or no such technique
       130  interrupted; the same command goes on
     """
+    folder = _folder(policy)
     workload = Workload(
-        _absolute(suites), _absolute(replays), margin, concurrency=concurrency, max_pairs=max_pairs
+        tuple(_seen_from(folder, one) for one in suites),
+        tuple(_seen_from(folder, one) for one in replays),
+        margin,
+        concurrency=concurrency,
+        max_pairs=max_pairs,
     )
     options = Options(policy, workload, price, again)
     try:
@@ -135,7 +141,7 @@ async def measured(
     for number, one in enumerate(techniques, start=1):
         _log(f"[{number}/{len(techniques)}] {one.name}: {one.said}")
         file = options.folder / f"{one.file_name}.yaml"
-        content = hypothesis_of(one, options.policy, options.workload)
+        content = hypothesis_of(one, _seen_from(options.folder, options.policy), options.workload)
         file.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
         try:
             plan = prepare(file)
@@ -178,9 +184,15 @@ def tell(options: Options, rows: Sequence[Row], *, as_json: bool) -> str:
     return data if as_json else "\n".join(terminal(rows, options.price))
 
 
-def _absolute(names: Sequence[str]) -> tuple[str, ...]:
-    """Files as seen from anywhere; what is no file is a name."""
-    return tuple(str(Path(one).absolute()) if Path(one).exists() else one for one in names)
+def _folder(policy: Path) -> Path:
+    return policy.resolve().parent / _FOLDER
+
+
+def _seen_from(folder: Path, name: str | Path) -> str:
+    """A file's path from there; what is no file is the name of something that ships."""
+    if not Path(name).exists():
+        return str(name)
+    return Path(os.path.relpath(Path(name).resolve(), folder)).as_posix()
 
 
 def _log(line: str) -> None:

@@ -74,7 +74,7 @@ def _failed(detail: Mapping[str, Any]) -> str:
         f"{arm} {100 * sum(one[arm] * one['pairs'] for one in sources) / pairs:.1f}{NBSP}%"
         for arm in ("baseline", "candidate")
     )
-    return f"failed: {', '.join(shares)}"
+    return ", ".join(shares)
 
 
 _TOLD: Mapping[str, Callable[[Mapping[str, Any]], str]] = {

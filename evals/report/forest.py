@@ -78,7 +78,9 @@ def _row(finding: Finding, axis: Axis) -> Markup:
         tag(
             "div",
             tag("b", figure(finding, finding.estimate)),
-            tag("span", interval(finding), title=f"{level(finding)} interval"),
+            tag("span", interval(finding), title=f"{level(finding)} interval")
+            if finding.estimate is not None
+            else None,
             tag("span", f"must be {limit(finding)}".replace("be within", "be"), class_="quiet"),
             class_="figures",
         ),

@@ -46,7 +46,7 @@ def _one(
         if row.source == source:
             value = getattr(row, field)
             arms[row.arm].append(value if row.ok and value is not None else math.inf)
-    shown = [(arm, said) for arm, said in _ARMS if any(map(math.isfinite, arms[arm]))]
+    shown = [(arm, said) for arm, said in _ARMS if any(0 < one < math.inf for one in arms[arm])]
     if not {"baseline", "candidate"} <= {arm for arm, _ in shown}:
         return Markup()
     where = named(source)
@@ -71,7 +71,7 @@ def _spread(
     shown: Sequence[tuple[str, str]],
 ) -> Markup:
     """How many requests took at most so long. Those that failed never arrive: a curve ends low."""
-    finite = sorted(one for values in arms.values() for one in values if math.isfinite(one))
+    finite = sorted(one for values in arms.values() for one in values if 0 < one < math.inf)
     # The slowest in a thousand would squeeze all others together.
     low, high = spread([finite[len(finite) // 1000], finite[-1 - len(finite) // 1000]], log=True)
     slow = high >= 2
@@ -117,7 +117,7 @@ def _strip(
     limits = [one.margin for one in findings if one.margin and one.kind == "guardrail"][:1]
     band = _band(list(same.values()))
     y = Axis(*spread([*ratios.values(), *same.values(), *band, *limits, 1.0], log=True), log=True)
-    plot = Plot(Axis(-0.5, len(ratios) - 0.5), y)
+    plot = Plot(Axis(-0.5, len(ratios) - 0.5, whole=True), y)
     marks = []
     if band:
         lower, upper = ([(-0.5, one), (len(ratios) - 0.5, one)] for one in band)

@@ -26,6 +26,7 @@ class Axis:
     log: bool = False
     unit: str = ""
     scale: float = 1.0  # of the values that labels show: 100 for per cent
+    whole: bool = False  # counts: no label between two of them
 
     def at(self, value: float) -> float:
         """Where a value stands, kept within the axis."""
@@ -43,6 +44,8 @@ class Axis:
             return self._decades(count)
         low, high = self.low * self.scale, self.high * self.scale
         step = _step((high - low) / count)
+        if self.whole:
+            step = max(math.ceil(step), 1)
         first = math.ceil(low / step - 1e-9)
         last = math.floor(high / step + 1e-9)
         return [at * step / self.scale for at in range(first, last + 1)]

@@ -28,7 +28,7 @@ def test_every_named_technique_makes_a_policy_and_a_hypothesis_that_are_valid(na
     base = {"version": 1, "runtime": {"model": "pocket"}, "gateway": {}}
     Deployment.model_validate(patched(base, one.patch))
     workload = Workload(("qa",), ("week",))
-    asked = Hypothesis.model_validate(hypothesis_of(one, Path("policy.yaml"), workload))
+    asked = Hypothesis.model_validate(hypothesis_of(one, "policy.yaml", workload))
     assert asked.kind_of_change == one.kind
     assert set(asked.sources) == {"suite:qa", "replay:week"}
     assert 1 <= one.complexity <= 5
@@ -46,7 +46,7 @@ def test_a_knob_and_its_value_can_be_tried_and_so_can_a_file(tmp_path: Path) -> 
     assert technique("runtime.step_tokens=512", HERE).patch == {"runtime.step_tokens": 512}
     assert technique("runtime.kv=int8", HERE).patch == {"runtime.kv": "int8"}
     given = {
-        **hypothesis_of(technique("w8a8", HERE), Path("policy.yaml"), Workload(("qa",))),
+        **hypothesis_of(technique("w8a8", HERE), "policy.yaml", Workload(("qa",))),
         "metadata": {"name": "mine", "note": "as I have it"},
     }
     (tmp_path / "mine.yaml").write_text(json.dumps(given))

@@ -31,7 +31,7 @@ def world(folder: Path) -> Options:
     (folder / "policy.yaml").write_text("version: 1\nruntime: {model: pocket}\n")
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     (folder / "qa.yaml").write_text(SUITE)
-    workload = Workload((str(folder / "qa.yaml"),), max_pairs=40)
+    workload = Workload(("../qa.yaml",), max_pairs=40)
     return Options(folder / "policy.yaml", workload, price=None, again=False)
 
 
@@ -107,7 +107,7 @@ def typed(*words: str | Path) -> tuple[int, str]:
 
 def test_what_is_typed_wrong_is_told_before_anything_is_measured(tmp_path: Path) -> None:
     options = world(tmp_path)
-    suite = options.workload.suites[0]
+    suite = tmp_path / "qa.yaml"
     assert typed(options.policy, "--try", "w8a8") == (
         2, "nothing to measure on: give --suite, --replay, or both\n"
     )  # fmt: skip
