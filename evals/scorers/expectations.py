@@ -4,6 +4,7 @@ would count against both arms alike, and hide what is between them.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,6 +13,8 @@ import orjson
 from evals.dataset import value_of
 from evals.item import Item
 from evals.scorers.instructions import CHECKS, UnknownInstruction, wanted
+from evals.scorers.json_answers import schema_for
+from evals.scorers.languages import KNOWN
 from evals.scorers.text import numbers
 from evals.scorers.tool_calls import wanted_calls
 from policies.problems import closest
@@ -21,8 +24,37 @@ Unmeetable = tuple[str, str | None]  # why, and what was meant
 
 
 def unmeetable(scorer: Scorer, item: Item) -> Unmeetable | None:
+    if scorer.kind in _ANY_OF and value_of(item, scorer.field) == []:
+        return "is an empty list: no answer could be right", None
     check = _CHECKS.get(scorer.kind)
     return None if check is None else check(scorer, item)
+
+
+def _regex(scorer: Scorer, item: Item) -> Unmeetable | None:
+    for one in [] if scorer.pattern is not None else _listed(value_of(item, scorer.field)):
+        try:
+            re.compile(str(one))
+        except re.error as error:
+            return f"{one!r} is no regular expression: {error}", None
+    return None
+
+
+def _json(scorer: Scorer, item: Item) -> Unmeetable | None:
+    from jsonschema import SchemaError
+    from jsonschema.validators import validator_for
+
+    schema = schema_for(scorer, item)
+    try:
+        if schema is not None:
+            validator_for(schema).check_schema(dict(schema))
+    except SchemaError as error:
+        return f"{scorer.called}: the JSON Schema is none: {error.message}", None
+    return None
+
+
+def _code(scorer: Scorer, item: Item) -> Unmeetable | None:
+    is_source = isinstance(value_of(item, scorer.field), str)
+    return None if is_source else ("expected the source of the tests, a text", None)
 
 
 def _numeric(scorer: Scorer, item: Item) -> Unmeetable | None:
@@ -69,6 +101,8 @@ def _instructions(scorer: Scorer, item: Item) -> Unmeetable | None:
     for name, arguments in listed:
         try:
             CHECKS[name]("A text.", arguments)
+            if name == _LANGUAGE and arguments["language"] not in KNOWN:
+                return f"languages that are told: {', '.join(sorted(KNOWN))}", None
         except (KeyError, TypeError, ValueError) as error:
             return f"{name} lacks an argument: {error!r}", None
     return None
@@ -78,10 +112,15 @@ def _listed(expected: Any) -> list[Any]:
     return expected if isinstance(expected, list) else [expected]
 
 
+_LANGUAGE = "language:response_language"
+_ANY_OF: tuple[ScorerKind, ...] = ("exact", "contains", "regex", "numeric", "choice", "f1")
 _CHECKS: Mapping[ScorerKind, Callable[[Scorer, Item], Unmeetable | None]] = {
     "numeric": _numeric,
     "choice": _choice,
     "fields": _fields,
     "tool_calls": _tool_calls,
     "instructions": _instructions,
+    "regex": _regex,
+    "json": _json,
+    "code": _code,
 }

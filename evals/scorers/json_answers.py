@@ -30,7 +30,7 @@ def valid(scorer: Scorer, item: Item, seen: Observation) -> float:
         answer = parsed(seen.text)
     except ValueError:
         return 0.0
-    schema = scorer.json_schema if scorer.json_schema is not None else _schema_of(item)
+    schema = schema_for(scorer, item)
     if schema is None:
         return 1.0
     from jsonschema import ValidationError
@@ -43,7 +43,9 @@ def valid(scorer: Scorer, item: Item, seen: Observation) -> float:
     return 1.0
 
 
-def _schema_of(item: Item) -> Mapping[str, Any] | None:
+def schema_for(scorer: Scorer, item: Item) -> Mapping[str, Any] | None:
+    if scorer.json_schema is not None:
+        return scorer.json_schema
     form = item.body.get("response_format")
     named = form.get("json_schema") if isinstance(form, dict) else None
     schema = named.get("schema") if isinstance(named, dict) else None

@@ -38,10 +38,11 @@ _COMMON: Mapping[str, str] = {
     "tr": "ve bir bu da de için ile çok ne olarak daha gibi olan",
     "vi": "và của là có không được cho một trong với các này người những",
 }
+KNOWN = frozenset((*_SCRIPTS, *_COMMON))
 
 
 def is_in(language: str, text: str) -> bool:
-    """Whether a text is in the language, by its ISO 639-1 code; not for one that is not known."""
+    """Whether a text is in the language, by its ISO 639-1 code, one of KNOWN."""
     letters = _LETTER.findall(text)
     if not letters:
         return False

@@ -221,6 +221,14 @@ def test_code_is_run_only_where_it_is_asked_for(tmp_path: Path) -> None:
     ("scorer", "expected", "told"),
     [
         ("{kind: numeric}", "none", "holds no number"),
+        ("{kind: contains}", [], "is an empty list"),
+        ("{kind: regex}", "(a", "is no regular expression"),
+        ("{kind: json, json_schema: {type: objekt}}", "{}", "the JSON Schema is none"),
+        (
+            "{kind: instructions}",
+            [{"id": "language:response_language", "language": "tlh"}],
+            "languages that are told: ar, bg",
+        ),
         ("{kind: choice}", "E", "is none of the choices A, B, C, D"),
         ("{kind: fields}", [1], "expected a mapping"),
         ("{kind: tool_calls}", ["f"], "expected calls such as"),
