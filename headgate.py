@@ -200,6 +200,7 @@ _GATE = {
         "evals.commands.report:report",
         "Write a run's verdict as a page, as Markdown and as JUnit.",
     ),
+    "new": ("evals.commands.new:new", "Write the beginning of a hypothesis."),
     "run": ("evals.commands.run:run", "Try a hypothesis, judge it, and record the verdict."),
     "schema": ("evals.commands.gate:schema", "Print the JSON Schema of hypothesis files."),
     "verify": ("evals.commands.verify:verify", "Recompute a verdict from the rows beside it."),
