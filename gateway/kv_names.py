@@ -10,7 +10,7 @@ the ends of prompts first.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import islice
@@ -51,6 +51,8 @@ class Blocks:
         self._root = root
         self._held: dict[str, dict[Name, Place]] = {POOL: {}}  # by medium
         self._more: dict[tuple[str, Name], int] = {}  # further copies
+        # Of ours, by how many nodes it ends in: prompts may part inside an engine's block.
+        self._ends: dict[tuple[str, bytes], int] = {}
         self._gone: dict[Name, Place] = {}
         self._passing: set[int] = set()  # groups whose blocks do not stay
         self.orphans = 0  # blocks that could not be named, since the last clearing
@@ -76,6 +78,7 @@ class Blocks:
     def _forget(self) -> None:
         self._held = {POOL: {}}
         self._more.clear()
+        self._ends.clear()
         self._gone.clear()
         self.orphans = 0
 
@@ -167,7 +170,7 @@ class Blocks:
                 self._more[medium, name] = self._more.get((medium, name), 0) + 1
                 continue
             held[name] = place
-            fresh += _ended(place)
+            fresh += self._begun(place, medium)
         self._index.stored(self._replica, fresh, medium, self._rank)
 
     def _hold_known(self, names: Sequence[Name], medium: str) -> None:
@@ -195,9 +198,31 @@ class Blocks:
                     continue
                 if (place := held.pop(name, None)) is not None:
                     self._gone[name] = place
-                    gone += _ended(place)
+                    gone += self._over(place, event.medium)
             self._index.removed(self._replica, gone, event.medium, self._rank)
             self._forget_gone()
+
+    def _begun(self, place: Place, medium: str) -> Iterable[bytes]:
+        """What of ours is held from now on, with this place."""
+        if isinstance(place, bytes):
+            return (place,)
+        counts = [self._ends.get((medium, one), 0) for one in place.ended]
+        for one, count in zip(place.ended, counts, strict=True):
+            self._ends[medium, one] = count + 1
+        return [one for one, count in zip(place.ended, counts, strict=True) if not count]
+
+    def _over(self, place: Place, medium: str) -> Iterable[bytes]:
+        """What of ours is held no longer, without this place."""
+        if isinstance(place, bytes):
+            return (place,)
+        gone = []
+        for one in place.ended:
+            left = self._ends.pop((medium, one)) - 1
+            if left:
+                self._ends[medium, one] = left
+            else:
+                gone.append(one)
+        return gone
 
     def _copies_left(self, event: Removed, at: int, name: Name) -> bool:
         """Notes one copy less; True while there is another."""
@@ -217,10 +242,6 @@ class Blocks:
 
 def _is_first(event: Stored, at: int) -> bool:
     return at == 0 and event.parent is None
-
-
-def _ended(place: Place) -> tuple[bytes, ...]:
-    return (place,) if isinstance(place, bytes) else place.ended
 
 
 def _end(place: Place) -> tuple[bytes, tuple[int, ...]]:

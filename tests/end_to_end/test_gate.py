@@ -153,7 +153,9 @@ def test_the_same_again_loses_nothing_and_gains_nothing(folder: Path) -> None:
     )  # fmt: skip
     code, found = verdict(file)
     assert (code, found["decision"]) == (5, "no_benefit"), (found["reasons"], found["controls"])
-    assert {one["name"]: one["ok"] for one in found["controls"]} >= {"aa": True, "sabotage": True}
+    controls = {one["name"]: one["ok"] for one in found["controls"]}
+    assert controls["aa"]
+    assert controls["sabotage"]
     assert found["baseline"]["root"] == found["candidate"]["root"]
     lines = (folder / ".headgate" / "ledger" / "decisions.jsonl").read_text().splitlines()
     assert [json.loads(line)["decision"] for line in lines if '"same"' in line] == ["no_benefit"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -110,7 +111,8 @@ async def test_one_that_degrades_after_200_requests_is_rolled_back_by_itself(
             ROOTS["candidate"],
             "e1",
         )
-        assert "failed: error 502" in last.reason
+        # 503: the candidate's circuit was open by then
+        assert re.search("failed: error 50[23]$", last.reason)
         folder = tmp_path / "incidents" / last.detail["incident"]
         told = json.loads((folder / "incident.json").read_text())
         assert told["worst"][0]["candidate"]["outcome"] == "error"

@@ -191,6 +191,21 @@ def test_the_index_equals_the_engines_truth_or_says_that_it_may_not(
         assert source.mode is Mode.EXACT, "replays brought everything, and it is not believed"
 
 
+@pytest.mark.parametrize("pick", [0, 1, 2, 3])
+@pytest.mark.parametrize("size", [24, 32, 48])
+def test_prompts_that_part_inside_an_engines_block_share_what_is_ours_of_it(
+    size: int, pick: int
+) -> None:
+    """Our block before the fork ends in a block of each; one is evicted, the other stays."""
+    publisher = Publisher(Style(block_size=size))
+    world = World(publisher, replays=False)
+    for what in (("store", PROMPTS[0]), ("store", PROMPTS[1]), ("evict", pick, "GPU")):
+        world.act(*what)
+    world.settle()
+    assert world.source.mode is Mode.EXACT
+    assert world.index.told("replica", "GPU") == publisher.truth()["GPU"]
+
+
 def follow(publisher: Publisher, *, replays: bool = True) -> World:
     world = World(publisher, replays)
     for prompt in PROMPTS:
