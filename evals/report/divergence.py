@@ -10,7 +10,7 @@ from evals.report.answers import paired
 from evals.report.markup import Markup
 from evals.report.plot import Axis, Plot, Point, figure, legend
 from evals.report.words import NBSP
-from evals.stats.divergence import Curve, kaplan_meier
+from evals.stats.divergence import Curve, first_divergence, kaplan_meier
 from telemetry import Observation
 
 _ARMS = ((CANDIDATE, "candidate"), (AA, "A/A′, the baseline against itself"))
@@ -85,10 +85,8 @@ def first_difference(pair: Pair) -> tuple[int, bool]:
         before, after = (row.token_ids or () for row in both)
     else:
         before, after = (row.text.split() for row in both)
-    for length, (one, other) in enumerate(zip(before, after, strict=False)):
-        if one != other:
-            return length, True
-    return min(len(before), len(after)), len(before) != len(after)
+    place = first_divergence(before, after)
+    return (len(before), False) if place is None else (place, True)
 
 
 def _stairs(tokens: Sequence[int], shares: Sequence[float], longest: int) -> list[Point]:

@@ -31,7 +31,7 @@ from evals.stats.rates import clopper_pearson
 _LEAST_LOG = -700.0  # of a probability: the smallest that is still one in double precision
 
 
-def first_divergence(one: Sequence[int], other: Sequence[int]) -> int | None:
+def first_divergence(one: Sequence[object], other: Sequence[object]) -> int | None:
     """Place of the first token that differs, from 0; an answer that ends earlier differs there.
     None for the same answer.
     """
