@@ -75,9 +75,13 @@ def asked_in(file: str | Path, hypothesis: Hypothesis) -> tuple[Question, ...]:
     try:
         return questions(hypothesis)
     except Unanswerable as error:
-        _, places, _ = read_yaml(str(file))
-        place = places.of(error.where)
-        raise PolicyError(Problem(str(file), error.why, place, dotted(error.where))) from None
+        raise PolicyError(placed(file, error)) from None
+
+
+def placed(file: str | Path, error: Unanswerable) -> Problem:
+    """What cannot be answered, at its place in the hypothesis' file."""
+    _, places, _ = read_yaml(str(file))
+    return Problem(str(file), error.why, places.of(error.where), dotted(error.where))
 
 
 def _guardrails(hypothesis: Hypothesis) -> Iterator[Question]:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import shutil
-import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -14,6 +12,7 @@ from pathlib import Path
 
 import click
 
+from evals.commands.terminal import log, show
 from evals.execute import Prepared, execute, prepare
 from evals.journal import JournalError
 from evals.menu import Row, Workload, hypothesis_of, refused, row_of
@@ -116,7 +115,7 @@ def menu(
         click.echo("interrupted; the same command goes on with it", err=True)
         raise SystemExit(130) from None
     click.echo(tell(options, rows, as_json=as_json))
-    _log(str(options.folder / _PAGE))
+    log(str(options.folder / _PAGE))
     raise SystemExit(any(row.decision == "refused" for row in rows))
 
 
@@ -139,7 +138,7 @@ async def measured(
     options.folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for number, one in enumerate(techniques, start=1):
-        _log(f"[{number}/{len(techniques)}] {one.name}: {one.said}")
+        log(f"[{number}/{len(techniques)}] {one.name}: {one.said}")
         file = options.folder / f"{one.file_name}.yaml"
         content = hypothesis_of(one, _seen_from(options.folder, options.policy), options.workload)
         file.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
@@ -159,7 +158,7 @@ async def measured(
 
 async def run_row(plan: Prepared) -> None:
     """The gate's run, and what memory both arms take."""
-    await execute(plan, _log, Progress(plan.hypothesis, _show))
+    await execute(plan, log, Progress(plan.hypothesis, show))
     await measure_memory(plan)
 
 
@@ -193,14 +192,3 @@ def _seen_from(folder: Path, name: str | Path) -> str:
     if not Path(name).exists():
         return str(name)
     return Path(os.path.relpath(Path(name).resolve(), folder)).as_posix()
-
-
-def _log(line: str) -> None:
-    click.echo(line, err=True)
-
-
-def _show(line: str) -> None:
-    """One line that replaces the last, where somebody watches."""
-    if sys.stderr.isatty():
-        width = shutil.get_terminal_size().columns - 1
-        click.echo(f"\r\x1b[K{line[:width]}", nl=False, err=True)

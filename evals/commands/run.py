@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json
-import shutil
-import sys
 from pathlib import Path
 
 import click
 
+from evals.commands.terminal import log, show
 from evals.execute import Prepared, execute, prepare
 from evals.journal import JournalError
 from evals.progress import Progress, interval
-from evals.questions import Unanswerable
+from evals.questions import Unanswerable, placed
 from evals.verdict import EXIT_CODES, USAGE_EXIT, Finding, Verdict
 from policies.binding import Unknown
 from policies.ledger import LedgerError
-from policies.load import PolicyError, read_yaml
-from policies.problems import Problem, dotted
+from policies.load import PolicyError
 
 INTERRUPTED = 130
 
@@ -56,15 +54,15 @@ def run(hypothesis: Path, allow_code: bool, as_json: bool) -> None:
         if (outlook := plan.outlook).refused:
             click.echo(outlook.table(), err=True)
             raise SystemExit(EXIT_CODES["inconclusive"])
-        verdict = asyncio.run(execute(plan, _log, Progress(plan.hypothesis, _show)))
+        verdict = asyncio.run(execute(plan, log, Progress(plan.hypothesis, show)))
     except Unanswerable as error:
-        click.echo(str(_at(hypothesis, error)), err=True)
+        click.echo(str(placed(hypothesis, error)), err=True)
         raise SystemExit(USAGE_EXIT) from None
     except (PolicyError, Unknown, JournalError, LedgerError) as error:
         click.echo(str(error), err=True)
         raise SystemExit(USAGE_EXIT) from None
     except KeyboardInterrupt:
-        _show("")
+        show("")
         click.echo("interrupted; the same command goes on with it", err=True)
         raise SystemExit(INTERRUPTED) from None
     if as_json:
@@ -72,11 +70,6 @@ def run(hypothesis: Path, allow_code: bool, as_json: bool) -> None:
     else:
         click.echo("\n".join(lines(plan, verdict)))
     raise SystemExit(verdict.exit_code)
-
-
-def _at(file: Path, error: Unanswerable) -> Problem:
-    _, places, _ = read_yaml(str(file))
-    return Problem(str(file), error.why, places.of(error.where), dotted(error.where))
 
 
 def lines(plan: Prepared, verdict: Verdict) -> list[str]:
@@ -101,14 +94,3 @@ def _table(findings: tuple[Finding, ...]) -> list[str]:
         "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, [*widths, 0], strict=True))
         for row in rows
     ]
-
-
-def _log(line: str) -> None:
-    click.echo(line, err=True)
-
-
-def _show(line: str) -> None:
-    """One line that replaces the last, where somebody watches."""
-    if sys.stderr.isatty():
-        width = shutil.get_terminal_size().columns - 1
-        click.echo(f"\r\x1b[K{line[:width]}", nl=False, err=True)
