@@ -16,6 +16,7 @@ from evals.stats.divergence import divergence
 from evals.stats.estimate import Estimate
 from evals.stats.rates import clopper_pearson
 from policies.hypothesis import Stats
+from telemetry import Observation
 
 
 def identical(
@@ -52,13 +53,19 @@ def identical(
 
 
 def differs(pair: Pair) -> bool:
-    """Token by token where both arms tell them, else by text and tool calls; failures differ."""
+    """Token by token where both arms tell them, else by text and tool calls, of which a server
+    makes up the ids; failures differ.
+    """
     left, right = pair.baseline, pair.candidate
     if not pair.complete:
         return True
     if left.token_ids is not None and right.token_ids is not None:
         return left.token_ids != right.token_ids
-    return (left.text, left.tool_calls) != (right.text, right.tool_calls)
+    return (left.text, _calls(left)) != (right.text, _calls(right))
+
+
+def _calls(seen: Observation) -> list[object]:
+    return [call.get("function", call) for call in seen.tool_calls]
 
 
 def _key(pair: Pair) -> tuple[str, str, int]:

@@ -275,6 +275,25 @@ def test_answers_have_to_be_the_same_where_the_baseline_repeats_itself() -> None
     assert (verdict.decision, found(verdict, "divergence").method) == ("fail", "identity")
 
 
+def test_a_tool_call_is_the_same_by_what_is_called_not_by_the_id_that_a_server_makes_up() -> None:
+    asked = hypothesis(
+        claims=[], guardrails=[EXACT], kind_of_change="lossless_exact",
+        candidate={"patch": {"runtime.step_tokens": 512}}, design={"sabotage_control": False},
+    )  # fmt: skip
+
+    def calling(arm: str, order: str = "X1") -> list[Observation]:
+        call = {"function": {"name": "status", "arguments": order}, "type": "function"}
+        return [
+            replace(one, text="", tool_calls=({**call, "id": f"call_{arm}{at}"},))
+            for at, one in enumerate(suite(arm))
+        ]
+
+    arms = (BASELINE, CANDIDATE, AA)
+    assert judged([one for arm in arms for one in calling(arm)], asked).decision == "pass"
+    other = [*calling(BASELINE), *calling(CANDIDATE, "X2"), *calling(AA)]
+    assert judged(other, asked).decision == "fail"
+
+
 def test_a_baseline_that_does_not_repeat_itself_is_the_floor() -> None:
     """A tenth differs by chance in every second answer; the candidate does so too, elsewhere."""
 
