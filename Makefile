@@ -1,6 +1,8 @@
 # The lines that a user types; .ci/run runs the same ones.
 PYTHON ?= python3
 BIN := .venv/bin
+# Processes that run tests: as many as there are cores, at least 2 and at most 4 (tests/conftest.py).
+WORKERS ?= auto
 # Benign on every platform: idle OpenMP threads sleep instead of spinning.
 export OMP_WAIT_POLICY ?= passive
 
@@ -18,8 +20,8 @@ setup: .venv/installed  ## make .venv and install everything into it
 serve: setup  ## the gateway and one runtime worker with the pocket model, on port 8080 or HEADGATE_PORT
 	@$(BIN)/headgate serve
 
-test: setup  ## every test that needs no peer and no download
-	$(BIN)/python -m pytest
+test: setup  ## every test that needs no peer and no download; WORKERS=1 runs them one after another
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 check: setup  ## style, types, layers
 	$(BIN)/ruff check .

