@@ -45,6 +45,7 @@ class Exchange:
 
     trace_id: str
     span_id: str
+    request_id: str
     path: str
     tenant: str
     tier: str
@@ -100,12 +101,9 @@ class Answer:
 
 
 def span_of(
-    exchange: Exchange, request: bytes, answer: bytes, blot: Blot, *, content: bool
+    exchange: Exchange, body: Mapping[str, Any], answer: bytes, blot: Blot, *, content: bool
 ) -> dict[str, Any]:
-    """Raises ValueError for a request that is no JSON object, which the gateway let through."""
-    body = orjson.loads(request)
-    if not isinstance(body, dict):
-        raise ValueError("a request that is no JSON object")
+    """The span of a request with this body."""
     heard = read_answer(answer)
     operation = CHAT if "messages" in body else TEXT
     attributes = {
@@ -184,6 +182,7 @@ def _facts(exchange: Exchange) -> dict[str, Any]:
         "headgate.slo.tier": exchange.tier,
         "headgate.consent": exchange.consent,
         "headgate.receipt": exchange.receipt or None,
+        "headgate.request.id": exchange.request_id,
         "http.response.status_code": exchange.status or None,
         "error.type": exchange.error or None,
     }

@@ -8,34 +8,58 @@ from __future__ import annotations
 
 import json
 import logging
+import marshal
 import os
+import secrets
 import signal
 import struct
 import sys
 from collections.abc import Iterator
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import orjson
 
 from gateway.genai import Exchange, span_of
 from gateway.record_files import Files, line_of
+from gateway.record_sample import session_of
 from gateway.redact import blotter
 
 log = logging.getLogger("headgate.record")
 
+MODULE = "gateway.record_writer"
 NICE = 10
-LENGTHS = struct.Struct(">III")  # of facts, request and answer, which follow
+LENGTH = struct.Struct(">I")  # of the frame that follows: entries of one gateway, as plain tuples
+MARSHAL_VERSION = 2  # without references: nothing comes twice that is worth finding
 
 
-def frames(stream: BinaryIO) -> Iterator[tuple[dict[str, Any], bytes, bytes]]:
-    """Facts, request, answer; half a frame at the end is left out."""
-    while len(head := stream.read(LENGTHS.size)) == LENGTHS.size:
-        parts = [stream.read(length) for length in LENGTHS.unpack(head)]
-        if [len(part) for part in parts] != list(LENGTHS.unpack(head)):
+class Entry(NamedTuple):
+    """A request as the gateway hands it over; its body is JSON, for it has been parsed there."""
+
+    named: str | None  # what it belongs to, as a header says
+    request_id: str
+    path: str
+    tenant: str
+    tier: str
+    began: float  # seconds since 1970
+    took_s: float
+    ttft_s: float | None
+    status: int
+    error: str
+    receipt: str
+    prompt_tokens: int | None
+    request: bytes
+    answer: bytes
+
+
+def entries(stream: BinaryIO) -> Iterator[Entry]:
+    """Until the stream ends; half a frame at the end is left out."""
+    while len(head := stream.read(LENGTH.size)) == LENGTH.size:
+        (length,) = LENGTH.unpack(head)
+        if len(frame := stream.read(length)) < length:
             return
-        yield orjson.loads(parts[0]), parts[1], parts[2]
+        yield from (Entry(*fields) for fields in marshal.loads(frame))  # noqa: S302  # our parent's
 
 
 def write(stream: BinaryIO, settings: dict[str, Any]) -> int:
@@ -44,15 +68,14 @@ def write(stream: BinaryIO, settings: dict[str, Any]) -> int:
     try:
         files = Files(Path(settings["path"]), settings["file_bytes"], settings["max_bytes"])
         salt = files.salt()
-        for facts, request, answer in frames(stream):
-            session = facts.pop("session")
-            name = blake2b(session.encode(), key=salt, digest_size=16).hexdigest()
-            exchange = Exchange(trace_id=name, **facts)
+        for entry in entries(stream):
             try:
-                span = span_of(exchange, request, answer, blot, content=settings["content"])
-                line = line_of(name, orjson.dumps(span))
+                body = orjson.loads(entry.request)
+                exchange = _exchange(entry, body, salt, settings["consent"])
+                span = span_of(exchange, body, entry.answer, blot, content=settings["content"])
+                line = line_of(exchange.trace_id, orjson.dumps(span))
             except (AttributeError, KeyError, TypeError, ValueError) as error:
-                log.warning("request %s could not be recorded: %s", facts["span_id"], error)
+                log.warning("request %s could not be recorded: %s", entry.request_id, error)
                 continue
             files.write(line)
         files.close()
@@ -60,6 +83,29 @@ def write(stream: BinaryIO, settings: dict[str, Any]) -> int:
         print(f"recording ended: {settings['path']}: {error.strerror}", file=sys.stderr)
         return 1
     return 0
+
+
+def _exchange(entry: Entry, body: dict[str, Any], salt: bytes, consent: str) -> Exchange:
+    span_id = secrets.token_hex(8)
+    session = session_of(entry.named, body, entry.tenant)
+    name = blake2b((session or span_id).encode("utf-8", "replace"), key=salt, digest_size=16)
+    return Exchange(
+        trace_id=name.hexdigest(),
+        span_id=span_id,
+        request_id=entry.request_id,
+        path=entry.path,
+        tenant=entry.tenant,
+        tier=entry.tier,
+        began=entry.began,
+        ended=entry.began + entry.took_s,
+        status=entry.status,
+        error=entry.error,
+        ttft_s=entry.ttft_s,
+        conversation=bool(session),
+        consent=consent,
+        receipt=entry.receipt,
+        prompt_tokens=entry.prompt_tokens,
+    )
 
 
 def yield_to_others() -> None:

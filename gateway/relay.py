@@ -146,7 +146,7 @@ class Passage:
         self._answer = answer
         self._reply = reply
         self._silence = silence
-        silence.since = silence.clock()
+        silence.since = reply.first_at = silence.clock()
 
     def pass_on(self, chunk: bytes) -> bool:
         """True after the terminator. The replica is held back while the client lags."""

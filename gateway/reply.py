@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from io import BytesIO
 from typing import Any, Protocol, TypeVar
 
 from starlette.types import Message, Send
@@ -53,12 +54,13 @@ W = TypeVar("W", bound=Way)
 class Reply:
     """One answer. `started`: headers are out; `streaming`: as SSE; `terminated`: after `[DONE]`.
 
-    `more`: headers of the gateway's own, sent with whatever the answer is. `recent`: the last
-    bytes, in which an answer says what it took. Only with `outgoing` can it be a stream."""
+    `more`: headers of the gateway's own, sent with whatever the answer is. `status`: 0 while none
+    is out. `first_at`: when a stream's first piece came, by the loop's clock. Only with `outgoing`
+    can it be a stream."""
 
     __slots__ = (
-        "_outgoing", "_send", "_tail", "complete", "more", "recent", "request_id", "started",
-        "streaming", "terminated",
+        "_kept", "_most_bytes", "_note", "_outgoing", "_recent", "_send", "_tail", "complete",
+        "first_at", "more", "request_id", "started", "status", "streaming", "terminated",
     )  # fmt: skip
 
     def __init__(self, send: Send, request_id: str, outgoing: Outgoing | None = None) -> None:
@@ -67,7 +69,12 @@ class Reply:
         self._tail = b"\n\n"
         self.request_id = request_id
         self.more: Headers = []
-        self.recent: deque[bytes] = deque(maxlen=RECENT_CHUNKS)
+        self.status = 0
+        self.first_at: float | None = None
+        self._recent: deque[bytes] = deque(maxlen=RECENT_CHUNKS)
+        self._note: Callable[[bytes], object] = self._recent.append
+        self._kept: BytesIO | None = None
+        self._most_bytes = 0
         self.started = False
         self.streaming = False
         self.terminated = False
@@ -76,6 +83,35 @@ class Reply:
     def copied(self, most_bytes: int) -> Copy:
         """From now on a copy is kept of what is sent, as long as it is at most so large."""
         return self.through(lambda send, outgoing: Copy(send, outgoing, most_bytes))
+
+    # ---- what an answer was ---------------------------------------------------------------------
+
+    def keep(self, most_bytes: int) -> None:
+        """From now on all of the answer is kept, and not its end alone, if it is so large at most.
+
+        A piece costs what it cost before: somebody has to ask for what is `kept` now and then."""
+        self._kept = BytesIO()
+        self._most_bytes = most_bytes
+        self._note = self._kept.write
+
+    @property
+    def keeps(self) -> bool:
+        """Whether all of the answer is being kept."""
+        return self._kept is not None
+
+    def kept(self) -> BytesIO | None:
+        """What came of the answer so far; None, for good, where it was too large."""
+        if self._kept is not None and self._kept.tell() > self._most_bytes:
+            self._recent.extend(self.recent)
+            self._note, self._kept = self._recent.append, None
+        return self._kept
+
+    @property
+    def recent(self) -> Sequence[bytes]:
+        """The answer's last bytes, in which it says what it took."""
+        if self._kept is None:
+            return self._recent
+        return (bytes(self._kept.getbuffer()[-RECENT_BYTES:]),)
 
     def through(self, make: Callable[[Send, Outgoing | None], W]) -> W:
         """From now on everything goes through what is made of the ways out."""
@@ -86,7 +122,11 @@ class Reply:
 
     async def whole(self, status: int, headers: Headers, body: bytes) -> None:
         """Status, headers and the complete body."""
-        self.recent.append(body[-RECENT_BYTES:])
+        if self._kept is not None and len(body) <= self._most_bytes:
+            self._kept.write(body)
+        else:
+            self._kept = None
+            self._recent.append(body[-RECENT_BYTES:])
         await self._start(status, [*headers, (b"content-length", b"%d" % len(body))])
         await self._finish(body)
 
@@ -117,7 +157,7 @@ class Reply:
         self._tail = window[-TAIL_BYTES:]
         if not self.terminated and b"[DONE]" in window and TERMINATOR.search(window):
             self.terminated = True
-        self.recent.append(chunk)
+        self._note(chunk)
         assert self._outgoing is not None, "a stream was begun without an outgoing connection"
         return self._outgoing.stream(chunk)
 
@@ -160,6 +200,7 @@ class Reply:
 
     async def _start(self, status: int, headers: Headers) -> None:
         self.started = True
+        self.status = status
         headers += (*self.more, (b"x-request-id", self.request_id.encode()))
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
 

@@ -19,9 +19,12 @@ from evals.spans import requests_of
 from evals.traces import Trace, read_trace
 from gateway.call import CHAT_PATH, parse_call
 from gateway.genai import Exchange, span_of
-from gateway.record import Recorder, session_of, within_share
+from gateway.record import Recorder
 from gateway.record_files import HEAD, PART, SUFFIX, Files, by_conversation, line_of
+from gateway.record_sample import session_of, within_share
 from gateway.redact import FORMS, blotted, blotter
+from gateway.reply import Reply
+from gateway.usage import Usage, usage_of
 from policies.recording import REDACTED, Record
 from tests.gateway.scripted import ASKED, TEXT, Engine
 from tests.gateway.world import HELLO, Front, Peer, gateway, held, on_loop, until, upstream
@@ -57,7 +60,8 @@ async def test_what_was_asked_and_answered_comes_back_from_the_disk(tmp_path: Pa
     folder = tmp_path / "recorded"
     async with upstream(Engine("e")) as server, gateway(server, **policy(folder)) as front:
         more = {"top_p": 0.5, "stop": "never", "response_format": {"type": "text"}, "user": "me"}
-        await front.post(ASKED | more, headers={"x-session-id": "s", "x-headgate-tier": "batch"})
+        asks = {"x-session-id": "s", "x-headgate-tier": "batch", "x-request-id": "mine"}
+        await front.post(ASKED | more, headers=asks)
         await front.post(ASKED | {"messages": [{"role": "user", "content": "Other."}]})
         await settled(front, 2)
     first, second = read_trace(folder).items(Filler())
@@ -72,6 +76,7 @@ async def test_what_was_asked_and_answered_comes_back_from_the_disk(tmp_path: Pa
     assert second.body["messages"][0]["content"] == "Other."
     span, _ = kept(folder)
     assert span["attributes"]["headgate.receipt"].startswith("rcpt_")
+    assert span["attributes"]["headgate.request.id"] == "mine"
     assert json.loads(span["attributes"]["headgate.request.other"]) == {
         "response_format": {"type": "text"}
     }
@@ -163,15 +168,15 @@ async def test_a_writer_that_dies_costs_records_and_nothing_else(tmp_path: Path)
     """Answers go on; what it had written is found by the next one."""
     async with upstream(Engine("e")) as server, gateway(server, **policy(tmp_path)) as front:
         recorder = front.live.edge.recorder
-        assert recorder is not None and recorder._process is not None
+        assert recorder is not None and recorder.pipe._process is not None
         await front.post(ASKED)
         await until(lambda: any(part.stat().st_size for part in tmp_path.glob(f"*{PART}")))
-        os.kill(recorder._process.pid, signal.SIGKILL)
-        await recorder._process.wait()
+        os.kill(recorder.pipe._process.pid, signal.SIGKILL)
+        await recorder.pipe._process.wait()
         answer = await front.post(ASKED)
         assert answer.status_code == 200
         assert (recorder.recorded, recorder.dropped) == (1, 1)
-        recorder._started -= 60.0
+        recorder.pipe._started -= 60.0
         await front.post(ASKED)
         await until(lambda: not any(tmp_path.glob(f"*{PART}")) and bool(kept(tmp_path)))
         await front.post(ASKED)
@@ -192,6 +197,57 @@ async def test_nothing_is_copied_where_nothing_is_recorded(tmp_path: Path) -> No
     assert kept(tmp_path) == []
 
 
+@on_loop
+async def test_what_the_pipe_does_not_take_at_once_goes_later(tmp_path: Path) -> None:
+    """More than a pipe holds, sent faster than anybody writes; at the end all of it is there."""
+    texts = [chr(ord("A") + number) * 150_000 for number in range(30)]
+    async with Recorder(Record(consent="given", path=str(tmp_path))) as recorder:
+        for text in texts:
+            reply = Reply(nowhere, text[:9])
+            with recorder.request(call(text), [], "t", reply) or pytest.fail("not recorded"):
+                await reply.whole(200, [], b"{}")
+        assert recorder.pipe.waits
+    asked = [row.body["messages"][1]["content"] for row in read_trace(tmp_path).items(Filler())]
+    assert sorted(asked) == sorted(texts) and recorder.recorded == len(texts)
+
+
+async def nowhere(_message: Any) -> None:
+    """Takes what would go to a client."""
+
+
+class Unread:
+    """A client's connection that takes everything."""
+
+    asked = True
+
+    def stream(self, _chunk: bytes) -> bool:
+        return True
+
+    def when_writable(self, go_on: Any) -> None:
+        go_on()
+
+    def when_gone(self, _leave: Any) -> bool:
+        return True
+
+
+@on_loop
+async def test_a_stream_that_grows_too_large_is_let_go_of(tmp_path: Path) -> None:
+    """While it runs, and what it says of its tokens at the end is still read."""
+    piece = b'data: {"choices":[{"delta":{"content":"' + b"x" * 2**17 + b'"}}]}\n\n'
+    usage = b'data: {"usage":{"prompt_tokens":7,"completion_tokens":3}}\n\n'
+    async with Recorder(Record(consent="given", path=str(tmp_path))) as recorder:
+        reply = Reply(nowhere, "r", Unread())
+        with recorder.request(call(), [], "t", reply) or pytest.fail("not recorded"):
+            await reply.begin_stream([])
+            for _ in range(9):
+                reply.write(piece)
+            await until(lambda: not reply.keeps)
+            reply.write(usage)
+            reply.write(b"data: [DONE]\n\n")
+        assert usage_of(reply.recent) == Usage(7, 3, None)
+        assert recorder.told() == {"recorded": 0, "dropped": 0, "too_large": 1}
+
+
 # ---- which requests -----------------------------------------------------------------------------
 
 
@@ -205,17 +261,17 @@ def call(text: str = "hi", **more: Any) -> Any:
 @given(st.text(max_size=30), st.floats(0.01, 1))
 def test_a_conversation_is_recorded_whole_or_not_at_all(text: str, share: float) -> None:
     """Every turn begins with the same words, whether a session is named or not."""
-    first = session_of(call(text), "t")
+    first = session_of(None, call(text).data, "t")
     turns = [
         {"role": "user", "content": text}, {"role": "assistant", "content": "Yes?"},
         {"role": "user", "content": "more"},
     ]  # fmt: skip
-    later = session_of(call(messages=turns), "t")
+    later = session_of(None, call(messages=turns).data, "t")
     assert first == later
     assert within_share(first, share) == within_share(later, share)
-    assert session_of(call(text), "other") != first
-    named = session_of(call("a", prompt_cache_key=text or "k"), "t")
-    assert named == session_of(call("b", prompt_cache_key=text or "k"), "t")
+    assert session_of(None, call(text).data, "other") != first
+    named = session_of(None, call("a", prompt_cache_key=text or "k").data, "t")
+    assert named == session_of(None, call("b", prompt_cache_key=text or "k").data, "t")
 
 
 def test_a_share_is_that_share() -> None:
@@ -229,9 +285,6 @@ def test_a_share_is_that_share() -> None:
 def test_tenants_that_are_not_named_are_not_recorded() -> None:
     class Unused:
         request_id = "r"
-
-        def through(self, make: Any) -> Any:
-            return make(None, None)
 
     recorder = Recorder(Record(consent="given", tenants=("a",)))
     reply: Any = Unused()
@@ -328,8 +381,8 @@ def test_nothing_that_is_blotted_out_reaches_the_span() -> None:
         b"data: " + json.dumps({"choices": [{"delta": {"content": one}}]}).encode() + b"\n\n"
         for one in pieces
     )
-    exchange = Exchange("t", "s", CHAT_PATH, "", "", 0.0, 1.0, 200)
-    span = span_of(exchange, json.dumps(body).encode(), stream, blotter(["email"]), content=True)
+    exchange = Exchange("t", "s", "r", CHAT_PATH, "", "", 0.0, 1.0, 200)
+    span = span_of(exchange, body, stream, blotter(["email"]), content=True)
     assert "ann@" not in json.dumps(span)
     assert json.dumps(span).count("[email]") == 4
 
@@ -381,8 +434,8 @@ MORE = st.fixed_dictionaries(
 def test_every_request_comes_back_as_it_was(asking: dict[str, Any], more: dict[str, Any]) -> None:
     """Where nothing is to be blotted out, what is replayed is what was asked."""
     body = asking | more
-    exchange = Exchange("t" * 32, "s" * 16, CHAT_PATH, "", "", 0.0, 1.0, 200)
-    span = span_of(exchange, json.dumps(body).encode(), b"", blotter([]), content=True)
+    exchange = Exchange("t" * 32, "s" * 16, "r", CHAT_PATH, "", "", 0.0, 1.0, 200)
+    span = span_of(exchange, body, b"", blotter([]), content=True)
     (one,) = requests_of(json.loads(json.dumps({"spans": [span]})))
     assert one.body == body
 
