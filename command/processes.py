@@ -32,6 +32,7 @@ class Program:
     drain_s: float = 5.0  # what it has after SIGTERM to finish its requests
     grace_s: float = 0.0  # and then to end, before SIGKILL
     refusal: int | None = None  # the exit code that says: starting again would not help
+    key: str | None = field(default=None, repr=False)  # that its health is asked for with
     fact: str | None = None  # what its health always tells, so that no stranger passes for it
 
     @property
@@ -88,9 +89,14 @@ def _die_with(libc: ctypes.CDLL, parent: int) -> None:
         os._exit(1)
 
 
-async def ask_health(host: str, port: int, timeout_s: float = 2.0) -> tuple[int, Health]:
+async def ask_health(
+    host: str, port: int, key: str | None = None, timeout_s: float = 2.0
+) -> tuple[int, Health]:
     """Status and JSON object of GET /health; (0, {}) where nothing answers in time."""
-    request = f"GET /health HTTP/1.0\r\nHost: {address(host, port)}\r\nConnection: close\r\n\r\n"
+    bearer = "" if key is None else f"Authorization: Bearer {key}\r\n"
+    request = (
+        f"GET /health HTTP/1.0\r\nHost: {address(host, port)}\r\n{bearer}Connection: close\r\n\r\n"
+    )
     writer = None
     try:
         async with asyncio.timeout(timeout_s):

@@ -34,6 +34,7 @@ from policies.load import (
     resolve_draft,
     resolve_model,
     with_environment,
+    worker_key,
 )
 from policies.model_folder import served_name
 from policies.schema import Deployment, Runtime
@@ -153,6 +154,7 @@ def programs_of(plan: Plan) -> list[Program]:
             for_workers,
             grace_s=_STORE_S,
             refusal=_EXIT_REFUSED,
+            key=worker_key(plan.deployment.runtime),
             fact="blocks",
         )
         for index, port in enumerate(plan.worker_ports)

@@ -201,7 +201,7 @@ class Supervisor:
         """Waits for the first healthy answer of this life."""
         program, started_at = child.program, self._now()
         while child.health is None:
-            status, health = await ask_health(program.host, program.port)
+            status, health = await ask_health(program.host, program.port, program.key)
             child.said = health
             if status == 200 and (program.fact is None or program.fact in health):
                 child.health = health

@@ -75,7 +75,9 @@ async def started(candidate: Configured, folder: Path) -> AsyncIterator[Servers]
         argv, {"HEADGATE_PORT": "0"}, log, lambda line: _FRONT.match(line) is not None, START_S
     ) as said:
         urls = [found[1] for line in said if (found := _WORKER.match(line))]
-        yield await known([{"url": url, "kind": "headgate"} for url in urls])
+        runtime = candidate.deployment.runtime
+        more = {"api_key_env": runtime.key_env} if runtime and runtime.key_env else {}
+        yield await known([{"url": url, "kind": "headgate", **more} for url in urls])
 
 
 async def known(replicas: Sequence[dict[str, Any]]) -> Servers:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import os
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 from gateway import problems
 from gateway.call import RawHeaders
 from policies.schema import Gateway, Tenant
+from policies.slo import key_hash
 from runtime.wire import RUN_TOKEN_ENV
 
 TENANT = "headgate.tenant"  # an extension of the scope: Known, None for a stranger at an open path
@@ -38,11 +40,12 @@ class Keys:
     compare: Callable[[str, str], bool] = field(default=hmac.compare_digest, repr=False)
 
     @classmethod
-    def of(cls, policy: Gateway) -> Keys:
+    def of(cls, policy: Gateway, environ: Mapping[str, str] = os.environ) -> Keys:
+        """Variables that the policy names are set: `policies.load` has seen to it."""
         owners = {
             digest: (name, digest)
             for name, tenant in policy.tenants.items()
-            for digest in tenant.keys
+            for digest in (*tenant.keys, *_given(tenant, environ))
         }
         return cls(owners, {name: Known(name, rights) for name, rights in policy.tenants.items()})
 
@@ -69,6 +72,12 @@ class Keys:
         if not right or len(given) > 1 or scheme.lower() != SCHEME:
             raise problems.key_wrong()
         return self.tenants[name]
+
+
+def _given(tenant: Tenant, environ: Mapping[str, str]) -> list[str]:
+    """The hash of the key that the environment has for a tenant."""
+    key = environ.get(tenant.key_env, "").strip() if tenant.key_env else ""
+    return [key_hash(key)] if key else []
 
 
 def salt_secret(policy: Gateway, environ: Mapping[str, str]) -> bytes:

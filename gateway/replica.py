@@ -12,6 +12,7 @@ from typing import Any
 from gateway.breaker import Circuit
 from gateway.problems import listing, quote
 from policies.discovery import Kind
+from policies.load import worker_key
 from policies.retrying import Breaker
 from policies.schema import Deployment
 from runtime.wire import RUN_TOKEN_ENV
@@ -119,8 +120,16 @@ def replicas_of(
     Raises KeyError for a key that is not set, or empty.
     """
     token = environ.get(RUN_TOKEN_ENV)
+    own_key = worker_key(policy.runtime, environ)
     own = [
-        Replica(url.rstrip("/"), own=True, run_token=token, kind="headgate", tokenizer=tokenizer)
+        Replica(
+            url.rstrip("/"),
+            own=True,
+            api_key=own_key,
+            run_token=token,
+            kind="headgate",
+            tokenizer=tokenizer,
+        )
         for url in workers
     ]
     foreign = []

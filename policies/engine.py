@@ -6,7 +6,7 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from policies.fields import LAST_PORT, PolicyModel, Size, event_endpoint, tcp_ports
+from policies.fields import LAST_PORT, VARIABLE, PolicyModel, Size, event_endpoint, tcp_ports
 
 
 class KvEvents(PolicyModel):
@@ -277,6 +277,12 @@ class Runtime(PolicyModel):
     )
     kv_events: KvEvents | None = Field(
         None, description="Publishes which blocks are cached, for prefix-aware routing; off."
+    )
+    key_env: str | None = Field(
+        None,
+        pattern=VARIABLE,
+        description="Environment variable with the key that workers ask for, needed where one "
+        "listens beyond this machine (`--host`); they then take requests from anywhere.",
     )
 
     @model_validator(mode="after")

@@ -40,7 +40,8 @@ BATCHING = (
     "workers", "threads", "kv_tokens", "tiers", "step_tokens", "tpot_ms", "max_sequences",
     "max_waiting",
 )  # fmt: skip
-ELSEWHERE = ("model", "revision", "served_name", "device", "adapters", "kv_events")
+ELSEWHERE = ("model", "revision", "served_name", "device", "adapters", "kv_events",
+             "key_env")  # fmt: skip
 
 # `gateway`: fields with a leaf of their own, and those that change no answer and no time of one.
 OWN = ("trim", "response_cache", "routing", "tiers")

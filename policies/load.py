@@ -41,6 +41,7 @@ __all__ = [
     "resolve_folders",
     "resolve_model",
     "with_environment",
+    "worker_key",
 ]
 
 FILE_BYTES_MAX = 256 * 2**10
@@ -234,6 +235,12 @@ def key_problems(
         (("discovery", index, "api_key_env"), entry.api_key_env)
         for index, entry in enumerate(deployment.discovery)
     ]
+    named += [
+        (("gateway", "tenants", name, "key_env"), tenant.key_env)
+        for name, tenant in deployment.gateway.tenants.items()
+    ]
+    if deployment.runtime is not None:
+        named.append((("runtime", "key_env"), deployment.runtime.key_env))
     named.append((("gateway", "secret_env"), deployment.gateway.secret_env))
     named.append((("gateway", "admin", "key_env"), deployment.gateway.admin.key_env))
     if deployment.gateway.store is not None:
@@ -247,6 +254,16 @@ def key_problems(
         why = "holds what no HTTP header can carry" if key else "is not set, or empty"
         wrong.append((path, f"the environment variable {name} {why}"))
     return at_fields(policy, wrong)
+
+
+def worker_key(runtime: Runtime | None, environ: Mapping[str, str] = os.environ) -> str | None:
+    """The key that workers ask for, where they do. Raises KeyError for one that is not set."""
+    if runtime is None or runtime.key_env is None:
+        return None
+    key = environ.get(runtime.key_env, "").strip()
+    if not key:
+        raise KeyError(runtime.key_env)
+    return key
 
 
 def with_environment(deployment: Deployment, environ: Mapping[str, str] = os.environ) -> Deployment:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, StringConstraints, ValidatorFunctionWrapHandler, WrapValidator
 
-from policies.fields import PolicyModel
+from policies.fields import VARIABLE, PolicyModel
 from policies.loopback import is_loopback
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
@@ -111,9 +111,15 @@ class Tenant(PolicyModel):
     """One user of the gateway, by its keys."""
 
     keys: tuple[KeyHash, ...] = Field(
+        (),
         max_length=64,
         strict=False,
         description="SHA-256 hashes of its keys, from `headgate policy key`; never a key itself.",
+    )
+    key_env: str | None = Field(
+        None,
+        pattern=VARIABLE,
+        description="Environment variable with one more key of it, as containers are given one.",
     )
     tiers: tuple[Name, ...] = Field(
         (),
@@ -179,7 +185,7 @@ def misfits(
         yield ("tiers",), why, reserved
     owners: dict[str, str] = {}
     for name, tenant in tenants.items():
-        if not tenant.keys:
+        if not tenant.keys and tenant.key_env is None:
             why = "a tenant needs a key: `headgate policy key` makes one, and prints its hash"
             yield ("tenants", name, "keys"), why, ()
         yield from unknown_tiers(tiers, tenant.tiers, "tenants", name, "tiers")

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ import uvicorn
 from policies import load as policy_file
 from policies.devices import Devices
 from policies.enabling import gated, news
+from policies.loopback import is_loopback
 from policies.model_facts import read_weights
 from policies.model_folder import served_name
 from policies.schema import Deployment, Runtime
@@ -27,7 +28,17 @@ if TYPE_CHECKING:
     from runtime.streams import Streams
     from runtime.worker import Served
 
+LOOPBACK = "127.0.0.1"
 EXIT_REFUSED = 3  # the model cannot be served: starting again would not help
+
+
+@dataclass(frozen=True, slots=True)
+class Door:
+    """Where a worker listens, and what it asks for."""
+
+    host: str
+    port: int
+    key: str | None = field(default=None, repr=False)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -36,7 +47,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "policy", type=Path, nargs="?", help="policy file; its `runtime` part is obeyed"
     )
-    parser.add_argument("--port", type=int, help="port to listen on, loopback only")
+    parser.add_argument("--port", type=int, help="port to listen on")
+    parser.add_argument(
+        "--host",
+        default=LOOPBACK,
+        help="address to listen on; one that is not loopback needs `runtime.key_env`",
+    )
     parser.add_argument("--rank", type=int, default=0, help="this worker's number, from 0")
     parser.add_argument(
         "--devices", action="store_true", help="print what could compute here, as JSON, and end"
@@ -56,12 +72,17 @@ def main(argv: list[str] | None = None) -> None:
         source = policy_file.resolve_model(args.policy, policy.runtime)
         adapters = policy_file.resolve_adapters(args.policy, policy.runtime)
         draft = policy_file.resolve_draft(args.policy, policy.runtime)
+        door = Door(args.host, args.port, policy_file.worker_key(policy.runtime))
     except policy_file.PolicyError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
+    except KeyError as missing:
+        parser.error(f"runtime.key_env: the variable {missing.args[0]} is not set, or empty")
+    if door.key is None and not is_loopback(door.host):
+        parser.error(f"--host {door.host}: others could ask; give runtime.key_env in {args.policy}")
     for row in news(found):
         logging.getLogger("runtime").warning("%s: %s  %s", *row)
-    serve(policy, source, adapters, draft, args.port, args.rank, found.payload())
+    serve(policy, source, adapters, draft, door, args.rank, found.payload())
 
 
 def print_devices() -> None:
@@ -80,7 +101,7 @@ def serve(
     source: Path | str,
     adapters: Path | None,
     draft: Path | str | None,
-    port: int,
+    door: Door,
     rank: int,
     optimizations: Sequence[Mapping[str, Any]] = (),
 ) -> None:
@@ -101,9 +122,9 @@ def serve(
         run_token=os.environ.get(RUN_TOKEN_ENV),
     )
     config = uvicorn.Config(
-        create_app(worker),
-        host="127.0.0.1",
-        port=port,
+        create_app(worker, door.key),
+        host=door.host,
+        port=door.port,
         log_level="warning",
         access_log=False,
         server_header=False,

@@ -24,7 +24,7 @@ from starlette.types import Receive, Scope, Send
 from runtime import wire
 from runtime.answers import Answer
 from runtime.constraints import compile_grammar, grammar_spec, tools_of
-from runtime.doorway import Doorway
+from runtime.doorway import STRANGER, Doorway
 from runtime.engine import Engine
 from runtime.inbox import EngineStopped, QueueFull
 from runtime.lark import GrammarSpec
@@ -51,14 +51,16 @@ _TOKEN_IDS_HEADER = wire.TOKEN_IDS_HEADER.encode()
 INLINE_BODY_BYTES = 16_384
 
 
-def create_app(worker: Worker) -> Starlette:
-    """The ASGI application of one worker."""
+def create_app(worker: Worker, key: str | None = None) -> Starlette:
+    """The ASGI application of one worker, for whoever has the key where there is one."""
 
     async def health(request: Request) -> Response:
         status, body = worker.health()
         challenge = request.headers.get(wire.CHALLENGE_HEADER)
         if worker.run_token and challenge:
             body["proof"] = wire.run_proof(worker.run_token, challenge)
+        if STRANGER in request.scope.get("extensions", {}):
+            body = {"status": body["status"]}
         return _json(body, status)
 
     async def models(_: Request) -> Response:
@@ -103,7 +105,7 @@ def create_app(worker: Worker) -> Starlette:
             HTTPException: _answer_http_error,
             Exception: _answer_unforeseen,
         },
-        middleware=[Middleware(Doorway)],
+        middleware=[Middleware(Doorway, key=key)],
         lifespan=worker.lifespan,
     )
 

@@ -36,6 +36,15 @@ def test_a_key_names_its_tenant_whatever_the_scheme_is_spelled_like() -> None:
         assert keys.tenant([(b"authorization", scheme + b"hg-rival")]).name == "rival"
 
 
+def test_a_tenant_s_key_may_come_from_the_environment() -> None:
+    """As containers get theirs; an empty one opens nothing."""
+    named = Gateway(tenants=tenants() | {"acme": Tenant(key_env="ACME")})
+    keys = Keys.of(named, {"ACME": " hg-env\n"})
+    assert keys.tenant([(b"authorization", b"Bearer hg-env")]).name == "acme"
+    with pytest.raises(Problem):
+        Keys.of(named, {"ACME": ""}).tenant([(b"authorization", b"Bearer ")])
+
+
 @pytest.mark.parametrize(
     "headers",
     [
