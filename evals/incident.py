@@ -1,12 +1,15 @@
 """Why a candidate was rolled back, as a folder: what was seen, the worst pairs, and a replay of it.
 
-No text is in observations, so the replay has lengths and moments; where the gateway's recorder ran,
-its files have the text of the same requests, by their ids.
+No text is in observations, so the replay has lengths and moments; where the gateway's recorder ran
+and its files are on this machine, the same requests with their text are added.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,10 +18,13 @@ from typing import Any
 import orjson
 
 from evals.pairs import BASELINE, CANDIDATE
-from evals.steering import Candidate
+from evals.steering import Candidate, Refused, Steered, Unreachable
 from telemetry import Observation
 
 WORST = 20
+RECORDED_S = 3.0  # for the recorder's writer, which lets everybody else go first
+LOOK_S = 0.5
+READ_MAX_BYTES = 128 * 2**20  # of recorded files, the newest first
 BLOCK_TOKENS = 512  # of a trace's hash ids, as Mooncake has them
 
 
@@ -49,6 +55,73 @@ class Incident:
         _write(folder / "observations.jsonl", (one.payload() for one in latest))
         _write(folder / "replay.jsonl", trace(latest))
         return folder
+
+
+async def with_text(
+    folder: Path, gateway: Steered, ids: Collection[str], pause: Callable[[float], Awaitable[None]]
+) -> str:
+    """Adds the same requests with their text, where the gateway records them on this machine;
+    says what came of it."""
+    until, found = time.monotonic() + RECORDED_S, 0
+    try:
+        files = await gateway.recorded()
+        if files is None:
+            return "without the text of requests: the gateway records none"
+        if not files.is_dir():
+            return f"without the text of requests: it is where the gateway runs, in {files}"
+        while found < len(ids):
+            found = await asyncio.to_thread(add_recorded, folder, files, ids)
+            if time.monotonic() > until:
+                break
+            await pause(LOOK_S)
+    except (OSError, Refused, Unreachable) as error:
+        return f"without the text of requests: {error}"
+    return f"with the text of {found} of {len(ids)} requests"
+
+
+def add_recorded(folder: Path, files: Path, ids: Collection[str]) -> int:
+    """Puts what the recorder has of these requests beside an incident, where only its owner may
+    read it; how many it has of them. Raises OSError."""
+    spans = sorted(_spans_of(files, ids), key=lambda one: str(one.get("start_time")))
+    told = orjson.loads((folder / "incident.json").read_bytes())
+    told["recorded"] = {"folder": str(files), "requests": len(spans), "of": len(ids)}
+    if spans:
+        file = folder / "recorded.jsonl"
+        file.touch(mode=0o600)
+        _write(file, _conversations(spans))
+        told["replay"] = f"headgate replay {file} --url URL"
+    (folder / "incident.json").write_bytes(orjson.dumps(told, option=orjson.OPT_INDENT_2))
+    return len(spans)
+
+
+def _spans_of(files: Path, ids: Collection[str]) -> Iterator[dict[str, Any]]:
+    """Spans of finished files and of the one that is being written, whose last line may be half;
+    one that a file has while it is put together is told once."""
+    seen: set[str] = set()
+    left = READ_MAX_BYTES
+    for file in sorted(files.glob("*.jsonl*"), reverse=True):
+        try:
+            data = file.read_bytes()
+        except FileNotFoundError:  # put together meanwhile, or let go of
+            continue
+        left -= len(data)
+        for line in data.splitlines():
+            with suppress(orjson.JSONDecodeError):
+                for span in orjson.loads(line)["spans"]:
+                    name = span["attributes"].get("headgate.request.id")
+                    if name in ids and span["span_id"] not in seen:
+                        seen.add(span["span_id"])
+                        yield span
+        if left < 0:
+            return
+
+
+def _conversations(spans: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """As the recorder's files have them; what failed is played again all the same."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for span in spans:
+        found.setdefault(span["trace_id"], []).append({**span, "status": {"code": 0}})
+    return [{"trace_id": name, "spans": those} for name, those in found.items()]
 
 
 def worst(latest: Sequence[Observation]) -> list[tuple[Observation | None, Observation]]:

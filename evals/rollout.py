@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import orjson
 
-from evals.incident import Incident
+from evals.incident import Incident, with_text
 from evals.monitor import Monitor
 from evals.steering import Candidate, Refused, Steered, Unreachable
 from policies.ledger import Decision, Ledger, LedgerError
@@ -259,6 +259,8 @@ class Rollout:
         if left is not None:
             self.say(f"the gateway could not be told, its lease ends within {LEASE_S:g} s: {left}")
         self.say(f"quarantined; what was seen: {folder}")
+        ids = {one.id for one in self.latest}
+        self.say(await with_text(folder, self.gateway, ids, self.pause))
         return await self._leave("rolled back")
 
     async def _leave(self, result: Result) -> Result:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -89,6 +90,11 @@ class Steered:
         """The rollout that runs there."""
         found = (await self._ask("GET", "/admin/variants"))["candidate"]
         return None if found is None else _object(found)
+
+    async def recorded(self) -> Path | None:
+        """Where it records live requests; None where it does not."""
+        found = (await self._ask("GET", "/admin/variants")).get("recorded")
+        return Path(found) if isinstance(found, str) else None
 
     async def observations(self, after: str) -> tuple[list[Observation], str]:
         """All since a cursor, and the next one."""

@@ -146,9 +146,11 @@ class Steering:
         self.clock: Callable[[], float] = time.time
 
     async def told(self, _scope: Scope, _body: bytes) -> Answer:
-        """The rollout that runs, null where none does."""
+        """The rollout that runs, null where none does, and where live requests are recorded."""
         await self._variants.look()
-        return 200, {"candidate": self._variants.told()}
+        record = self._live.edge.settings.record
+        recorded = {} if record is None else {"recorded": record.path}
+        return 200, {"candidate": self._variants.told(), **recorded}
 
     async def put(self, _scope: Scope, body: bytes) -> Answer:
         """Puts a candidate up, and answers when a replica of it is ready; the same one again goes

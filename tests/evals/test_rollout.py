@@ -57,9 +57,11 @@ class World:
 
 
 @asynccontextmanager
-async def world(folder: Path, answer: Callable[[Peer], Any] = hi) -> AsyncIterator[World]:
+async def world(
+    folder: Path, answer: Callable[[Peer], Any] = hi, **policy: Any
+) -> AsyncIterator[World]:
     """Eight clients ask all the time, each request in a session of its own."""
-    async with upstream(hi) as old, upstream(answer) as new, gateway(old) as front:
+    async with upstream(hi) as old, upstream(answer) as new, gateway(old, **policy) as front:
         it = World(folder, front, new)
 
         async def client(name: int) -> None:
@@ -92,7 +94,8 @@ async def test_a_good_candidate_is_promoted_step_by_step(tmp_path: Path) -> None
 async def test_one_that_degrades_after_200_requests_is_rolled_back_by_itself(
     tmp_path: Path,
 ) -> None:
-    """Under load, without a failed request; it is quarantined, and the incident can be replayed."""
+    """Under load, without a failed request; it is quarantined, and the incident can be replayed,
+    with its text."""
     asked = 0
 
     async def degrading(peer: Peer) -> None:
@@ -100,7 +103,11 @@ async def test_one_that_degrades_after_200_requests_is_rolled_back_by_itself(
         asked += 1
         await (hi if asked <= 200 else broken)(peer)
 
-    async with world(tmp_path, degrading) as it, Steered(it.front.url) as steered:
+    record = {"consent": "given", "path": str(tmp_path / "recorded")}
+    async with (
+        world(tmp_path, degrading, record=record) as it,
+        Steered(it.front.url) as steered,
+    ):
         rollout = it.rollout(steered)
         rollout.plan = Plan(rollout.plan.candidate, 20, (0.3, 0.6), 3600.0, "e1")
         assert await rollout.run() == "rolled back"
@@ -112,11 +119,14 @@ async def test_one_that_degrades_after_200_requests_is_rolled_back_by_itself(
             "e1",
         )
         # 503: the candidate's circuit was open by then
-        assert re.search("failed: error 50[23]$", last.reason)
+        assert re.search("failed: (error 50[23](, )?)+$", last.reason)
         folder = tmp_path / "incidents" / last.detail["incident"]
         told = json.loads((folder / "incident.json").read_text())
         assert told["worst"][0]["candidate"]["outcome"] == "error"
         assert len(read_trace(folder / "replay.jsonl").rows) > 50
+        recorded = read_trace(folder / "recorded.jsonl").rows
+        assert len(recorded) == told["recorded"]["requests"] > 50
+        assert all(row.body == HELLO for row in recorded)
         before = len(it.new.requests)
         await it.front.post(HELLO)
         assert len(it.new.requests) == before
