@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 Outcome = Literal["ok", "error", "timeout", "refused", "cancelled"]
+FROM_CACHE = "response_cache"  # an Observation's replica where the gateway gave an answer again
 
 
 @dataclass(frozen=True, slots=True)

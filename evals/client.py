@@ -17,7 +17,7 @@ import orjson
 
 from evals.answers import Said, Unreadable, problem_of, read_stream, read_whole
 from evals.item import Item
-from telemetry import Observation, Outcome
+from telemetry import FROM_CACHE, Observation, Outcome
 
 CHAT_PATH = "/v1/chat/completions"
 COMPLETIONS_PATH = "/v1/completions"
@@ -26,7 +26,6 @@ KEPT_ALIVE_S = 60.0
 LIST_TIMEOUT_S = 10.0
 ERROR_MAX_BYTES = 2**16
 HEADER_CHARS_MAX = 128
-FROM_CACHE = "response_cache"  # an Observation's replica where the gateway gave an answer again
 
 _TIMEOUTS = frozenset((408, 504))
 _OVERLOADED = frozenset((429, 503))

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from evals.pairs import AA, BASELINE, CANDIDATE, SABOTAGE, Pair
+from evals.strata import TRACES
 from evals.verdict import Control, Side
 from policies.hypothesis import Activation
 from telemetry import Observation
@@ -21,7 +22,6 @@ BASELINE_FAILED_MAX = 0.05
 CANDIDATE_FAILED_MAX = 0.5
 # More of what a judge was asked that it did not answer, and ties are no tie.
 UNJUDGED_MAX = 0.05
-_FIELDS = ("accepted_tokens", "cached_tokens", "trimmed_tokens", "completion_tokens")
 _SAME = {BASELINE: "baseline", AA: "baseline", CANDIDATE: "candidate"}
 
 
@@ -144,7 +144,8 @@ def _counted(name: str, pairs: Sequence[Pair], facts: Facts) -> float | None:
         for each in (f"{prefix}{name}", f"{prefix}{name}_total"):
             if each in known:
                 return known[each]
-    if name not in _FIELDS:
+    trace = TRACES.get(name)
+    if trace is None:
         return None
-    told = [getattr(one.candidate, name) for one in pairs]
+    told = [trace(one.candidate) for one in pairs]
     return float(sum(one or 0 for one in told)) if any(one is not None for one in told) else None

@@ -25,7 +25,12 @@ from evals.stats.estimate import (
     Floats,
     cluster_sums,
 )
-from evals.stats.power import block_pairs_needed, pairs_needed
+from evals.stats.power import (
+    block_pairs_needed,
+    pairs_needed,
+    testable_margin,
+    testable_ratio,
+)
 from evals.stats.rates import trials_needed
 from evals.stats.ratio import FEWEST_BLOCK_PAIRS
 from evals.texts import differs
@@ -117,26 +122,64 @@ def _correlation(sums: Floats, sizes: Floats, square: float) -> float:
     return min(1.0, max(0.0, extra / room)) if room > 0 else CORRELATION
 
 
-Need = Callable[[float], int]
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """`what` counts, how much of it is `there`, how much of it a bound needs; `near`: about the
+    smallest bound that what is there can show.
+    """
+
+    what: str
+    there: int
+    of: Callable[[float], int]
+    near: float
+
+    @property
+    def testable(self) -> float | None:
+        """The smallest bound that what is there can show, to a tenth of a point; None: none."""
+        last = round(1 / FINENESS) - 1
+        if not self.there or self.of(last * FINENESS) > self.there:
+            return None
+        at = min(max(round(self.near / FINENESS), 1), last)
+        return _smallest(lambda step: self.of(step * FINENESS) <= self.there, at, last) * FINENESS
 
 
-def needs(
-    question: Question, supply: Supply, noise: Noise, stats: Stats, power: float
-) -> tuple[str, int, Need]:
-    """What counts, how much of it is there, and how much of it a bound needs."""
+def _smallest(enough: Callable[[int], bool], near: int, last: int) -> int:
+    """The first of 1 .. last from which on it is enough, as `last` is: steps away from `near` that
+    double, then halves, since each look costs.
+    """
+    step = 1
+    if enough(near):
+        low, high = near - 1, near
+        while low > 0 and enough(low):
+            step *= 2
+            low, high = max(low - step, 0), low
+    else:
+        low, high = near, min(near + 1, last)
+        while high < last and not enough(high):
+            step *= 2
+            low, high = high, min(high + step, last)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return high
+
+
+def needs(question: Question, supply: Supply, noise: Noise, stats: Stats, power: float) -> Needs:
+    """What a question needs, by what is known of its noise."""
     alpha = stats.alpha
     if question.metric.kind in ("time", "rate"):
-        spread = BLOCK_SPREAD if noise.spread is None else noise.spread
+        spread = max(BLOCK_SPREAD if noise.spread is None else noise.spread, FINENESS)
 
         def blocks(bound: float) -> int:
             ratio = 1 + bound if question.metric.better == "lower" else 1 - bound
             try:
-                need = block_pairs_needed(max(spread, FINENESS), ratio, alpha, power)
+                need = block_pairs_needed(spread, ratio, alpha, power)
             except ValueError:  # more than a million
                 return NEVER
             return max(FEWEST_BLOCK_PAIRS, need)
 
-        return "pairs of blocks", supply.blocks, blocks
+        near = testable_ratio(max(supply.blocks, 2), spread, alpha, power)
+        return Needs("pairs of blocks", supply.blocks, blocks, near)
     size = supply.rows / max(supply.clusters, 1)
     effect = (1 + (size - 1) * _correlated(question, supply, noise)) * (
         _SEQUENTIAL if stats.mode == "sequential" else 1
@@ -146,7 +189,9 @@ def needs(
     def pairs(bound: float) -> int:
         return NEVER if few else math.ceil(effect * _pairs(question, noise, bound, alpha, power))
 
-    return "pairs", supply.rows, pairs
+    worth = int(supply.rows / effect)
+    near = testable_margin(worth, _flips(question, noise), alpha, power) if worth else 1.0
+    return Needs("pairs", supply.rows, pairs, near)
 
 
 def _correlated(question: Question, supply: Supply, noise: Noise) -> float:
@@ -154,7 +199,8 @@ def _correlated(question: Question, supply: Supply, noise: Noise) -> float:
     if question.test == "mean_max" or question.metric.kind == "tokens":
         return noise.correlation
     size = supply.rows / max(supply.clusters, 1)
-    share = noise.rate if question.test in ("rate_max", "identical") else noise.flips
+    counted = question.test in ("rate_max", "identical")
+    share = _rate(question, noise) if counted else noise.flips
     with_event = supply.clusters * (1 - (1 - min(share, 1.0)) ** size)
     few = with_event < FEWEST_MOVED
     return max(noise.correlation, ASSUMED_CORRELATION) if few else noise.correlation
@@ -163,7 +209,7 @@ def _correlated(question: Question, supply: Supply, noise: Noise) -> float:
 def _pairs(question: Question, noise: Noise, bound: float, alpha: float, power: float) -> int:
     """Of independent rows."""
     if question.test in ("rate_max", "identical"):
-        return _rate_pairs(noise.rate, bound, alpha, power)
+        return _rate_pairs(_rate(question, noise), bound, alpha, power)
     if question.metric.kind == "tokens":
         tails = (1 - power) / 2 if question.test == "tost" else 1 - power
         z = float(-special.ndtri(alpha) - special.ndtri(tails))
@@ -177,6 +223,14 @@ def _pairs(question: Question, noise: Noise, bound: float, alpha: float, power: 
 def _flips(question: Question, noise: Noise) -> float:
     rare = not noise.measured and question.metric.name in _RARE
     return min(noise.flips, RARE_FLIPS) if rare else noise.flips
+
+
+def _rate(question: Question, noise: Noise) -> float:
+    """Of events that come without any change. Half of the flips are losses, until they have been
+    counted; of what nobody wants none is assumed.
+    """
+    lost = not noise.measured and question.metric.kind == "flip"
+    return noise.flips / 2 if lost else noise.rate
 
 
 def _rate_pairs(rate: float, maximum: float, alpha: float, power: float) -> int:
@@ -217,5 +271,5 @@ def note(question: Question, supply: Supply, noise: Noise) -> str:
         )
         return f"spread {spread:.1%} {how}"
     if question.test in ("rate_max", "identical"):
-        return f"rate {noise.rate:.1%} {how}"
+        return f"rate {_rate(question, noise):.1%} {how}"
     return f"{_flips(question, noise):.1%} flips {how}"

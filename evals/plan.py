@@ -5,11 +5,11 @@ Pure: numbers of rows and of what is known of the noise in, a table out. Reads n
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from evals.needs import FINENESS, NEVER, Need, Noise, Supply, needs, note
+from evals.needs import FINENESS, NEVER, Noise, Supply, needs, note
 from evals.questions import Question, questions
 from evals.stats.power import guardrail_power
 from evals.strata import traces
@@ -106,17 +106,17 @@ def plan(
 
 
 def _row(question: Question, supply: Supply, noise: Noise, stats: Stats, power: float) -> Row:
-    what, there, need = needs(question, supply, noise, stats, power)
+    need = needs(question, supply, noise, stats, power)
     rail = question.kind == "guardrail"
-    needed = _bounded(need, question.bound)
+    needed = _bounded(need.of, question.bound)
     return Row(
         name=question.name,
         bound=question.bound,
-        what=what,
+        what=need.what,
         needed=needed if rail else None,
-        there=there,
-        testable=_testable(need, there),
-        enough=not rail or (needed is not None and there >= needed),
+        there=need.there,
+        testable=need.testable,
+        enough=not rail or (needed is not None and need.there >= needed),
         required=rail,
         note=note(question, supply, noise),
     )
@@ -150,21 +150,9 @@ def _affected(
     )
 
 
-def _bounded(need: Need, bound: float) -> int | None:
+def _bounded(need: Callable[[float], int], bound: float) -> int | None:
     found = need(max(bound, FINENESS))
     return None if found >= NEVER else found
-
-
-def _testable(need: Need, there: int) -> float | None:
-    """The smallest bound that so many can show, to a tenth of a point."""
-    steps = round(1 / FINENESS)
-    if not there or need((steps - 1) * FINENESS) > there:
-        return None
-    low, high = 0, steps - 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if need(middle * FINENESS) <= there else (middle, high)
-    return high * FINENESS
 
 
 def _cells(row: Row) -> tuple[str, ...]:

@@ -10,16 +10,22 @@ from collections.abc import Callable, Mapping, Sequence
 
 from evals.pairs import Pair
 from policies.hypothesis import Hypothesis
-from telemetry import Observation
+from telemetry import FROM_CACHE, Observation
 
 ALL, AFFECTED = "all", "affected"
 _BUCKETS = (256, 1024, 4096, 16384)  # tokens
-# Knob -> what an observation tells of it: a request was touched where the arms differ in that.
-_TRACES: Mapping[str, str] = {
+# What an observation tells of a change: its request was touched where the arms differ in that.
+TRACES: Mapping[str, Callable[[Observation], int | None]] = {
+    "accepted_tokens": lambda seen: seen.accepted_tokens,
+    "cached_answers": lambda seen: int(seen.replica == FROM_CACHE),
+    "cached_tokens": lambda seen: seen.cached_tokens,
+    "trimmed_tokens": lambda seen: seen.trimmed_tokens,
+}
+_BY_KNOB: Mapping[str, str] = {
+    "gateway.response_cache": "cached_answers",
     "gateway.trim": "trimmed_tokens",
     "runtime.speculation": "accepted_tokens",
 }
-_FIELDS = ("accepted_tokens", "cached_tokens", "trimmed_tokens")
 
 
 def _prompt_bucket(seen: Observation) -> str:
@@ -49,20 +55,20 @@ def strata(pairs: Sequence[Pair], by: Sequence[str]) -> dict[str, list[Pair]]:
 
 
 def traces(hypothesis: Hypothesis) -> tuple[str, ...]:
-    """Fields of observations that tell whether a request was touched; none: all are."""
+    """Which of `TRACES` tell whether a request was touched; none: all are."""
     found = {
-        field
-        for knob, field in _TRACES.items()
+        name
+        for knob, name in _BY_KNOB.items()
         for path in hypothesis.candidate.patch
         if path == knob or path.startswith(f"{knob}.")
     }
-    found |= {one.metric for one in hypothesis.activation if one.metric in _FIELDS}
+    found |= {one.metric for one in hypothesis.activation if one.metric in TRACES}
     return tuple(sorted(found))
 
 
 def affected(pairs: Sequence[Pair], fields: Sequence[str]) -> list[Pair]:
-    """Those in which the arms differ in one of `fields`, or of which that is not known: a request
-    that failed in the candidate may have been touched.
+    """Those in which the arms differ in one of these traces, or of which that is not known: a
+    request that failed in the candidate may have been touched.
     """
     return [one for one in pairs if not one.candidate.ok or _differs(one, fields)]
 
@@ -74,5 +80,5 @@ def touched(pairs: Sequence[Pair], fields: Sequence[str]) -> int:
 
 def _differs(one: Pair, fields: Sequence[str]) -> bool:
     return any(
-        (getattr(one.candidate, name) or 0) != (getattr(one.baseline, name) or 0) for name in fields
+        (TRACES[name](one.candidate) or 0) != (TRACES[name](one.baseline) or 0) for name in fields
     )

@@ -222,7 +222,7 @@ class Activation(PolicyModel):
     metric: str = Field(
         pattern=r"^[a-z][a-z0-9_]*$",
         description="A counter at /metrics, with or without `headgate_` and `_total`, or a field "
-        "of observations: `accepted_tokens`, `cached_tokens`, `trimmed_tokens`.",
+        "of observations: `accepted_tokens`, `cached_tokens`, `trimmed_tokens`, `cached_answers`.",
     )
     min: float = Field(1.0, gt=0, description="By how much, over the whole run.")
 
@@ -237,7 +237,7 @@ class Validity(PolicyModel):
         "stale", description="What it is when live traffic no longer looks like the replay."
     )
     min_affected_pairs: Pairs = Field(
-        133,
+        149,  # the fewest that can pass two points, without a flip: docs/statistics.md
         ge=1,
         le=10**6,
         description="Pairs that the change must have touched, with fewer it is inconclusive.",

@@ -33,9 +33,8 @@ from policies.side import Side, leaf
 if TYPE_CHECKING:
     from policies.hypothesis import Hypothesis
 
-# `runtime`: what each field says, if not of answers (NUMERICS) or of the batches that they are
-# computed in (BATCHING), has a leaf of its own, or says where something lies or who is told.
-NUMERICS = ("dtype", "weights", "kv", "compile", "speculation", "context_tokens")
+# `runtime`: a field speaks of the batches that answers are computed in (BATCHING), has a leaf of
+# its own, or says where something lies or who is told (ELSEWHERE); any other speaks of answers.
 BATCHING = (
     "workers", "threads", "kv_tokens", "tiers", "step_tokens", "tpot_ms", "max_sequences",
     "max_waiting",
@@ -101,7 +100,7 @@ class Binder:
             "adapters": self._adapters(runtime.adapters),
             "engine": engine_facts(),
             "device": known[runtime.device],
-            "numerics": {name: said[name] for name in NUMERICS},
+            "numerics": {name: said[name] for name in numerics(Runtime)},
             "batching": {name: said[name] for name in BATCHING},
         }
 
@@ -115,6 +114,11 @@ class Binder:
             return None
         folder = self._beside / Path(name).expanduser()
         return files_facts(folder, self.kept)
+
+
+def numerics(model: type[Runtime]) -> tuple[str, ...]:
+    """Fields of the runtime that change answers, and any to come: nothing is left unbound."""
+    return tuple(name for name in model.model_fields if name not in (*BATCHING, *ELSEWHERE))
 
 
 def edge_source() -> Facts:

@@ -21,6 +21,7 @@ from policies.side import canonical, digest
 
 LINES = "decisions.jsonl"
 VERDICTS = "verdicts"
+ON_DRIFT = "on_traffic_drift"  # in the detail of a drift: what its hypothesis makes of it
 _ID_DIGITS = 16
 CONCLUSIVE = ("pass", "fail", "no_benefit")  # the others say nothing of the candidate
 
@@ -93,7 +94,8 @@ class Reading:
 
     def live(self, baseline: str, candidate: str, spec: str, now: float) -> Decision | None:
         """The pass for exactly these three roots, unless it has expired, a later verdict says
-        otherwise, or the candidate was quarantined since."""
+        otherwise, the candidate was quarantined since, or live traffic has moved away from what
+        was judged, and its hypothesis does not want to be told of that only."""
         roots = (baseline, candidate, spec)
         found = [
             one
@@ -103,7 +105,9 @@ class Reading:
         last = max(found, key=lambda one: one.at, default=None)
         if last is None or last.decision != "pass" or last.expired(now):
             return None
-        return None if self.quarantine_of(last) else last
+        drift = self.drift_since(last)
+        moved = drift is not None and drift.detail.get(ON_DRIFT, "stale") == "stale"
+        return None if moved or self.quarantine_of(last) else last
 
 
 @dataclass(frozen=True, slots=True)

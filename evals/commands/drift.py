@@ -37,7 +37,7 @@ def drift(hypothesis: Path, traffic: Path) -> None:
     from evals.traces import read_trace
     from policies.binding import ledger_of
     from policies.evidence import NoEvidence, find_source
-    from policies.ledger import Decision, LedgerError
+    from policies.ledger import ON_DRIFT, Decision, LedgerError
     from policies.load import PolicyError, load_hypothesis
 
     try:
@@ -54,10 +54,9 @@ def drift(hypothesis: Path, traffic: Path) -> None:
         state = "same" if found.stays else "moved"
         reason = f"{what} of live traffic has moved (PSI {index:.2f})"
         said = "" if found.stays else reason
+        detail = {**found.psi, ON_DRIFT: asked.validity.on_traffic_drift}
         ledger_of(hypothesis, asked).record(
-            Decision(
-                "drift", asked.name, "", "", "", time.time(), state, said, detail=dict(found.psi)
-            )
+            Decision("drift", asked.name, "", "", "", time.time(), state, said, detail=detail)
         )
     except (PolicyError, TraceError, NoEvidence, LedgerError, ValueError) as error:
         click.echo(str(error), err=True)

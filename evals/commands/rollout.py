@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from policies.hypothesis import Hypothesis
     from policies.ledger import Ledger
     from policies.patching import Configured
+    from policies.side import Side
+    from policies.standing import Standing
 
 _FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 _FOLDER = click.Path(path_type=Path, file_okay=False)
@@ -85,13 +87,13 @@ async def _run(
     from evals.rollout import Rollout
     from evals.steering import Steered
 
-    case = await asyncio.to_thread(_case, file, ledger)
+    case = await asyncio.to_thread(case_of, file, ledger)
     if isinstance(case, str):
         click.echo(case, err=True)
         return "stopped"
-    wanted, roots, stands = case.hypothesis, case.roots, standing(case.ledger, case.roots)
-    if (why := stands(_now())) is not None:
-        click.echo(f"{wanted.name} may not go live: {why}", err=True)
+    wanted, roots, stands = case.hypothesis, case.roots, standing(case)
+    if not (now := stands(_now())).enabled:
+        click.echo(f"{wanted.name} may not go live: {now.why}", err=True)
         return "stopped"
     watched, unseen = signals(wanted)
     if unseen:
@@ -104,29 +106,39 @@ async def _run(
         except NotServing as error:
             click.echo(f"the candidate does not serve: {error}", err=True)
             return "refused"
-        plan = _plan(case, progress.id, servers)
+        plan = _plan(case, progress.id, servers, now.evidence)
         gateway = Steered(url, os.environ.get("HEADGATE_ADMIN_KEY"))
         await stack.enter_async_context(gateway)
         monitor = Monitor(watched, wanted.stats.alpha, plan.stages)
         run = Rollout(
-            plan, gateway, monitor, progress, place / "progress.json", case.ledger, stands,
+            plan, gateway, monitor, progress, place / "progress.json", case.ledger,
+            lambda moment: None if (one := stands(moment)).enabled else one.why,
             case.state / "incidents", click.echo, stays=stay,
         )  # fmt: skip
         return await run.run()
 
 
 @dataclass(frozen=True, slots=True)
-class _Case:
+class Case:
     """A hypothesis, and what it is bound to."""
 
+    file: Path
     hypothesis: Hypothesis
     pair: tuple[Configured | None, ...]
-    roots: Mapping[str, str]
+    sides: tuple[Side, Side, Side]  # baseline, candidate, spec
     ledger: Ledger
-    state: Path
+
+    @property
+    def roots(self) -> Mapping[str, str]:
+        named = zip(("baseline", "candidate", "spec"), self.sides, strict=True)
+        return {name: side.root for name, side in named}
+
+    @property
+    def state(self) -> Path:
+        return self.file.absolute().parent / ".headgate"
 
 
-def _case(file: Path, ledger: Path | None) -> _Case | str:
+def case_of(file: Path, ledger: Path | None) -> Case | str:
     """Why there is none, where a side cannot be told. Raises PolicyError."""
     from policies.binding import Unknown, ledger_of, pair, sides
     from policies.ledger import Ledger
@@ -134,37 +146,33 @@ def _case(file: Path, ledger: Path | None) -> _Case | str:
 
     wanted = load_hypothesis(file)
     try:
-        baseline, candidate, spec = sides(file, wanted)
+        found = sides(file, wanted)
     except Unknown as error:
         return str(error)
-    roots = {"baseline": baseline.root, "candidate": candidate.root, "spec": spec.root}
     book = Ledger.open(ledger) if ledger is not None else ledger_of(file, wanted)
-    return _Case(wanted, pair(file, wanted), roots, book, file.absolute().parent / ".headgate")
+    return Case(file, wanted, pair(file, wanted), found, book)
 
 
-def standing(book: Ledger, roots: Mapping[str, str]) -> Callable[[float], str | None]:
-    """Why no verdict speaks for these roots at a moment; None where one does."""
+def standing(case: Case) -> Callable[[float], Standing]:
+    """How the hypothesis stands at a moment, by the ledger as it is then: strictly, whatever the
+    policy says, and by the sides as they were at the start.
+    """
+    from policies.gating import Gate
+    from policies.standing import Question, judged
 
-    def why(now: float) -> str | None:
-        reading = book.read()
-        baseline, candidate, spec = roots["baseline"], roots["candidate"], roots["spec"]
-        if reading.live(baseline, candidate, spec, now) is not None:
-            return None
-        same = [
-            one
-            for one in reading.verdicts()
-            if (one.baseline, one.candidate, one.spec) == (baseline, candidate, spec)
-        ]
-        if not same:
-            return f"{book.folder} has no verdict for exactly this; run `headgate gate run`"
-        last = same[-1]
-        if (held := reading.quarantine_of(last)) is not None:
-            return f"it is quarantined until a newer verdict passes: {held.reason}"
-        if last.expired(now):
-            return "its pass has expired; run the gate again"
-        return f"its last verdict is {last.decision}"
+    baseline = case.pair[0]
+    gate = baseline.deployment.gate if baseline is not None else Gate()
+    strict = gate.model_copy(update={"enforce": "strict"})
 
-    return why
+    def stands(now: float) -> Standing:
+        reading = case.ledger.read()
+        return judged(
+            Question(
+                case.file, case.hypothesis, lambda: case.sides, strict, case.ledger, reading, now
+            )
+        )
+
+    return stands
 
 
 def _progress(file: Path, name: str, roots: Mapping[str, str]) -> Progress:
@@ -178,7 +186,7 @@ def _progress(file: Path, name: str, roots: Mapping[str, str]) -> Progress:
 
 
 async def _servers(
-    stack: contextlib.AsyncExitStack, case: _Case, candidates: tuple[str, ...], place: Path
+    stack: contextlib.AsyncExitStack, case: Case, candidates: tuple[str, ...], place: Path
 ) -> Servers:
     """Those that run already, or new ones; none where the gateway alone changes."""
     from evals.candidate import Servers, known, needs_workers, started
@@ -196,18 +204,21 @@ async def _servers(
     return await stack.enter_async_context(started(candidate, place))
 
 
-def _plan(case: _Case, name: str, servers: Servers) -> Plan:
+def _plan(case: Case, name: str, servers: Servers, evidence: str) -> Plan:
+    """The gateway is told the roots of the verdict that speaks for the candidate: leaves that spoil
+    nothing of it may be others now, and then it finds no verdict for what there is.
+    """
     from evals.candidate import gateway_patch
     from evals.rollout import Plan
     from evals.steering import Candidate
 
-    roots, rollout = case.roots, case.hypothesis.rollout
-    live = case.ledger.live(roots["baseline"], roots["candidate"], roots["spec"], _now())
+    spoken = next(one for one in reversed(case.ledger.verdicts()) if one.evidence == evidence)
+    roots = {"baseline": spoken.baseline, "candidate": spoken.candidate, "spec": spoken.spec}
     candidate = Candidate(
         name, case.hypothesis.name, gateway_patch(*case.pair), servers.replicas,
         servers.fingerprints, roots,
     )  # fmt: skip
-    evidence = live.evidence if live is not None else ""
+    rollout = case.hypothesis.rollout
     return Plan(candidate, rollout.shadow, rollout.steps, rollout.min_step, evidence)
 
 

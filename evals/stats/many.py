@@ -16,8 +16,3 @@ def holm(ps: Sequence[float]) -> list[float]:
         largest = max(largest, min(1.0, (len(ps) - rank) * ps[index]))
         adjusted[index] = largest
     return adjusted
-
-
-def intersection_union(ps: Sequence[float]) -> float:
-    """p of "at least one does not hold", when all are needed: the largest; 0 for none."""
-    return max(ps, default=0.0)

@@ -52,8 +52,7 @@ def _exactly(
 ) -> int:
     """From there on with the critical value of just so many pairs, which is rough for few."""
     while count < _FEW_PAIRS:
-        z = tango.critical(count, -margin, alpha)
-        if tango.power(count, flips, diff, -margin, z) >= power - 0.005:
+        if tango.reaches(power - 0.005, count, flips, diff, -margin, alpha):
             break
         count += max(1, count // 100)
     return count

@@ -9,7 +9,8 @@ Sources: Tango 1998, Statistics in Medicine 17:891; Hsueh, Liu and Chen 2001, Bi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -79,16 +80,41 @@ def size(n: int, diff: float, z: float) -> float:
 
 def power(n: int, flips: float, diff: float, margin: float, z: float) -> float:
     """Probability of a statistic of at least `z` for `margin` when the truth is `diff`, `flips`."""
-    return _probability(_most_lost(n, margin, z), n, diff, flips)
+    first, last = _likely(n, (flips + diff) / 2)
+    return _probability(_most_lost(n, margin, z, first, last), n, diff, flips, first)
 
 
 def critical(n: int, margin: float, alpha: float) -> float:
     """The smallest statistic that passes: somewhat above the normal one."""
+    return deque(_brackets(n, margin, alpha), maxlen=1)[0][1]
+
+
+def reaches(wanted: float, n: int, flips: float, diff: float, margin: float, alpha: float) -> bool:
+    """Whether `power` at the critical statistic is so high, without finding just where that is."""
+    for low, high in _brackets(n, margin, alpha):
+        if power(n, flips, diff, margin, high) >= wanted:
+            return True
+        if power(n, flips, diff, margin, low) < wanted:
+            return False
+    return False
+
+
+def _brackets(n: int, margin: float, alpha: float) -> Iterator[tuple[float, float]]:
+    """Statistics that do not pass and that do, ever closer."""
     low, high = float(-special.ndtri(alpha)) - 0.2, 8.0
+    rates, middle = list(_flip_rates(margin)), low + 0.3  # hardly ever is it above that
     while high - low > 1e-4:
+        allowed = _most_lost(n, margin, middle)
+        above = (
+            at for at, one in enumerate(rates) if _probability(allowed, n, margin, one) > alpha
+        )
+        if (at := next(above, None)) is None:
+            high = middle
+        else:  # most likely the first to be above the next time as well
+            low = middle
+            rates.insert(0, rates.pop(at))
+        yield low, high
         middle = (low + high) / 2
-        low, high = (low, middle) if size(n, margin, middle) <= alpha else (middle, high)
-    return high
 
 
 def _flip_rates(diff: float) -> Floats:
@@ -100,10 +126,18 @@ def _flip_rates(diff: float) -> Floats:
     return rates[(rates >= least) & (rates <= 1)]
 
 
-def _most_lost(n: int, diff: float, z: float) -> Floats:
-    """For each number gained, 0 .. n: the most that may be lost with a statistic of `z`; or -1."""
-    gained = np.arange(n + 1)
-    low, high = np.full(n + 1, -1), n - gained + 1
+def _likely(n: int, gain: float) -> tuple[int, int]:
+    """How many of n are gained, but for a chance that counts for nothing."""
+    spread = 9 * np.sqrt(n * gain * (1 - gain)) + 10
+    return max(0, int(n * gain - spread)), min(n, int(n * gain + spread))
+
+
+def _most_lost(n: int, diff: float, z: float, first: int = 0, last: int | None = None) -> Floats:
+    """For each number gained, first .. last: the most that may be lost with a statistic of `z`; or
+    -1. By default of 0 .. n.
+    """
+    gained = np.arange(first, (n if last is None else last) + 1)
+    low, high = np.full(gained.size, -1), n - gained + 1
     while (high - low > 1).any():
         middle = (low + high) // 2
         extreme = statistic(np.maximum(middle, 0), gained, n, diff) >= z - _TIE
@@ -112,17 +146,17 @@ def _most_lost(n: int, diff: float, z: float) -> Floats:
     return low.astype(np.float64)
 
 
-def _probability(most_lost: Floats, n: int, diff: float, flips: float) -> float:
-    """Of the tables in the region, where pairs are gained and lost independently."""
+def _probability(most_lost: Floats, n: int, diff: float, flips: float, offset: int = 0) -> float:
+    """Of the tables in the region, where pairs are gained and lost independently. `most_lost` is of
+    `offset` gained and more.
+    """
     gain, loss = (flips + diff) / 2, (flips - diff) / 2
-    spread = 9 * np.sqrt(n * gain * (1 - gain)) + 10
-    first = max(0, int(n * gain - spread))
-    last = min(n, int(n * gain + spread))
+    first, last = _likely(n, gain)
     k = np.arange(first, last + 1)
     log_pmf = special.gammaln(n + 1) - special.gammaln(k + 1) - special.gammaln(n - k + 1)
     log_pmf += special.xlogy(k, gain) + special.xlog1py(n - k, -gain)
     share = min(loss / (1 - gain), 1.0) if gain < 1 else 0.0
-    most = most_lost[first : last + 1]
+    most = most_lost[first - offset : last + 1 - offset]
     within = np.where(most >= 0, special.bdtr(np.maximum(most, 0), n - k, share), 0.0)
     return float(np.exp(log_pmf) @ within)
 

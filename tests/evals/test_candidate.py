@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
 import headgate
 from evals.candidate import gateway_patch, known, needs_workers
-from evals.commands.rollout import standing
+from evals.commands.rollout import Case, case_of, standing
 from policies.binding import pair, sides
-from policies.ledger import Ledger
+from policies.ledger import ON_DRIFT, Decision, Ledger
 from policies.load import load_hypothesis
 from tests.gateway.world import on_loop, refused_port, upstream
 
@@ -40,11 +42,26 @@ def roots(file: Path) -> dict[str, str]:
     return dict(zip(("baseline", "candidate", "spec"), (one.root for one in found), strict=True))
 
 
-def verdict(file: Path, decision: str = "pass", **more: object) -> dict[str, object]:
+def verdict(file: Path, decision: str = "pass", **more: object) -> dict[str, Any]:
     """As much of a verdict as a ledger keeps."""
-    named = {name: {"root": root, "leaves": {}} for name, root in roots(file).items()}
-    base = {"hypothesis": "routing", "decision": decision, "made_at": 1.0, "expires_at": None}
+    found = sides(file, load_hypothesis(file))
+    named = {
+        name: {"root": side.root, "leaves": dict(side.leaves)}
+        for name, side in zip(("baseline", "candidate", "spec"), found, strict=True)
+    }
+    base = {
+        "hypothesis": "routing", "decision": decision, "made_at": 1.0, "expires_at": None,
+        "findings": [
+            {"name": "g", "kind": "guardrail", "source": "replay:week", "metric": "served"}
+        ],
+    }  # fmt: skip
     return {**base, **named, **more}
+
+
+def case(file: Path, book: Ledger) -> Case:
+    found = case_of(file, book.folder)
+    assert isinstance(found, Case)
+    return found
 
 
 def test_what_the_gateway_changes_goes_to_the_gateway(tmp_path: Path) -> None:
@@ -67,23 +84,68 @@ def test_why_a_candidate_may_not_go_live(tmp_path: Path) -> None:
     """No verdict, a fail, an expired pass, a quarantine: each says what to do."""
     file = world(tmp_path)
     book = Ledger.open(tmp_path / "ledger")
-    why = standing(book, roots(file))
-    assert "no verdict for exactly this" in str(why(2.0))
+    stands = standing(case(file, book))
+
+    def why(now: float) -> str:
+        found = stands(now)
+        assert found.enabled == (found.state == "on")
+        return "" if found.enabled else found.why
+
+    assert f"there is no verdict: headgate gate run {file}" in why(2.0)
     book.record_verdict(verdict(file, expires_at=5.0))
-    assert why(2.0) is None
-    assert "expired" in str(why(6.0))
+    assert why(2.0) == ""
+    assert "its verdict is 0 days old" in why(6.0)
     book.record_verdict(verdict(file, "fail", made_at=2.0))
-    assert why(3.0) == "its last verdict is fail"
+    assert why(3.0) == "its verdict is fail"
     book.record_verdict(verdict(file, made_at=3.0))
-    assert why(4.0) is None
+    assert why(4.0) == ""
     book.quarantine("routing", roots(file)["candidate"], "it looped", at=4.0)
-    assert "quarantined until a newer verdict passes: it looped" in str(why(5.0))
+    assert why(5.0) == "it looped: it needs a verdict that is newer"
     book.record_verdict(verdict(file, made_at=6.0))
-    assert why(7.0) is None
+    assert why(7.0) == ""
+
+
+def test_a_pass_holds_for_a_rollout_as_far_as_what_has_changed_spoils_nothing_of_it(
+    tmp_path: Path,
+) -> None:
+    """Targets are others than when it was judged, and nothing was found about targets; then a
+    template is another. The gateway is told the roots of the verdict, which its ledger has."""
+    file = world(tmp_path)
+    book = Ledger.open(tmp_path / "ledger")
+    kept = verdict(file)
+    book.record_verdict(kept)
+    assert standing(case(file, book))(2.0).enabled
+    slower = "gateway: {tiers: {interactive: {ttft_ms: 9000}}}\n"
+    file = world(tmp_path, POLICY + slower)
+    changed = case(file, book)
+    assert changed.roots["baseline"] != kept["baseline"]["root"]
+    assert standing(changed)(2.0).enabled
+    cache = "gateway: {response_cache: {tiers: [batch]}}\n"
+    file = world(tmp_path, POLICY + cache)
+    found = standing(case(file, book))(2.0)
+    assert (found.enabled, found.state, found.leaves) == (False, "stale", ("response_cache",))
+
+
+def test_traffic_that_has_moved_ends_a_pass_unless_it_shall_only_be_told(tmp_path: Path) -> None:
+    file = world(tmp_path)
+    book = Ledger.open(tmp_path / "ledger")
+    book.record_verdict(verdict(file))
+    named = roots(file).values()
+    stands = standing(case(file, book))
+    moved = Decision("drift", "routing", "", "", "", 2.0, "moved", "lengths have moved")
+    for drift, live in (
+        (moved, False),
+        (replace(moved, at=3.0, decision="same", reason=""), True),
+        (replace(moved, at=4.0), False),
+    ):
+        book.record(drift)
+        assert (book.live(*named, 5.0) is not None, stands(5.0).enabled) == (live, live)
+    book.record(replace(moved, at=5.0, detail={ON_DRIFT: "warn"}))
+    assert book.live(*named, 6.0) is not None
 
 
 @pytest.mark.parametrize(("decision", "code", "said"), [
-    (None, 3, "may not go live"), ("fail", 3, "its last verdict is fail"),
+    (None, 3, "may not go live"), ("fail", 3, "its verdict is fail"),
 ])  # fmt: skip
 def test_the_command_starts_nothing_without_a_pass(
     tmp_path: Path, decision: str | None, code: int, said: str

@@ -10,7 +10,7 @@ from hypothesis import given, settings, strategies as st
 from evals.gate import judge_pairs
 from evals.pairs import AA, BASELINE, CANDIDATE, by_arm, pair
 from evals.verdict import Finding, Verdict
-from telemetry import Observation
+from telemetry import FROM_CACHE, Observation
 from tests.evals.simulated import (
     CORRECT,
     SUITE,
@@ -65,11 +65,41 @@ def test_fewer_touched_requests_than_asked_for_are_inconclusive() -> None:
     asked = hypothesis(**TRIM, guardrails=[{**CORRECT, "margin": 0.03}])
     verdict = judged(trimmed(rows=3000, exposed=100, lost=0), asked)
     assert (verdict.decision, verdict.reason) == ("inconclusive", "underpowered")
-    assert found(verdict, "correct", "affected").pairs_needed == 133
+    assert found(verdict, "correct", "affected").pairs_needed == 149
     few = {**TRIM, "validity": {"min_affected_pairs": 100}}
     asked = hypothesis(**few, guardrails=[{**CORRECT, "margin": 0.03}])
     verdict = judged(trimmed(rows=3000, exposed=100, lost=0), asked)
     assert verdict.decision == "pass"
+
+
+def cached(rows: int, hits: int, lost: int) -> list[Observation]:
+    """The candidate answered the first `hits` rows from its cache, and the first `lost` wrong."""
+    return [
+        replace(one, trimmed_tokens=None, replica=FROM_CACHE if one.trimmed_tokens else "one:1")
+        for one in trimmed(rows, hits, lost)
+    ]
+
+
+def test_what_the_response_cache_answered_is_judged_by_itself() -> None:
+    """Answers that were given again are wrong in a tenth: two points of all, and ten of these."""
+    wanted = {
+        "candidate": {"patch": {"gateway.response_cache": {"tiers": ["batch"]}}},
+        "kind_of_change": "lossy_input",
+        "activation": [{"metric": "cached_answers", "min": 149}],
+        "claims": [],
+        "design": NO_ARMS,
+    }
+    asked = hypothesis(**wanted, guardrails=[{**CORRECT, "margin": 0.03}])
+    verdict = judged(cached(rows=2000, hits=400, lost=40), asked)
+    assert found(verdict, "correct").decision == "pass"
+    hidden = found(verdict, "correct", "affected")
+    assert (hidden.decision, hidden.pairs, hidden.estimate) == ("fail", 400, pytest.approx(-0.1))
+    assert verdict.decision == "fail"
+    fine = judged(cached(rows=2000, hits=400, lost=0), asked)
+    assert (fine.decision, fine.controls[3].detail["exposed"]) == ("pass", 400)
+    seldom = judged(cached(rows=2000, hits=100, lost=0), asked)
+    assert (seldom.decision, seldom.reason) == ("invalid", "not_activated")
+    assert "cached_answers rose by 100 where 149 prove that it ran" in seldom.reasons[0]
 
 
 def test_a_trim_that_touched_nothing_is_not_activated() -> None:

@@ -14,7 +14,9 @@ from evals.item import Item
 from evals.needs import Noise, Supply, measured, supply_of
 from evals.pairs import AA, BASELINE, by_arm, pair
 from evals.plan import Plan, Row, plan
-from policies.hypothesis import Design, Hypothesis, Stats
+from evals.questions import questions
+from evals.stats.power import min_pairs
+from policies.hypothesis import Design, Hypothesis, Stats, Validity
 from tests.evals.simulated import CORRECT, REPLAY, SUITE, TTFT, hypothesis, replayed, suite
 
 PLENTY = {SUITE: Supply(10_000, 10_000, 500), REPLAY: Supply(10_000, 5_000, 500)}
@@ -26,7 +28,7 @@ def of_one(guardrail: dict[str, object], **more: object) -> Hypothesis:
 
 def first(asked: Hypothesis, rows: int, noise: Noise | None = None, clusters: int = 0) -> Row:
     supply = Supply(rows, clusters or rows, rows // 20)
-    name = plan(asked, PLENTY).rows[0].name
+    name = questions(asked)[0].name
     return plan(asked, {SUITE: supply, REPLAY: supply}, {name: noise} if noise else None).rows[0]
 
 
@@ -84,6 +86,17 @@ def test_what_hardly_ever_happens_is_not_planned_as_if_it_did() -> None:
     assert "0.5% flips assumed" in served.note
 
 
+def test_losses_are_planned_at_half_of_the_flips_until_they_are_counted() -> None:
+    """That none would be lost is what nobody knows before a run."""
+    lost = {"suite": "qa", "metric": "lost", "test": "rate_max", "max": 0.03}
+    for flips, most in ((0.02, 1000), (0.05, 10_000)):
+        row = first(of_one(lost, stats={"flips": flips}), 3000)
+        assert row.needed is not None and 3 / 0.03 < row.needed < most
+        assert f"rate {100 * flips / 2:.1f}% assumed" in row.note
+    assert first(of_one(lost, stats={"flips": 0.06}), 10**6).needed is None
+    assert first(of_one(lost), 3000, Noise(measured=True)).needed == min_pairs(0.03)
+
+
 def test_each_of_many_guardrails_is_planned_for_all_of_them_to_pass() -> None:
     one, five = of_one(CORRECT), hypothesis(claims=[], guardrails=[CORRECT] * 5)
     assert (plan(one, PLENTY).power, plan(five, PLENTY).power) == pytest.approx((0.8, 0.96))
@@ -123,7 +136,9 @@ def test_looking_all_the_time_takes_more() -> None:
 
 
 def test_what_the_change_touches_is_planned_by_itself() -> None:
-    """An eighth of the requests: eight times as many are needed, and 133 of them in any case."""
+    """An eighth of the requests: eight times as many are needed, and 149 of them in any case: the
+    fewest that could pass two points."""
+    assert Validity().min_affected_pairs == min_pairs(0.02)
     trim = {
         "kind_of_change": "lossy_input",
         "candidate": {"patch": {"gateway.trim.budget_tokens": 9}},

@@ -345,11 +345,6 @@ def test_holm_is_the_stepdown_by_hand():
     assert many.holm([]) == []
 
 
-def test_all_are_needed_so_the_worst_counts():
-    assert many.intersection_union([0.01, 0.2, 0.03]) == 0.2
-    assert many.intersection_union([]) == 0.0
-
-
 # ---- divergence ----------------------------------------------------------------------------------
 
 

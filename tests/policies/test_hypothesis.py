@@ -33,7 +33,7 @@ guardrails:
 design: {order: abba, block: 60s, warmup: 1 block, repeats: 1, temperature: as_recorded}
 stats: {alpha: 0.05, power: 0.8, mode: sequential, max_pairs: 3000, seed: 7}
 activation: [{metric: quantized_linear_calls, min: 1}]
-validity: {max_age: 30d, on_traffic_drift: stale, min_affected_pairs: 133}
+validity: {max_age: 30d, on_traffic_drift: stale, min_affected_pairs: 149}
 rollout: {shadow: 500 pairs, steps: [1%, 5%, 25%, 100%], min_step: 10m, monitor: same guardrails}
 """
 
