@@ -86,9 +86,19 @@ class Admission:
         self.tallies: Tallies = before.tallies if before is not None else Tallies()
         self.answer_tokens = dict.fromkeys(self.tiers, float(ANSWER_TOKENS))
 
-    def place(self, call: Call, tenant: Known, service: Service, tokens: int) -> Admitted:
-        """`async with` this a request has its place. Entering raises Problem 400, 429, 503, 504."""
-        return Admitted(self, call, tenant, service, tokens)
+    def place(
+        self,
+        call: Call,
+        tenant: Known,
+        service: Service,
+        tokens: int,
+        uncached: Callable[[], int] | None = None,
+    ) -> Admitted:
+        """`async with` this a request has its place. Entering raises Problem 400, 429, 503, 504.
+
+        `uncached`: tokens of the prompt that no replica has now; asked of those that have to wait.
+        """
+        return Admitted(self, call, tenant, service, tokens, uncached)
 
     async def counted(self, tenant: Known, tier: str) -> list[tuple[bytes, bytes]]:
         """Takes one request, and no tokens, for an answer that needs no replica; what the client is
@@ -183,11 +193,17 @@ class Admitted:
 
     __slots__ = (
         "_admission", "_allowance", "_began", "_call", "_front", "_sent", "_service", "_tenant",
-        "_ticket", "_usage", "tokens",
+        "_ticket", "_uncached", "_usage", "charged", "tokens",
     )  # fmt: skip
 
     def __init__(
-        self, admission: Admission, call: Call, tenant: Known, service: Service, tokens: int
+        self,
+        admission: Admission,
+        call: Call,
+        tenant: Known,
+        service: Service,
+        tokens: int,
+        uncached: Callable[[], int] | None = None,
     ) -> None:
         self._admission = admission
         self._call = call
@@ -199,7 +215,9 @@ class Admitted:
         self._sent = 0.0
         self._began: float | None = None
         self._usage: Usage | None = None
+        self._uncached = uncached
         self.tokens = tokens
+        self.charged: int | None = None  # to the tenant's limits, at the end
 
     # ---- in -------------------------------------------------------------------------------------
 
@@ -287,6 +305,7 @@ class Admitted:
             raise problems.saturated(service.tier, wait_s - (promised_s or 0) / 2)
         loop = asyncio.get_running_loop()
         ticket.grant = loop.create_future()
+        ticket.uncached = ticket.tokens if self._uncached is None else self._uncached()
         front.queue.wait(ticket, now)
         admission.advance(front, now)
         try:
@@ -367,6 +386,7 @@ class Admitted:
             if used is None and self._began is None:
                 used = 0  # nothing was answered
             if used is not None:
+                self.charged = used
                 await admission.limits.settle(self._allowance, used)
 
     def _went(self, front: Front, now: float) -> None:

@@ -70,6 +70,7 @@ class Answer:
     """Status and headers, and a body of which the beginning has been read already."""
 
     resumes = 0  # it is of one replica
+    told_tokens: int | None = None  # of its stream: nobody has counted
 
     __slots__ = ("_ended", "_interrupted", "_read", "_response", "_task", "attempt", "headers",
                  "meaning", "raw_headers", "status")  # fmt: skip

@@ -50,7 +50,7 @@ def create_app(
         Route(COMPLETIONS_PATH, Allowed("POST", Completions(COMPLETIONS_PATH, live))),
         Route("/health", Allowed("GET", health(live))),
         Route("/openapi.json", Allowed("GET", openapi(live))),
-        Route("/metrics", Allowed("GET", metrics(live))),
+        Route("/metrics", Allowed("GET", metrics(live, variants.told))),
         Route("/v1/fingerprint", Allowed("GET", fingerprints(live))),
         Route("/v1/receipts", Allowed("GET", receipts(live))),
         Route("/v1/receipts/{id}", Allowed("GET", receipt(live))),

@@ -10,6 +10,7 @@ from functools import partial
 from starlette.types import Receive, Scope, Send
 
 from gateway import problems
+from gateway.account import Account
 from gateway.admission import Admitted
 from gateway.answer import Answer
 from gateway.call import ClientGone, parse_call, read_body, request_id
@@ -62,7 +63,7 @@ class Completions:
             waits = not outgoing.asked
             body = await read_body(headers, receive, edge.settings, waits=waits)
             call = parse_call(self.path, body, headers, reply.request_id)
-            asked = Asked(call, tenant, reply, outgoing)
+            asked = Asked(call, tenant, reply, outgoing, asyncio.get_running_loop().time())
             beside = self.live.beside
             with edge.recording(asked, headers):
                 if beside is None:
@@ -75,11 +76,18 @@ class Completions:
 
 async def serve(edge: Edge, asked: Asked, strict: bool = False) -> None:
     """The answer by one edge. Raises Problem; with `strict`, for a replica's error, too."""
+    with edge.account(asked) as account:
+        account.strict = strict
+        await _serve(edge, asked, account, strict=strict)
+
+
+async def _serve(edge: Edge, asked: Asked, account: Account, *, strict: bool) -> None:
     call, tenant, reply, outgoing = asked.call, asked.tenant, asked.reply, asked.outgoing
-    service = edge.tiers.tier(call, tenant)
+    service = account.service = edge.tiers.tier(call, tenant)
     reply.more.append((b"x-headgate-tier", service.tier.encode()))
     call = edge.tiers.told(call, tenant, service)
     call, trimmed = await edge.shortener.trim(call, tenant.name, service.tier)
+    account.trimmed = trimmed
     if trimmed is not None:
         reply.more.append((b"x-headgate-trimmed-tokens", b"%d" % trimmed.removed_tokens))
     recall = edge.recall(call, tenant.name, service.tier)
@@ -88,11 +96,11 @@ async def serve(edge: Edge, asked: Asked, strict: bool = False) -> None:
         return
     clock = asyncio.get_running_loop().time
     silence = Silence(edge.settings, reply, stream=call.stream, clock=clock)
-    prompt = await edge.prompts.read(call)
+    prompt = account.prompt = await edge.prompts.read(call)
     trip = edge.routing.trip(call, prompt, service.tier, tenant.name)
     reply.more.append((b"x-headgate-receipt", trip.receipt.id.encode()))
-    place = edge.admission.place(call, tenant, service, prompt.tokens)
-    forward = _forward(edge, trip, place, reply, silence, strict=strict)
+    place = edge.admission.place(call, tenant, service, prompt.tokens, trip.uncached)
+    forward = _forward(edge, trip, place, account, silence, strict=strict)
     work = attend(forward, outgoing, silence)
     await within(service.limit_s(edge.settings.total_timeout_s), work)
     if recall:
@@ -100,13 +108,14 @@ async def serve(edge: Edge, asked: Asked, strict: bool = False) -> None:
 
 
 async def _forward(
-    edge: Edge, trip: Trip, place: Admitted, reply: Reply, silence: Silence, *, strict: bool
+    edge: Edge, trip: Trip, place: Admitted, account: Account, silence: Silence, *, strict: bool
 ) -> None:
     """Waits for the call's turn, opens it on a replica and relays the answer."""
-    call = trip.call
+    call, reply = trip.call, account.reply
     async with paced(reply, place.pace_per_s, silence), place:
         reply.more += place.headers()
         async with edge.pool.open(call, trip) as answer:
+            account.answered(answer)
             if strict and isinstance(answer, Answer) and answer.meaning is not Meaning.ANSWER:
                 url = answer.attempt.replica.url
                 raise problems.upstream_failed(url, f"it answered {answer.status}")
@@ -114,10 +123,12 @@ async def _forward(
                 place.began()
             silence.answering(answer.interrupt)
             await relay(answer, reply, silence, stream=call.stream)
-            usage = usage_of(reply.recent)
+            usage = account.usage = usage_of(reply.recent)
             place.used(usage)
+            account.relayed(answer)
             if not answer.resumes:  # what two replicas did together tells nothing of either
                 trip.served(answer.attempt.booking, usage)
+    account.charged = place.charged
 
 
 async def within(limit_s: float | None, work: Coroutine[None, None, None]) -> None:
@@ -150,6 +161,7 @@ async def attend(
     def leave() -> None:
         nonlocal gone
         gone = True
+        silence.client_left()
         task.cancel()
 
     if not outgoing.when_gone(leave):

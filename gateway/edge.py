@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from cache.prefix_index import PrefixIndex
+from gateway.account import Account, Arm
 from gateway.admission import Admission
 from gateway.call import Call, RawHeaders
 from gateway.discovery import sources_of
@@ -23,6 +24,7 @@ from gateway.keys import Keys, Known, salt_secret
 from gateway.kv_events import KvEvents
 from gateway.ladder import Ladder
 from gateway.limits import Limits
+from gateway.meters import Meters
 from gateway.prompt import Prompts
 from gateway.record import Recorder
 from gateway.replica import Replica
@@ -54,6 +56,8 @@ class Edge:
     shortener: Shortener
     events: KvEvents
     ladder: Ladder
+    meters: Meters
+    arm: Arm = "baseline"
     answers: Answers | None = None
     recorder: Recorder | None = None
 
@@ -64,6 +68,15 @@ class Edge:
     @property
     def settings(self) -> Gateway:
         return self.policy.gateway
+
+    def account(self, asked: Asked) -> Account:
+        """`with` it, the answer by this edge is counted."""
+        call, pool = asked.call, self.pool
+
+        def served() -> bool:
+            return any(call.model in replica.models for replica in pool.replicas)
+
+        return Account(self.meters, self.arm, call, asked.reply, asked.came, served)
 
     def recall(self, call: Call, tenant: str, tier: str) -> Recall | None:
         """Where this request may get an answer that was given before, or leave one."""
@@ -124,6 +137,7 @@ def build(
     )
     events = before.events if before else KvEvents(PrefixIndex())
     ladder = before.ladder if before else Ladder()
+    meters = before.meters if before else Meters()
     routing = Routing(
         settings.routing,
         events.index,
@@ -148,6 +162,8 @@ def build(
         admission=admission,
         events=events,
         ladder=ladder,
+        meters=meters,
+        arm="candidate" if arm else "baseline",
         shortener=Shortener(settings.trim, prompts.count, state.store, arm),
         answers=_answers(settings.response_cache, before.answers if before else None),
         recorder=Recorder(settings.record, tokens_of) if settings.record and not arm else None,
@@ -169,6 +185,7 @@ class Asked:
     tenant: Known
     reply: Reply
     outgoing: Outgoing
+    came: float  # when it was read, by the event loop's clock
 
 
 # Answers by one edge. With `strict`, an error that a replica answers is raised instead of relayed.

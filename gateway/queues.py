@@ -54,6 +54,7 @@ class Ticket:
     running: bool = False
     reading: bool = False  # its prompt: the first token has not come
     grant: asyncio.Future[None] | None = None  # the caller's, to be told by
+    uncached: int = 0  # tokens that no replica was known to have, when it began to wait
 
     @property
     def price(self) -> float:
@@ -98,6 +99,7 @@ class Line:
     counters: Counters = field(default_factory=Counters)
     heaps: dict[str, list[tuple[float, int, Ticket]]] = field(default_factory=dict)
     waiting: int = 0
+    uncached: int = 0  # tokens of those that wait
     promised: float = 0.0  # price of those that wait and have a target
     others: float = 0.0  # and of those that have none
     running: int = 0
@@ -130,11 +132,13 @@ class Line:
             heap = self.heaps[ticket.tenant] = []
         heapq.heappush(heap, (ticket.due, ticket.number, ticket))
         self.waiting += 1
+        self.uncached += ticket.uncached
         self._weigh(ticket, ticket.price)
 
     def remove(self, ticket: Ticket) -> None:
         """Its entry in the heap stays until it comes to the top."""
         self.waiting -= 1
+        self.uncached -= ticket.uncached
         self._weigh(ticket, -ticket.price)
         self._clean(ticket.tenant)
 

@@ -60,6 +60,10 @@ class Silence:
         self._interrupt = None
         self.since = None
 
+    def client_left(self) -> None:
+        """Whatever the replica still says is said in vain."""
+        self._reply.pulse.left()
+
     def watch(self) -> None:
         """Looks when it is due, until `end`."""
         self._timer = asyncio.get_running_loop().call_later(self.due_s(), self._begin_look)
@@ -140,20 +144,24 @@ async def relay_stream(answer: Opened, reply: Reply, silence: Silence) -> None:
 class Passage:
     """Bytes from a replica's connection to the client's, without a task that wakes in between."""
 
-    __slots__ = ("_answer", "_reply", "_silence")
+    __slots__ = ("_answer", "_pulse", "_reply", "_silence")
 
     def __init__(self, answer: Opened, reply: Reply, silence: Silence) -> None:
         self._answer = answer
         self._reply = reply
         self._silence = silence
         silence.since = reply.first_at = silence.clock()
+        self._pulse = reply.pulse
 
     def pass_on(self, chunk: bytes) -> bool:
         """True after the terminator. The replica is held back while the client lags."""
+        silence = self._silence
+        now = silence.clock()
+        self._pulse.beat(chunk, now if silence.since is None else silence.since, now)
         if self._reply.write(chunk):
-            self._silence.since = self._silence.clock()
+            silence.since = now
         else:
-            self._silence.since = None
+            silence.since = None
             self._answer.pause()
             self._reply.when_writable(self._go_on)
         return self._reply.terminated

@@ -10,6 +10,7 @@ from typing import Any, Protocol, TypeVar
 
 from starlette.types import Message, Send
 
+from gateway.pulse import Pulse
 from runtime.wire import DONE, KEEP_ALIVE, Problem, event
 
 # At the start of a line only: inside a JSON string a line end is escaped, so text cannot fake it.
@@ -60,7 +61,7 @@ class Reply:
 
     __slots__ = (
         "_kept", "_most_bytes", "_note", "_outgoing", "_recent", "_send", "_tail", "complete",
-        "first_at", "more", "request_id", "started", "status", "streaming", "terminated",
+        "first_at", "more", "pulse", "request_id", "started", "status", "streaming", "terminated",
     )  # fmt: skip
 
     def __init__(self, send: Send, request_id: str, outgoing: Outgoing | None = None) -> None:
@@ -75,6 +76,7 @@ class Reply:
         self._note: Callable[[bytes], object] = self._recent.append
         self._kept: BytesIO | None = None
         self._most_bytes = 0
+        self.pulse = Pulse()
         self.started = False
         self.streaming = False
         self.terminated = False

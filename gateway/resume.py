@@ -52,6 +52,12 @@ class Resumable:
     def well(self) -> bool | None:
         return self._answer.well
 
+    @property
+    def told_tokens(self) -> int | None:
+        """How many tokens have come in the stream, where its replica told each of them."""
+        journal = self._journal
+        return len(journal.ids) if journal.exact and journal.ids else None
+
     async def readany(self) -> bytes:
         """The next events, b"" at the end. Raises Cut or Problem where nobody can go on."""
         while True:

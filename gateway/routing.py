@@ -210,6 +210,12 @@ class Trip:
             )
         return tuple(options)
 
+    def uncached(self) -> int:
+        """Tokens of the prompt that no replica is known to have now."""
+        routing, prompt = self._routing, self.prompt
+        matches = routing.index.match(prompt.hashes, routing.clock())
+        return max(1, prompt.tokens - max(matches.values(), default=0) * BLOCK_TOKENS)
+
     def foreseen_s(self, replica: Replica) -> float | None:
         """When the first token of a chosen replica is to be expected, from now; None where nobody
         knows, or where what was foreseen of late has been wrong."""

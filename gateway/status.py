@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,7 +14,7 @@ from gateway import problems
 from gateway.call import request_id
 from gateway.edge import Live
 from gateway.keys import TENANT
-from gateway.metrics import page
+from gateway.metrics import Reading, page
 from gateway.openapi import document
 from gateway.replica import Replica
 from gateway.reply import Reply
@@ -110,11 +111,12 @@ def _state(replica: Replica, now: float) -> dict[str, Any]:
     }
 
 
-def metrics(live: Live) -> ASGIApp:
+def metrics(live: Live, rollout: Callable[[], Mapping[str, Any] | None]) -> ASGIApp:
     """What a Prometheus server reads."""
 
     async def app(scope: Scope, _receive: Receive, send: Send) -> None:
-        body, kind = page(live.edge)
+        accept = dict(scope["headers"]).get(b"accept", b"").decode("latin-1")
+        body, kind = page(Reading(live, rollout(), time.time()), accept)
         reply = Reply(send, request_id(scope["headers"]))
         await reply.whole(200, [(b"content-type", kind)], body)
 

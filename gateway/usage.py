@@ -8,7 +8,10 @@ from dataclasses import dataclass
 
 # Inside a JSON string every quote is escaped, so that no answer's text looks like this.
 _USAGE = re.compile(rb'"usage"\s*:\s*\{')
-_COUNT = re.compile(rb'"(prompt_tokens|completion_tokens|cached_tokens)"\s*:\s*([0-9]{1,12})')
+_COUNT = re.compile(
+    rb'"(prompt_tokens|completion_tokens|total_tokens|cached_tokens|accepted_prediction_tokens'
+    rb'|rejected_prediction_tokens)"\s*:\s*([0-9]{1,12})'
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +21,9 @@ class Usage:
     prompt_tokens: int
     answer_tokens: int
     cached_tokens: int | None  # of the prompt, that the replica had already; None: it does not say
+    total_tokens: int | None = None
+    accepted_tokens: int | None = None  # of the answer, that a draft had guessed
+    rejected_tokens: int | None = None  # that were guessed in vain
 
 
 def usage_of(pieces: Iterable[bytes]) -> Usage | None:
@@ -32,4 +38,11 @@ def usage_of(pieces: Iterable[bytes]) -> Usage | None:
     if b"prompt_tokens" not in counts:
         return None
     answer = counts.get(b"completion_tokens", 0)
-    return Usage(counts[b"prompt_tokens"], answer, counts.get(b"cached_tokens"))
+    return Usage(
+        counts[b"prompt_tokens"],
+        answer,
+        counts.get(b"cached_tokens"),
+        counts.get(b"total_tokens"),
+        counts.get(b"accepted_prediction_tokens"),
+        counts.get(b"rejected_prediction_tokens"),
+    )
