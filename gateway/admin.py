@@ -13,7 +13,6 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from typing import Any
-from urllib.parse import parse_qsl
 
 import orjson
 from pydantic import Field, ValidationError
@@ -26,7 +25,9 @@ from gateway.edge import Live
 from gateway.keys import SCHEME
 from gateway.listener import OUTGOING
 from gateway.orders import Orders
+from gateway.query import number, query
 from gateway.reply import Reply
+from gateway.traces import TRACES_PATH, trace, traces
 from gateway.variants import Variants, patched
 from gateway.verdicts import Verdicts, named_in
 from policies.discovery import Upstream
@@ -80,6 +81,8 @@ def routes(live: Live, variants: Variants) -> list[Route]:
         },
         f"{VARIANT_PATH}/rollback": {"POST": steering.roll_back},
         "/admin/observations": {"GET": steering.observations},
+        TRACES_PATH: {"GET": traces(live)},
+        f"{TRACES_PATH}/{{id}}": {"GET": trace(live)},
         "/gate/confirm-promotion": {"POST": steering.confirm},
         "/gate/rollback": {"POST": steering.confirm_rollback},
         "/gate/{fingerprint}": {"GET": steering.result},
@@ -209,7 +212,7 @@ class Steering:
 
     async def remove(self, scope: Scope, _body: bytes) -> Answer:
         """Takes the candidate away; what is under way there ends there."""
-        name = _query(scope).get("id", "")
+        name = query(scope).get("id", "")
 
         def make(before: Orders | None) -> None:
             self._same(before, name)
@@ -219,11 +222,9 @@ class Steering:
 
     async def observations(self, scope: Scope, _body: bytes) -> Answer:
         """What was seen of live requests since a cursor, of all gateways that share the store."""
-        query = _query(scope)
-        text = query.get("limit", str(READ_MAX))
-        if not text.isdecimal() or not 0 < int(text) <= READ_MAX:
-            raise problems.wrong_value("limit", f"1 to {READ_MAX}", problems.quote(text))
-        seen, cursor = await self._variants.observed(query.get("after", ""), int(text))
+        asked = query(scope)
+        limit = number(asked, "limit", READ_MAX, READ_MAX)
+        seen, cursor = await self._variants.observed(asked.get("after", ""), limit)
         return 200, {"observations": seen, "cursor": cursor}
 
     async def result(self, scope: Scope, _body: bytes) -> Answer:
@@ -256,7 +257,3 @@ class Steering:
         if before is None or before.id != name:
             raise problems.no_rollout(name)
         return before
-
-
-def _query(scope: Scope) -> dict[str, str]:
-    return dict(parse_qsl(scope["query_string"].decode("latin-1")))

@@ -21,6 +21,7 @@ from gateway.limits import Allowance, Limits
 from gateway.queues import ACTIVE_S, PATIENT_S, Queue, Room, Ticket
 from gateway.tallies import Tallies
 from gateway.tiers import DEADLINE_HEADER, TTFT_HEADER, Service
+from gateway.trail import Interval
 from gateway.usage import Usage
 from policies.schema import Deployment
 from runtime.wire import Problem
@@ -193,7 +194,7 @@ class Admitted:
 
     __slots__ = (
         "_admission", "_allowance", "_began", "_call", "_front", "_sent", "_service", "_tenant",
-        "_ticket", "_uncached", "_usage", "charged", "tokens",
+        "_ticket", "_uncached", "_usage", "admit", "charged", "queue", "tokens",
     )  # fmt: skip
 
     def __init__(
@@ -218,6 +219,7 @@ class Admitted:
         self._uncached = uncached
         self.tokens = tokens
         self.charged: int | None = None  # to the tenant's limits, at the end
+        self.admit, self.queue = Interval(), Interval()
 
     # ---- in -------------------------------------------------------------------------------------
 
@@ -226,9 +228,10 @@ class Admitted:
         limit = service.rules.prompt_tokens
         if limit is not None and self.tokens > limit:
             raise problems.prompt_beyond_tier(self.tokens, service.tier, limit)
-        if self._tenant.rights is not None:
-            tokens = self.tokens + self._expected()
-            self._allowance = await admission.allow(self._tenant, service.tier, tokens)
+        with self.admit:
+            if self._tenant.rights is not None:
+                tokens = self.tokens + self._expected()
+                self._allowance = await admission.allow(self._tenant, service.tier, tokens)
         now = admission.clock()
         tally = admission.tallies.of(service.tier)
         front = self._front = admission.front(self._call.model, now)
@@ -243,7 +246,8 @@ class Admitted:
             self._sent = now
             return self
         try:
-            await self._wait(front, ticket, now)
+            with self.queue:
+                await self._wait(front, ticket, now)
         except BaseException:
             if self._allowance is not None:
                 await admission.limits.settle(self._allowance, 0)

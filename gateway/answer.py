@@ -15,7 +15,9 @@ from gateway.replica import Replica
 from gateway.response import Cut, Response
 from gateway.retries import Meaning, error_in_band, meaning
 from gateway.routing import Booking
+from gateway.trail import Hop
 from runtime.wire import Problem
+from telemetry.phases import TIMING, Phases, cut, of_header
 
 ERROR_MAX_BYTES = 2**16  # of an error's body that are read before it is judged
 ERROR_END_S = 0.5  # within which a stream that began with an error may end
@@ -27,12 +29,17 @@ NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 class Attempt:
     """One request sent to one replica: its place there, and what its end says of the replica."""
 
-    __slots__ = ("_clock", "began", "booking", "ended", "replica", "trial")
+    __slots__ = ("_clock", "began", "booking", "ended", "hop", "replica", "trial")
 
     def __init__(
-        self, replica: Replica, clock: asyncio.AbstractEventLoop, booking: Booking
+        self,
+        replica: Replica,
+        clock: asyncio.AbstractEventLoop,
+        booking: Booking,
+        hop: Hop | None = None,
     ) -> None:
         self._clock = clock
+        self.hop = hop
         self.booking = booking
         self.replica = replica
         self.began = clock.time()
@@ -40,9 +47,12 @@ class Attempt:
         self.trial = replica.circuit.begin(self.began)
         replica.in_flight += 1
 
-    def answered(self, *, stream: bool) -> None:
-        """The answer has begun: a trial has succeeded, however long it goes on."""
+    def answered(self, told: Phases | None = None, head: bytes = b"", *, stream: bool) -> None:
+        """The answer has begun: a trial has succeeded, however long it goes on. `told`: by the
+        replica, of its time so far; `head`: the first of its bytes, where some have come."""
         now = self._clock.time()
+        if self.hop is not None:
+            self.hop.answered(told, head)
         if stream:
             self.replica.saw_ttft(now - self.began)
         if self.trial:
@@ -55,6 +65,8 @@ class Attempt:
         if self.ended:
             return
         self.ended = True
+        if self.hop is not None:
+            self.hop.end()
         self.booking.end()
         self.replica.in_flight -= 1
         circuit, now = self.replica.circuit, self._clock.time()
@@ -73,7 +85,7 @@ class Answer:
     told_tokens: int | None = None  # of its stream: nobody has counted
 
     __slots__ = ("_ended", "_interrupted", "_read", "_response", "_task", "attempt", "headers",
-                 "meaning", "raw_headers", "status")  # fmt: skip
+                 "meaning", "raw_headers", "status", "told")  # fmt: skip
 
     def __init__(self, response: Response, attempt: Attempt) -> None:
         self.attempt = attempt
@@ -86,6 +98,12 @@ class Answer:
         self._ended = False  # all that will ever come is in there
         self._task: asyncio.Task[object] | None = None  # that waits for bytes
         self._interrupted: Problem | None = None
+        self.told: Phases | None = None  # by a worker of ours, of its time so far
+
+    @property
+    def head(self) -> bytes:
+        """What has been read and not been given on yet."""
+        return self._read[0] if self._read else b""
 
     @property
     def is_stream(self) -> bool:
@@ -108,10 +126,14 @@ class Answer:
         elif self.status >= 400:
             await self._collect()
             self.meaning = meaning(self.status, self.headers, b"".join(self._read))
+        elif timing := self.headers.get("server-timing"):
+            self.told = of_header(timing)
 
     async def _first_event(self) -> bytes:
         """A comment is no event: servers send some while they do something else."""
         while piece := await self._next():
+            piece, told = cut(piece) if piece.startswith(TIMING) else (piece, None)
+            self.told = told or self.told
             self._read.append(piece)
             begun = piece.lstrip()
             if (begun and not begun.startswith(b":")) or b"\ndata:" in piece:

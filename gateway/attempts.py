@@ -114,7 +114,8 @@ class Attempts:
 
     async def _once(self, replica: Replica) -> Answer:
         """One request to one replica, whose place there is given back unless an answer comes."""
-        attempt = Attempt(replica, asyncio.get_running_loop(), self.trip.book(replica))
+        loop, booking = asyncio.get_running_loop(), self.trip.book(replica)
+        attempt = Attempt(replica, loop, booking, self.trip.hop(replica))
         self.made += 1
         outcome, well = "left", None
         try:
@@ -124,7 +125,7 @@ class Attempts:
                 lambda: self._may_leave(replica),
             )  # fmt: skip
             outcome = str(answer.status)
-            attempt.answered(stream=self.call.stream)
+            attempt.answered(answer.told, answer.head, stream=self.call.stream)
             if answer.meaning is Meaning.ANSWER:
                 attempt.booking.first_token()
             return answer
@@ -148,6 +149,8 @@ class Attempts:
             raise
         finally:
             self.tried.append(Tried(replica.url, outcome, attempt.began - self.began))
+            if attempt.hop is not None:
+                attempt.hop.outcome = outcome
             if not outcome.isdigit():
                 attempt.end(well)
                 if outcome not in ("left", "unreachable"):

@@ -30,6 +30,7 @@ FORWARDED = frozenset(
         b"x-headgate-route",
         b"traceparent",
         b"tracestate",
+        b"baggage",
     )
 )
 # What the gateway itself reads of a body. The rest of the tree is given up at once, so that the

@@ -16,7 +16,7 @@ from gateway.answer import Answer
 from gateway.call import ClientGone, parse_call, read_body, request_id
 from gateway.edge import Asked, Edge, Live
 from gateway.keys import TENANT, Known
-from gateway.listener import OUTGOING
+from gateway.listener import BEGAN, OUTGOING
 from gateway.pacing import paced
 from gateway.relay import Silence, relay
 from gateway.reply import Outgoing, Reply
@@ -38,18 +38,28 @@ class Completions:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         outgoing = scope["extensions"][OUTGOING]
         reply = Reply(send, request_id(scope["headers"]), outgoing)
+        edge = self.live.edge
+        reply.trail = edge.tracer.begin(
+            reply.request_id, self.path, scope["headers"], scope["extensions"][BEGAN]
+        )
+        failure: BaseException | None = None
         try:
             await self._answer(scope, receive, reply)
-        except ClientGone:
-            return
+        except ClientGone as error:
+            failure = error
         except Problem as problem:
+            failure = problem
             await reply.fail(problem)
-        except asyncio.CancelledError:
+        except asyncio.CancelledError as error:
             # Only the server cancels us, when the drain is over: the client is told before the end.
+            failure = error
             await reply.fail(problems.stopped())
-        except Exception:
+        except Exception as error:
+            failure = error
             log.exception("request %s failed inside the gateway", reply.request_id)
             await reply.fail(problems.internal())
+        finally:
+            edge.tracer.end(reply.trail, reply, failure, edge.admission.tallies)
 
     async def _answer(self, scope: Scope, receive: Receive, reply: Reply) -> None:
         """Takes a place, reads and parses, then listens to replica and client at once."""
@@ -63,6 +73,8 @@ class Completions:
             waits = not outgoing.asked
             body = await read_body(headers, receive, edge.settings, waits=waits)
             call = parse_call(self.path, body, headers, reply.request_id)
+            assert reply.trail is not None, "a request's trail begins before it is read"
+            reply.trail.parsed(call, tenant.name)
             asked = Asked(call, tenant, reply, outgoing, asyncio.get_running_loop().time())
             beside = self.live.beside
             with edge.recording(asked, headers):
@@ -86,8 +98,12 @@ async def _serve(edge: Edge, asked: Asked, account: Account, *, strict: bool) ->
     service = account.service = edge.tiers.tier(call, tenant)
     reply.more.append((b"x-headgate-tier", service.tier.encode()))
     call = edge.tiers.told(call, tenant, service)
-    call, trimmed = await edge.shortener.trim(call, tenant.name, service.tier)
-    account.trimmed = trimmed
+    trail = reply.trail
+    assert trail is not None, "it began before the request was read"
+    trail.service = service
+    with trail.trim:
+        call, trimmed = await edge.shortener.trim(call, tenant.name, service.tier)
+    trail.trimmed = account.trimmed = trimmed
     if trimmed is not None:
         reply.more.append((b"x-headgate-trimmed-tokens", b"%d" % trimmed.removed_tokens))
     recall = edge.recall(call, tenant.name, service.tier)
@@ -96,10 +112,13 @@ async def _serve(edge: Edge, asked: Asked, account: Account, *, strict: bool) ->
         return
     clock = asyncio.get_running_loop().time
     silence = Silence(edge.settings, reply, stream=call.stream, clock=clock)
-    prompt = account.prompt = await edge.prompts.read(call)
-    trip = edge.routing.trip(call, prompt, service.tier, tenant.name)
+    with trail.prompt:
+        prompt = account.prompt = await edge.prompts.read(call)
+        trip = edge.routing.trip(call, prompt, service.tier, tenant.name)
+    trip.trail = trail
     reply.more.append((b"x-headgate-receipt", trip.receipt.id.encode()))
     place = edge.admission.place(call, tenant, service, prompt.tokens, trip.uncached)
+    trail.admit, trail.queue = place.admit, place.queue
     forward = _forward(edge, trip, place, account, silence, strict=strict)
     work = attend(forward, outgoing, silence)
     await within(service.limit_s(edge.settings.total_timeout_s), work)
@@ -126,6 +145,8 @@ async def _forward(
             usage = account.usage = usage_of(reply.recent)
             place.used(usage)
             account.relayed(answer)
+            if trip.trail is not None:
+                trip.trail.usage = usage
             if not answer.resumes:  # what two replicas did together tells nothing of either
                 trip.served(answer.attempt.booking, usage)
     account.charged = place.charged

@@ -35,6 +35,7 @@ from gateway.routing import Routing
 from gateway.shorten import Shortener
 from gateway.state import State, in_memory
 from gateway.tiers import Tiers
+from gateway.tracing import Tracer
 from gateway.upstream import Pool
 from policies.enabling import Gated
 from policies.schema import Deployment, Gateway
@@ -56,6 +57,7 @@ class Edge:
     shortener: Shortener
     events: KvEvents
     ladder: Ladder
+    tracer: Tracer
     meters: Meters
     arm: Arm = "baseline"
     answers: Answers | None = None
@@ -164,6 +166,7 @@ def build(
         ladder=ladder,
         meters=meters,
         arm="candidate" if arm else "baseline",
+        tracer=before.tracer if before is not None else Tracer(policy.tracing),
         shortener=Shortener(settings.trim, prompts.count, state.store, arm),
         answers=_answers(settings.response_cache, before.answers if before else None),
         recorder=Recorder(settings.record, tokens_of) if settings.record and not arm else None,

@@ -15,27 +15,13 @@ from typing import Any
 import orjson
 
 from gateway.redact import Blot, blotted
+from telemetry.genai import CHAT, LEAVES, REQUEST, TEXT, counted, requested
 
-CHAT, TEXT = "chat", "text_completion"
-# field of a body -> attribute, and its type
-REQUEST: Mapping[str, tuple[str, type]] = {
-    "model": ("gen_ai.request.model", str),
-    "max_completion_tokens": ("gen_ai.request.max_tokens", int),
-    "max_tokens": ("gen_ai.request.max_tokens", int),
-    "temperature": ("gen_ai.request.temperature", float),
-    "top_p": ("gen_ai.request.top_p", float),
-    "top_k": ("gen_ai.request.top_k", int),
-    "seed": ("gen_ai.request.seed", int),
-    "n": ("gen_ai.request.choice.count", int),
-    "frequency_penalty": ("gen_ai.request.frequency_penalty", float),
-    "presence_penalty": ("gen_ai.request.presence_penalty", float),
-}
 # Says who asked, or how the answer was sent: neither is part of what was asked.
 LEFT_OUT = frozenset(
     ("messages", "metadata", "prompt_cache_key", "safety_identifier", "store", "stream",
      "stream_options", "tools", "user")
 )  # fmt: skip
-LEAVES = "client_cancelled"
 _DATA = re.compile(rb"(?:^|[\r\n])data: ?([^\r\n]*)")
 
 
@@ -110,7 +96,7 @@ def span_of(
         "gen_ai.operation.name": operation,
         "gen_ai.provider.name": "headgate",
         "gen_ai.request.stream": body.get("stream") is True,
-        **_request(body),
+        **requested(body),
         **_response(heard),
         **_usage(heard, exchange),
         **_facts(exchange),
@@ -131,31 +117,16 @@ def span_of(
     }
 
 
-def _request(body: Mapping[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, (attribute, kind) in REQUEST.items():
-        value = body.get(name)
-        if type(value) is int and kind is float:
-            value = float(value)
-        if type(value) is kind and attribute not in found:
-            found[attribute] = value
-    if (stop := body.get("stop")) is not None:
-        stops = [stop] if isinstance(stop, str) else stop
-        found["gen_ai.request.stop_sequences"] = [str(one) for one in stops]
-    return found
-
-
 def _usage(heard: Answer, exchange: Exchange) -> dict[str, Any]:
     """As the server counts; where the client did not ask it to, by the gateway's count of the
     prompt and the pieces of the answer, which is marked: tools that replay need lengths."""
     if heard.usage:
         prompt = heard.usage.get("prompt_tokens_details") or {}
-        found = {
-            "gen_ai.usage.input_tokens": heard.usage.get("prompt_tokens"),
-            "gen_ai.usage.output_tokens": heard.usage.get("completion_tokens"),
-            "gen_ai.usage.cache_read.input_tokens": prompt.get("cached_tokens"),
-        }
-        return {name: value for name, value in found.items() if type(value) is int}
+        return counted(
+            heard.usage.get("prompt_tokens"),
+            heard.usage.get("completion_tokens"),
+            prompt.get("cached_tokens"),
+        )
     if exchange.prompt_tokens is None or not heard.pieces:
         return {}
     return {

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 import signal
+import time
 from collections.abc import Callable
 from http import HTTPStatus
 from types import FrameType
@@ -28,6 +29,7 @@ HEADERS_MAX_BYTES = 2**16
 IDLE_CONNECTION_S = 60  # a kept-alive connection without a request is closed after this long
 BACKLOG = 2048
 OUTGOING = "headgate.outgoing"  # an extension of the scope: reply.Outgoing
+BEGAN = "headgate.began"  # another one: when the request's first byte came, monotonic seconds
 LINGER_S = 2.0  # the rest of a refused body is read away for so long before its connection closes
 
 
@@ -41,6 +43,7 @@ class ClientConnection(HttpToolsProtocol):
         self._in_headers = False
         self._in_body = False
         self._header_bytes = 0
+        self._began = 0.0
         self._deadline: asyncio.TimerHandle | None = None
         self._lingering: asyncio.TimerHandle | None = None
         self._unread: asyncio.TimerHandle | None = None
@@ -81,13 +84,15 @@ class ClientConnection(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         self._in_headers = True
         self._header_bytes = 0
+        self._began = time.monotonic()
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
         self._in_headers = False
         super().on_headers_complete()
         outgoing = _Outgoing(self, self.cycle)
-        self.cycle.scope["extensions"] = {OUTGOING: outgoing}  # type: ignore[dict-item]  # no ASGI extension
+        extensions = {OUTGOING: outgoing, BEGAN: self._began}  # none of ASGI's
+        self.cycle.scope["extensions"] = extensions  # type: ignore[typeddict-item]
         if self.parser.should_upgrade():
             # No upgrade is offered, and after such a request the parser reads nothing more.
             self.cycle.keep_alive = False

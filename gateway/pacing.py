@@ -203,3 +203,4 @@ async def paced(reply: Reply, per_s: float | None, silence: Silence) -> AsyncIte
         await way.drained()
     finally:
         await way.end()
+        reply.ended()

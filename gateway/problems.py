@@ -89,6 +89,14 @@ def key_wrong() -> Problem:
 # ---- the route ----------------------------------------------------------------------------------
 
 
+def trace_not_found(name: str, kept: int) -> Problem:
+    message = (
+        f"there is no trace {quote(name)}; this gateway process keeps its latest {kept} "
+        "(tracing.keep), by trace, request, receipt and answer id"
+    )
+    return Problem(404, message, code="trace_not_found")
+
+
 def receipt_not_found(name: str, kept: int) -> Problem:
     message = f"there is no receipt {quote(name)}; the last {kept} are kept (routing.receipts)"
     return Problem(404, message, code="receipt_not_found")

@@ -14,13 +14,13 @@ from types import TracebackType
 from typing import Self
 
 from gateway.call import Call, ClientGone
-from gateway.genai import LEAVES
 from gateway.record_pipe import Pipe
 from gateway.record_sample import session_of, within_share
 from gateway.record_writer import LENGTH, MARSHAL_VERSION, MODULE, Entry
 from gateway.reply import Reply
 from policies.recording import Record
 from runtime.wire import Problem
+from telemetry.genai import LEAVES
 
 HEADER = b"x-headgate-record"
 YES, NO = b"yes", b"no"

@@ -40,7 +40,7 @@ LOOK_S = 1.0  # between looks at the file
 READY_S = 10.0  # for a first replica of the new policy to answer
 # Known to the supervisor, to the workers or to the listening socket, which go on as they began.
 FIXED = ("runtime", "gateway.host", "gateway.port", "gateway.processes", "gateway.store",
-         "gateway.drain_s")  # fmt: skip
+         "gateway.drain_s", "tracing")  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

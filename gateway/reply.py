@@ -6,12 +6,18 @@ import re
 from collections import deque
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from io import BytesIO
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from starlette.types import Message, Send
 
+from gateway.phases import SERVER_TIMING, server_timing
 from gateway.pulse import Pulse
+from gateway.trail import now
 from runtime.wire import DONE, KEEP_ALIVE, Problem, event
+from telemetry.phases import cut
+
+if TYPE_CHECKING:
+    from gateway.trail import Trail
 
 # At the start of a line only: inside a JSON string a line end is escaped, so text cannot fake it.
 TERMINATOR = re.compile(rb"[\r\n]data: ?\[DONE\]")
@@ -62,6 +68,7 @@ class Reply:
     __slots__ = (
         "_kept", "_most_bytes", "_note", "_outgoing", "_recent", "_send", "_tail", "complete",
         "first_at", "more", "pulse", "request_id", "started", "status", "streaming", "terminated",
+        "trail",
     )  # fmt: skip
 
     def __init__(self, send: Send, request_id: str, outgoing: Outgoing | None = None) -> None:
@@ -77,6 +84,7 @@ class Reply:
         self._kept: BytesIO | None = None
         self._most_bytes = 0
         self.pulse = Pulse()
+        self.trail: Trail | None = None  # of a request for a completion
         self.started = False
         self.streaming = False
         self.terminated = False
@@ -129,6 +137,8 @@ class Reply:
         else:
             self._kept = None
             self._recent.append(body[-RECENT_BYTES:])
+        if self.trail is not None:
+            self.trail.whole(body)
         await self._start(status, [*headers, (b"content-length", b"%d" % len(body))])
         await self._finish(body)
 
@@ -159,9 +169,18 @@ class Reply:
         self._tail = window[-TAIL_BYTES:]
         if not self.terminated and b"[DONE]" in window and TERMINATOR.search(window):
             self.terminated = True
+            chunk = self._replica_ended(chunk)
         self._note(chunk)
         assert self._outgoing is not None, "a stream was begun without an outgoing connection"
         return self._outgoing.stream(chunk)
+
+    def _replica_ended(self, chunk: bytes) -> bytes:
+        """The last piece without what the replica told us alone."""
+        if self.trail is None:
+            return chunk
+        chunk, told = cut(chunk)
+        self.trail.said(told)
+        return chunk
 
     def when_writable(self, go_on: Callable[[], None]) -> None:
         assert self._outgoing is not None
@@ -204,11 +223,19 @@ class Reply:
         self.started = True
         self.status = status
         headers += (*self.more, (b"x-request-id", self.request_id.encode()))
+        if self.trail is not None:
+            headers.append((SERVER_TIMING, server_timing(self.trail)))
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
 
     async def _finish(self, body: bytes) -> None:
         self.complete = True
         await self._send({"type": "http.response.body", "body": body, "more_body": False})
+        self.ended()
+
+    def ended(self) -> None:
+        """The last byte is out."""
+        if self.trail is not None:
+            self.trail.last = now()
 
 
 class Copy:

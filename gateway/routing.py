@@ -22,6 +22,7 @@ from gateway.rates import FIRST_S_PER_ANSWER, FIRST_S_PER_TOKEN, Common, Pace, W
 from gateway.receipt import Decision, Receipt, Receipts, new_id
 from gateway.replica import Replica
 from gateway.route import Ask, Option, decide, delayed, eligible
+from gateway.trail import Hop, Trail
 from gateway.usage import Usage
 from policies.routing import Routing as Policy
 
@@ -138,7 +139,7 @@ class Routing:
 class Trip:
     """One request on its way: chooses, books, and learns from what became of it."""
 
-    __slots__ = ("_chosen", "_hint", "_routing", "call", "prompt", "receipt")
+    __slots__ = ("_chosen", "_hint", "_routing", "call", "prompt", "receipt", "trail")
 
     def __init__(
         self, routing: Routing, call: Call, prompt: Prompt, tier: str, tenant: str
@@ -147,6 +148,7 @@ class Trip:
         self.call = call
         self.prompt = prompt
         self._hint = session_of(call)
+        self.trail: Trail | None = None  # of a request that somebody waits for
         self._chosen: dict[str, tuple[Decision, Foreseen]] = {}
         self.receipt = Receipt(
             new_id(), time.time(), tenant, call.model, tier, prompt.tokens, prompt.exact
@@ -249,6 +251,10 @@ class Trip:
             if len(routing.sessions) > SESSIONS_MAX:
                 routing.sessions.popitem(last=False)
         return booking
+
+    def hop(self, replica: Replica) -> Hop | None:
+        """What is noted of the request that was booked there."""
+        return self.trail.hop(replica, self.receipt) if self.trail is not None else None
 
     def served(self, booking: Booking, usage: Usage | None) -> None:
         """The answer is complete; `usage` where it says what it took."""

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+# Where the time of requests goes (gateway/phases.py), in the order in which they pass.
+PHASES = (
+    "admit", "queue", "trim", "route", "network", "replica_queue", "prefill", "decode", "gateway",
+)  # fmt: skip
+
 
 @dataclass(slots=True)
 class Tally:
@@ -17,6 +22,7 @@ class Tally:
     late: int = 0
     in_pace: int = 0  # answers whose tokens came within their target
     slow: int = 0
+    phase_s: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
 
 
 @dataclass(slots=True)

@@ -31,6 +31,7 @@ from gateway.routing import Trip
 from gateway.splice import resumable
 from policies.schema import Gateway
 from runtime.wire import TOKEN_IDS_HEADER, Problem
+from telemetry.phases import TIMING_HEADER
 
 GOODBYE_S = 1.0  # for the last words of requests that outlived the drain
 
@@ -173,8 +174,8 @@ class Pool:
             return problems.loading(states)
         return problems.no_replica(model, states)
 
-    def _headers(self, replica: Replica, call: Call) -> dict[str, str]:
-        headers = dict(call.headers)
+    def _headers(self, attempt: Attempt, call: Call) -> dict[str, str]:
+        replica, headers = attempt.replica, dict(call.headers)
         headers["content-type"] = "application/json"
         headers["accept-encoding"] = "identity"
         if replica.api_key is not None:
@@ -183,7 +184,16 @@ class Pool:
             headers["authorization"] = call.authorization
         if replica.kind == "headgate" and self._resumes(call):
             headers[TOKEN_IDS_HEADER] = "1"
+        if attempt.hop is not None:
+            attempt.hop.mark(headers)
+            if replica.kind == "headgate":
+                headers[TIMING_HEADER] = "1"
         return headers
+
+    async def ask(self, replica: Replica, path: str) -> dict[str, Any] | None:
+        """What one replica answers to a GET; None where that is no JSON object."""
+        assert self._client is not None, "the pool is used outside of its lifespan"
+        return await ask(self._client, replica, path)
 
     async def _send(self, attempt: Attempt, call: Call) -> Answer:
         """Sends the call's bytes, waits for the headers. Raises Unreachable, Stale, Failed."""
@@ -191,7 +201,7 @@ class Pool:
         replica = attempt.replica
         try:
             response = await self._client.send(
-                "POST", replica.url, call.path, self._headers(replica, call), call.body
+                "POST", replica.url, call.path, self._headers(attempt, call), call.body
             )
         except Stale:
             replica.doubt.set()

@@ -100,6 +100,8 @@ class Variant:
         """The answer by whoever is to give it; the baseline's where the candidate has none."""
         session = session_of(asked.call, asked.tenant.name, asked.reply.request_id)
         arm = self.arm(session)
+        if asked.reply.trail is not None:
+            asked.reply.trail.arm = "baseline" if arm == "shadow" else arm
         if arm == "candidate" and await self._by_candidate(asked, serve, session):
             return
         rescued = arm == "candidate"

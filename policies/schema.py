@@ -2,8 +2,8 @@
 
 The parts stand in `edge.py` (the gateway), `discovery.py` (servers behind it), `slo.py` (its tiers
 and tenants), `state.py` (what gateways share), `engine.py` (the runtime) and `gating.py` (what is
-served only with a verdict). Every field has a
-description; `docs/policy.md` is tested to name each of them.
+served only with a verdict) and `tracing.py`. Every field has a description; `docs/policy.md` is
+tested to name each of them.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from policies.fields import PolicyModel, integer_one
 from policies.gating import Gate, Optimization
 from policies.slo import Tenant, Tier
 from policies.state import StateStore
+from policies.tracing import Tracing
 
 __all__ = [
     "Deployment",
@@ -42,6 +43,7 @@ __all__ = [
     "Tenant",
     "Tier",
     "Tiers",
+    "Tracing",
     "Upstream",
     "WeightFormat",
     "Weights",
@@ -71,6 +73,9 @@ class Deployment(PolicyModel):
         "this order: each was judged on top of those before it.",
     )
     gate: Gate = Field(Gate(), description="What lets an optimization go live.")
+    tracing: Tracing = Field(
+        Tracing(), description="Traces of requests: which are sampled, and which are kept."
+    )
 
     @model_validator(mode="after")
     def _serves_something(self) -> Deployment:

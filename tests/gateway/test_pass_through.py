@@ -124,7 +124,9 @@ async def test_headers_that_matter_reach_our_workers_and_others_do_not() -> None
     async with upstream() as fake, gateway(fake) as edge:
         response = await edge.post(HELLO, headers=sent | kept_back)
         got = fake.requests[0].headers
-        assert {name: got.get(name) for name in sent} == sent
+        joined = got["traceparent"].split("-")  # the trace goes on, in a span of ours
+        assert [*sent["traceparent"].split("-")[:2], "03"] == [*joined[:2], joined[3]]
+        assert {name: got.get(name) for name in sent} == sent | {"traceparent": "-".join(joined)}
         assert not set(kept_back) & set(got)
         assert got["accept-encoding"] == "identity"
         assert response.headers["x-request-id"] == "r-1"

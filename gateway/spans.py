@@ -1,0 +1,166 @@
+"""A request's trail as OpenTelemetry spans. Pure: the same trail gives the same spans.
+
+    SERVER   POST /v1/chat/completions   from the request's first byte to the answer's last
+      INTERNAL gateway.trim, gateway.prompt, gateway.admit, gateway.route
+      CLIENT   chat MODEL                each request to a replica; its spans join there
+
+What GenAI's conventions have a name for, telemetry/genai.py names; ours is `headgate.*`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+from urllib.parse import urlsplit
+
+from gateway.call import CHAT_PATH
+from gateway.phases import phases
+from gateway.trail import Hop, Interval, Trail
+from telemetry.genai import CHAT, LEAVES, TEXT, counted, requested
+from telemetry.trace import Event, Kind, Span, Status
+
+SERVICE = "headgate-gateway"
+WELL = frozenset(("200", "left"))  # outcomes of an attempt that are no failure of its replica
+
+
+def spans_of(trail: Trail) -> list[Span]:
+    """The root first."""
+    root = _span(trail, f"POST {trail.path}", "SERVER", trail.began, trail.ended, _facts(trail))
+    root.span_id, root.parent_id = trail.span_id, trail.parent_id
+    refused = 400 <= trail.status < 500  # the client's own doing
+    if trail.error and trail.error != LEAVES and not refused:
+        root.status = "ERROR"
+    if (hop := trail.answered) is not None and hop.first is not None and trail.stream:
+        root.events.append(Event("first_token", trail.at_s(hop.first)))
+    inside = list(_inside(trail))
+    for number, one in enumerate(inside, start=1):
+        one.span_id = f"{(int(trail.span_id, 16) + number) % 2**64:016x}"
+    return [root, *inside, *(_client(trail, hop) for hop in trail.hops)]
+
+
+def _inside(trail: Trail) -> Iterator[Span]:
+    """The gateway's own work."""
+    told: dict[str, Any]
+    if trail.trim.ended and trail.trimmed is not None:
+        trimmed = trail.trimmed
+        told = {
+            "headgate.trim.removed_tokens": trimmed.removed_tokens,
+            "headgate.trim.again_tokens": trimmed.again_tokens,
+            "headgate.trim.moved": trimmed.moved,
+        }
+        yield _part(trail, "gateway.trim", trail.trim, told)
+    if trail.prompt.ended:
+        receipt = trail.receipt
+        told = {"headgate.prompt_tokens": receipt.prompt_tokens} if receipt else {}
+        yield _part(trail, "gateway.prompt", trail.prompt, told)
+    if trail.admit.ended:
+        end = max(trail.admit.ended, trail.queue.ended)
+        tier = trail.service.tier if trail.service else ""
+        told = {"headgate.slo.tier": tier, "headgate.queue_s": round(trail.queue.s, 6)}
+        yield _part(trail, "gateway.admit", Interval(trail.admit.began, end), told)
+    if trail.hops:
+        hop = trail.hops[0]
+        began = max(trail.admit.ended, trail.queue.ended) or hop.began
+        yield _part(trail, "gateway.route", Interval(began, hop.began), _routed(hop))
+
+
+def _routed(hop: Hop) -> dict[str, Any]:
+    options, ask, choice = hop.decision.options, hop.decision.ask, hop.decision.choice
+    chosen, terms = options[choice.at], choice.terms[choice.at]
+    return {
+        "headgate.route.policy": ask.policy,
+        "headgate.route.candidates": [one.url for one in options],
+        "headgate.route.chosen": chosen.url,
+        "headgate.route.cached_tokens": chosen.cached_tokens,
+        "headgate.route.same_session": ask.hint == chosen.url,
+        "headgate.route.wait_s": round(terms.wait_s, 6),
+        "headgate.route.compute_s": round(terms.compute_s, 6),
+        "headgate.route.cost_s": round(terms.cost_s, 6),
+    }
+
+
+def _client(trail: Trail, hop: Hop) -> Span:
+    """One request to one replica."""
+    operation = CHAT if trail.path == CHAT_PATH else TEXT
+    where = urlsplit(hop.replica.url)
+    told: dict[str, Any] = {
+        "gen_ai.operation.name": operation,
+        "gen_ai.provider.name": hop.replica.kind,
+        "gen_ai.request.model": trail.model,
+        "gen_ai.request.stream": trail.stream,
+        **requested(trail.asked),
+        "server.address": where.hostname or "",
+        "server.port": where.port or (443 if where.scheme == "https" else 80),
+        "headgate.replica": hop.replica.url,
+        "headgate.attempt": trail.hops.index(hop) + 1,
+        "headgate.outcome": hop.outcome,
+    }
+    if hop.replica.fingerprint:
+        told["headgate.config.fingerprint"] = hop.replica.fingerprint
+    status: Status = "UNSET"
+    if hop.outcome not in WELL:
+        told["error.type"] = hop.outcome
+        status = "UNSET" if hop.outcome.startswith("4") else "ERROR"
+    elif hop.first is None or (trail.error == LEAVES and hop is trail.hops[-1]):
+        told["error.type"] = LEAVES
+    if hop.first is not None and trail.stream:
+        told["gen_ai.response.time_to_first_chunk"] = round(hop.first - hop.began, 6)
+    if hop is trail.hops[-1]:
+        if trail.answer_id:
+            told["gen_ai.response.id"] = trail.answer_id
+        if (usage := trail.usage) is not None:
+            told |= counted(usage.prompt_tokens, usage.answer_tokens, usage.cached_tokens)
+    ended = trail.ended if hop.ended is None else min(hop.ended, trail.ended)
+    span = _span(trail, f"{operation} {trail.model}", "CLIENT", hop.began, ended, told)
+    span.span_id, span.status = hop.span_id, status
+    if hop.first is not None:
+        span.events.append(Event("first_chunk", trail.at_s(hop.first)))
+    return span
+
+
+def _facts(trail: Trail) -> dict[str, Any]:
+    """Of the request as a whole."""
+    service, receipt = trail.service, trail.receipt
+    found: dict[str, Any] = {
+        "http.request.method": "POST",
+        "url.path": trail.path,
+        "http.response.status_code": trail.status or None,
+        "error.type": trail.error or None,
+        "headgate.request.id": trail.request_id,
+        "headgate.receipt": receipt.id if receipt else None,
+        "headgate.tenant": trail.tenant or None,
+        "headgate.arm": trail.arm or None,
+        "headgate.keep": trail.keep or None,
+    }
+    if service is not None:
+        found["headgate.slo.tier"] = service.tier
+        for name, target_ms, took_s in (
+            ("ttft", service.ttft_ms, trail.ttft_s), ("tpot", service.tpot_ms, trail.tpot_s),
+        ):  # fmt: skip
+            if target_ms is not None and took_s is not None:
+                found[f"headgate.slo.{name}_met"] = took_s <= target_ms / 1000
+    for name, s in phases(trail).items():
+        found[f"headgate.phase.{name}_s"] = round(s, 6)
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _part(trail: Trail, name: str, when: Interval, told: Mapping[str, Any]) -> Span:
+    return _span(trail, name, "INTERNAL", when.began, when.ended, told)
+
+
+def _span(
+    trail: Trail, name: str, kind: Kind, began: float, ended: float, told: Mapping[str, Any]
+) -> Span:
+    return Span(
+        trail.trace_id,
+        "",
+        trail.span_id,
+        name,
+        SERVICE,
+        kind,
+        trail.at_s(began),
+        trail.at_s(max(began, ended)),
+        attributes=told,
+        flags=trail.flags,
+        tracestate=trail.tracestate,
+    )

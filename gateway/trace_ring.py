@@ -1,0 +1,71 @@
+"""The latest traces of one gateway process, as its console and `headgate trace` read them.
+
+Keeps trails, which cost next to nothing; spans are made of them when somebody asks.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+from gateway.spans import spans_of
+from gateway.trail import Trail
+
+
+class Ring:
+    """So many at most; the oldest go first."""
+
+    def __init__(self, most: int) -> None:
+        self._kept: deque[Trail] = deque(maxlen=most)
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def keep(self, trail: Trail) -> None:
+        """One that has ended."""
+        self._kept.append(trail)
+
+    def recent(self, limit: int, *, slow: bool = False) -> list[dict[str, Any]]:
+        """The latest ones first; with `slow`, those that took longest."""
+        kept: Iterator[Trail] = reversed(self._kept)
+        if slow:
+            kept = iter(sorted(kept, key=lambda one: one.e2e_s, reverse=True))
+        return [told(one) for one, _ in zip(kept, range(limit), strict=False)]
+
+    def find(self, name: str) -> dict[str, Any] | None:
+        """By the id of the trace, the request, the receipt or the answer; the latest of several."""
+        found = self.trail(name)
+        return told(found) if found is not None else None
+
+    def trail(self, name: str) -> Trail | None:
+        """As `find`, before anything is made of it."""
+        return next((one for one in reversed(self._kept) if _is_named(one, name)), None)
+
+
+def _is_named(trail: Trail, name: str) -> bool:
+    receipt = trail.receipt
+    known = (trail.trace_id, trail.request_id, receipt.id if receipt else "")
+    return bool(name) and (name in known or name == trail.answer_id)
+
+
+def told(trail: Trail) -> dict[str, Any]:
+    """As JSON."""
+    service = trail.service
+    return {
+        "trace_id": trail.trace_id,
+        "request_id": trail.request_id,
+        "answer_id": trail.answer_id,
+        "receipt": trail.receipt.id if trail.receipt else "",
+        "tier": service.tier if service else "",
+        "model": trail.model,
+        "replica": trail.hops[-1].replica.url if trail.hops else "",
+        "arm": trail.arm,
+        "status": trail.status,
+        "error": trail.error,
+        "started_at": trail.at,
+        "e2e_s": trail.e2e_s,
+        "ttft_s": trail.ttft_s,
+        "keep": trail.keep,
+        "spans": [span.payload() for span in spans_of(trail)],
+    }

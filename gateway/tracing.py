@@ -1,0 +1,106 @@
+"""Which requests leave a trace, and where it goes: begins a trail, ends it, keeps it, sends it.
+
+Knows the policy's `tracing`; how spans are made and sent is spans.py's and telemetry/otlp.py's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from gateway.call import ClientGone, RawHeaders
+from gateway.phases import phases
+from gateway.reply import Reply
+from gateway.tallies import Tallies
+from gateway.trace_ring import Ring
+from gateway.trail import Trail, now
+from policies.tracing import Always, Tracing
+from runtime.wire import Problem
+from telemetry.genai import LEAVES
+from telemetry.trace import TRACEPARENT, begun, joined, new_span_id
+
+_TRACEPARENT = TRACEPARENT.encode()
+
+
+class Tracer:
+    """Of one gateway process."""
+
+    def __init__(self, settings: Tracing) -> None:
+        self.settings = settings
+        self.ring = Ring(settings.keep)
+
+    @property
+    def on(self) -> bool:
+        """Whether anybody will want spans."""
+        return self.settings.keep > 0
+
+    def begin(self, request_id: str, path: str, headers: RawHeaders, began: float) -> Trail:
+        """A request has come; `began`: its first byte, on the monotonic clock."""
+        trail = Trail(request_id, path, began)
+        if self.on:
+            self._join(trail, headers)
+        return trail
+
+    def _join(self, trail: Trail, headers: RawHeaders) -> None:
+        """The client's trace goes on, or a new one begins."""
+        parent = None
+        for name, value in headers:
+            if name == _TRACEPARENT:
+                parent = joined(value.decode("latin-1"))
+                break
+        if parent is None:
+            parent = begun(self.settings.share)
+        trail.trace_id, trail.parent_id = parent.trace_id, parent.span_id
+        trail.flags = parent.flags
+        trail.span_id = new_span_id()
+
+    def end(
+        self, trail: Trail, reply: Reply, error: BaseException | None, tallies: Tallies
+    ) -> None:
+        """It is over, and this ended it if anything did."""
+        trail.ended = now() if trail.last is None else trail.last
+        trail.status = reply.status
+        trail.error = error_of(error, reply.status) or _failure(trail)
+        if trail.service is not None:
+            spent = tallies.of(trail.service.tier).phase_s
+            for name, s in phases(trail).items():
+                spent[name] += s
+        if not self.on:
+            return
+        trail.keep = next((why for why in self.settings.always if self._is(trail, why)), "")
+        self.ring.keep(trail)
+
+    def _is(self, trail: Trail, why: Always) -> bool:
+        """Whether its trace is wanted for this."""
+        if why == "canary":
+            return trail.arm not in ("", "baseline")
+        if why == "error":
+            return trail.status >= 500 or (trail.error not in ("", LEAVES) and trail.status == 200)
+        if why == "slow":
+            return trail.e2e_s > self.settings.slow_s
+        service = trail.service
+        if service is None:
+            return False
+        ttft_s, tpot_s = trail.ttft_s, trail.tpot_s
+        return (service.ttft_ms is not None and ttft_s is not None
+                and 1000 * ttft_s > service.ttft_ms) or (
+                service.tpot_ms is not None and tpot_s is not None
+                and 1000 * tpot_s > service.tpot_ms)  # fmt: skip
+
+
+def _failure(trail: Trail) -> str:
+    """Of an answer that told one inside its stream."""
+    outcome = trail.hops[-1].outcome if trail.hops else "200"
+    return "" if outcome.isdigit() or outcome == "left" else outcome
+
+
+def error_of(error: BaseException | None, status: int) -> str:
+    """What `error.type` says; empty for an answer that came to its end."""
+    if isinstance(error, Problem):
+        return error.code or str(error.status)
+    if isinstance(error, ClientGone):
+        return LEAVES
+    if isinstance(error, asyncio.CancelledError):
+        return "stopped"
+    if error is not None:
+        return type(error).__name__
+    return "" if status < 400 else str(status)

@@ -1,0 +1,192 @@
+"""One request's moments on its way through the gateway, noted as it goes: a trace's cheap half.
+
+Moments are seconds of the monotonic clock. What is made of them, phases and spans, is made when the
+request has ended (phases.py, spans.py).
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from telemetry.genai import REQUEST
+from telemetry.phases import Phases
+from telemetry.trace import RANDOM, TRACEPARENT, new_span_id, traceparent
+
+if TYPE_CHECKING:
+    from gateway.call import Call
+    from gateway.receipt import Decision, Receipt
+    from gateway.replica import Replica
+    from gateway.tiers import Service
+    from gateway.trim import Trimmed
+    from gateway.usage import Usage
+
+HEAD_BYTES = 256  # of an answer, in which its id stands
+_ID = re.compile(rb'"id" ?: ?"([^"\\]{1,128})"')
+now = time.monotonic
+
+
+class Hop:
+    """One request to one replica."""
+
+    __slots__ = (
+        "began", "decision", "ended", "first", "outcome", "replica", "span_id", "told", "trail",
+    )  # fmt: skip
+
+    def __init__(self, trail: Trail, replica: Replica, decision: Decision) -> None:
+        self.trail = trail
+        self.replica = replica
+        self.decision = decision
+        self.span_id = new_span_id()
+        self.began = now()
+        self.first: float | None = None  # its first event, or the head of a whole answer
+        self.ended: float | None = None
+        self.outcome = "left"  # as `Tried` has it
+        self.told: Phases | None = None  # by the replica, of its own share of the time
+
+    def mark(self, headers: MutableMapping[str, str]) -> None:
+        """Lets the replica's spans join this one."""
+        trail = self.trail
+        if trail.trace_id:
+            headers[TRACEPARENT] = traceparent(trail.trace_id, self.span_id, trail.flags)
+
+    def answered(self, told: Phases | None, head: bytes) -> None:
+        """The answer has begun."""
+        self.first = now()
+        if told is not None:
+            self.told = told
+        if not self.trail.head:
+            self.trail.head = head[:HEAD_BYTES]
+
+    def end(self) -> None:
+        """The request has left the replica; twice is once."""
+        if self.ended is None:
+            self.ended = now()
+
+
+@dataclass(slots=True)
+class Interval:
+    """When a part of the way began and ended; both 0 where the request did not come so far."""
+
+    began: float = 0.0
+    ended: float = 0.0
+
+    def __enter__(self) -> None:
+        self.began = now()
+
+    def __exit__(self, *_: object) -> None:
+        self.ended = now()
+
+    @property
+    def s(self) -> float:
+        return max(0.0, self.ended - self.began)
+
+
+class Trail:
+    """One request."""
+
+    __slots__ = (
+        "admit", "arm", "asked", "at", "began", "done", "ended", "error", "flags", "head", "hops",
+        "keep", "last", "model", "parent_id", "path", "prompt", "queue", "receipt", "request_id",
+        "service", "span_id", "status", "stream", "tenant", "trace_id", "tracestate", "trim",
+        "trimmed", "usage",
+    )  # fmt: skip
+
+    def __init__(self, request_id: str, path: str, began: float) -> None:
+        self.request_id = request_id
+        self.path = path
+        self.began = began  # the first byte of the request
+        self.at = time.time() - (now() - began)  # the same, since 1970
+        self.trace_id = ""  # "": nothing but phases is wanted of it
+        self.parent_id = ""
+        self.span_id = ""
+        self.flags = RANDOM
+        self.tracestate = ""
+        self.model = ""
+        self.tenant = ""
+        self.stream = False
+        self.asked: Mapping[str, Any] = {}  # what the body says of how to answer; no text
+        self.service: Service | None = None
+        self.arm = ""
+        self.trim = Interval()
+        self.trimmed: Trimmed | None = None
+        self.prompt = Interval()  # templated, tokenized, hashed
+        self.admit = Interval()  # limits
+        self.queue = Interval()
+        self.receipt: Receipt | None = None
+        self.hops: list[Hop] = []
+        self.head = b""  # of the answer
+        self.done: float | None = None  # the replica has said everything
+        self.last: float | None = None  # the last byte has gone to the client
+        self.ended = 0.0
+        self.status = 0
+        self.error = ""
+        self.usage: Usage | None = None
+        self.keep = ""  # why its trace is sent whether sampled or not
+
+    # ---- noted on the way -----------------------------------------------------------------------
+
+    def parsed(self, call: Call, tenant: str) -> None:
+        """What is asked for is known."""
+        self.model = call.model
+        self.stream = call.stream
+        self.tenant = tenant
+        data = call.data
+        self.asked = {name: data[name] for name in REQUEST if name in data}
+        self.tracestate = call.headers.get("tracestate", "")
+
+    def hop(self, replica: Replica, receipt: Receipt) -> Hop:
+        """It is being sent there."""
+        self.receipt = receipt
+        hop = Hop(self, replica, receipt.decisions[-1])
+        self.hops.append(hop)
+        return hop
+
+    def whole(self, body: bytes) -> None:
+        """An answer that is no stream is about to go."""
+        self.done = now()
+        self.head = body[:HEAD_BYTES]
+
+    def said(self, told: Phases | None) -> None:
+        """The replica has said everything, and perhaps how long that took it."""
+        self.done = now()
+        if told is not None and self.hops:
+            self.hops[-1].told = told
+
+    # ---- read afterwards ------------------------------------------------------------------------
+
+    @property
+    def answered(self) -> Hop | None:
+        """The first attempt that had an answer; later ones go on with it."""
+        return next((hop for hop in self.hops if hop.first is not None), None)
+
+    @property
+    def ttft_s(self) -> float | None:
+        """Of a stream: until its first event was here."""
+        hop = self.answered
+        return hop.first - self.began if self.stream and hop and hop.first is not None else None
+
+    @property
+    def tpot_s(self) -> float | None:
+        """Of a stream whose tokens were counted."""
+        hop, usage, done = self.answered, self.usage, self.done
+        if not self.stream or usage is None or usage.answer_tokens < 2 or done is None:
+            return None
+        return (done - hop.first) / (usage.answer_tokens - 1) if hop and hop.first else None
+
+    @property
+    def e2e_s(self) -> float:
+        return self.ended - self.began
+
+    @property
+    def answer_id(self) -> str:
+        """As the answer names itself; "" where it has none."""
+        found = _ID.search(self.head)
+        return found.group(1).decode("utf-8", "replace") if found else ""
+
+    def at_s(self, moment: float) -> float:
+        """A moment in seconds since 1970."""
+        return self.at + (moment - self.began)

@@ -1,0 +1,51 @@
+"""OpenTelemetry's names for what generative models are asked and answer: the one mapping.
+
+Semantic conventions 1.41, the last in which they stood among the others; what those have no name
+for is `headgate.*`, and named where it is known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+CHAT, TEXT = "chat", "text_completion"
+# field of a body -> attribute, and its type
+REQUEST: Mapping[str, tuple[str, type]] = {
+    "model": ("gen_ai.request.model", str),
+    "max_completion_tokens": ("gen_ai.request.max_tokens", int),
+    "max_tokens": ("gen_ai.request.max_tokens", int),
+    "temperature": ("gen_ai.request.temperature", float),
+    "top_p": ("gen_ai.request.top_p", float),
+    "top_k": ("gen_ai.request.top_k", int),
+    "seed": ("gen_ai.request.seed", int),
+    "n": ("gen_ai.request.choice.count", int),
+    "frequency_penalty": ("gen_ai.request.frequency_penalty", float),
+    "presence_penalty": ("gen_ai.request.presence_penalty", float),
+}
+LEAVES = "client_cancelled"  # an `error.type` that is nobody's failure
+
+
+def requested(body: Mapping[str, Any]) -> dict[str, Any]:
+    """What a request's body says of how to answer."""
+    found: dict[str, Any] = {}
+    for name, (attribute, kind) in REQUEST.items():
+        value = body.get(name)
+        if type(value) is int and kind is float:
+            value = float(value)
+        if type(value) is kind and attribute not in found:
+            found[attribute] = value
+    if (stop := body.get("stop")) is not None:
+        stops = [stop] if isinstance(stop, str) else stop
+        found["gen_ai.request.stop_sequences"] = [str(one) for one in stops]
+    return found
+
+
+def counted(prompt: Any, answer: Any, cached: Any) -> dict[str, int]:
+    """Tokens as a server counts them; what is no count is left out."""
+    found = {
+        "gen_ai.usage.input_tokens": prompt,
+        "gen_ai.usage.output_tokens": answer,
+        "gen_ai.usage.cache_read.input_tokens": cached,
+    }
+    return {name: value for name, value in found.items() if type(value) is int}

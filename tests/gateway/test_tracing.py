@@ -1,0 +1,191 @@
+"""Traces of a gateway: what is kept of a request, what goes on with it, and who may read it."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from hypothesis import given, strategies as st
+
+from gateway.phases import PHASES
+from telemetry.trace import begun, joined, traceparent
+from tests.gateway.world import (
+    DONE,
+    HELLO,
+    STREAMED,
+    Peer,
+    Replica,
+    gateway,
+    held,
+    on_loop,
+    pong,
+    until,
+    upstream,
+)
+
+PARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-03"
+
+
+def named(trace: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    return [span for span in trace["spans"] if span["name"] == name]
+
+
+async def only(front: Any) -> dict[str, Any]:
+    """The one trace that is kept, once its request has ended."""
+    await until(lambda: len(front.live.edge.tracer.ring) == 1)
+    return (await front.client.get("/admin/traces")).json()["traces"][0]
+
+
+@on_loop
+async def test_a_request_leaves_one_tree_of_spans_that_its_replica_joins() -> None:
+    """The replica's `traceparent` names the CLIENT span; flags are those of the caller's, as bits;
+    `tracestate` and `baggage` go on."""
+    more = {"traceparent": PARENT, "tracestate": "a=1", "baggage": "b=2"}
+    async with upstream() as fake, gateway(fake) as front:
+        answer = await front.post(STREAMED, headers={**more, "x-request-id": "mine"})
+        trace = await only(front)
+        told = fake.requests[0].headers
+    (client,) = named(trace, "chat m")
+    assert told["traceparent"] == f"00-{trace['trace_id']}-{client['span_id']}-03"
+    assert (told["tracestate"], told["baggage"]) == ("a=1", "b=2")
+    (root,) = named(trace, "POST /v1/chat/completions")
+    assert trace["trace_id"] == PARENT.split("-")[1]
+    assert root["parent_id"] == PARENT.split("-")[2]
+    parents = {span["parent_id"] for span in trace["spans"] if span is not root}
+    assert parents == {root["span_id"]}
+    assert [span["kind"] for span in trace["spans"]] == [
+        "SERVER", "INTERNAL", "INTERNAL", "INTERNAL", "CLIENT",
+    ]  # fmt: skip
+    assert all(
+        root["start_s"] <= span["start_s"] <= span["end_s"] <= root["end_s"] + 1e-6
+        for span in trace["spans"]
+    )
+    assert trace["request_id"] == "mine"
+    assert root["attributes"]["headgate.receipt"] == answer.headers["x-headgate-receipt"]
+    phases = [root["attributes"][f"headgate.phase.{name}_s"] for name in PHASES]
+    assert abs(sum(phases) - trace["e2e_s"]) < 1e-4
+
+
+@on_loop
+async def test_a_trace_is_found_by_the_id_of_request_receipt_and_answer() -> None:
+    async def answer(peer: Peer) -> None:
+        await peer.json({"id": "chatcmpl-7", "choices": []})
+
+    async with upstream(answer) as fake, gateway(fake) as front:
+        answered = await front.post(HELLO)
+        trace = await only(front)
+        names = ("x-request-id", "x-headgate-receipt")
+        for name in (*(answered.headers[one] for one in names), "chatcmpl-7", trace["trace_id"]):
+            found = await front.client.get(f"/admin/traces/{name}")
+            assert found.json()["trace_id"] == trace["trace_id"]
+        missing = await front.client.get("/admin/traces/none")
+    assert missing.status_code == 404
+    assert missing.json()["error"]["code"] == "trace_not_found"
+
+
+@on_loop
+async def test_a_client_that_leaves_is_no_error_and_a_replica_that_fails_is_one() -> None:
+    """Both end their spans; the failed attempt and the one that followed are two spans of one
+    trace."""
+    turns = iter((500, 200))
+
+    async def answer(peer: Peer) -> None:
+        if next(turns) == 500:
+            await peer.json({"error": {"message": "no"}}, 500)
+        else:
+            await pong(peer)
+
+    async with upstream(answer) as fake, gateway(fake) as front:
+        await front.post(STREAMED)
+        retried = await only(front)
+        fake.answer = held(asyncio.Event(), b'data: {"choices":[]}\n\n')
+        reader, writer = await front.send(STREAMED)
+        await reader.readuntil(b"choices")
+        writer.transport.abort()
+        ring = front.live.edge.tracer.ring
+        await until(lambda: len(ring) == 2)
+        left = ring.recent(1)[0]
+    clients = named(retried, "chat m")
+    assert [one["attributes"]["headgate.outcome"] for one in clients] == ["500", "200"]
+    assert [one["status"] for one in clients] == ["ERROR", "UNSET"]
+    assert retried["error"] == ""
+    assert left["error"] == "client_cancelled"
+    assert {span["status"] for span in left["spans"]} == {"UNSET"}
+    assert named(left, "chat m")[0]["attributes"]["error.type"] == "client_cancelled"
+
+
+@on_loop
+async def test_server_timing_says_where_the_time_went_and_a_worker_is_asked_for_its_share() -> None:
+    """A worker's comments are for the gateway alone: the client gets neither, and the phases are
+    counted by tier."""
+
+    async def answer(peer: Peer) -> None:
+        assert peer.request.headers["x-headgate-timing"] == "1"
+        await peer.stream(
+            b': timing 2000.000,3000.000,0.000\n\ndata: {"choices":[]}\n\n',
+            b": timing 0.010,0.020,0.030\n\n" + DONE,
+        )
+
+    def worker(url: str) -> Replica:
+        return Replica(url, own=True, kind="headgate")
+
+    async with upstream(answer) as fake, gateway(worker(fake.url)) as front:
+        answered = await front.post(STREAMED)
+        await only(front)
+        spent = front.live.edge.admission.tallies.of("standard").phase_s
+    assert answered.content == b'data: {"choices":[]}\n\n' + DONE
+    timing = answered.headers["server-timing"]
+    for name in ("route", "replica_queue", "prefill", "first_token", "total"):
+        assert f"{name};dur=" in timing
+    assert spent["replica_queue"] == 1e-5
+    assert spent["prefill"] == 2e-5
+    assert spent["decode"] <= 3e-5
+    assert spent["network"] > 0
+
+
+@on_loop
+async def test_a_refused_request_leaves_a_trace_of_its_own() -> None:
+    async with upstream() as fake, gateway(fake) as front:
+        refused = await front.post({"model": "m"})
+        trace = await only(front)
+    assert refused.status_code == trace["status"] == 400
+    assert "total;dur=" in refused.headers["server-timing"]
+    assert [span["status"] for span in trace["spans"]] == ["UNSET"]
+
+
+# ---- traceparent --------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 2**128 - 1), st.integers(1, 2**64 - 1), st.integers(0, 255))
+def test_a_traceparent_that_was_written_is_read_again(trace: int, span: int, flags: int) -> None:
+    """Flags are bits: what is not known is not passed on."""
+    found = joined(traceparent(f"{trace:032x}", f"{span:016x}", flags))
+    assert found is not None
+    assert (int(found.trace_id, 16), int(found.span_id, 16)) == (trace, span)
+    assert found.flags == flags & 3
+    assert found.sampled == bool(flags & 1)
+
+
+@given(st.text(max_size=70))
+def test_any_text_is_no_traceparent(text: str) -> None:
+    assert joined(text) is None
+
+
+def test_what_is_no_traceparent_is_not_joined() -> None:
+    """Version ff is forbidden, ids of zeros are none; what follows a later version is ignored."""
+    version, trace, span, flags = PARENT.split("-")
+    for wrong in (
+        f"ff-{trace}-{span}-{flags}",
+        f"{PARENT}-more",
+        f"{version}-{'0' * 32}-{span}-{flags}",
+        f"{version}-{trace}-{'0' * 16}-{flags}",
+        f"{version}-{trace.upper()}-{span}-{flags}",
+    ):
+        assert joined(wrong) is None, wrong
+    assert joined(f"01-{trace}-{span}-{flags}-more") == joined(PARENT)
+
+
+def test_a_share_of_new_traces_is_sampled() -> None:
+    assert all(begun(1.0).sampled for _ in range(20))
+    assert not any(begun(0.0).sampled for _ in range(20))
+    assert 0 < sum(begun(0.5).sampled for _ in range(200)) < 200
