@@ -1,0 +1,346 @@
+"""The Kubernetes manifests: Kubernetes' own schemas, and what no schema knows: names that meet."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+
+from policies.load import load
+from policies.schema import Deployment
+
+ROOT = Path(__file__).parents[2]
+DEPLOY = ROOT / "deploy" / "kubernetes"
+FOLDERS = ("runtime", "vllm", "example")
+MARGIN_S = 10.0  # between the end of a drain and SIGKILL
+DNS_S = 5.0  # for which CoreDNS lets answers for headless services be kept
+# Kinds of others, which Kubernetes' schemas do not have; their rules are below.
+FOREIGN = {"HTTPRoute", "PodMonitor", "ScaledObject"}
+
+Object = Mapping[str, Any]
+
+
+def documents(text: str) -> list[Object]:
+    return [one for one in YAML(typ="safe").load_all(text) if one is not None]
+
+
+def rendered(folder: Path) -> list[Object]:
+    """What `kubectl apply -k` would send."""
+    if shutil.which("kubectl") is None:
+        pytest.skip("kubectl, which renders kustomizations, is not installed")
+    done = subprocess.run(
+        ["kubectl", "kustomize", str(folder)], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    return documents(done.stdout)
+
+
+@pytest.fixture(scope="module", params=FOLDERS)
+def objects(request: pytest.FixtureRequest) -> list[Object]:
+    return rendered(DEPLOY / request.param)
+
+
+@pytest.fixture(scope="module")
+def with_keda(tmp_path_factory: pytest.TempPathFactory) -> list[Object]:
+    """The runtime, scaled by KEDA: a kustomization as a user would write it."""
+    folder = tmp_path_factory.mktemp("keda")
+    kustomization = folder / "kustomization.yaml"
+    kustomization.write_text(
+        f"resources: [{os.path.relpath(DEPLOY / 'runtime', folder.resolve())}]\n"
+        f"components: [{os.path.relpath(DEPLOY / 'keda', folder.resolve())}]\n"
+    )
+    return rendered(folder)
+
+
+def of_kind(objects: Sequence[Object], *kinds: str) -> list[Object]:
+    return [one for one in objects if one["kind"] in kinds]
+
+
+def name_of(one: Object) -> str:
+    return str(one["metadata"]["name"])
+
+
+def pods(objects: Sequence[Object]) -> Iterator[tuple[str, Object, Object]]:
+    """Name, labels and pod specification of each workload."""
+    for one in of_kind(objects, "Deployment", "StatefulSet"):
+        template = one["spec"]["template"]
+        yield name_of(one), template["metadata"]["labels"], template["spec"]
+
+
+def containers(objects: Sequence[Object]) -> Iterator[tuple[str, Object, Object]]:
+    for name, _, pod in pods(objects):
+        for container in pod["containers"]:
+            yield name, pod, container
+
+
+def policies(objects: Sequence[Object], folder: Path) -> dict[str, Deployment]:
+    """The policies in ConfigMaps, read by our own loader."""
+    found = {}
+    for one in of_kind(objects, "ConfigMap"):
+        for name, text in one["data"].items():
+            file = folder / name
+            file.write_text(text)
+            found[name] = load(file)
+    return found
+
+
+# ---- schemas ------------------------------------------------------------------------------------
+
+
+def schema_problems(one: Object) -> str | None:
+    validate = pytest.importorskip("kubernetes_validate", reason="kubernetes-validate is missing")
+    try:
+        validate.validate(one, "1.32", strict=True)
+    except validate.ValidationError as error:
+        return f"{one['kind']} {name_of(one)}: {error.message} at {list(error.path)}"
+    return None
+
+
+def test_every_object_is_what_kubernetes_own_schema_says(
+    objects: list[Object], with_keda: list[Object]
+) -> None:
+    """Strictly: a field that Kubernetes does not know is a mistake, too."""
+    ours = [one for one in (*objects, *with_keda) if one["kind"] not in FOREIGN]
+    assert len(ours) > 15
+    assert not [problem for one in ours if (problem := schema_problems(one))]
+    broken = {**ours[0], "metadata": {"name": "x", "lables": {}}}
+    assert "lables" in str(schema_problems(broken))
+
+
+def test_a_route_leads_clients_to_what_they_need_and_nothing_else() -> None:
+    """By the Gateway API's rules: a backend that is there, no deadline on streams, /v1 alone."""
+    objects = rendered(DEPLOY / "example")
+    (route,) = of_kind(objects, "HTTPRoute")
+    assert route["apiVersion"] == "gateway.networking.k8s.io/v1"
+    assert set(route["spec"]) == {"parentRefs", "hostnames", "rules"}
+    (rule,) = route["spec"]["rules"]
+    assert set(rule) <= {"matches", "filters", "backendRefs", "timeouts", "name"}
+    assert [one["path"] for one in rule["matches"]] == [{"type": "PathPrefix", "value": "/v1"}]
+    assert set(rule["timeouts"].values()) == {"0s"}  # GEP-2257: off
+    (backend,) = rule["backendRefs"]
+    services = {name_of(one): one for one in of_kind(objects, "Service")}
+    assert backend["port"] in [port["port"] for port in services[backend["name"]]["spec"]["ports"]]
+
+
+def test_scrapes_find_a_port_and_a_key_and_are_let_in() -> None:
+    objects = rendered(DEPLOY / "example")
+    monitors = of_kind(objects, "PodMonitor")
+    assert len(monitors) == 2
+    for monitor in monitors:
+        wanted = monitor["spec"]["selector"]["matchLabels"]
+        (pod,) = [pod for _, labels, pod in pods(objects) if wanted.items() <= labels.items()]
+        (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
+        assert endpoint["port"] in ports_of(pod)
+        assert endpoint["authorization"]["credentials"]["name"] == "headgate"
+    engine = next(
+        one for one in of_kind(objects, "NetworkPolicy") if name_of(one) == "headgate-engine"
+    )
+    sources = [next(iter(source)) for rule in engine["spec"]["ingress"] for source in rule["from"]]
+    assert sources == ["podSelector", "namespaceSelector"]
+
+
+def test_keda_asks_for_the_same_numbers_as_the_autoscaler_that_it_replaces(
+    with_keda: list[Object],
+) -> None:
+    """One of them scales a StatefulSet, never both; bounds, thresholds and metrics agree."""
+    plain = rendered(DEPLOY / "runtime")
+    (replaced,) = [one for one in autoscalers(plain) if name_of(one) == "headgate-engine"]
+    assert [name_of(one) for one in autoscalers(with_keda)] == ["headgate-gateway"]
+    (scaled,) = of_kind(with_keda, "ScaledObject")
+    spec = scaled["spec"]
+    assert spec["scaleTargetRef"] == replaced["spec"]["scaleTargetRef"]
+    bounds = (spec["minReplicaCount"], spec["maxReplicaCount"])
+    assert bounds == (replaced["spec"]["minReplicas"], replaced["spec"]["maxReplicas"])
+    assert [float(trigger["metadata"]["threshold"]) for trigger in spec["triggers"]] == [
+        quantity(metric["external"]["target"]["averageValue"])
+        for metric in replaced["spec"]["metrics"]
+    ]
+    for trigger in spec["triggers"]:
+        assert set(trigger) == {"type", "metricType", "metadata"}
+        assert trigger["metricType"] == "AverageValue"
+
+
+# ---- names that meet ----------------------------------------------------------------------------
+
+
+def ports_of(pod: Object) -> set[str]:
+    return {port["name"] for one in pod["containers"] for port in one.get("ports", ())}
+
+
+def autoscalers(objects: Sequence[Object]) -> list[Object]:
+    return of_kind(objects, "HorizontalPodAutoscaler")
+
+
+def quantity(text: str) -> float:
+    return float(text.removesuffix("k")) * (1000 if text.endswith("k") else 1)
+
+
+def test_selectors_find_pods_and_ports_are_there(objects: list[Object]) -> None:
+    """Of services, budgets, network policies and workloads, each finds exactly one kind of pod."""
+    labelled = {name: labels for name, labels, _ in pods(objects)}
+    named = {name: ports_of(pod) for name, _, pod in pods(objects)}
+    for one in of_kind(objects, "Service", "PodDisruptionBudget", "NetworkPolicy", "StatefulSet"):
+        spec = one["spec"]
+        selector = spec["podSelector" if one["kind"] == "NetworkPolicy" else "selector"]
+        wanted = selector.get("matchLabels", selector)
+        (found,) = [name for name, has in labelled.items() if wanted.items() <= has.items()]
+        if one["kind"] == "Service":
+            assert {port["targetPort"] for port in spec["ports"]} <= named[found]
+        if one["kind"] == "StatefulSet":
+            assert spec["serviceName"] in [name_of(s) for s in of_kind(objects, "Service")]
+    for _, _, container in containers(objects):
+        for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+            way = container[probe].get("httpGet") or container[probe]["tcpSocket"]
+            assert way["port"] in {port["name"] for port in container["ports"]}
+
+
+def test_what_pods_mount_and_read_is_there(objects: list[Object]) -> None:
+    """ConfigMaps by the names that they get, mounts by their volumes, policies at their paths."""
+    maps = {name_of(one): one for one in of_kind(objects, "ConfigMap")}
+    for _, pod, container in containers(objects):
+        volumes = {volume["name"]: volume for volume in pod["volumes"]}
+        for mount in container["volumeMounts"]:
+            volume = volumes[mount["name"]]
+            if "configMap" in volume:
+                data = maps[volume["configMap"]["name"]]["data"]
+                asked = [
+                    word for word in container["command"] if word.startswith(mount["mountPath"])
+                ]
+                assert [Path(word).name for word in asked] == list(data)
+        for source in container.get("envFrom", ()):
+            assert source["secretRef"]["name"] == "headgate"
+
+
+def test_nothing_runs_as_root_or_writes_where_it_should_not(objects: list[Object]) -> None:
+    """The restricted Pod Security Standard, a read-only file system, no token of Kubernetes."""
+    for _, pod, container in containers(objects):
+        assert pod["automountServiceAccountToken"] is False
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        assert pod["securityContext"]["runAsUser"] > 0
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert container["securityContext"] == {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        }
+        assert container["resources"]["limits"]["memory"]
+        assert not container["image"].endswith(":latest")
+
+
+# ---- life and death -----------------------------------------------------------------------------
+
+
+def stop_s(pod: Object) -> tuple[float, float]:
+    """Seconds before SIGTERM, and in all before SIGKILL."""
+    (container,) = pod["containers"]
+    wait_s = container["lifecycle"]["preStop"]["sleep"]["seconds"]
+    return float(wait_s), float(pod["terminationGracePeriodSeconds"])
+
+
+def test_a_drain_ends_before_the_pod_is_killed(objects: list[Object], tmp_path: Path) -> None:
+    """preStop, drain_s and a margin fit into the grace period; an engine waits until gateways have
+    looked again for who is there."""
+    found = policies(objects, tmp_path)
+    drains = {"headgate-gateway": found["gateway.yaml"].gateway.drain_s}
+    engine = found.get("runtime.yaml")
+    drains["headgate-engine"] = engine.gateway.drain_s if engine else shutdown_s(objects)
+    for name, _, pod in pods(objects):
+        wait_s, kill_s = stop_s(pod)
+        assert wait_s + drains[name] + MARGIN_S <= kill_s, name
+        if name == "headgate-engine":
+            looks = [one.every_s for one in found["gateway.yaml"].discovery]
+            assert wait_s >= max(looks, default=0.0) + DNS_S
+
+
+def shutdown_s(objects: Sequence[Object]) -> float:
+    """What vLLM was told."""
+    words = [word for _, _, one in containers(objects) for word in one.get("args", ())]
+    return float(next(w for w in words if w.startswith("--shutdown-timeout=")).partition("=")[2])
+
+
+def test_a_gateway_without_replicas_is_not_ready_and_not_killed(objects: list[Object]) -> None:
+    """Its health is 503 then: traffic stays away by readiness; a restart would help nobody."""
+    (gateway,) = [one for name, _, one in containers(objects) if name == "headgate-gateway"]
+    assert gateway["readinessProbe"]["httpGet"]["path"] == "/health"
+    for probe in ("startupProbe", "livenessProbe"):
+        assert set(gateway[probe]) & {"httpGet", "tcpSocket"} == {"tcpSocket"}
+
+
+def test_the_policies_serve_and_point_at_the_engines(objects: list[Object], tmp_path: Path) -> None:
+    """Read by our own loader: addresses, ports and keys are those of the pods and the secret."""
+    found = policies(objects, tmp_path)
+    gateway = found["gateway.yaml"]
+    edge = gateway.gateway
+    (front,) = [one for name, _, one in containers(objects) if name == "headgate-gateway"]
+    assert (edge.host, edge.port) == ("0.0.0.0", front["ports"][0]["containerPort"])
+    assert edge.tenants
+    assert edge.store is not None  # there are two or more
+    assert edge.secret_env is not None
+    (engine,) = [one for name, _, one in containers(objects) if name == "headgate-engine"]
+    port = engine["ports"][0]["containerPort"]
+    key = next(one for one in engine["env"] if "valueFrom" in one)
+    for source in gateway.discovery:
+        assert (source.dns, source.port) == ("headgate-engine", port)
+        assert source.api_key_env == key["valueFrom"]["secretKeyRef"]["key"]
+    (engines,) = of_kind(objects, "StatefulSet")
+    expected = [
+        f"http://headgate-engine-{index}.headgate-engine:{port}"
+        for index in range(engines["spec"].get("replicas", 0))
+    ]
+    assert [one.url for one in gateway.upstreams] == expected
+    for upstream in gateway.upstreams:
+        assert upstream.kv_events is not None
+        assert upstream.kv_events.endpoint == upstream.url.replace("http", "tcp").replace(
+            str(port), "5557"
+        )
+    assert bool(gateway.discovery) != bool(gateway.upstreams)
+    runtime = found.get("runtime.yaml")
+    if runtime is not None:
+        assert runtime.runtime is not None
+        assert runtime.runtime.key_env == key["name"]
+        assert edge.running_per_replica == runtime.runtime.max_sequences
+        assert str(port) in engine["command"]
+
+
+# ---- scaling ------------------------------------------------------------------------------------
+
+
+def test_an_autoscaler_owns_the_number_of_what_it_scales(objects: list[Object]) -> None:
+    """Its target is there and has no `replicas` of its own; nothing has two autoscalers."""
+    workloads = {name_of(one): one for one in of_kind(objects, "Deployment", "StatefulSet")}
+    targets = [one["spec"]["scaleTargetRef"] for one in autoscalers(objects)]
+    assert len({target["name"] for target in targets}) == len(targets) >= 1
+    for target in targets:
+        found = workloads[target["name"]]
+        assert (found["kind"], found["apiVersion"]) == (target["kind"], target["apiVersion"])
+        assert "replicas" not in found["spec"]
+
+
+def test_the_adapter_has_every_metric_that_is_asked_for_and_we_tell_its_series() -> None:
+    """What autoscalers ask for, the Prometheus adapter's rules name, by series of our pages."""
+    (values,) = documents((DEPLOY / "prometheus-adapter.yaml").read_text())
+    asked = {
+        kind: {
+            metric[kind.lower()]["metric"]["name"]
+            for one in autoscalers(rendered(DEPLOY / "runtime"))
+            for metric in one["spec"]["metrics"]
+            if metric["type"] == kind
+        }
+        for kind in ("Pods", "External")
+    }
+    rules = values["rules"]
+    assert {rule["name"]["as"] for rule in rules["custom"]} == asked["Pods"]
+    assert {rule["name"]["as"] for rule in rules["external"]} == asked["External"]
+    told = (ROOT / "docs" / "metrics.md").read_text()
+    queries = [rule["seriesQuery"] for rule in (*rules["custom"], *rules["external"])]
+    queries += re.findall(r"query: sum\((\S+)\)", (DEPLOY / "keda/scaledobject.yaml").read_text())
+    assert len(queries) == 5
+    for query in queries:
+        assert f"`{query.partition('{')[0]}`" in told
