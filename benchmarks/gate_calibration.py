@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.lab import calibrating
+from benchmarks.lab import calibrating, calibrating_growth
 from benchmarks.lab.calibrating import ALPHA, Rates
 from benchmarks.lab.report import About, Goal, Measured, Settings, run
 
@@ -19,7 +19,9 @@ ABOUT = About(
         "fixed seeds, and counts verdicts (alpha 0.05). `false_pass`: how often a candidate passes "
         "whose loss is just the margin: right or wrong answers on their own and in clusters, "
         "graded scores, bets for few, latency quantiles on a machine that drifts, equality of "
-        "tokens, rare events, distance of laws, e-processes looked at after every pair. `power`: "
+        "tokens, ratios of items, rare events, distance of laws, e-processes looked at after every "
+        "pair. `false_alarm`: how often a candidate that stays as it is is said to get worse with "
+        "its turns or with time, in a run or in a rollout; `found`: one that does. `power`: "
         "how often a plan's pairs pass when nothing is lost (planned: 0.8). `flagged`: how often "
         "an arm is told from itself (two sides, 0.1). `usual`: what other tests would have done, "
         "which no goal counts. `worst` is the worst of so many settings, `beyond error` that less "
@@ -27,6 +29,7 @@ ABOUT = About(
     ),
     goals=(
         Goal("false_pass", ALPHA, "at most", "false pass at the margin at most alpha, every test"),
+        Goal("false_alarm", ALPHA, "at most", "what stays as it is is called worse at most alpha"),
         Goal("power_off", 0.03, "at most", "power within 3 points of the plan, from 200 pairs on"),
         Goal("power_short", 0.01, "at most", "power nowhere more than a point below the plan"),
         Goal("aa_flagged", 2 * ALPHA, "at most", "an arm told from itself at the nominal rate"),
@@ -42,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def measure(settings: Settings) -> Measured:
     found: dict[str, Rates] = {}
-    for number, (name, part) in enumerate(calibrating.PARTS.items()):
+    parts = {**calibrating.PARTS, **calibrating_growth.PARTS}
+    for number, (name, part) in enumerate(parts.items()):
         settings.progress(name)
         rng = np.random.default_rng([SEED, number])
         found |= {
@@ -76,6 +80,7 @@ def goals(found: Mapping[str, Rates]) -> dict[str, float]:
     short = [PLANNED - rate - 3 * error(rate, count) for rate, count in power.values()]
     return {
         "false_pass": worst_beyond_error(found, ".false_pass"),
+        "false_alarm": worst_beyond_error(found, ".false_alarm"),
         "power_off": max(abs(rate - PLANNED) - 3 * error(rate, count) for rate, count in large),
         "power_short": max(0.0, *short),
         "aa_flagged": worst_beyond_error(found, ".flagged"),

@@ -30,7 +30,9 @@ _Test = Callable[[Question, Sequence[Pair], Stats], Answer]
 _BY_KIND: Mapping[str, _Test] = {
     "share": shares.paired, "time": ratios.times, "rate": ratios.rates, "tokens": ratios.tokens,
 }  # fmt: skip
-_BY_TEST: Mapping[str, _Test] = {"rate_max": shares.rate, "mean_max": shares.mean}
+_BY_TEST: Mapping[str, _Test] = {
+    "rate_max": shares.rate, "percentile_max": shares.rate, "mean_max": shares.mean,
+}  # fmt: skip
 
 
 def answer(
@@ -179,7 +181,7 @@ def _power(
 ) -> tuple[float | None, int | None]:
     """The smallest effect that so many pairs show, and the pairs that the margin needs."""
     alpha, power, n = stats.alpha, stats.power, estimate.n
-    if question.test == "rate_max" and question.unit == "share":
+    if question.test in ("rate_max", "percentile_max") and question.unit == "share":
         events = math.ceil(estimate.estimate * n - 1e-9)
         proven = estimate.estimate < question.bound
         return estimate.high, trials_needed(question.bound, alpha, events) if proven else None

@@ -32,12 +32,13 @@ from evals.questions import Question, questions
 from evals.sensitivity import check_aa, check_sabotage
 from evals.stats.many import holm
 from evals.strata import AFFECTED, ALL, affected, strata, touched, traces
+from evals.trends import check_trend
 from evals.verdict import Control, Decision, Finding, Side, Verdict
 from evals.words import sentence
 from policies.hypothesis import Hypothesis
 from telemetry import Observation
 
-# Control -> what a verdict is called when it does not hold. All but the last make it invalid.
+# Control -> what a verdict is called when it does not hold.
 CONTROLS: Mapping[str, tuple[Decision, str]] = {
     "errors": ("invalid", "errors"),
     "fingerprint": ("invalid", "fingerprint_mismatch"),
@@ -45,6 +46,7 @@ CONTROLS: Mapping[str, tuple[Decision, str]] = {
     "activation": ("invalid", "not_activated"),
     "aa": ("invalid", "aa_failed"),
     "sabotage": ("inconclusive", "insensitive"),
+    "trend": ("inconclusive", "gets_worse"),
 }
 # Strata that must pass by themselves; others can only fail.
 _MUST_PASS = (ALL, AFFECTED)
@@ -79,6 +81,7 @@ def judge(
             hypothesis.activation, pairs, touched(pairs, fields) if fields else None, facts
         ),
         *_arm_controls(hypothesis, asked, floor, pair_control(base, arms.get(SABOTAGE, []))),
+        check_trend(asked, pairs),
     )
     decision, reason, reasons = _decide(findings, controls)
     return Verdict(
@@ -208,8 +211,8 @@ def _decide(
             return decision, reason, _said(broken, failed)
     if failed:
         return "fail", "", _said({}, [*failed, *(one for one in open_ if one not in failed)])
-    if "sabotage" in broken:
-        return "inconclusive", "insensitive", _said(broken, open_)
+    if blind := next((name for name in CONTROLS if name in broken), None):
+        return *CONTROLS[blind], _said(broken, open_)
     if open_:
         named = {one.reason for one in open_}
         reason = TOO_FEW if TOO_FEW in named else next(one.reason for one in open_)

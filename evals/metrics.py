@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Literal
 
@@ -125,6 +125,16 @@ def metric(name: str) -> Metric:
     better: Better = "lower" if name in UNWANTED else "higher"
     kind: Kind = "drift" if name in _UNBOUNDED else "share"
     return Metric(name, kind, better, lambda seen: seen.scores.get(name), scorer=name)
+
+
+def late(time: Metric, limit_s: float) -> Metric:
+    """Whether a request took longer than a limit: of a time at a quantile, the share that may."""
+
+    def beyond(seen: Observation) -> float | None:
+        taken_s = time.value(seen)
+        return None if taken_s is None else float(taken_s > limit_s)
+
+    return replace(time, kind="share", value=beyond, quantile=None)
 
 
 def share_of(metric: Metric, seen: Observation) -> float | None:

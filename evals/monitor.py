@@ -7,6 +7,7 @@ docs/rollout.md tells what of a hypothesis is watched, and how.
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -26,6 +27,8 @@ SERVED_MARGIN = 0.02  # of requests that are answered, where a hypothesis says n
 TIME_MARGIN, MEDIAN_MARGIN = 0.05, 0.1  # of requests beyond the limit of a quantile
 SHADOW = "shadow"  # source of what the candidate answered for nobody
 NOBODYS = ("refused", "cancelled")  # outcomes that say nothing of an arm
+LATE_TURN = 4  # from this turn of a conversation on
+ANEW = 500  # pairs after which harm of late is looked for anew
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,17 +40,25 @@ class Signal:
     margin: float
     alone: bool = False
     beyond: float = 0.0  # a time's limit lies so far above the baseline's quantile, as a share
+    limit_s: float | None = None  # of a time: known, and not learned from the baseline
 
 
 @dataclass(slots=True)
 class Watched:
-    """One signal, and what was seen of it: over all, and since the last step began."""
+    """One signal, and what was seen of it: over all, of late, and in late turns alone. What gets
+    worse with time or turns shows in the last two, which no good beginning hides.
+    """
 
     signal: Signal
     safe: EProcess
     harmful: EProcess
     harmful_of_late: EProcess
+    harmful_late_turns: EProcess
+    alpha: float  # chance of a false alarm of all three
+    begun: int = 1  # how often harm of late has begun anew
+    harmed: bool = False
     matched: Matched = field(default_factory=Matched)
+    matched_late_turns: Matched = field(default_factory=Matched)
     limit_s: float | None = None
     learning: list[float] = field(default_factory=list)
     total: float = 0.0
@@ -80,6 +91,37 @@ class Watched:
         self.harmful.update(-diff)
         self.harmful_of_late.update(-diff)
         self.total += diff
+        third = self.alpha / 3
+        # Sums over all beginnings to a third: those to come have ever less of it.
+        of_late = third * 6 / (math.pi * self.begun) ** 2
+        self.harmed |= self.harmful.pass_at(third) or self.harmful_of_late.pass_at(of_late)
+        if self.harmful_of_late.count >= ANEW:
+            self.begin_anew()
+
+    def update_late_turns(self, diff: float) -> None:
+        self.harmful_late_turns.update(-diff)
+        self.harmed |= self.harmful_late_turns.pass_at(self.alpha / 3)
+
+    def begin_anew(self) -> None:
+        if self.harmful_of_late.count:
+            self.harmful_of_late = EProcess(self.signal.margin)
+            self.begun += 1
+
+    def difference(self, before: Observation, after: Observation) -> float | None:
+        """Of the same request in both arms."""
+        old, new = self.score(before), self.score(after)
+        if new is None or (old is None and not self.signal.alone):
+            return None
+        return new - (1.0 if self.signal.alone or old is None else old)
+
+    def match(self, seen: Observation, score: float, matched: Matched) -> float | None:
+        """The difference that a score completes, with one of the other arm within its stratum."""
+        if self.signal.alone:
+            return score - 1.0 if seen.arm == CANDIDATE else None
+        stratum = (seen.tier, _bucket(seen.prompt_tokens))
+        arm = matched.candidate if seen.arm == CANDIDATE else matched.baseline
+        diff = arm(stratum, score)
+        return None if diff is None else max(-1.0, min(1.0, diff))
 
     @property
     def mean(self) -> float:
@@ -90,18 +132,21 @@ class Watched:
             "safe": self.safe.state(),
             "harmful": self.harmful.state(),
             "harmful_of_late": self.harmful_of_late.state(),
+            "harmful_late_turns": self.harmful_late_turns.state(),
+            "begun": self.begun,
+            "harmed": self.harmed,
             "limit_s": self.limit_s,
             "total": self.total,
         }
 
 
 class Monitor:
-    """All signals of one rollout. `stages` bounds the chance of a false alarm over all of them."""
+    """All signals of one rollout."""
 
-    def __init__(self, signals: Iterable[Signal], alpha: float, stages: int) -> None:
+    def __init__(self, signals: Iterable[Signal], alpha: float) -> None:
         self.alpha = alpha
-        self.watched = [_watched(one) for one in signals]
-        self._alarm_alpha = alpha / max(1, len(self.watched) * (1 + stages))
+        named = list(signals)
+        self.watched = [_watched(one, alpha / len(named)) for one in named]
         self.pairs = 0
         self._unpaired: OrderedDict[str, Observation] = OrderedDict()
         self._units: set[tuple[str, str]] = set()  # arm and cluster: each counts once in a stage
@@ -128,31 +173,31 @@ class Monitor:
             return
         self.pairs += 1
         before, after = (other, seen) if other.arm == BASELINE else (seen, other)
-        if not self._first(before.cluster, "pair"):
-            return
-        for watched in self.watched:
-            old, new = watched.score(before), watched.score(after)
-            if watched.signal.alone and new is not None:
-                watched.update(new - 1.0)
-            elif old is not None and new is not None:
-                watched.update(new - old)
+        first, late = self._counts(before, "pair")
+        for watched in self.watched if first or late else ():
+            diff = watched.difference(before, after)
+            if diff is not None and first:
+                watched.update(diff)
+            if diff is not None and late:
+                watched.update_late_turns(diff)
 
     def _live(self, seen: Observation) -> None:
-        if not self._first(seen.cluster, seen.arm):
-            return
-        stratum = (seen.tier, _bucket(seen.prompt_tokens))
-        for watched in self.watched:
+        first, late = self._counts(seen, seen.arm)
+        for watched in self.watched if first or late else ():
             score = watched.score(seen)
             if score is None:
                 continue
-            if watched.signal.alone:
-                diff = score - 1.0 if seen.arm == CANDIDATE else None
-            elif seen.arm == CANDIDATE:
-                diff = watched.matched.candidate(stratum, score)
-            else:
-                diff = watched.matched.baseline(stratum, score)
-            if diff is not None:
-                watched.update(max(-1.0, min(1.0, diff)))
+            if first and (diff := watched.match(seen, score, watched.matched)) is not None:
+                watched.update(diff)
+            if late:
+                diff = watched.match(seen, score, watched.matched_late_turns)
+                if diff is not None:
+                    watched.update_late_turns(diff)
+
+    def _counts(self, seen: Observation, arm: str) -> tuple[bool, bool]:
+        """Whether it is the first of its conversation in a stage; and of its late turns."""
+        late = seen.turn >= LATE_TURN and self._first(seen.cluster, f"{arm}, late")
+        return self._first(seen.cluster, arm), late
 
     def _first(self, cluster: str, arm: str) -> bool:
         """Turns of a conversation depend on each other: its first one in a stage counts."""
@@ -166,7 +211,7 @@ class Monitor:
         """Harm of late counts from here; conversations count anew."""
         self._units.clear()
         for watched in self.watched:
-            watched.harmful_of_late = EProcess(watched.signal.margin)
+            watched.begin_anew()
 
     # ---- what it says ---------------------------------------------------------------------------
 
@@ -174,8 +219,7 @@ class Monitor:
     def harm(self) -> str | None:
         """Why the candidate has to go: one proof of harm beyond a margin is enough."""
         for watched in self.watched:
-            late = watched.harmful_of_late
-            if watched.harmful.pass_at(self._alarm_alpha) or late.pass_at(self._alarm_alpha):
+            if watched.harmed:
                 signal = watched.signal
                 return (
                     f"{signal.name} is worse by more than {signal.margin:g}: {watched.mean:+.4f} "
@@ -198,6 +242,7 @@ class Monitor:
                 "difference": round(watched.mean, 6),
                 "p_safe": watched.safe.p,
                 "p_harmful": min(watched.harmful.p, watched.harmful_of_late.p),
+                "p_harmful_late_turns": watched.harmful_late_turns.p,
                 "passed": watched.safe.pass_at(self.alpha),
             }
             for watched in self.watched
@@ -220,12 +265,17 @@ class Monitor:
             watched.safe = EProcess.of(known["safe"])
             watched.harmful = EProcess.of(known["harmful"])
             watched.harmful_of_late = EProcess.of(known["harmful_of_late"])
+            watched.harmful_late_turns = EProcess.of(known["harmful_late_turns"])
+            watched.begun, watched.harmed = known["begun"], known["harmed"]
             watched.limit_s, watched.total = known["limit_s"], known["total"]
 
 
-def _watched(signal: Signal) -> Watched:
-    margin = signal.margin
-    return Watched(signal, EProcess(-margin), EProcess(margin), EProcess(margin))
+def _watched(signal: Signal, alpha: float) -> Watched:
+    safe, (harmful, of_late, late_turns) = (
+        EProcess(-signal.margin),
+        [EProcess(signal.margin) for _ in range(3)],
+    )
+    return Watched(signal, safe, harmful, of_late, late_turns, alpha, limit_s=signal.limit_s)
 
 
 def _bucket(prompt_tokens: int | None) -> int:
@@ -255,6 +305,9 @@ LIVE_SHARES = ("slo_attained", "served", "bad_output")
 
 def _signal(guardrail: Guardrail) -> Signal | None:
     of = metric(guardrail.metric)
+    if of.quantile is not None and guardrail.within is not None:
+        limit_s = guardrail.within
+        return Signal(f"{of.name} within", of, 1 - of.quantile, alone=True, limit_s=limit_s)
     if of.kind == "time" and guardrail.margin is not None:
         high = of.quantile is not None and of.quantile >= 0.9
         margin = TIME_MARGIN if high else MEDIAN_MARGIN

@@ -41,6 +41,8 @@ FLIPS, BLOCK_SPREAD, TOKEN_SPREAD, CORRELATION = 0.06, 0.10, 0.30, 0.1
 # Flips of what hardly ever happens: an answer that is empty or looped, a request that fails.
 RARE_FLIPS = 0.005
 _RARE = ("served", *UNWANTED)
+# Tests of how often something happens.
+_COUNTED = ("rate_max", "percentile_max", "identical")
 # Looking all the time takes more pairs than one look at the end.
 _SEQUENTIAL = 1.5
 NEVER = 10**9
@@ -199,7 +201,7 @@ def _correlated(question: Question, supply: Supply, noise: Noise) -> float:
     if question.test == "mean_max" or question.metric.kind == "tokens":
         return noise.correlation
     size = supply.rows / max(supply.clusters, 1)
-    counted = question.test in ("rate_max", "identical")
+    counted = question.test in _COUNTED
     share = _rate(question, noise) if counted else noise.flips
     with_event = supply.clusters * (1 - (1 - min(share, 1.0)) ** size)
     few = with_event < FEWEST_MOVED
@@ -208,7 +210,7 @@ def _correlated(question: Question, supply: Supply, noise: Noise) -> float:
 
 def _pairs(question: Question, noise: Noise, bound: float, alpha: float, power: float) -> int:
     """Of independent rows."""
-    if question.test in ("rate_max", "identical"):
+    if question.test in _COUNTED:
         return _rate_pairs(_rate(question, noise), bound, alpha, power)
     if question.metric.kind == "tokens":
         tails = (1 - power) / 2 if question.test == "tost" else 1 - power
@@ -270,6 +272,6 @@ def note(question: Question, supply: Supply, noise: Noise) -> str:
             else BLOCK_SPREAD
         )
         return f"spread {spread:.1%} {how}"
-    if question.test in ("rate_max", "identical"):
+    if question.test in _COUNTED:
         return f"rate {_rate(question, noise):.1%} {how}"
     return f"{_flips(question, noise):.1%} flips {how}"

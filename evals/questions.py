@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from evals.metrics import Kind, Metric, UnknownMetric, metric
+from evals.metrics import Kind, Metric, UnknownMetric, late, metric
 from policies.hypothesis import Claim, Guardrail, Hypothesis
 from policies.load import read_yaml
 from policies.problems import PolicyError, Problem, dotted
@@ -23,6 +23,7 @@ TESTS: Mapping[str, tuple[Kind, ...]] = {
     "mean_max": ("drift", "tokens", "share"),
     "ratio_ni": ("time", "rate", "tokens"),
     "tost": ("tokens", "time", "rate"),
+    "percentile_max": ("time",),
     "identical": ("divergence",),
     SUPERIORITY: ("share", "time", "rate", "tokens"),
 }
@@ -42,7 +43,7 @@ class Question:
 
     @property
     def unit(self) -> Literal["difference", "ratio", "share"]:
-        if self.test in ("rate_max", "mean_max"):
+        if self.test in ("rate_max", "mean_max", "percentile_max"):
             return "share"
         return "ratio" if self.metric.kind in ("time", "rate", "tokens") else "difference"
 
@@ -89,6 +90,8 @@ def _guardrails(hypothesis: Hypothesis) -> Iterator[Question]:
         where = ("guardrails", index)
         found = _metric(one, where, one.test)
         bound = one.max if one.margin is None else one.margin
+        if (quantile := found.quantile) is not None and one.within is not None:
+            found, bound = late(found, one.within), 1 - quantile
         if bound is None or one.source is None:
             raise Unanswerable(where, f"{one.test} has no bound, or no suite or replay")
         yield Question(
@@ -130,6 +133,9 @@ def _metric(asked: Claim | Guardrail, where: tuple[str | int, ...], test: str) -
         may = " or ".join(name for name in fitting if name != SUPERIORITY)
         why = f"{asked.metric} cannot be shown by {test}" + (f"; use {may}" if may else "")
         raise Unanswerable((*where, "test" if test != SUPERIORITY else "metric"), why)
+    if test == "percentile_max" and found.quantile is None:
+        why = f"{asked.metric} is no percentile: name one, such as ttft.p99"
+        raise Unanswerable((*where, "metric"), why)
     if test in ("rate_max", "mean_max") and found.better == "higher":
         why = f"{test} bounds what nobody wants, and more of {asked.metric} is better"
         raise Unanswerable((*where, "test"), why)

@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
-from scipy import special
 
 from evals.metrics import Metric
 from evals.pairs import Pair
 from evals.questions import Question
 from evals.shares import Answer, NotMeasured
-from evals.stats.estimate import Estimate, Floats, cluster_sums
-from evals.stats.ratio import Harm, block_t, quantile_ratio, tost
+from evals.stats.estimate import Floats
+from evals.stats.ratio import Harm, block_t, mean_ratio, quantile_ratio, tost
 from policies.hypothesis import Stats
 from telemetry import Observation
 
@@ -98,32 +97,8 @@ def tokens(question: Question, pairs: Sequence[Pair], stats: Stats) -> Answer:
     right = math.fsum(one.candidate for one in seen) / len(seen)
     if question.test == "tost":
         return Answer(tost(logs, question.bound, names, stats.alpha), left, right)
-    return Answer(_mean_ratio(question, logs, names, stats.alpha), left, right)
-
-
-def _mean_ratio(
-    question: Question, logs: Sequence[float], clusters: Sequence[str], alpha: float
-) -> Estimate:
-    """One-sided t over whole clusters. Freedom is of the clusters that changed at all: where most
-    answers are as long as before, the others tell no variance.
-    """
-    found = tost(logs, 1.0, clusters, alpha)  # for its mean and its error; its margin is not used
-    mean, error = found.detail["log_mean"], found.detail["standard_error"]
-    sums, _ = cluster_sums(np.abs(np.array(logs)), clusters)
-    freedom = max(int(np.count_nonzero(sums)) - 1, 1)
-    distance = math.log(question.margin) - mean
-    if _harm(question) == "fall":
-        distance = -distance
-    reach = float(special.stdtrit(freedom, 1 - alpha)) * error
-    return replace(
-        found,
-        low=math.exp(mean - reach),
-        high=math.exp(mean + reach),
-        p=float(special.stdtr(freedom, -distance / error)) if error else float(distance <= 0),
-        p_harm=float(special.stdtr(freedom, distance / error)) if error else float(distance >= 0),
-        method="cluster_t",
-        detail={"log_mean": mean, "standard_error": error, "freedom": freedom},
-    )
+    found = mean_ratio(logs, question.margin, names, stats.alpha, _harm(question))
+    return Answer(found, left, right)
 
 
 def _harm(question: Question) -> Harm:

@@ -67,7 +67,7 @@ class Finding:
 class Control:
     """An arm that checks the gate itself."""
 
-    name: Literal["aa", "sabotage", "activation", "fingerprint", "errors", "generator"]
+    name: Literal["aa", "sabotage", "trend", "activation", "fingerprint", "errors", "generator"]
     ok: bool
     detail: Mapping[str, Any] = field(default_factory=dict)
     said: str = ""

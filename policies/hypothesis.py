@@ -18,6 +18,8 @@ from policies.quantities import Blocks, Duration, Pairs, Share
 
 NAME = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 METRIC = r"^[a-z][a-z0-9_]*(\.(p[0-9]{1,2}|mean))?$"
+# What each test is bounded by, if not by a margin.
+_BOUNDS = {"rate_max": "max", "mean_max": "max", "percentile_max": "within"}
 _Misfit = tuple[tuple[str | int, ...], str, object]
 
 
@@ -94,9 +96,9 @@ class Claim(Evidence):
 class Guardrail(Evidence):
     """What the candidate must not lose. All of them must be shown."""
 
-    test: Literal["paired_ni", "rate_max", "mean_max", "ratio_ni", "tost", "identical"] = Field(
-        description="How it is shown: docs/statistics.md."
-    )
+    test: Literal[
+        "paired_ni", "rate_max", "mean_max", "percentile_max", "ratio_ni", "tost", "identical"
+    ] = Field(description="How it is shown: docs/statistics.md.")
     margin: Share | None = Field(
         None,
         gt=0,
@@ -106,6 +108,13 @@ class Guardrail(Evidence):
     )
     max: Share | None = Field(
         None, gt=0, description="Largest rate or mean that is acceptable: `rate_max`, `mean_max`."
+    )
+    within: Duration | None = Field(
+        None,
+        gt=0,
+        le=86400,
+        description="Time that a percentile must keep, proven as a rate of late requests: "
+        "`percentile_max`.",
     )
     cluster: str | None = Field(
         None,
@@ -119,13 +128,15 @@ class Guardrail(Evidence):
 
     @model_validator(mode="after")
     def _has_its_bound(self) -> Guardrail:
-        wanted = "max" if self.test in ("rate_max", "mean_max") else "margin"
-        other = "margin" if wanted == "max" else "max"
+        wanted = _BOUNDS.get(self.test, "margin")
         misfits: list[_Misfit] = []
         if getattr(self, wanted) is None:
             misfits.append((("test",), f"{self.test} needs `{wanted}`", self.test))
-        if getattr(self, other) is not None:
-            misfits.append(((other,), f"{self.test} takes `{wanted}`, not `{other}`", None))
+        misfits += [
+            ((other,), f"{self.test} takes `{wanted}`, not `{other}`", None)
+            for other in ("margin", "max", "within")
+            if other != wanted and getattr(self, other) is not None
+        ]
         refuse(misfits)
         return self
 

@@ -109,7 +109,7 @@ async def _run(
         plan = _plan(case, progress.id, servers, now.evidence)
         gateway = Steered(url, os.environ.get("HEADGATE_ADMIN_KEY"))
         await stack.enter_async_context(gateway)
-        monitor = Monitor(watched, wanted.stats.alpha, plan.stages)
+        monitor = Monitor(watched, wanted.stats.alpha)
         run = Rollout(
             plan, gateway, monitor, progress, place / "progress.json", case.ledger,
             lambda moment: None if (one := stands(moment)).enabled else one.why,

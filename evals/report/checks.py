@@ -12,6 +12,7 @@ from evals.verdict import Control
 NAMES: Mapping[str, str] = {
     "aa": "The baseline against itself",
     "sabotage": "A planted defect is noticed",
+    "trend": "It does not get worse as it goes",
     "activation": "What was switched on did run",
     "fingerprint": "Answers came from what was asked",
     "errors": "Few enough requests failed",
@@ -77,9 +78,15 @@ def _failed(detail: Mapping[str, Any]) -> str:
     return ", ".join(shares)
 
 
+def _grown(detail: Mapping[str, Any]) -> str:
+    """How often it was looked for; what was found a control says itself."""
+    return f"{len(detail.get('metrics', {}))} trends by turn and by time looked for"
+
+
 _TOLD: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "aa": _differences,
     "sabotage": _noticed,
+    "trend": _grown,
     "activation": _ran,
     "fingerprint": _answered,
     "errors": _failed,

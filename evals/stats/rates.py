@@ -1,4 +1,4 @@
-"""Rates of rare events, exactly: bounds on a rate, and how many requests prove a percentile.
+"""Rates of rare events, exactly: bounds on a rate, and how many requests prove one.
 
 Sources: Clopper and Pearson 1934, Biometrika 26:404; MLPerf LoadGen, `early_stopping`.
 """
@@ -117,7 +117,9 @@ def rule_of_three(n: float, alpha: float = 0.05) -> float:
 
 
 def trials_needed(maximum: float, alpha: float = 0.05, events: int = 0) -> int:
-    """The fewest trials with which `events` of them still prove a rate below `maximum`."""
+    """The fewest trials with which `events` of them still prove a rate below `maximum`. Of late
+    requests, 0.01 proves a p99: 299 without one late at 95 % confidence, 459 at 99 %.
+    """
     check_alpha(alpha)
     low, high = events, max(2 * events, 1)
     while special.bdtr(events, high, maximum) > alpha:
@@ -128,10 +130,3 @@ def trials_needed(maximum: float, alpha: float = 0.05, events: int = 0) -> int:
             (low, middle) if special.bdtr(events, middle, maximum) <= alpha else (middle, high)
         )
     return high
-
-
-def percentile_proof(percentile: float, alpha: float = 0.05, late: int = 0) -> int:
-    """How many requests prove that a `percentile` (0.99) of them is in time when `late` were not:
-    299 for a p99 without a miss at 95 % confidence, 459 at 99 %.
-    """
-    return trials_needed(1 - percentile, alpha, late)

@@ -322,6 +322,10 @@ def test_what_is_not_known_comes_before_what_it_is_good_for() -> None:
     [
         ({**CORRECT, "metric": "ttft.p95"}, "ttft.p95 cannot be shown by paired_ni; use ratio_ni"),
         ({**TTFT, "metric": "correct"}, "correct cannot be shown by ratio_ni; use paired_ni"),
+        (
+            {"replay": "week", "metric": "ttft.mean", "test": "percentile_max", "within": 1},
+            "ttft.mean is no percentile: name one, such as ttft.p99",
+        ),
         ({**TTFT, "metric": "tftt.p95"}, "did you mean 'ttft.p95'"),
         (
             {"suite": "qa", "metric": "correct", "test": "rate_max", "max": 0.1},

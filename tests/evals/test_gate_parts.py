@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 
 import pytest
@@ -15,6 +16,7 @@ from tests.evals.simulated import (
     CORRECT,
     SUITE,
     TTFT,
+    failing,
     hypothesis,
     judged,
     observed,
@@ -196,6 +198,30 @@ def test_a_rate_that_never_happened_is_bounded_by_its_number_of_trials() -> None
         rate = found(judged(seen, asked), "bad_output")
         assert (rate.decision, rate.estimate) == (decision, 0.0)
         assert rate.high == pytest.approx(3 / rows, rel=0.01)
+
+
+def test_a_percentile_is_proven_by_requests_that_were_in_time() -> None:
+    """As in MLPerf LoadGen: 299 requests without one that is late prove a p99, 250 do not; three
+    late ones of 320 do not, a twentieth is proven harm, and one that failed is late."""
+    rail = {"replay": "week", "metric": "ttft.p99", "test": "percentile_max", "within": "500ms"}
+    asked = hypothesis(claims=[], design=NO_ARMS, guardrails=[rail])
+    cases = (
+        (320, 0, "pass"),
+        (240, 0, "inconclusive"),
+        (320, 3, "inconclusive"),
+        (320, 16, "fail"),
+    )
+    for requests, late, decision in cases:
+        alone = [
+            replace(one, cluster=one.id, ttft_s=0.7 if int(one.id[1:]) < late else 0.4)
+            for arm in (BASELINE, CANDIDATE)
+            for one in replayed(arm, blocks=requests // 20)
+        ]
+        finding = found(judged(alone, asked), "ttft.p99")
+        assert (finding.decision, finding.estimate) == (decision, pytest.approx(late / requests))
+        assert finding.margin == pytest.approx(0.01)
+    broken = failing([one for one in alone if one.ttft_s == 0.4], CANDIDATE, every=60)
+    assert found(judged(broken, asked), "ttft.p99").estimate == pytest.approx(5 / 304)
 
 
 def test_bad_outputs_of_one_conversation_are_not_so_many_proofs() -> None:
@@ -422,3 +448,74 @@ def test_an_arm_against_itself_never_fails() -> None:
         if one.kind == "guardrail":
             assert one.decision == "pass"
             assert one.estimate == (0.0 if one.unit == "difference" else 1.0)
+
+
+# ---- what gets worse as it goes -----------------------------------------------------------------
+
+
+def going(lost_at_last: float, slower_at_last: float, turns: int = 5) -> list[Observation]:
+    """A candidate that gets worse from turn to turn, and slower from block to block."""
+    draw = random.Random(4)
+    rows = []
+    for one in suite(CANDIDATE, 1000, a_cluster=turns):
+        turn = int(one.id[1:]) % turns
+        wrong = draw.random() < lost_at_last * turn / (turns - 1)
+        right = one.scores["correct"] * (not wrong)
+        rows.append(replace(one, turn=turn, scores={"correct": right, "bad_output": 0.0}))
+    base = [
+        replace(one, turn=int(one.id[1:]) % turns) for one in suite(BASELINE, 1000, a_cluster=turns)
+    ]
+    slow = [
+        replace(one, ttft_s=(one.ttft_s or 0) * (1 + slower_at_last * one.block / 15))
+        for one in replayed(CANDIDATE)
+    ]
+    return [*base, *rows, *replayed(BASELINE), *slow]
+
+
+@pytest.mark.parametrize(
+    ("lost", "slower", "said"),
+    [
+        (0.0, 0.0, ""),
+        (0.12, 0.0, "suite:qa correct by turn by"),
+        (0.0, 0.4, "replay:week ttft.p50 by uptime by"),
+    ],
+)
+def test_a_candidate_that_gets_worse_as_it_goes_does_not_pass(
+    lost: float, slower: float, said: str
+) -> None:
+    """Though its mean over the run is within the margin: the next hour is not in the run."""
+    rails = [{**CORRECT, "margin": 0.1}, {**TTFT, "margin": 0.3}]
+    asked = hypothesis(claims=[], design=NO_ARMS, guardrails=rails)
+    verdict = judged(going(lost, slower), asked)
+    assert {one.decision for one in verdict.findings if one.stratum == "all"} == {"pass"}
+    if not said:
+        assert (verdict.decision, verdict.controls[-1].name) == ("pass", "trend")
+    else:
+        assert (verdict.decision, verdict.reason) == ("inconclusive", "gets_worse")
+        assert said in verdict.reasons[0]
+
+
+# ---- reasons ------------------------------------------------------------------------------------
+
+
+def test_a_metric_that_no_answer_speaks_of_is_not_measured() -> None:
+    """A guardrail on what no row has is no pass, however good the rest is."""
+    rails = [CORRECT, {**CORRECT, "metric": "json"}]
+    verdict = judged(observed(), hypothesis(claims=[], guardrails=rails, design=NO_ARMS))
+    assert (verdict.decision, verdict.reason) == ("inconclusive", "not_measured")
+    assert "no request of suite:qa says anything about json" in verdict.reasons[0]
+
+
+def test_two_methods_that_disagree_are_told_and_prove_nothing() -> None:
+    """Each block's median is the same in both arms, to the digit; but of four requests that differ
+    by a factor of eight it says little, as drawing from them anew shows."""
+    times = (0.05, 0.1, 0.2, 0.4)
+    rows = [
+        replace(one, ttft_s=times[int(one.id[1:]) % 4])
+        for arm in (BASELINE, CANDIDATE)
+        for one in replayed(arm)
+        if int(one.id[1:]) % 20 < 4
+    ]
+    verdict = judged(rows, hypothesis(claims=[], guardrails=[TTFT], design=NO_ARMS))
+    assert (verdict.decision, verdict.reason) == ("inconclusive", "methods_disagree")
+    assert "two methods disagree" in verdict.reasons[0]

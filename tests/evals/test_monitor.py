@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from typing import Any
 
 from evals.metrics import metric
@@ -34,7 +35,7 @@ def mirrored(at: int, *, wrong: bool = False) -> list[Observation]:
 
 def test_pairs_of_the_shadow_prove_that_nothing_is_lost() -> None:
     """No failure in 300 pairs is proof at a margin of two points, and 30 are not."""
-    monitor = Monitor([SERVED, BAD], 0.05, 5)
+    monitor = Monitor([SERVED, BAD], 0.05)
     for at in range(30):
         for one in mirrored(at):
             monitor.saw(one)
@@ -48,7 +49,7 @@ def test_pairs_of_the_shadow_prove_that_nothing_is_lost() -> None:
 
 
 def test_a_shadow_that_fails_more_is_harmful() -> None:
-    monitor = Monitor([SERVED], 0.05, 5)
+    monitor = Monitor([SERVED], 0.05)
     for at in range(300):
         for one in mirrored(at, wrong=at % 8 == 0):
             monitor.saw(one)
@@ -68,7 +69,7 @@ def live(monitor: Monitor, begin: int, count: int, fails: float, seed: int = 1) 
 
 def test_a_candidate_that_degrades_after_it_was_proved_is_found() -> None:
     """The wealth of a long good time does not hide what a step shows."""
-    monitor = Monitor([SERVED], 0.05, 5)
+    monitor = Monitor([SERVED], 0.05)
     live(monitor, 0, 2000, 0.0)
     assert monitor.passed
     monitor.next_stage()
@@ -76,11 +77,43 @@ def test_a_candidate_that_degrades_after_it_was_proved_is_found() -> None:
     assert monitor.harm is not None
 
 
+def test_a_candidate_that_degrades_long_after_its_last_step_began_is_found() -> None:
+    """Thousands of good pairs within one step hide nothing either: it is looked for anew."""
+    monitor = Monitor([SERVED], 0.05)
+    live(monitor, 0, 3000, 0.0)
+    live(monitor, 3000, 600, 0.15)
+    assert monitor.harm is not None
+
+
+def test_a_candidate_that_loses_its_way_in_long_talks_is_found() -> None:
+    """One late turn in five fails, and no first one, which alone would count otherwise."""
+    for late, harmful in ((0, False), (6, True)):
+        monitor, rng = Monitor([SERVED], 0.05), random.Random(2)
+        for at in range(300):
+            for arm in ("baseline", "candidate"):
+                for turn in (0, late):
+                    bad = turn and arm == "candidate" and rng.random() < 0.2
+                    told = (failed if bad else seen)(at, arm)
+                    monitor.saw(replace(told, id=f"{arm} {at} {turn}", turn=turn))
+        assert (monitor.harm is not None) == harmful
+
+
+def test_a_percentile_within_a_time_is_watched_without_the_baseline() -> None:
+    """Three of a hundred later than 300 ms, where one may be; and none."""
+    prompt = Signal("ttft.p99 within", metric("ttft.p99"), 0.01, alone=True, limit_s=0.3)
+    for slow, harmful in ((0.2, False), (0.4, True)):
+        monitor = Monitor([prompt], 0.05)
+        for at in range(1500):
+            taken_s = slow if at % 25 == 0 else 0.1
+            monitor.saw(seen(at, "candidate", ttft_s=taken_s))
+        assert (monitor.harm is not None, monitor.passed) == (harmful, not harmful)
+
+
 def test_equal_arms_are_seldom_called_harmful() -> None:
     """Both fail at 5 %: in 40 rollouts of 600 requests there is no alarm to be expected."""
     alarms = 0
     for seed in range(40):
-        monitor, rng = Monitor([SERVED], 0.05, 5), random.Random(seed)
+        monitor, rng = Monitor([SERVED], 0.05), random.Random(seed)
         for at in range(300):
             for arm in ("baseline", "candidate"):
                 one = failed if rng.random() < 0.05 else seen
@@ -91,7 +124,7 @@ def test_equal_arms_are_seldom_called_harmful() -> None:
 
 def test_first_tokens_that_come_late_are_harm() -> None:
     """The limit is learned from the baseline; twice its time is beyond it."""
-    monitor, rng = Monitor([SLOW], 0.05, 1), random.Random(3)
+    monitor, rng = Monitor([SLOW], 0.05), random.Random(3)
     for at in range(LEARN):
         monitor.saw(seen(-at - 1, "baseline", ttft_s=0.1 + 0.01 * rng.random()))
     for at in range(200):
@@ -102,7 +135,7 @@ def test_first_tokens_that_come_late_are_harm() -> None:
 
 
 def test_turns_of_one_conversation_count_once() -> None:
-    monitor = Monitor([SERVED], 0.05, 1)
+    monitor = Monitor([SERVED], 0.05)
     for at in range(50):
         for arm in ("baseline", "candidate"):
             monitor.saw(Observation(f"{arm} {at}", "live", arm, "one"))
@@ -110,7 +143,7 @@ def test_turns_of_one_conversation_count_once() -> None:
 
 
 def test_what_the_client_did_wrong_counts_for_nobody() -> None:
-    monitor = Monitor([SERVED], 0.05, 1)
+    monitor = Monitor([SERVED], 0.05)
     for at in range(100):
         monitor.saw(seen(2 * at, "baseline"))
         monitor.saw(seen(2 * at + 1, "candidate", outcome="refused", status=400))
@@ -119,10 +152,10 @@ def test_what_the_client_did_wrong_counts_for_nobody() -> None:
 
 def test_it_goes_on_after_a_restart() -> None:
     """By JSON: the same evidence as without one."""
-    whole, first = Monitor([SERVED, BAD], 0.05, 5), Monitor([SERVED, BAD], 0.05, 5)
+    whole, first = Monitor([SERVED, BAD], 0.05), Monitor([SERVED, BAD], 0.05)
     for monitor in (whole, first):
         live(monitor, 0, 200, 0.01)
-    second = Monitor([SERVED, BAD], 0.05, 5)
+    second = Monitor([SERVED, BAD], 0.05)
     second.go_on(json.loads(json.dumps(first.state())))
     for monitor in (whole, second):
         live(monitor, 200, 200, 0.01, seed=2)

@@ -50,7 +50,7 @@ class World:
             await asyncio.sleep(0.02)
 
         return Rollout(
-            plan, steered, Monitor([SERVED], 0.05, plan.stages), progress, file, self.ledger,
+            plan, steered, Monitor([SERVED], 0.05), progress, file, self.ledger,
             lambda _now: self.stands, self.folder / "incidents", self.said.append, pause=pause,
             **more,
         )  # fmt: skip

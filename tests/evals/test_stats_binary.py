@@ -189,9 +189,9 @@ def test_none_of_n_leaves_three_in_n():
 
 def test_percentiles_are_proven_by_as_many_requests_as_loadgen_takes():
     """299 without a miss for a p99 at 95 % confidence, 459 at 99 %; each miss costs more."""
-    assert rates.percentile_proof(0.99, 0.05) == 299
-    assert rates.percentile_proof(0.99, 0.01) == 459
-    assert rates.percentile_proof(0.99, 0.05, late=1) == 473
+    assert rates.trials_needed(0.01, 0.05) == 299
+    assert rates.trials_needed(0.01, 0.01) == 459
+    assert rates.trials_needed(0.01, 0.05, events=1) == 473
 
 
 def test_events_of_one_conversation_are_worth_fewer_trials():
