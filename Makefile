@@ -6,7 +6,7 @@ WORKERS ?= auto
 # Benign on every platform: idle OpenMP threads sleep instead of spinning.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help setup serve test check bench clients clean
+.PHONY: help setup serve stack test check bench clients clean
 help:    ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
 
@@ -19,6 +19,9 @@ setup: .venv/installed  ## make .venv and install everything into it
 
 serve: setup  ## the gateway and one runtime worker with the pocket model, on port 8080 or HEADGATE_PORT
 	@$(BIN)/headgate serve
+
+stack: setup  ## what compose.yaml runs, as processes: Redis, two runtimes, two gateways, one port
+	@$(BIN)/python -m deploy.local
 
 test: setup  ## every test that needs no peer and no download; WORKERS=1 runs them one after another
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder

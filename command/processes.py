@@ -8,9 +8,11 @@ import functools
 import json
 import os
 import signal
+import site
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from command.machine import address
@@ -33,6 +35,11 @@ class Program:
     grace_s: float = 0.0  # and then to end, before SIGKILL
     refusal: int | None = None  # the exit code that says: starting again would not help
     key: str | None = field(default=None, repr=False)  # that its health is asked for with
+    probe: tuple[str, ...] | None = None  # instead: a command that ends with 0 while it is well
+    probe_every_s: float = 0.1  # until it is
+    waits_for: tuple[str, ...] = ()  # programs that must be ready before it is started
+    rests_on: tuple[str, ...] = ()  # programs that end only after it
+    stop: signal.Signals = signal.SIGTERM
     fact: str | None = None  # what its health always tells, so that no stranger passes for it
 
     @property
@@ -87,6 +94,39 @@ def _die_with(libc: ctypes.CDLL, parent: int) -> None:
     libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:  # it died before the line above
         os._exit(1)
+
+
+def package_environment() -> dict[str, str]:
+    """With it a program finds our packages wherever it starts."""
+    root = str(Path(__file__).resolve().parent.parent)
+    environment = {"PYTHONUNBUFFERED": "1"}
+    if root not in (*site.getsitepackages(), site.getusersitepackages()):
+        paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment["PYTHONPATH"] = os.pathsep.join(paths)
+    return environment
+
+
+async def ask(program: Program) -> tuple[bool, Health]:
+    """Whether a program is well, and what it says of itself."""
+    if program.probe is not None:
+        return await _probe(program.probe, program.environment), {}
+    status, health = await ask_health(program.host, program.port, program.key)
+    return status == 200 and (program.fact is None or program.fact in health), health
+
+
+async def _probe(argv: tuple[str, ...], environment: Mapping[str, str]) -> bool:
+    silent = asyncio.subprocess.DEVNULL
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *argv, stdin=silent, stdout=silent, stderr=silent, env=os.environ | environment
+        )
+    except OSError:
+        return False
+    try:
+        return await process.wait() == 0
+    finally:
+        if process.returncode is None:  # who asked has been cancelled
+            process.kill()
 
 
 async def ask_health(

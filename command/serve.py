@@ -11,7 +11,6 @@ import importlib.util
 import json
 import os
 import secrets
-import site
 import socket
 import sys
 import time
@@ -20,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from command.machine import PortError, address, bind, cores, free_ports, reserve
-from command.processes import Health, Program
+from command.processes import Health, Program, package_environment
 from command.screen import Screen, columns
 from command.supervisor import Supervisor
 from policies.devices import asked
@@ -190,11 +189,7 @@ def programs_of(plan: Plan) -> list[Program]:
 def _environment(found: Gated | None) -> dict[str, str]:
     """Children find our packages wherever they start, know each other by a token, and need not ask
     or tell again what was asked and told here."""
-    root = str(Path(__file__).resolve().parent.parent)
-    environment = {"PYTHONUNBUFFERED": "1", RUN_TOKEN_ENV: secrets.token_hex(16)}
-    if root not in (*site.getsitepackages(), site.getusersitepackages()):
-        paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment["PYTHONPATH"] = os.pathsep.join(paths)
+    environment = package_environment() | {RUN_TOKEN_ENV: secrets.token_hex(16)}
     return environment | asked() | (for_children(found) if found else {})
 
 

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from command.processes import Health, Program, ask_health, complaints, describe_exit, spawn
+from command.processes import Health, Program, ask, complaints, describe_exit, spawn
 from command.screen import Screen
 
 EXIT_DRAINED = 0
@@ -24,7 +24,6 @@ EXIT_KILLED = 130
 _KEPT_LINES = 40
 _SHOWN_LINES = 12
 _LINE_CHARS_MAX = 4000
-_POLL_S = 0.1
 _PATIENCE_S = 5.0  # before a start says what it waits for
 _LOADING_S = 30.0  # before the log says it of our own programs too, which load a model meanwhile
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -138,6 +137,7 @@ class Supervisor:
     # ---- one program, from start to end ----
 
     async def _keep(self, child: Child) -> None:
+        await self._await_others(child.program.waits_for)
         while not self._stopping.is_set():
             started_at = self._now()
             code = await self._live(child)
@@ -158,6 +158,16 @@ class Supervisor:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(pause_s):
                     await self._stopping.wait()
+
+    async def _await_others(self, names: Sequence[str]) -> None:
+        """Until they have been ready, or everything ends."""
+        others = [child for child in self.children if child.program.name in names]
+        for other in others:
+            ready = asyncio.create_task(other.ready.wait())
+            stopping = asyncio.create_task(self._stopping.wait())
+            await asyncio.wait([ready, stopping], return_when="FIRST_COMPLETED")
+            ready.cancel()
+            stopping.cancel()
 
     async def _live(self, child: Child) -> int:
         """One life of a program; the exit code, negative for a signal."""
@@ -201,12 +211,11 @@ class Supervisor:
         """Waits for the first healthy answer of this life."""
         program, started_at = child.program, self._now()
         while child.health is None:
-            status, health = await ask_health(program.host, program.port, program.key)
-            child.said = health
-            if status == 200 and (program.fact is None or program.fact in health):
-                child.health = health
+            well, child.said = await ask(program)
+            if well:
+                child.health = child.said
             else:
-                await asyncio.sleep(_POLL_S)
+                await asyncio.sleep(program.probe_every_s)
         if child.ready.is_set():
             took_s = self._now() - started_at
             self._screen.log(f"{program.name} is ready again after {took_s:.1f} s")
@@ -247,13 +256,17 @@ class Supervisor:
             self._screen.say(f"draining: {patience}; Ctrl-C again ends them now")
         await asyncio.gather(*(self._end(front) for front in self._fronts))
         behind = self.children[: -len(self._fronts)]
-        await asyncio.gather(*(self._end(child) for child in behind))
+        while behind:
+            under = {name for child in behind for name in child.program.rests_on}
+            wave = [child for child in behind if child.program.name not in under] or behind
+            await asyncio.gather(*(self._end(child) for child in wave))
+            behind = [child for child in behind if child not in wave]
 
     async def _end(self, child: Child) -> None:
         process = child.process
         if process is None or process.returncode is not None:
             return
-        child.signal(signal.SIGTERM)
+        child.signal(child.program.stop)
         exited = asyncio.create_task(process.wait())
         killed = asyncio.create_task(self._killing.wait())
         program = child.program

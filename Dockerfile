@@ -1,0 +1,52 @@
+# Two images of one recipe: `gateway` has no torch and some 90 MB of packages, `runtime` has the engine.
+#   docker build --target gateway -t headgate-gateway .
+#   docker build --target runtime -t headgate-runtime .
+# What each installs stands in EXTRAS below; pyproject.toml says what these are, constraints.txt which versions.
+ARG PYTHON=python:3.11.13-slim-bookworm
+
+FROM ${PYTHON} AS base
+ENV PATH=/opt/headgate/bin:$PATH \
+    PYTHONDONTWRITEBYTECODE=1 \
+    PYTHONUNBUFFERED=1
+# Volumes take owner and mode from here when they are first mounted.
+RUN groupadd --gid 10001 headgate \
+ && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /var/lib/headgate --shell /usr/sbin/nologin headgate \
+ && install -d -o 10001 -g 10001 /var/lib/headgate /var/lib/headgate/ledger /run/headgate
+WORKDIR /var/lib/headgate
+
+FROM base AS source
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
+WORKDIR /src
+RUN python -m venv /opt/headgate
+COPY pyproject.toml constraints.txt ./
+COPY deploy/requirements.py deploy/
+
+# Packages first: they change seldom, and the source often.
+FROM source AS gateway-packages
+ARG EXTRAS="gateway"
+RUN python deploy/requirements.py ${EXTRAS} > requirements.txt \
+ && pip install -c constraints.txt -r requirements.txt
+COPY . .
+RUN pip install --no-deps .
+
+# torch as pip finds it has CUDA on x86-64. TORCH_INDEX: an index with the build that you want instead.
+FROM source AS runtime-packages
+ARG EXTRAS="runtime"
+ARG TORCH_INDEX=""
+RUN if [ -n "${TORCH_INDEX}" ]; then pip install -c constraints.txt --index-url "${TORCH_INDEX}" torch; fi \
+ && python deploy/requirements.py ${EXTRAS} > requirements.txt \
+ && pip install -c constraints.txt -r requirements.txt
+COPY . .
+RUN pip install --no-deps .
+
+FROM base AS gateway
+COPY --from=gateway-packages /opt/headgate /opt/headgate
+USER 10001:10001
+EXPOSE 8080
+CMD ["python", "-P", "-m", "gateway", "--help"]
+
+FROM base AS runtime
+COPY --from=runtime-packages /opt/headgate /opt/headgate
+USER 10001:10001
+EXPOSE 8000
+CMD ["python", "-P", "-m", "runtime", "--help"]

@@ -1,0 +1,1 @@
+"""What deploys Headgate: images, what runs beside it, and the stack as processes."""

@@ -1,0 +1,1 @@
+"""compose.yaml as processes on one machine: `python -m deploy.local`."""

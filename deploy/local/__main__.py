@@ -1,0 +1,110 @@
+"""`python -m deploy.local [FILE]`: what compose.yaml runs, as processes on this machine.
+
+Commands, files, environment, health checks and order are read from the compose file; what has a
+profile is left out. Ctrl-C drains: the edge first, then the gateways, then what is behind them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from command.machine import PortError
+from command.processes import Program, package_environment
+from command.screen import Screen, columns
+from command.supervisor import Supervisor
+from deploy.local.compose import ComposeError, Service, read
+from deploy.local.places import LOOPBACK, Places
+from policies.slo import new_key
+
+KEY = "HEADGATE_KEY"
+COMPOSE = Path(__file__).resolve().parents[2] / "compose.yaml"
+# What a container image has on its path, and Debian not on that of a user.
+_SBIN = "/usr/local/sbin:/usr/sbin:/sbin"
+_PACKAGES = {"redis-cli": "redis-tools"}  # Debian's, where they have another name
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs until Ctrl-C; 0 after a drain, 1 where something could not start."""
+    parser = argparse.ArgumentParser(prog="python -m deploy.local", description=__doc__)
+    parser.add_argument("file", type=Path, nargs="?", default=COMPOSE, help="a compose file")
+    options = parser.parse_args(arguments)
+    environ = dict(os.environ)
+    told = bool(environ.get(KEY))
+    environ.setdefault(KEY, "")
+    environ[KEY] = environ[KEY] or new_key()
+    screen = Screen()
+    # Short, because the path of a local socket may have no more than 107 characters.
+    with tempfile.TemporaryDirectory(prefix="hg-") as folder:
+        try:
+            services = read(options.file, environ)
+            places = Places.of(services, Path(folder))
+            programs = [program_of(service, places) for service in services]
+            for service in services:
+                places.settle(service, options.file.resolve().parent)
+        except (ComposeError, PortError) as error:
+            print(error, file=sys.stderr)
+            return 1
+        screen.say(f"{options.file.name} as processes", *columns(opening(programs)))
+        supervisor = Supervisor(programs, screen)
+        url = places.url(services[-1].name)
+
+        def announce(took_s: float) -> None:
+            shown = "$" + KEY if told else environ[KEY]
+            screen.say(
+                f"ready in {took_s:.1f} s", "",
+                f"  {url}/v1", "",
+                f"  export HEADGATE_API_KEY={shown}",
+                f"  curl {url}/v1/models -H \"Authorization: Bearer $HEADGATE_API_KEY\"",
+                "", "Ctrl-C drains and ends",
+            )  # fmt: skip
+
+        return asyncio.run(supervisor.run(announce))
+
+
+def opening(programs: Sequence[Program]) -> list[tuple[str, str, str]]:
+    """What runs where, the front first."""
+    return [(one.name, f"{one.host}:{one.port}", Path(one.argv[0]).name) for one in programs[::-1]]
+
+
+def program_of(service: Service, places: Places) -> Program:
+    """A service as a process. Raises ComposeError for a program that is not installed."""
+    put = places.words(service)
+    check = service.check
+    return Program(
+        service.name,
+        _found(places.argv(service, service.argv)),
+        LOOPBACK,
+        next(iter(places.ports[service.name].values())),
+        package_environment() | {name: put(value) for name, value in service.environment.items()},
+        drain_s=service.grace_s,
+        probe=_found(places.argv(service, check.argv)) if check else None,
+        probe_every_s=check.every_s if check else 1.0,
+        waits_for=tuple(name for name, well in service.needs.items() if well),
+        rests_on=tuple(service.needs),
+        stop=signal.Signals[service.stop_signal],
+    )
+
+
+def _found(argv: Sequence[str]) -> tuple[str, ...]:
+    """With the program's path on this machine; an image's python is ours."""
+    name, *rest = argv
+    if name in ("python", "python3"):
+        return (sys.executable, *rest)
+    path = shutil.which(name, path=f"{os.environ.get('PATH', '')}:{_SBIN}")
+    if path is None:
+        package = _PACKAGES.get(name, name)
+        raise ComposeError(f"{name} is not installed here: apt-get install {package}, or as your "
+                           "system has it")  # fmt: skip
+    return (path, *rest)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,193 @@
+"""compose.yaml: valid by its specification's schema, hardened, and naming only what is there."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, strategies as st
+from ruamel.yaml import YAML
+
+from command.probe import main as probe
+from deploy.local.compose import ComposeError, duration_s, interpolate, read
+from deploy.local.places import Places
+from policies.load import key_problems, load
+
+ROOT = Path(__file__).parents[2]
+FILE = ROOT / "compose.yaml"
+ENVIRON = {"HEADGATE_KEY": "hg-test"}
+WHOLE: dict[str, Any] = YAML(typ="safe").load(FILE.read_text())
+SERVICES: dict[str, dict[str, Any]] = WHOLE["services"]
+VLLM = ("vllm-0", "vllm-1")
+
+
+def run(*argv: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(Path(sys.executable).parent / argv[0]), *argv[1:]],
+        cwd=ROOT, env=os.environ | ENVIRON, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+
+
+def test_it_follows_the_specification_s_schema() -> None:
+    done = run("check-jsonschema", "--builtin-schema", "vendor.compose-spec", "compose.yaml")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_linter_of_container_security_finds_only_what_is_known() -> None:
+    """Digests cannot be known where nothing can be pulled; vLLM's image is as its makers have it,
+    and takes its key from the environment."""
+    done = run("compose-lint", "--format", "json", "compose.yaml")
+    found = {(one["rule_id"], one["service"]) for one in json.loads(done.stdout)["findings"]}
+    others = {(rule, service) for rule, service in found if rule != "CL-0019"}
+    assert others == {(rule, one) for rule in ("CL-0007", "CL-0020") for one in VLLM}
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_every_service_is_bounded_unprivileged_and_pinned(name: str) -> None:
+    service = SERVICES[name]
+    limits = service["deploy"]["resources"]["limits"]
+    assert {"cpus", "memory", "pids"} <= limits.keys()
+    assert service["cap_drop"] == ["ALL"]
+    assert re.search(r":v?\d+\.\d+\.\d+", service["image"]), "an image is pinned to a version"
+    for port in service.get("ports", ()):
+        assert port.startswith("127.0.0.1:"), "what is published is for this machine alone"
+    if name not in VLLM:
+        assert service["read_only"] is True
+        assert int(service["user"].split(":")[0]) > 0
+    if name not in ("collector", "jaeger"):  # their images have nothing that could ask
+        assert service["healthcheck"]["test"][0] == "CMD"
+
+
+def test_redis_is_only_in_its_gateways_network() -> None:
+    """It asks for no password: whoever reaches it reads and changes what gateways share."""
+    inside = {name for name, service in SERVICES.items() if "state" in service.get("networks", ())}
+    assert inside == {"redis", "gateway-0", "gateway-1"}
+    assert WHOLE["networks"]["state"] == {"internal": True}
+
+
+@pytest.mark.parametrize("profile", ["", "gpu.env", "vllm.env"])
+def test_everything_that_it_names_exists(profile: str) -> None:
+    """Folders, files, variables' defaults and policies, by each of the environments."""
+    environ = dict(ENVIRON)
+    if profile:
+        lines = (ROOT / "deploy" / "stack" / profile).read_text().splitlines()
+        environ |= dict(line.split("=", 1) for line in lines if not line.startswith("#"))
+        assert environ.pop("COMPOSE_PROFILES") in {
+            one for service in SERVICES.values() for one in service.get("profiles", ())
+        }
+        for name in set(environ) - set(ENVIRON):
+            assert f"${{{name}" in FILE.read_text(), f"{name} is read by nobody"
+    for service in SERVICES.values():
+        for volume in service.get("volumes", ()):
+            source = interpolate(volume, environ).split(":")[0]
+            there = (ROOT / source).exists() if source[0] in "./" else source in WHOLE["volumes"]
+            assert there, source
+        for network in service["networks"]:
+            assert network in WHOLE["networks"]
+
+
+@pytest.mark.parametrize("policy", ["stack.yaml", "gpu.yaml", "vllm.yaml"])
+def test_its_policies_are_valid_and_name_services_that_run_with_them(policy: str) -> None:
+    file = ROOT / "deploy" / "stack" / policy
+    deployment = load(file)
+    assert key_problems(file, deployment, ENVIRON | {"HEADGATE_WORKER_KEY": "hg-worker"}) == []
+    profile = policy.removesuffix(".yaml")
+    for upstream in deployment.upstreams:
+        name, port = upstream.url.removeprefix("http://").split(":")
+        assert SERVICES[name].get("profiles", ["stack"]) == [profile]
+        assert port in SERVICES[name]["expose"]
+        for address in re.findall(r"tcp://([\w-]+):(\d+)", str(upstream.kv_events)):
+            assert address[0] == name
+            assert address[1] in SERVICES[name]["expose"]
+
+
+def test_each_address_in_what_is_mounted_is_a_service_s() -> None:
+    known = {f"{name}:{port}" for name, service in SERVICES.items() for port in service["expose"]}
+    for file in (ROOT / "deploy").rglob("*.y*ml"):
+        named = re.findall(r"(?<![\w.-])([a-z][a-z-]*(?:-\d)?:\d{4,5})\b", file.read_text())
+        if "helm" not in file.parts and "kustomize" not in file.parts:
+            assert {one for one in named if one.split(":")[0] in SERVICES} <= known, file
+
+
+# ---- how it is read ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("$A and ${A}", "one and one"),
+        ("$$A costs $$5", "$A costs $5"),
+        ("${NONE:-two}${A:-two}", "twoone"),
+        ("${EMPTY:-three}${EMPTY-three}", "three"),
+        ("${NONE:-${ALSO:-${A}}}", "one"),
+        ('--json={"a":{"b":"${A}"}}', '--json={"a":{"b":"one"}}'),
+        ("${NONE}", ""),
+    ],
+)
+def test_variables_are_filled_in_as_the_specification_has_it(text: str, value: str) -> None:
+    assert interpolate(text, {"A": "one", "EMPTY": ""}) == value
+
+
+@given(st.text(alphabet="ab{}:-?/. ", max_size=40))
+def test_a_text_without_variables_stays(text: str) -> None:
+    assert interpolate(text, {}) == text
+
+
+def test_a_variable_that_has_to_be_set_is_named_with_the_reason() -> None:
+    with pytest.raises(ComposeError, match="HEADGATE_KEY is not set: a key for clients"):
+        read(FILE, {})
+
+
+def test_durations() -> None:
+    assert [duration_s(text) for text in ("500ms", "30s", "1m30s", "2h")] == [0.5, 30, 90, 7200]
+    with pytest.raises(ComposeError, match="'soon' is not a duration"):
+        duration_s("soon")
+
+
+def test_what_others_need_comes_first_and_the_edge_last() -> None:
+    services = read(FILE, ENVIRON)
+    names = [service.name for service in services]
+    assert names[-1] == "edge"
+    assert set(names) == {"edge", "gateway-0", "gateway-1", "redis", "runtime-0", "runtime-1"}
+    for place, service in enumerate(services):
+        assert set(service.needs) <= set(names[:place])
+
+
+def test_words_of_a_container_become_this_machine_s(tmp_path: Path) -> None:
+    """Other services' addresses, its own, whatever address it listens on, and its paths; what only
+    looks like one of them stays."""
+    services = {one.name: one for one in read(FILE, ENVIRON)}
+    places = Places.of(list(services.values()), tmp_path)
+    put = places.words(services["gateway-0"])
+    own, redis = places.ports["gateway-0"][8080], places.ports["redis"][6379]
+    assert put("redis://redis:6379/0") == f"redis://127.0.0.1:{redis}/0"
+    assert put("bind :8080") == f"bind 127.0.0.1:{own}"
+    assert put("http://127.0.0.1:8080/health") == f"http://127.0.0.1:{own}/health"
+    assert put("host: 0.0.0.0") == "host: 127.0.0.1"
+    assert put("ipc:///run/headgate/kv") == f"ipc://{tmp_path}/volumes/kv-events/kv"
+    for stays in (
+        "my-redis:6379",
+        "redis:63790",
+        "10.0.0.0:9",
+        "/run/headgates",
+        "127.0.0.1:80800",
+    ):
+        assert put(stays) == stays
+    assert places.argv(services["gateway-0"], ["--port", "8080"]) == ("--port", str(own))
+
+
+# ---- health checks ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments", [[], ["a", "b"], ["ftp://127.0.0.1/x"], ["http://[::1]:1/"]])
+def test_the_probe_of_what_is_not_well_fails_and_says_why(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert probe(arguments) == 1
+    assert capsys.readouterr().err

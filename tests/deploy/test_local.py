@@ -1,0 +1,197 @@
+"""The stack as processes: what compose.yaml runs comes up, answers through one port, outlives its
+parts, and ends without a trace. One stack for all tests of this file, in their order."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+ROOT = Path(__file__).parents[2]
+NEEDED = ("redis-server", "redis-cli", "haproxy", "wget")
+PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
+LOST = [name for name in NEEDED if shutil.which(name, path=PATH) is None]
+pytestmark = pytest.mark.skipif(bool(LOST), reason=f"not installed here: {', '.join(LOST)}")
+
+KEY = "hg-test-of-the-stack"
+WORKER_KEY = f"Bearer {KEY}-worker"
+LIMIT_S = 180.0  # against hanging: torch alone imports for a minute where others use the cores
+ASK = {
+    "model": "pocket", "temperature": 0, "max_tokens": 200, "ignore_eos": True, "stream": True,
+    "messages": [{"role": "user", "content": "Count: one, two, three, and so on."}],
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Stack:
+    process: subprocess.Popen[str]
+    client: httpx.Client
+    said: list[str]
+    log: Path
+
+    def process_of(self, *words: str) -> psutil.Process:
+        """The first service whose command has these words."""
+        children = psutil.Process(self.process.pid).children()
+        return next(one for one in children if set(words) <= set(one.cmdline()))
+
+    def runtime_at_work(self) -> psutil.Process:
+        for rank in ("0", "1"):
+            page = self.client.get(
+                f"{self.url(f'runtime-{rank}')}/health", headers={"authorization": WORKER_KEY}
+            ).json()
+            if page["running"]:
+                return self.process_of("--rank", rank)
+        raise AssertionError("no runtime has a running answer")
+
+    def until(self, holds: Callable[[], bool]) -> None:
+        ends_at = time.monotonic() + LIMIT_S
+        while not holds():
+            assert time.monotonic() < ends_at, self.log.read_text()[-3000:]
+            time.sleep(0.05)
+
+    def url(self, name: str) -> str:
+        (line,) = [line for line in self.said if line.split()[:1] == [name]]
+        return f"http://{line.split()[1]}"
+
+    def well(self, name: str) -> bool:
+        try:
+            return self.client.get(f"{self.url(name)}/health").status_code == 200
+        except httpx.TransportError:
+            return False
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    log = tmp_path_factory.mktemp("stack") / "log"
+    environ = os.environ | {
+        "HEADGATE_KEY": KEY, "HEADGATE_WORKER_KEY": f"{KEY}-worker", "HEADGATE_PORT": "0",
+        "HEADGATE_RUNTIME_CPUS": "1",
+    }  # fmt: skip
+    with log.open("w") as words:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "deploy.local"],
+            cwd=ROOT, env=environ, stdout=subprocess.PIPE, stderr=words, text=True,
+        )  # fmt: skip
+    assert process.stdout is not None
+    said = []
+    for line in process.stdout:
+        said.append(line.rstrip())
+        if line.startswith("Ctrl-C"):
+            break
+    assert any(line.startswith("ready in") for line in said), log.read_text()[-3000:]
+    (base,) = [line.strip() for line in said if re.fullmatch(r"  http://\S+/v1", line)]
+    key = {"authorization": f"Bearer {KEY}"}
+    with httpx.Client(base_url=f"{base}/", headers=key, timeout=LIMIT_S) as client:
+        yield Stack(process, client, said, log)
+    if process.poll() is None:
+        process.kill()
+    process.wait()
+    process.stdout.close()
+
+
+def content(lines: Iterator[str]) -> str:
+    """The text of a stream that came whole."""
+    events = [line.removeprefix("data: ") for line in lines if line.startswith("data: ")]
+    assert events[-1] == "[DONE]", events[-1]
+    chunks = [json.loads(event) for event in events[:-1]]
+    assert not [chunk for chunk in chunks if "error" in chunk]
+    return "".join(
+        choice["delta"].get("content") or "" for chunk in chunks for choice in chunk["choices"]
+    )
+
+
+def test_one_port_answers_for_whoever_has_the_key(stack: Stack) -> None:
+    """Both gateways are asked, and take the same key; neither worker does."""
+    assert stack.client.get("models").json()["data"][0]["id"] == "pocket"
+    assert httpx.get(str(stack.client.base_url.join("models"))).status_code == 401
+    for name in ("gateway-0", "gateway-1"):
+        health = stack.client.get(f"{stack.url(name)}/health").json()
+        assert [one["healthy"] for one in health["replicas"]] == [True, True], health
+        assert health["state"]["store"] == "redis", health
+    for name in ("runtime-0", "runtime-1"):
+        assert stack.client.get(f"{stack.url(name)}/metrics").status_code == 401
+        assert httpx.get(f"{stack.url(name)}/health").json() == {"status": "ready"}
+
+
+def test_a_stream_comes_through_the_port_as_it_is_made(stack: Stack) -> None:
+    """Nothing is held back: the first token is there while the gateway says that it works on it."""
+    with stack.client.stream("POST", "chat/completions", json=ASK) as answer:
+        lines = answer.iter_lines()
+        first = next(line for line in lines if '"content":"' in line and '"content":""' not in line)
+        running = [
+            stack.client.get(f"{stack.url(name)}/metrics").text
+            for name in ("gateway-0", "gateway-1")
+        ]
+        assert any("requests_in_flight 1.0" in page for page in running), first
+        content(lines)
+
+
+def test_a_client_that_leaves_is_heard_behind_the_port(stack: Stack) -> None:
+    with stack.client.stream("POST", "chat/completions", json=ASK | {"max_tokens": 1500}) as answer:
+        next(answer.iter_lines())
+    stack.until(
+        lambda: all(
+            "requests_in_flight 0.0" in stack.client.get(f"{stack.url(name)}/metrics").text
+            for name in ("gateway-0", "gateway-1")
+        )
+    )
+
+
+def test_a_killed_gateway_costs_no_request_that_comes_after(stack: Stack) -> None:
+    """The other one answers until it is back."""
+    short = ASK | {"max_tokens": 4, "stream": False}
+    victim = stack.process_of("gateway")
+    victim.kill()
+    victim.wait()
+    for _ in range(6):
+        assert stack.client.post("chat/completions", json=short).status_code == 200
+    stack.until(lambda: stack.well("gateway-0") and stack.well("gateway-1"))
+
+
+def test_a_stream_outlives_its_killed_runtime(stack: Stack) -> None:
+    """The other one goes on with it, token for token."""
+    with stack.client.stream("POST", "chat/completions", json=ASK) as answer:
+        whole = content(answer.iter_lines())
+    with stack.client.stream("POST", "chat/completions", json=ASK) as answer:
+        lines = answer.iter_lines()
+        first = [next(lines) for _ in range(12)]
+        stack.runtime_at_work().kill()
+        again = content(iter([*first, *lines]))
+    assert again == whole
+
+
+def test_a_redis_that_dies_is_missed_by_nobody(stack: Stack) -> None:
+    children = psutil.Process(stack.process.pid).children()
+    next(one for one in children if one.name() == "redis-server").kill()
+    assert stack.client.post("chat/completions", json=ASK | {"max_tokens": 4}).status_code == 200
+
+
+def test_it_ends_in_order_and_leaves_nothing(stack: Stack) -> None:
+    """A running answer is given to its end; then no process and no folder is left."""
+    children = psutil.Process(stack.process.pid).children(recursive=True)
+    folder = Path(stack.process_of("-db").cmdline()[-1]).parents[3]
+    assert folder.name.startswith("hg-")
+    url, key = stack.client.base_url, stack.client.headers["authorization"]
+    stack.client.close()  # an idle connection is waited for
+    with httpx.stream(
+        "POST", f"{url}chat/completions", json=ASK, headers={"authorization": key}, timeout=LIMIT_S
+    ) as answer:
+        lines = answer.iter_lines()
+        first = next(lines)
+        stack.process.send_signal(signal.SIGINT)
+        assert content(iter([first, *lines]))
+    assert stack.process.wait(LIMIT_S) == 0, stack.log.read_text()[-3000:]
+    assert not [one for one in children if one.is_running()]
+    assert not folder.exists()
