@@ -59,7 +59,7 @@ class Completions:
             log.exception("request %s failed inside the gateway", reply.request_id)
             await reply.fail(problems.internal())
         finally:
-            edge.tracer.end(reply.trail, reply, failure, edge.admission.tallies)
+            edge.tracer.end(reply.trail, reply, failure, edge.admission.tallies, edge.pool.ask)
 
     async def _answer(self, scope: Scope, receive: Receive, reply: Reply) -> None:
         """Takes a place, reads and parses, then listens to replica and client at once."""
@@ -101,6 +101,7 @@ async def _serve(edge: Edge, asked: Asked, account: Account, *, strict: bool) ->
     trail = reply.trail
     assert trail is not None, "it began before the request was read"
     trail.service = service
+    account.trace_id = edge.tracer.exemplar(trail)
     with trail.trim:
         call, trimmed = await edge.shortener.trim(call, tenant.name, service.tier)
     trail.trimmed = account.trimmed = trimmed

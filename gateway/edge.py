@@ -33,13 +33,15 @@ from gateway.response_cache import Answers, Recall
 from gateway.route import eligible
 from gateway.routing import Routing
 from gateway.shorten import Shortener
+from gateway.spans import SERVICE
 from gateway.state import State, in_memory
 from gateway.tiers import Tiers
 from gateway.tracing import Tracer
 from gateway.upstream import Pool
 from policies.enabling import Gated
-from policies.schema import Deployment, Gateway
+from policies.schema import Deployment, Gateway, Tracing
 from policies.trimming import ResponseCache
+from telemetry.otlp import exporter
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -166,11 +168,15 @@ def build(
         ladder=ladder,
         meters=meters,
         arm="candidate" if arm else "baseline",
-        tracer=before.tracer if before is not None else Tracer(policy.tracing),
+        tracer=before.tracer if before is not None else _tracer(policy.tracing),
         shortener=Shortener(settings.trim, prompts.count, state.store, arm),
         answers=_answers(settings.response_cache, before.answers if before else None),
         recorder=Recorder(settings.record, tokens_of) if settings.record and not arm else None,
     )
+
+
+def _tracer(settings: Tracing) -> Tracer:
+    return Tracer(settings, exporter(settings.endpoint, SERVICE))
 
 
 def _answers(settings: ResponseCache | None, before: Answers | None) -> Answers | None:
@@ -224,6 +230,7 @@ class Live:
                 yield
             finally:
                 await asyncio.gather(*map(self._end, list(self._runs)))
+                await asyncio.to_thread(self.edge.tracer.close)
 
     async def replace(self, edge: Edge, is_ready: Callable[[Edge], Awaitable[None]]) -> None:
         """New requests go by `edge` once its parts have begun and it is ready; what is under way is

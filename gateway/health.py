@@ -159,15 +159,16 @@ async def fetch(
     replica: Replica,
     path: str,
     more: Mapping[str, str] = NO_HEADERS,
+    method: str = "GET",
 ) -> tuple[int, bytes]:
     """Status and body of a short answer. Raises Unwell for a body that is too large for one."""
     headers = {"accept-encoding": "identity", **more}
     if replica.api_key is not None:
         headers["authorization"] = f"Bearer {replica.api_key}"
     try:
-        response = await client.send("GET", replica.url, path, headers)
+        response = await client.send(method, replica.url, path, headers)
     except Stale:
-        response = await client.send("GET", replica.url, path, headers, fresh=True)
+        response = await client.send(method, replica.url, path, headers, fresh=True)
     body = bytearray()
     try:
         while piece := await response.readany():
@@ -179,11 +180,13 @@ async def fetch(
     return response.status, bytes(body)
 
 
-async def ask(client: Client, replica: Replica, path: str) -> dict[str, Any] | None:
+async def ask(
+    client: Client, replica: Replica, path: str, method: str = "GET"
+) -> dict[str, Any] | None:
     """The JSON object that a replica answers with 200; None for anything else."""
     try:
         async with asyncio.timeout(PROBE_TIMEOUT_S):
-            status, body = await fetch(client, replica, path)
+            status, body = await fetch(client, replica, path, method=method)
         return parse_object(body) if status == 200 else None
     except (Unwell, Problem, TimeoutError, Broken):
         return None

@@ -81,6 +81,14 @@ def _tallied(read: Callable[[Tally], float]) -> Callable[[Reading], Values]:
     )
 
 
+def _phases(r: Reading) -> Values:
+    return {
+        (name, tier): s
+        for tier in r.edge.admission.tiers
+        for name, s in r.edge.admission.tallies.of(tier).phase_s.items()
+    }
+
+
 def _replicas(read: Callable[[Reading, Replica], float | None]) -> Callable[[Reading], Values]:
     """A number of each replica that there is; None where nothing is known yet."""
 
@@ -350,6 +358,12 @@ COUNTERS = (
         ("tier",),
     ),
     Family(
+        PREFIX + "phase_seconds",
+        "Seconds that requests took, by where they went.",
+        _phases,
+        ("phase", "tier"),
+    ),
+    Family(
         PREFIX + "shed",
         "Requests sent away for saturation.",
         _tallied(lambda t: t.shed),
@@ -435,6 +449,12 @@ COUNTERS = (
         PREFIX + "records",
         "Requests for the recorder, by what became of them.",
         _recorded,
+        ("outcome",),
+    ),
+    Family(
+        PREFIX + "trace_spans",
+        "Spans for a collector, by what became of them; `refused` are traces that found no room.",
+        lambda r: _by(r.edge.tracer.told()),
         ("outcome",),
     ),
     Family(

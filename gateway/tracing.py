@@ -6,32 +6,56 @@ Knows the policy's `tracing`; how spans are made and sent is spans.py's and tele
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 
 from gateway.call import ClientGone, RawHeaders
 from gateway.phases import phases
+from gateway.replica import Replica
 from gateway.reply import Reply
+from gateway.spans import spans_of
 from gateway.tallies import Tallies
 from gateway.trace_ring import Ring
 from gateway.trail import Trail, now
 from policies.tracing import Always, Tracing
 from runtime.wire import Problem
 from telemetry.genai import LEAVES
-from telemetry.trace import TRACEPARENT, begun, joined, new_span_id
+from telemetry.otlp import Exporter
+from telemetry.trace import SAMPLED, TRACEPARENT, begun, joined, new_span_id
 
 _TRACEPARENT = TRACEPARENT.encode()
+
+ASKING_MAX = 32  # traces at once that workers are asked to send after all
+
+Ask = Callable[[Replica, str, str], Awaitable[object]]
 
 
 class Tracer:
     """Of one gateway process."""
 
-    def __init__(self, settings: Tracing) -> None:
+    def __init__(self, settings: Tracing, exporter: Exporter | None = None) -> None:
         self.settings = settings
         self.ring = Ring(settings.keep)
+        self.exporter = exporter
+        self._asking: set[asyncio.Task[None]] = set()
 
     @property
     def on(self) -> bool:
         """Whether anybody will want spans."""
-        return self.settings.keep > 0
+        return self.settings.keep > 0 or self.exporter is not None
+
+    def exemplar(self, trail: Trail) -> str:
+        """The trace's id, where it will be found by it."""
+        sent = self.exporter is None or trail.flags & SAMPLED
+        return trail.trace_id if sent else ""
+
+    def told(self) -> dict[str, int]:
+        """What became of the spans that were to be sent."""
+        return self.exporter.told() if self.exporter is not None else {}
+
+    def close(self) -> None:
+        """Sends what is left."""
+        if self.exporter is not None:
+            self.exporter.close()
 
     def begin(self, request_id: str, path: str, headers: RawHeaders, began: float) -> Trail:
         """A request has come; `began`: its first byte, on the monotonic clock."""
@@ -54,9 +78,9 @@ class Tracer:
         trail.span_id = new_span_id()
 
     def end(
-        self, trail: Trail, reply: Reply, error: BaseException | None, tallies: Tallies
+        self, trail: Trail, reply: Reply, error: BaseException | None, tallies: Tallies, ask: Ask
     ) -> None:
-        """It is over, and this ended it if anything did."""
+        """It is over, and this ended it if anything did. `ask`: a path of a replica."""
         trail.ended = now() if trail.last is None else trail.last
         trail.status = reply.status
         trail.error = error_of(error, reply.status) or _failure(trail)
@@ -68,6 +92,13 @@ class Tracer:
             return
         trail.keep = next((why for why in self.settings.always if self._is(trail, why)), "")
         self.ring.keep(trail)
+        if self.exporter is None or not (trail.keep or trail.flags & SAMPLED):
+            return
+        if not trail.flags & SAMPLED and len(self._asking) < ASKING_MAX:
+            task = asyncio.create_task(_want(trail, ask))
+            self._asking.add(task)
+            task.add_done_callback(self._asking.discard)
+        self.exporter.put(lambda: spans_of(trail))
 
     def _is(self, trail: Trail, why: Always) -> bool:
         """Whether its trace is wanted for this."""
@@ -85,6 +116,13 @@ class Tracer:
                 and 1000 * ttft_s > service.ttft_ms) or (
                 service.tpot_ms is not None and tpot_s is not None
                 and 1000 * tpot_s > service.tpot_ms)  # fmt: skip
+
+
+async def _want(trail: Trail, ask: Ask) -> None:
+    """Workers of ours send their spans of a trace that turned out to be worth it."""
+    for replica in {hop.replica.url: hop.replica for hop in trail.hops}.values():
+        if replica.kind == "headgate":
+            await ask(replica, f"/traces/{trail.trace_id}", "POST")
 
 
 def _failure(trail: Trail) -> str:

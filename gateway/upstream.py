@@ -190,10 +190,10 @@ class Pool:
                 headers[TIMING_HEADER] = "1"
         return headers
 
-    async def ask(self, replica: Replica, path: str) -> dict[str, Any] | None:
-        """What one replica answers to a GET; None where that is no JSON object."""
+    async def ask(self, replica: Replica, path: str, method: str = "GET") -> dict[str, Any] | None:
+        """What one replica answers; None where that is no JSON object."""
         assert self._client is not None, "the pool is used outside of its lifespan"
-        return await ask(self._client, replica, path)
+        return await ask(self._client, replica, path, method)
 
     async def _send(self, attempt: Attempt, call: Call) -> Answer:
         """Sends the call's bytes, waits for the headers. Raises Unreachable, Stale, Failed."""

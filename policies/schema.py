@@ -74,7 +74,7 @@ class Deployment(PolicyModel):
     )
     gate: Gate = Field(Gate(), description="What lets an optimization go live.")
     tracing: Tracing = Field(
-        Tracing(), description="Traces of requests: which are sampled, and which are kept."
+        Tracing(), description="Traces of requests: which are kept, and where they are sent."
     )
 
     @model_validator(mode="after")

@@ -147,7 +147,7 @@ class Engine:
         """Hashing a long prompt takes a while: it is done before anything is locked."""
         adapter = self.adapters[order.adapter].identity if order.adapter else None
         root = root_hash(model=self.identity, adapter=adapter, salt=order.salt)
-        return Sequence(
+        sequence = Sequence(
             -1,
             [*order.prompt, *order.begun] if order.begun else order.prompt,
             order.sampling,
@@ -159,6 +159,9 @@ class Engine:
             order.prediction,
             len(order.begun),
         )
+        if order.track is not None:
+            sequence.track, order.track.sequence = order.track, sequence
+        return sequence
 
     def _drain_s(self, waiting: int) -> float:
         """About when a place of the full queue is free: the prompts before it, as they come."""
@@ -326,6 +329,8 @@ class Engine:
                 outputs += self._score_prompt(work, logits[row : row + work.count])
                 row += work.count - 1
             sequence.computed += work.count
+            if sequence.track is not None and sequence.times.first_token is None:
+                sequence.track.chunk(self.now(), work.count)
             if sequence.key not in self._replies:
                 continue  # a prompt that was only to be scored
             self._scheduler.seal(sequence)
@@ -402,6 +407,8 @@ class Engine:
         accepted, guessed = min(len(outputs), len(said.path)), work.guesses
         for listener in self._listeners:
             listener.guessed(guessed, accepted, len(outputs))
+        if sequence.track is not None:
+            sequence.track.guess(now, guessed, accepted)
         first = replace(outputs[0], accepted_tokens=accepted, rejected_tokens=guessed - accepted)
         return [first, *outputs[1:]]
 

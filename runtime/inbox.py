@@ -9,8 +9,12 @@ import threading
 from collections import deque
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from runtime.sequence import Sampling, Sequence, Service
+
+if TYPE_CHECKING:
+    from runtime.tracing import Track
 
 
 class QueueFull(Exception):
@@ -40,6 +44,7 @@ class Order:
     adapter: str | None = None
     prediction: Many[int] = ()  # what the client expects the answer to be
     begun: Many[int] = ()  # what of the answer has been said elsewhere
+    track: Track | None = None  # what becomes of it is noted there
 
 
 @dataclass(frozen=True, slots=True)

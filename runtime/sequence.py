@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Hashable, Sequence as Ids
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from cache.blocks import BLOCK_TOKENS, chain_hashes
 from cache.text import Detokenizer, StopScanner
@@ -16,6 +17,9 @@ from runtime.adjust import Adjustment, adjustment
 from runtime.grammar import CompiledGrammar
 from runtime.kv import BlockKey
 from runtime.shapes import FinishReason, TokenLogprob
+
+if TYPE_CHECKING:
+    from runtime.tracing import Track
 
 # How long a request of one priority class waits before it overtakes newer ones of the class above.
 AGING_S = 30.0
@@ -135,6 +139,7 @@ class Sequence:
     prompt_scored: int = 0
     preemptions: int = 0
     waits_for: str = "capacity"  # or "prefix", which another one computes, or "tier"
+    track: Track | None = None  # of a request that is traced
 
     def __post_init__(self) -> None:
         self.tokens = list(self.prompt)

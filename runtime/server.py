@@ -39,6 +39,7 @@ from runtime.orders import (
 from runtime.shapes import Piece
 from runtime.streams import ClientGone, Stream, Streams
 from runtime.tool_request import ToolUse
+from runtime.tracing import Visit
 from runtime.wire import ChatRequest, Problem
 from runtime.worker import Served, Worker
 
@@ -84,6 +85,13 @@ def create_app(worker: Worker, key: str | None = None) -> Starlette:
         page = await asyncio.to_thread(worker.require().metrics.text)  # streams flow on meanwhile
         return Response(page, headers={"content-type": CONTENT_TYPE})
 
+    async def trace(request: Request) -> Response:
+        """The spans of one trace; with POST they are sent, though it was not sampled."""
+        tracer, name = worker.tracer, request.path_params["id"]
+        if request.method == "POST":
+            return _json({"requests": tracer.want(name)})
+        return _json({"spans": tracer.spans(name)})
+
     async def reset_prefix_cache(_: Request) -> Response:
         """As in vLLM: what is cached is not found any more; running answers go on."""
         worker.require().engine.forget_cached()
@@ -98,6 +106,7 @@ def create_app(worker: Worker, key: str | None = None) -> Starlette:
             Route("/v1/fingerprint", fingerprint),
             Route("/metrics", metrics),
             Route("/health", health),
+            Route("/traces/{id}", trace, methods=["GET", "POST"]),
             Route("/reset_prefix_cache", reset_prefix_cache, methods=["POST"]),
         ],
         exception_handlers={
@@ -118,15 +127,21 @@ class _Completions:
         self._chat = chat
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        visit = self._worker.tracer.begin(scope["headers"])
         try:
             body = await _read_body(scope, receive, self._worker.max_body_bytes)
             served = self._worker.require()
             asked, answer = await self._understand(body, served, scope["headers"])
-            await self._serve(served, asked, answer, receive, send)
+            visit.model, visit.fingerprint = asked.model, served.fingerprint.short
+            answer.orders = visit.tracked(answer.orders)
+            await self._serve(served, asked, answer, receive, send, visit)
         except Problem as problem:
+            visit.failed(problem)
             await _problem_response(problem)(scope, receive, send)
         except (ClientGone, ClientDisconnect):
-            return
+            visit.left()
+        finally:
+            self._worker.tracer.end(visit)
 
     async def _understand(
         self, body: bytes, served: Served, headers: Headers
@@ -160,6 +175,7 @@ class _Completions:
         answer: Answer,
         receive: Receive,
         send: Send,
+        visit: Visit,
     ) -> None:
         stream = Stream([])
         if answer.needs_engine:
@@ -168,9 +184,9 @@ class _Completions:
         watcher = asyncio.create_task(_watch(receive, stream))
         try:
             if asked.stream:
-                await _send_stream(answer, stream, served.engine, send)
+                await _send_stream(answer, stream, served.engine, send, visit)
             else:
-                await _send_whole(answer, stream, served.engine, send)
+                await _send_whole(answer, stream, served.engine, send, visit)
         finally:
             watcher.cancel()
             self._worker.streams.close(served.engine, stream)
@@ -230,29 +246,37 @@ async def _pieces(answer: Answer, stream: Stream, engine: Engine) -> AsyncIterat
             answer.left.clear()
 
 
-async def _send_stream(answer: Answer, stream: Stream, engine: Engine, send: Send) -> None:
+async def _send_stream(
+    answer: Answer, stream: Stream, engine: Engine, send: Send, visit: Visit
+) -> None:
     headers = [
         (b"content-type", b"text/event-stream; charset=utf-8"),
         (b"cache-control", b"no-cache"),
         (b"x-accel-buffering", b"no"),
     ]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
+    told = visit.comment  # before the first event, and before the end
     try:
         async for pieces in _pieces(answer, stream, engine):
             if pieces:
-                await _send_body(send, answer.events(iter(pieces)))
-        await _send_body(send, answer.ending(), more=False)
+                await _send_body(send, told() + answer.events(iter(pieces)))
+                told = bytes
+        await _send_body(send, visit.comment() + answer.ending(), more=False)
     except Problem as problem:
+        visit.failed(problem)
         await _send_body(send, wire.event(problem.payload()) + wire.DONE, more=False)
 
 
-async def _send_whole(answer: Answer, stream: Stream, engine: Engine, send: Send) -> None:
+async def _send_whole(
+    answer: Answer, stream: Stream, engine: Engine, send: Send, visit: Visit
+) -> None:
     async for pieces in _pieces(answer, stream, engine):
         answer.gather(iter(pieces))
     body = orjson.dumps(answer.whole())
     headers = [
         (b"content-type", b"application/json"),
         (b"content-length", str(len(body)).encode()),
+        (b"server-timing", visit.phases().header().encode()),
     ]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
     await _send_body(send, body, more=False)

@@ -15,11 +15,13 @@ from typing import Any
 from starlette.applications import Starlette
 
 from cache.tokens import Tokenizer
+from policies.tracing import Tracing
 from runtime.engine import Engine
 from runtime.events import BlockEvents
 from runtime.fingerprint import Fingerprint
 from runtime.metrics_page import Page
 from runtime.streams import Streams
+from runtime.tracing import Tracer
 from runtime.wire import Problem
 
 
@@ -49,11 +51,13 @@ class Worker:
         max_body_bytes: int,
         on_failure: Callable[[BaseException], None],
         run_token: str | None = None,
+        tracer: Tracer | None = None,
     ) -> None:
         self._load = load
         self._on_failure = on_failure
         self.max_body_bytes = max_body_bytes
         self.run_token = run_token
+        self.tracer = tracer or Tracer(Tracing())
         self.served: Served | None = None
 
     @asynccontextmanager
@@ -66,6 +70,7 @@ class Worker:
         if self.served is not None:
             self.served.engine.stop()
             await asyncio.to_thread(thread.join, 10.0)
+        await asyncio.to_thread(self.tracer.close)
 
     def _work(self) -> None:
         """The engine's thread, from loading to the end. A failure here ends the process, loudly."""

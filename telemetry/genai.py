@@ -49,3 +49,17 @@ def counted(prompt: Any, answer: Any, cached: Any) -> dict[str, int]:
         "gen_ai.usage.cache_read.input_tokens": cached,
     }
     return {name: value for name, value in found.items() if type(value) is int}
+
+
+def latencies(
+    *, whole_s: float, first_token_s: float, queue_s: float, prefill_s: float, decode_s: float
+) -> dict[str, float]:
+    """Where an engine's time went, by the names that vLLM gives it."""
+    return {
+        "gen_ai.latency.e2e": whole_s,
+        "gen_ai.latency.time_to_first_token": first_token_s,
+        "gen_ai.latency.time_in_queue": queue_s,
+        "gen_ai.latency.time_in_model_prefill": prefill_s,
+        "gen_ai.latency.time_in_model_decode": decode_s,
+        "gen_ai.latency.time_in_model_inference": prefill_s + decode_s,
+    }

@@ -19,6 +19,7 @@ import psutil
 import pytest
 
 from command.machine import free_ports
+from tests.collector import Collector, collecting
 
 ROOT = Path(__file__).parents[2]
 START_S = 300.0  # against hanging: where others use the cores, torch alone imports for a minute
@@ -73,6 +74,7 @@ class Stack:
     gateway: Program
     worker: Program
     client: httpx.Client = field(repr=False)
+    collector: Collector = field(repr=False)  # of both programs' traces
 
     @property
     def port(self) -> int:
@@ -107,15 +109,16 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     """Started once; at the end both must stop by themselves, with every block back, quietly."""
     folder = tmp_path_factory.mktemp("stack")
     policy = folder / "policy.yaml"
-    policy.write_text(POLICY)
     front, back = free_ports(2)
     with contextlib.ExitStack() as stop:
+        collector = stop.enter_context(collecting())
+        policy.write_text(f"{POLICY}tracing: {{endpoint: '{collector.url}', keep: 64}}\n")
         worker = stop.enter_context(program(folder, "runtime", policy, back))
         replica = ("--replica", worker.url)
         gateway = stop.enter_context(program(folder, "gateway", policy, front, *replica))
         for one in (worker, gateway):
             until(lambda: ready(one), START_S, lambda: one.log.read_text())  # noqa: B023
-        yield Stack(gateway, worker, stop.enter_context(httpx.Client(timeout=60)))
+        yield Stack(gateway, worker, stop.enter_context(httpx.Client(timeout=60)), collector)
         assert_idle(worker)
 
 

@@ -21,7 +21,7 @@ from gateway.listener import configure
 from gateway.replica import Replica, replicas_of
 from gateway.upstream import Pool
 from gateway.variants import Variants
-from policies.schema import Deployment, Discovery, Gateway, Runtime, Upstream
+from policies.schema import Deployment, Discovery, Gateway, Runtime, Tracing, Upstream
 from runtime.wire import CHALLENGE_HEADER, run_proof
 
 LIMIT_S = 60.0  # against hanging; on a machine busy with other work processes start slowly
@@ -242,6 +242,7 @@ async def gateway(
     wait: bool = True,
     discovery: Sequence[Discovery] = (),
     upstreams: Sequence[Upstream] = (),
+    tracing: Tracing | None = None,
     **settings: Any,
 ) -> AsyncIterator[Front]:
     """Listens on a free port; with `wait`, every replica has been found healthy."""
@@ -252,6 +253,7 @@ async def gateway(
         runtime=Runtime(),
         discovery=tuple(discovery),
         upstreams=tuple(upstreams),
+        tracing=tracing or Tracing(),
     )
     known = [
         r if isinstance(r, Replica) else Replica(getattr(r, "url", r), own=True) for r in replicas

@@ -1,0 +1,190 @@
+"""One trace per request, through gateway and worker, as a collector gets it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from statistics import median
+from typing import Any
+
+import pytest
+
+from gateway.tallies import PHASES
+from policies.tracing import Tracing
+from telemetry.trace import begun, new_span_id, traceparent
+from tests.collector import Received, whole
+from tests.end_to_end.stack import CHAT, DEFAULTS, Stack, assert_idle, until
+from tests.gateway.world import Peer, Replica, gateway, on_loop, upstream
+
+GATEWAY, RUNTIME = "headgate-gateway", "headgate-runtime"
+INSIDE = {"engine.tokenize", "engine.queue", "engine.prefill", "engine.decode"}
+
+
+def asked(stack: Stack, body: dict[str, Any], more: str = "") -> tuple[socket.socket, str]:
+    """Sends a request of a new trace over a socket of its own; the trace's id."""
+    context = begun(1.0)
+    sent = json.dumps(DEFAULTS[CHAT] | body).encode()
+    head = (
+        f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(sent)}\r\n{more}"
+        f"traceparent: {traceparent(context.trace_id, new_span_id(), 3)}\r\n\r\n"
+    )
+    sock = socket.create_connection(("127.0.0.1", stack.port), timeout=30)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.sendall(head.encode() + sent)
+    return sock, context.trace_id
+
+
+def read_to_end(sock: socket.socket, *, stream: bool) -> bytes:
+    got = b""
+    while not got.endswith(b"0\r\n\r\n" if stream else b"}"):
+        piece = sock.recv(2**16)
+        assert piece, got
+        got += piece
+    sock.close()
+    return got
+
+
+def arrived(stack: Stack, trace_id: str, *services: str) -> list[Received]:
+    """The spans of a trace, once these services, or both, have sent theirs."""
+    wanted = set(services) or {GATEWAY, RUNTIME}
+
+    def spans() -> list[Received]:
+        return stack.collector.traces().get(trace_id, [])
+
+    until(lambda: wanted <= {one.service for one in spans()}, 15, lambda: str(spans()))
+    return spans()
+
+
+@pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
+def test_a_request_is_one_tree_that_lasts_as_long_as_the_client_waited(
+    stack: Stack, stream: bool
+) -> None:
+    """Of the SERVER span and of the phases in it; to 2 ms, for the usual one of nine: others use
+    the machine, and a client that is not run cannot look at its clock."""
+    apart, took = [], {}
+    for _ in range(9):
+        began = time.monotonic()
+        sock, trace_id = asked(stack, {"stream": stream, "max_tokens": 6})
+        read_to_end(sock, stream=stream)
+        took[trace_id] = time.monotonic() - began
+    for trace_id, took_s in took.items():
+        spans = arrived(stack, trace_id)
+        root = whole(spans)
+        phases = sum(root.attributes[f"headgate.phase.{name}_s"] for name in PHASES)
+        assert abs(phases - root.s) < 1e-4
+        apart.append(abs(took_s - root.s))
+    names = {span.name for span in spans}
+    assert names >= INSIDE | {f"POST {CHAT}", "gateway.admit", "gateway.route", "chat pocket"}
+    by_id = {span.span_id: span for span in spans}
+    (request,) = (span for span in spans if span.name == "llm_request")
+    assert by_id[request.parent_id].name == "chat pocket"
+    (prefill,) = (span for span in spans if span.name == "engine.prefill")
+    assert "prefill_chunk" in prefill.events
+    for span in spans:
+        assert span.flags & 3 == 3
+        if span.parent_id in by_id:
+            above = by_id[span.parent_id]
+            slack_ns = 2_000_000  # two processes read the same clock at two moments
+            assert above.start_ns - slack_ns <= span.start_ns
+            assert span.end_ns <= above.end_ns + slack_ns
+    print(f"apart from the client's clock: {[round(1000 * one, 2) for one in apart]} ms")
+    assert median(apart) < 0.002
+
+
+def test_under_load_with_clients_that_leave_every_request_is_one_tree(stack: Stack) -> None:
+    """Thirty at once, every third of which leaves: at once, or in the middle of its answer."""
+    names: dict[str, str] = {}
+
+    def one(number: int) -> None:
+        leaves = number % 3 == 0
+        body = {"stream": True, "max_tokens": 200 if leaves else 8, "ignore_eos": True}
+        sock, trace_id = asked(stack, body)
+        names[trace_id] = "left" if leaves else "whole"
+        if not leaves:
+            read_to_end(sock, stream=True)
+            return
+        if number % 2:
+            sock.recv(2**12)
+        sock.close()
+
+    threads = [threading.Thread(target=one, args=(number,)) for number in range(30)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert_idle(stack.worker)
+    for trace_id, what in names.items():
+        spans = arrived(stack, trace_id, GATEWAY)
+        root = whole(spans)
+        assert (root.service, root.error) == (GATEWAY, False)
+        if what == "whole":
+            assert "engine.decode" in {span.name for span in arrived(stack, trace_id)}
+        else:
+            assert root.attributes["error.type"] == "client_cancelled"
+            assert not any(span.error for span in spans)
+
+
+def test_a_failed_request_is_sent_though_it_was_not_sampled(stack: Stack) -> None:
+    """The worker is asked for its spans then. Without `traceparent` a trace of its own begins."""
+    answer = stack.client.post(
+        stack.gateway.url + CHAT,
+        json=DEFAULTS[CHAT] | {"max_tokens": 2000, "ignore_eos": True},
+        headers={
+            "traceparent": f"00-{'ab' * 16}-{'cd' * 8}-00",
+            "x-slo-deadline-ms": "300",
+        },
+    )
+    assert answer.status_code == 504, answer.text
+    spans = arrived(stack, "ab" * 16)
+    root = whole(spans)
+    assert root.error
+    assert root.attributes["headgate.keep"] == "error"
+    assert root.flags & 1 == 0
+    traced = stack.client.get(f"{stack.gateway.url}/admin/traces/{answer.headers['x-request-id']}")
+    told = traced.json()
+    assert {span["name"] for span in told["spans"]} == {span.name for span in spans}
+    assert {span["service"] for span in told["spans"]} == {GATEWAY, RUNTIME}
+
+
+@on_loop
+async def test_a_stream_that_breaks_and_goes_on_elsewhere_is_one_tree(stack: Stack) -> None:
+    """A replica that answers 500, then one that breaks in the middle; a real worker ends it."""
+    turns: Iterator[str] = iter(("500", "cut"))
+
+    async def answer(peer: Peer) -> None:
+        if next(turns, "cut") == "500":
+            await peer.json({"error": {"message": "no"}}, 500)
+            return
+        await peer.head()
+        chunk = {
+            "id": "c", "object": "chat.completion.chunk", "created": 1, "model": "pocket",
+            "choices": [{"index": 0, "delta": {"role": "assistant", "content": "Hel"}}],
+        }  # fmt: skip
+        await peer.chunk(b"data: " + json.dumps(chunk).encode() + b"\n\n")
+        peer.abort()
+
+    rescuer = Replica(stack.worker.url, own=True, kind="headgate", models={"pocket": {}})
+    rescuer.healthy = True
+    async with (
+        upstream(answer, models=("pocket",)) as broken,
+        gateway(
+            Replica(broken.url, own=True, kind="headgate"),
+            tracing=Tracing(endpoint=stack.collector.url),
+            resume="auto",
+        ) as front,
+    ):
+        front.pool.rescuers = lambda: (rescuer,)
+        answered = await front.post(DEFAULTS[CHAT] | {"stream": True, "max_tokens": 8})
+        trace = front.live.edge.tracer.ring.recent(1)[0]
+    assert answered.content.endswith(b"[DONE]\n\n")
+    spans = await asyncio.to_thread(arrived, stack, trace["trace_id"])
+    root = whole(spans)
+    clients = sorted((one for one in spans if one.kind == 3), key=lambda one: one.start_ns)
+    assert [one.attributes["headgate.outcome"] for one in clients] == ["500", "200", "200"]
+    assert not root.error
+    (request,) = (one for one in spans if one.name == "llm_request")
+    assert request.parent_id == clients[-1].span_id
