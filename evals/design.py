@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 from evals.item import Item
 from evals.pairs import AA, BASELINE, CANDIDATE, SABOTAGE
@@ -76,17 +77,20 @@ def blocks_of_time(
 
 def steps(blocks: Sequence[Block], design: Design, stats: Stats) -> tuple[Step, ...]:
     """All blocks in all their arms. Two blocks that follow each other are mirrored, so that a
-    machine that gets slower or faster, steadily, does so to every arm alike.
+    machine that gets slower or faster, steadily, does so to every arm alike. The control arms run
+    in a share of each source's blocks.
     """
     rng = random.Random(f"{stats.seed}:order")  # noqa: S311  # repeatable
-    controlled = _controlled(-(-len(blocks) // 2), design.control_share)
     ordered: list[Step] = []
-    for at in range(0, len(blocks), 2):
-        arms = _arms(design) if at // 2 in controlled else (BASELINE, CANDIDATE)
-        if rng.random() < 0.5:
-            arms = arms[::-1]
-        for block, order in zip(blocks[at : at + 2], (arms, arms[::-1]), strict=False):
-            ordered += [Step(block, arm) for arm in order]
+    for _, run in groupby(blocks, key=lambda block: block.source):
+        mine = list(run)
+        controlled = _controlled(-(-len(mine) // 2), design.control_share)
+        for at in range(0, len(mine), 2):
+            arms = _arms(design) if at // 2 in controlled else (BASELINE, CANDIDATE)
+            if rng.random() < 0.5:
+                arms = arms[::-1]
+            for block, order in zip(mine[at : at + 2], (arms, arms[::-1]), strict=False):
+                ordered += [Step(block, arm) for arm in order]
     return tuple(ordered)
 
 

@@ -125,6 +125,10 @@ def _blocks(metric: Metric, pairs: Sequence[Pair]) -> Blocks:
     slowest = max(known)
     left, right = [], []
     for group in _grouped(pairs):
+        # what one arm alone can tell comes last, so that the others stand side by side
+        group.sort(
+            key=lambda one: not (_told(metric, one.baseline) and _told(metric, one.candidate))
+        )
         a = _values(metric, [one.baseline for one in group], slowest)
         b = _values(metric, [one.candidate for one in group], slowest)
         if a.size and b.size:
@@ -145,6 +149,10 @@ def _time_logs(blocks: Blocks, quantile: float | None) -> list[float]:
 def _values(metric: Metric, seen: Sequence[Observation], slowest: float) -> Floats:
     found = [_time(metric, one) if one.ok else slowest for one in seen]
     return np.array([max(one, 1e-6) for one in found if one is not None])
+
+
+def _told(metric: Metric, seen: Observation) -> bool:
+    return not seen.ok or metric.value(seen) is not None
 
 
 def _time(metric: Metric, seen: Observation) -> float | None:

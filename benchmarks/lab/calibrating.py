@@ -213,7 +213,9 @@ DRIFT = {"drift": 1.15, "wander": 0.01}
 
 
 def latency(rng: np.random.Generator, share: float) -> Mapping[str, Rates]:
-    """A machine that becomes 15 % slower in a run and wanders by 1 % a block; 12 block pairs."""
+    """A machine that becomes 15 % slower in a run and wanders by 1 % a block; 12 block pairs, of 80
+    requests that are alike, or of 20 whose lengths differ by a factor of e.
+    """
     false_pass: Rates = {}
     told: Rates = {}
     planned: Rates = {}
@@ -223,6 +225,10 @@ def latency(rng: np.random.Generator, share: float) -> Mapping[str, Rates]:
         false_pass[f"p{100 * q:g} slower by the margin of 10 %"] = rate(np.array(p) <= ALPHA)
         same = gates.latency_blocks(rng, count(1500, share), ABBA, 80, 1.0, **DRIFT)
         told[f"p{100 * q:g}"] = rate([_told_apart(*pair, q) for pair in same])
+        mixed = gates.latency_blocks(rng, count(1500, share), ABBA, 20, 1.10, **DRIFT, unlike=1.0)
+        p = [ratio.quantile_ratio(*pair, q, 1.10, ALPHA, rng).p for pair in mixed]
+        name = f"p{100 * q:g} of unlike requests, slower by the margin of 10 %"
+        false_pass[name] = rate(np.array(p) <= ALPHA)
     for spread in (0.05, 0.1, 0.2):
         number = max(power.block_pairs_needed(spread, 1.10), ratio.FEWEST_BLOCK_PAIRS)
         logs = rng.normal(0, spread, (count(4000, share), number))

@@ -76,8 +76,11 @@ def latency_blocks(
     slower: float,
     drift: float,
     wander: float,
+    unlike: float = 0.0,
 ) -> Iterator[tuple[list[Floats], list[Floats]]]:
     """Each gate's blocks of log-normal latencies, baseline's and candidate's in order of time.
+
+    Block i of both has the same requests, which differ by `unlike` (of a logarithm) among them.
 
     `order` is of the whole run, as ABBAABBA. The machine becomes slower by the factor `drift` from
     the first block to the last, and wanders beside that by `wander` (of a logarithm) a block.
@@ -86,6 +89,11 @@ def latency_blocks(
     for _ in range(gates):
         speed = np.log(drift) * places + np.cumsum(rng.normal(0, wander, len(order)))
         blocks = np.exp(speed[:, None] + rng.normal(0, 0.5, (len(order), requests)))
-        before = [block for block, arm in zip(blocks, order, strict=True) if arm == "A"]
-        after = [slower * block for block, arm in zip(blocks, order, strict=True) if arm == "B"]
+        own = np.exp(rng.normal(0, unlike, (order.count("A"), requests)))
+        arms = {
+            arm: [block for block, of in zip(blocks, order, strict=True) if of == arm]
+            for arm in "AB"
+        }
+        before = [block * one for block, one in zip(arms["A"], own, strict=True)]
+        after = [slower * block * one for block, one in zip(arms["B"], own, strict=True)]
         yield before, after

@@ -72,13 +72,14 @@ def quantile_ratio(
     harm: Harm = "rise",
 ) -> Estimate:
     """Ratio of the `q` quantiles: entry i of both is a pair of neighbouring blocks, each with the
-    values of its requests. Block t and hierarchical bootstrap, the wider bound holds; where they
-    do not say the same of the margin, `detail["methods_disagree"]`.
+    values of its requests, in the same order where both have as many. Block t and hierarchical
+    bootstrap, the wider bound holds; where they do not say the same of the margin,
+    `detail["methods_disagree"]`.
     """
     if len(baseline) != len(candidate):
         raise ValueError(f"{len(baseline)} blocks of the baseline, {len(candidate)} of the other")
-    befores = [np.sort(finite(block, "requests of a block")) for block in baseline]
-    afters = [np.sort(finite(block, "requests of a block")) for block in candidate]
+    befores = [finite(block, "requests of a block") for block in baseline]
+    afters = [finite(block, "requests of a block") for block in candidate]
     logs = log_ratios(
         [np.quantile(block, q) for block in befores], [np.quantile(block, q) for block in afters]
     )
@@ -113,12 +114,12 @@ def bootstrap(
     baseline: Sequence[Floats], candidate: Sequence[Floats], q: float, rng: np.random.Generator
 ) -> Floats:
     """Mean log quantile ratios of data sets drawn from these: pairs of blocks with replacement,
-    then requests within them. Blocks are sorted. The quantile of a resample is one of its order
-    statistics, so its place is drawn at once.
+    then requests within them. Blocks of as many requests hold the same ones in the same order, and
+    a request is drawn for both arms at once: prompts that are longer are so in either.
     """
     draws = np.stack(
         [
-            np.log(_resampled(after, q, rng)) - np.log(_resampled(before, q, rng))
+            _resampled(before, after, q, rng)
             for before, after in zip(baseline, candidate, strict=True)
         ]
     )
@@ -126,7 +127,7 @@ def bootstrap(
         math.log(np.quantile(after, q) / np.quantile(before, q))
         for before, after in zip(baseline, candidate, strict=True)
     ]
-    draws += (np.array(exact) - draws.mean(axis=1))[:, None]  # an order statistic is a little off
+    draws += (np.array(exact) - draws.mean(axis=1))[:, None]  # a resample's quantile is a bit off
     pairs = len(baseline)
     chosen = rng.integers(0, pairs, (_RESAMPLES, pairs))
     within = rng.integers(0, _WITHIN, (_RESAMPLES, pairs))
@@ -134,10 +135,19 @@ def bootstrap(
     return means
 
 
-def _resampled(block: Floats, q: float, rng: np.random.Generator) -> Floats:
-    place = min(max(math.ceil(q * block.size), 1), block.size)
-    share = rng.beta(place, block.size - place + 1, _WITHIN)
-    found: Floats = block[np.minimum((share * block.size).astype(np.int64), block.size - 1)]
+def _resampled(before: Floats, after: Floats, q: float, rng: np.random.Generator) -> Floats:
+    places = rng.integers(0, before.size, (_WITHIN, before.size))
+    others = (
+        places if after.size == before.size else rng.integers(0, after.size, (_WITHIN, after.size))
+    )
+    found: Floats = np.log(_quantiles(after[others], q) / _quantiles(before[places], q))
+    return found
+
+
+def _quantiles(rows: Floats, q: float) -> Floats:
+    """Of each row, one of its values."""
+    place = min(max(math.ceil(q * rows.shape[1]), 1), rows.shape[1]) - 1
+    found: Floats = np.partition(rows, place, axis=1)[:, place]
     return found
 
 

@@ -97,6 +97,16 @@ def test_control_arms_run_in_their_share_of_the_blocks(count: int, share: float)
     assert arms[AA] <= max(share * count + 2, 12)
 
 
+def test_each_source_has_blocks_enough_in_the_control_arms() -> None:
+    """What a small replay measures is not controlled by the blocks of a large suite beside it."""
+    design = Design(block_items=1)
+    large = blocks_of_rows(SUITE, rows(200), design, Stats())
+    small = blocks_of_rows(REPLAY, rows(16), design, Stats())
+    planned = steps((*large, *small), design, Stats())
+    controlled = Counter(step.block.source for step in planned if step.arm == AA)
+    assert controlled == {SUITE: 50, REPLAY: 12}
+
+
 def test_recorded_traffic_is_cut_by_its_own_clock() -> None:
     """A block without a request is none; the others keep where they began."""
     design = Design(block=60.0, repeats=2)

@@ -294,18 +294,31 @@ def test_a_slower_quantile_fails_and_an_equal_one_passes_despite_drift():
 
 
 def test_the_bootstrap_draws_as_plain_resampling_does():
-    """Order statistics drawn at once, against drawing every request: the same spread."""
-    before, after = (tuple(np.sort(one) for one in part) for part in blocks(12, 10, 200))
+    """All resamples of a block at once, against one after the other: the same spread."""
+    before, after = blocks(12, 10, 200)
     fast = ratio.bootstrap(before, after, 0.9, rng(2))
     draw, slow = rng(3), []
     for _ in range(400):
         logs = []
         for pair in draw.integers(0, 10, 10):
-            a, b = (draw.choice(part[pair], 200) for part in (after, before))
+            drawn = draw.integers(0, 200, 200)
+            a, b = (part[pair][drawn] for part in (after, before))
             logs.append(math.log(np.quantile(a, 0.9) / np.quantile(b, 0.9)))
         slow.append(np.mean(logs))
     assert fast.std() == pytest.approx(np.std(slow), rel=0.15)
     assert fast.mean() == pytest.approx(np.mean(slow), abs=0.25 * fast.std())
+
+
+def test_requests_that_differ_among_them_hide_nothing_since_both_arms_have_the_same():
+    """Lengths over a factor of fifty; arms that differ by a hundredth at each request."""
+    draw = rng(5)
+    own = [np.exp(draw.normal(0, 1, 20)) for _ in range(20)]
+    before = [one * np.exp(draw.normal(0, 0.01, 20)) for one in own]
+    after = [1.02 * one * np.exp(draw.normal(0, 0.01, 20)) for one in own]
+    paired = ratio.quantile_ratio(before, after, 0.5, 1.10, rng=rng(6))
+    assert 1.0 < paired.low < 1.02 < paired.high < 1.04
+    apart = ratio.quantile_ratio(before, [one[:-1] for one in after], 0.5, 1.10, rng=rng(6))
+    assert apart.high - apart.low > 5 * (paired.high - paired.low)
 
 
 def test_methods_that_disagree_are_told_and_the_wider_bound_holds():
