@@ -10,10 +10,10 @@ import contextlib
 import os
 import re
 import sys
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import aiohttp
 import orjson
@@ -26,10 +26,13 @@ from policies.hypothesis import Design, Hypothesis, Variant
 from policies.patching import Configured
 
 START_S = 900.0  # a model of many GB from a slow disk, and its kernels compiled
+EDGE_START_S = 30.0  # a gateway alone: what it waits for then are servers that should run already
 ASK_S = 10.0
 _FRONT = re.compile(r"^\s+(http://\S+)/v1$")
 _PAGE = re.compile(r"^\s+metrics\s+(http://\S+/metrics)$")
 _SAMPLE = re.compile(r"^([a-zA-Z_:][\w:]*)(?:\{[^}]*\})?\s+(\S+)", re.MULTILINE)
+# Of a server that starts, for another one that does not load, but is not there.
+_WAITS = re.compile(r"still waiting for (?!.*\bloading\b)")
 _UNREACHABLE = (aiohttp.ClientError, OSError, TimeoutError)
 
 
@@ -48,28 +51,80 @@ class Arm:
     broken: str = ""
 
 
-@contextlib.asynccontextmanager
-async def started(
-    hypothesis: Hypothesis, configured: Sequence[Configured | None], folder: Path
-) -> AsyncIterator[Mapping[str, Arm]]:
-    """All arms of the design, alive side by side until the context is left. `folder` takes their
-    policies and logs. An arm that does not come up is there, and `broken`.
+@dataclass(frozen=True, slots=True)
+class Starting:
+    """How the arms of a hypothesis are brought up. `folder` takes their policies and logs; `say`
+    is told what takes long.
     """
-    base, other = hypothesis.baseline, hypothesis.candidate
-    wanted: list[tuple[str, Variant, Configured | None]] = [
-        (BASELINE, base, configured[0]),
-        (CANDIDATE, other, configured[1]),
-    ]
-    if hypothesis.design.aa_control:
-        wanted.append((AA, base, configured[0]))
+
+    hypothesis: Hypothesis
+    configured: Sequence[Configured | None]
+    folder: Path
+    say: Callable[[str], None] = lambda _line: None
+    edge_s: float = EDGE_START_S
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        design = self.hypothesis.design
+        controls = ((AA, design.aa_control), (SABOTAGE, design.sabotage_control))
+        return (BASELINE, CANDIDATE, *(name for name, wanted in controls if wanted))
+
+    async def up(self, stack: contextlib.AsyncExitStack, name: str) -> Arm:
+        """Alive until the stack is left. One that does not come up is `broken`."""
+        if name == SABOTAGE:
+            return await self.spoiled(stack, await self.up(stack, BASELINE))
+        at = int(name == CANDIDATE)
+        variant = (self.hypothesis.baseline, self.hypothesis.candidate)[at]
+        one = self.configured[at]
+        edge = one is not None and one.deployment.runtime is None
+        within_s = self.edge_s if edge else START_S
+        return await _up(stack, name, variant, one, self.folder, within_s, self.say)
+
+    async def spoiled(self, stack: contextlib.AsyncExitStack, baseline: Arm) -> Arm:
+        design, seed = self.hypothesis.design, self.hypothesis.stats.seed
+        return await _spoiled(stack, baseline, design, seed, self.folder)
+
+
+@contextlib.asynccontextmanager
+async def started(starting: Starting) -> AsyncIterator[Mapping[str, Arm]]:
+    """All arms of the design, alive side by side until the context is left. One that does not come
+    up is there, and `broken`; what would have come behind it is not started either.
+    """
     async with contextlib.AsyncExitStack() as stack:
+        found: dict[str, Arm] = {}
         # One after the other: a worker measures itself as it starts, and chooses by that.
-        found = {one[0]: await _up(stack, *one, folder) for one in wanted}
-        if hypothesis.design.sabotage_control:
-            seed = hypothesis.stats.seed
-            spoiled = await _spoiled(stack, found[BASELINE], hypothesis.design, seed, folder)
-            found[SABOTAGE] = spoiled
+        for name in starting.names:
+            broken = next((one for one in found.values() if one.broken), None)
+            if broken is not None:
+                found[name] = Arm(name, "", broken=f"not started: the {broken.name} does not run")
+            elif name == SABOTAGE:
+                found[name] = await starting.spoiled(stack, found[BASELINE])
+            else:
+                found[name] = await starting.up(stack, name)
         yield found
+
+
+class InTurn:
+    """One arm at a time, in the place of the one before: where both do not fit. Use it as a
+    context; `tell` gets each as it comes up.
+    """
+
+    def __init__(self, starting: Starting, tell: Callable[[Arm], None]) -> None:
+        self._starting = starting
+        self._tell = tell
+        self._stack = contextlib.AsyncExitStack()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self._stack.aclose()
+
+    async def start(self, name: str) -> Arm:
+        await self._stack.aclose()
+        arm = await self._starting.up(self._stack, name)
+        self._tell(arm)
+        return arm
 
 
 @contextlib.asynccontextmanager
@@ -89,6 +144,8 @@ async def _up(
     variant: Variant,
     configured: Configured | None,
     folder: Path,
+    within_s: float = START_S,
+    say: Callable[[str], None] = lambda _line: None,
 ) -> Arm:
     key = os.environ.get(variant.api_key_env) if variant.api_key_env else None
     try:
@@ -104,7 +161,8 @@ async def _up(
                 {"HEADGATE_PORT": "0"},
                 own / "serve.log",
                 lambda line: _FRONT.match(line) is not None,
-                START_S,
+                within_s,
+                lambda line: say(f"  {name:<10}{line}") if _WAITS.match(line) else None,
             )
         )
         url = next(found[1] for line in said if (found := _FRONT.match(line)))

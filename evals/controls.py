@@ -67,11 +67,11 @@ def check_errors(pairs: Sequence[Pair], asked: Sequence[str]) -> Control:
         sources[source] = {"pairs": len(rows), "baseline": base, "candidate": arm}
         if base > BASELINE_FAILED_MAX or not answered:
             share = max(base, 1 - answered / len(rows))
-            said.append(f"{source}: the baseline itself failed {share:.1%} of its requests")
+            why = _mostly([one.baseline for one in rows])
+            said.append(f"{source}: the baseline itself failed {share:.1%} of its requests ({why})")
         elif arm > CANDIDATE_FAILED_MAX:
-            why = Counter(one.candidate.problem for one in rows if not one.candidate.ok)
-            most = max(sorted(why), key=lambda name: why[name]) or "no reason given"
-            said.append(f"{source}: the candidate failed {arm:.1%} of its requests ({most})")
+            why = _mostly([one.candidate for one in rows])
+            said.append(f"{source}: the candidate failed {arm:.1%} of its requests ({why})")
         if (unjudged := _unjudged(rows)) > UNJUDGED_MAX:
             said.append(f"{source}: the judge did not answer for {unjudged:.1%} of the answers")
     return Control("errors", not said, {"sources": sources}, "; ".join(said))
@@ -131,6 +131,12 @@ def check_activation(
 def check_generator(facts: Facts) -> Control:
     """The load was sent when it was due."""
     return Control("generator", not facts.generator, {}, facts.generator)
+
+
+def _mostly(observations: Iterable[Observation]) -> str:
+    """The first line of what went wrong most often."""
+    why = Counter(one.problem.partition("\n")[0] for one in observations if not one.ok)
+    return max(sorted(why), key=lambda name: why[name]) or "no reason given"
 
 
 def _broken(observations: Iterable[Observation]) -> int:

@@ -5,6 +5,7 @@ The life of `headgate gate run` in a few paragraphs; each step's how stands in i
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import platform
 import time
@@ -16,7 +17,7 @@ from typing import Any
 import orjson
 
 from evals import arms
-from evals.arms import Arm
+from evals.arms import Arm, InTurn, Starting, started
 from evals.controls import Facts
 from evals.design import Step, steps
 from evals.journal import Journal
@@ -127,15 +128,30 @@ async def _compared(
 async def _run(
     plan: Prepared, folder: Path, journal: Journal, say: Say, progress: Progress
 ) -> None:
-    say(f"starting {_arms_of(plan.hypothesis)}")
-    async with arms.started(plan.hypothesis, plan.configured, folder / "arms") as found:
-        for arm in found.values():
+    in_turn = plan.hypothesis.design.servers == "in_turn"
+    say(f"starting {_arms_of(plan.hypothesis)}" + (", one at a time" if in_turn else ""))
+    starting = Starting(plan.hypothesis, plan.configured, folder / "arms", say)
+    targets = arms.targets(plan.configured[0])
+    sources = {one.name: one for one in plan.sources}
+    known: dict[str, Arm] = {}
+
+    def tell(arm: Arm) -> None:
+        if known.get(arm.name) is None or arm.broken:
             say(f"  {arm.name:<10}{arm.url or 'does not run'}  {', '.join(arm.fingerprints)}")
             if arm.broken:
                 say(f"    {arm.broken}")
-        _write_arms(folder, found)
-        targets = arms.targets(plan.configured[0])
-        bench = Bench(plan.hypothesis, found, targets, {one.name: one for one in plan.sources})
+        known[arm.name] = arm
+        _write_arms(folder, known)
+
+    async with contextlib.AsyncExitStack() as stack:
+        if in_turn:
+            turns = await stack.enter_async_context(InTurn(starting, tell))
+            bench = Bench(plan.hypothesis, {}, targets, sources, turns.start)
+        else:
+            found = await stack.enter_async_context(started(starting))
+            for arm in found.values():
+                tell(arm)
+            bench = Bench(plan.hypothesis, found, targets, sources)
         progress.begin(plan.steps, journal)
         stopped = await run(bench, plan.steps, journal, progress.after)
         progress.end()
@@ -192,12 +208,15 @@ def _arms_of(hypothesis: Hypothesis) -> str:
 
 
 def _write_arms(folder: Path, found: Mapping[str, Arm]) -> None:
-    told = {name: list(arm.fingerprints) for name, arm in found.items()}
+    """Beside those that a run before this one has told, which may have had others."""
+    told = {name: list(prints) for name, prints in _told_arms(folder).items()}
+    told |= {name: list(arm.fingerprints) for name, arm in found.items()}
     (folder / ARMS_FILE).write_bytes(orjson.dumps(told))
 
 
 def _told_arms(folder: Path) -> dict[str, tuple[str, ...]]:
-    told: Mapping[str, Sequence[str]] = orjson.loads((folder / ARMS_FILE).read_bytes())
+    file = folder / ARMS_FILE
+    told: Mapping[str, Sequence[str]] = orjson.loads(file.read_bytes()) if file.exists() else {}
     return {name: tuple(prints) for name, prints in told.items() if prints}
 
 

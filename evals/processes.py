@@ -32,10 +32,10 @@ async def serving(
     log: Path,
     is_ready: Callable[[str], bool],
     timeout_s: float,
+    hear: Callable[[str], None] = lambda _line: None,
 ) -> AsyncIterator[list[str]]:
-    """Runs it until the context is left; the lines up to the one that says that it is ready.
-
-    All that it prints goes to `log`. Raises NotServing.
+    """Runs it until the context is left; the lines up to the one that says that it is ready, each
+    of which `hear` is told as it comes. All that it prints goes to `log`. Raises NotServing.
     """
     with log.open("ab") as file:
         process = await asyncio.create_subprocess_exec(
@@ -49,7 +49,9 @@ async def serving(
         )
         said: list[str] = []
         ready = asyncio.Event()
-        listening = asyncio.create_task(_listen(process, file.fileno(), said, is_ready, ready))
+        listening = asyncio.create_task(
+            _listen(process, file.fileno(), said, is_ready, ready, hear)
+        )
         try:
             await _until_ready(ready, listening, said, timeout_s)
             yield said
@@ -64,12 +66,14 @@ async def _listen(
     said: list[str],
     is_ready: Callable[[str], bool],
     ready: asyncio.Event,
+    hear: Callable[[str], None],
 ) -> None:
     assert process.stdout is not None
     async for raw in process.stdout:
         os.write(log, raw)
         if not ready.is_set():
             said.append(line := raw.decode("utf-8", "replace").rstrip())
+            hear(line)
             if is_ready(line):
                 ready.set()
 

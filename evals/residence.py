@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from evals.arms import Arm, counters, started
+from evals.arms import Arm, Starting, counters, started
 from evals.client import Client
 from evals.execute import Prepared
 from evals.item import Item
@@ -30,7 +30,7 @@ async def measure_memory(plan: Prepared) -> None:
     )
     hypothesis = plan.hypothesis.model_copy(update={"design": alone})
     with tempfile.TemporaryDirectory() as folder:
-        async with started(hypothesis, plan.configured, Path(folder)) as arms:
+        async with started(Starting(hypothesis, plan.configured, Path(folder))) as arms:
             told = {name: await _resident(arm) for name, arm in arms.items()}
     found = {name: count for name, count in told.items() if count}
     (plan.folder / MEMORY_FILE).write_text(json.dumps(found), encoding="utf-8")

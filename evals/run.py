@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from evals.arms import Arm, counters
@@ -42,12 +42,15 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """What asks: the hypothesis, the arms that answer, the targets that they are held to."""
+    """What asks: the hypothesis, the arms that answer, the targets that they are held to. `start`
+    brings up an arm in the place of the one that runs; None: all of `arms` run.
+    """
 
     hypothesis: Hypothesis
     arms: Mapping[str, Arm]
     targets: Mapping[str, Targets]
     sources: Mapping[str, Source]
+    start: Callable[[str], Awaitable[Arm]] | None = None
 
 
 async def run(bench: Bench, steps: Sequence[Step], journal: Journal, after: After) -> str:
@@ -64,59 +67,74 @@ async def run(bench: Bench, steps: Sequence[Step], journal: Journal, after: Afte
     def now() -> float:
         return time.monotonic() - began
 
-    async with _clients(bench) as clients:
-        await _warm_up(bench, clients, left, now)
-        before = await counters(bench.arms[CANDIDATE])
+    async with contextlib.AsyncExitStack() as stack:
+        crew = _Crew(bench, left, now, stack)
+        if bench.start is None:
+            for arm in bench.arms.values():
+                await crew.warm_up(arm)
         why = None
         for step, following in zip(left, [*left[1:], None], strict=True):
-            done = await _step(bench, clients, step, now)
+            arm = await crew.arm(step.arm)
+            before = await counters(arm) if step.arm == CANDIDATE else {}
+            done = await _step(bench, await crew.client(arm), arm, step, now)
             if step.arm == CANDIDATE:
-                here = await counters(bench.arms[CANDIDATE])
-                done = replace(done, counters=_risen(before, here))
-                before = here
+                done = replace(done, counters=_risen(before, await counters(arm)))
             journal.add(done)
-            why = why or after(step, done) or _why_to_stop(bench, done)
+            why = why or after(step, done) or _why_to_stop(arm, done)
             # A block is ended in all its arms: half a block would be read as failures.
             if why and (following is None or following.block != step.block):
                 return why
     return ""
 
 
-@contextlib.asynccontextmanager
-async def _clients(bench: Bench) -> AsyncIterator[Mapping[str, Client]]:
-    """Connections to each arm, for as long as the context."""
-    timeout_s = bench.hypothesis.design.timeout
-    async with contextlib.AsyncExitStack() as stack:
-        clients = {}
-        for name, arm in bench.arms.items():
-            client = Client(arm.url, arm.key, timeout_s=timeout_s, targets=bench.targets)
-            clients[name] = await stack.enter_async_context(client)
-        yield clients
+@dataclass(slots=True)
+class _Crew:
+    """Who answers, warmed up, with a connection to each."""
 
+    bench: Bench
+    left: Sequence[Step]
+    now: Callable[[], float]
+    stack: contextlib.AsyncExitStack  # connections live as long as it
+    clients: dict[str, Client] = field(default_factory=dict)
+    running: Arm | None = None
 
-async def _warm_up(
-    bench: Bench, clients: Mapping[str, Client], left: Sequence[Step], now: Callable[[], float]
-) -> None:
-    """The first blocks of each source in every arm, not counted: libraries that are still being
-    loaded, kernels that are compiled at their first use.
-    """
-    sources = {step.block.source for step in left}
-    for name in sorted(sources):
-        for block in bench.sources[name].blocks[: bench.hypothesis.design.warmup]:
-            for arm in bench.arms.values():
-                if not arm.broken:
-                    await _step(bench, clients, Step(block, arm.name), now, salt="warm")
+    async def arm(self, name: str) -> Arm:
+        if self.bench.start is None:
+            return self.bench.arms[name]
+        if self.running is None or self.running.name != name:
+            self.running = await self.bench.start(name)
+            await self.warm_up(self.running)
+        return self.running
+
+    async def client(self, arm: Arm) -> Client:
+        if arm.url not in self.clients:
+            timeout_s, targets = self.bench.hypothesis.design.timeout, self.bench.targets
+            client = Client(arm.url, arm.key, timeout_s=timeout_s, targets=targets)
+            self.clients[arm.url] = await self.stack.enter_async_context(client)
+        return self.clients[arm.url]
+
+    async def warm_up(self, arm: Arm) -> None:
+        """The first blocks of each source, not counted: libraries that are still being loaded,
+        kernels that are compiled at their first use.
+        """
+        if arm.broken:
+            return
+        for name in sorted({step.block.source for step in self.left}):
+            for block in self.bench.sources[name].blocks[: self.bench.hypothesis.design.warmup]:
+                client = await self.client(arm)
+                await _step(self.bench, client, arm, Step(block, arm.name), self.now, "warm")
 
 
 async def _step(
     bench: Bench,
-    clients: Mapping[str, Client],
+    client: Client,
+    arm: Arm,
     step: Step,
     now: Callable[[], float],
     salt: str = "run",
 ) -> Done:
     """One block in one arm."""
-    design, arm, block = bench.hypothesis.design, bench.arms[step.arm], step.block
+    design, block = bench.hypothesis.design, step.block
     source = bench.sources[block.source]
     cold = f"{salt}.{step.arm}.{block.source}.{block.number}" if design.cold_blocks else None
     seed = bench.hypothesis.stats.seed + block.repeat
@@ -125,7 +143,7 @@ async def _step(
         asked = replace(item, body=body_for(item.body, arm.model, design, seed))
         if arm.broken:
             return _unanswered(asked, arm, block, now())
-        return await clients[step.arm].ask(
+        return await client.ask(
             asked, step.arm, block.source, block.number, block.repeat, now=now, salt=cold
         )
 
@@ -209,14 +227,14 @@ def _unanswered(item: Item, arm: Arm, block: Block, at_s: float) -> Observation:
     )
 
 
-def _why_to_stop(bench: Bench, done: Done) -> str | None:
-    allowed = bench.arms[done.arm].fingerprints
+def _why_to_stop(arm: Arm, done: Done) -> str | None:
+    allowed = arm.fingerprints
     foreign = {seen.fingerprint for seen in done.observations if seen.fingerprint} - set(allowed)
     if allowed and foreign:
         names = ", ".join(sorted(foreign))
         return f"the {done.arm} arm answered as {names}, and is {', '.join(allowed)}"
     if all(seen.outcome in ("error", "timeout") for seen in done.observations):
-        why = done.observations[0].problem
+        why = done.observations[0].problem.partition("\n")[0]
         return f"the {done.arm} arm answered no request of a whole block: {why}"
     return None
 

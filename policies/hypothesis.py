@@ -180,6 +180,11 @@ class Design(PolicyModel):
         description="Nothing is cached at the begin of a block: its requests have a `cache_salt` "
         "of their own. A server that refuses unknown fields needs `false`.",
     )
+    servers: Literal["together", "in_turn"] = Field(
+        "together",
+        description="`together`: all arms stay in memory, side by side. `in_turn`: one at a time, "
+        "started anew where the order changes arms; with blocks that are worth a start.",
+    )
     aa_control: bool = Field(
         True, description="A second baseline, which shows what chance alone does."
     )

@@ -310,3 +310,36 @@ def test_the_temperature_of_the_design_holds_for_every_request(tmp_path: Path) -
         assert {body["model"] for body in server.asked} == {"m"}
 
     asyncio.run(check())
+
+
+def test_arms_that_take_turns_are_started_where_the_order_changes(tmp_path: Path) -> None:
+    """One at a time, each warmed up whenever it starts: 4 blocks in A B B A and again take
+    five or six starts, and every row is asked once of each, as where both run.
+    """
+    began: list[str] = []
+
+    async def check() -> None:
+        server = Server()
+        async with server.served():
+
+            async def start(name: str) -> Arm:
+                began.append(name)
+                return server.arm(name)
+
+            asked = hypothesis(aa_control=False, servers="in_turn")
+            source = suite(asked, rows(20))
+            bench = Bench(asked, {}, {}, {source.name: source}, start)
+            todo = planned(asked, source)
+            with Journal(tmp_path / "j") as journal:
+                assert await run(bench, todo, journal, lambda _step, _done: None) == ""
+                done = list(journal.done)
+        order = [step.arm for step in todo]
+        assert began == [
+            arm for arm, before in zip(order, [None, *order], strict=False) if arm != before
+        ]
+        assert len(began) in (5, 6)
+        asked_of = Counter((one.arm, seen.id) for one in done for seen in one.observations)
+        assert set(asked_of.values()) == {1}
+        assert len(server.asked) == 2 * 20 + 5 * len(began)
+
+    asyncio.run(check())

@@ -1,0 +1,48 @@
+"""Arms that come up, and those that do not: told soon, and with the reason."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+
+from evals.arms import Starting, started
+from policies.binding import pair
+from policies.hypothesis import Hypothesis
+from policies.load import load_hypothesis
+from tests.gateway.world import refused_port
+
+HYPOTHESIS = """\
+apiVersion: headgate/v1
+kind: Hypothesis
+metadata: {name: down}
+baseline: {config: base.yaml}
+candidate: {patch: {gateway.routing.policy: round_robin}}
+kind_of_change: routing_only
+guardrails: [{suite: pocket, metric: served, test: paired_ni, margin: 2%}]
+"""
+
+
+def test_a_gateway_whose_server_is_down_is_given_up_soon(tmp_path: Path) -> None:
+    """What it waits for is told as it waits, and is the reason; no other arm is started then."""
+    nobody = refused_port()
+    (tmp_path / "base.yaml").write_text(f"version: 1\nupstreams: [{{url: '{nobody}'}}]\n")
+    file = tmp_path / "h.yaml"
+    file.write_text(HYPOTHESIS)
+    asked: Hypothesis = load_hypothesis(file)
+    said: list[str] = []
+    began = time.monotonic()
+
+    async def check() -> dict[str, str]:
+        starting = Starting(asked, pair(file, asked), tmp_path / "arms", said.append, edge_s=8.0)
+        async with started(starting) as arms:
+            return {name: arm.broken for name, arm in arms.items()}
+
+    broken = asyncio.run(check())
+    assert time.monotonic() - began < 60
+    assert "did not serve in 8 s" in broken["baseline"]
+    assert f"still waiting for {nobody}" in broken["baseline"]
+    assert [one.split()[0] for one in said] == ["baseline"]
+    assert {broken[name] for name in ("candidate", "aa", "sabotage")} == {
+        "not started: the baseline does not run"
+    }
