@@ -224,7 +224,15 @@ def load_served(
         "fingerprint": identity.short,
     }
     logging.getLogger("runtime").info("%s is loaded: %s", source, facts)
-    page = Page(tally, engine, model_name=name, rank=rank, identity=identity, events=events)
+    page = Page(
+        tally,
+        engine,
+        model_name=name,
+        rank=rank,
+        identity=identity,
+        events=events,
+        late_tokens=lambda: streams.late_tokens,
+    )
     sampling = recommended_sampling(folder)
     return Served(
         name, engine, tokenizer, facts, int(time.time()), identity, page, events, sampling

@@ -320,6 +320,9 @@ class Engine:
         first_rows: list[int] = []
         for work, row in zip(plan, rows, strict=True):
             sequence = work.sequence
+            unread = len(sequence.prompt) - sequence.computed
+            if unread > 0:
+                sequence.counts.prefilled += min(unread, work.count)
             if work.draft is not None:
                 guessing.append(work)
                 first_rows.append(row)
@@ -395,10 +398,16 @@ class Engine:
         self.speculation.settle(sequence, work.draft, len(said.path))
         self._straighten(sequence, said.path)
         sequence.computed += 1
+        counts = sequence.counts
+        counts.drafted += work.guesses
         outputs = []
         for number, (token, top) in enumerate(zip(said.tokens, tops, strict=True)):
             if number:
                 sequence.computed += 1  # the guess before it was right
+            if number < len(said.path):
+                counts.accepted += 1
+            else:
+                counts.sampled += 1
             self._scheduler.seal(sequence)
             output = self._say(sequence, token, top, now)
             outputs.append(output)
@@ -429,6 +438,7 @@ class Engine:
         for listener in self._listeners:
             listener.sampled(sequences, now)
         for sequence, token, top in zip(sequences, tokens, tops, strict=True):
+            sequence.counts.sampled += 1
             outputs.append(self._say(sequence, token, top, now))
         return outputs
 
@@ -519,6 +529,7 @@ class Engine:
 
     def _forget(self, key: int, why: str) -> None:
         sequence, _ = self._replies.pop(key)
+        sequence.counts.computed = sequence.computed
         self._scheduler.remove(sequence)
         if self.speculation is not None:
             self.speculation.end(sequence)

@@ -45,6 +45,7 @@ class Reading:
     facts: Mapping[str, str]
     guesses: Counts | None = None
     quantized: Mapping[str, bool] = field(default_factory=dict)  # `weights`, `kv`: by what is held
+    late_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,6 +284,34 @@ COUNTERS = (
         "Answers that ended, by how; a deadline apart.",
         lambda r: _by(r.tally.finished),
         ("finished_reason",),
+    ),
+    Family(
+        ("headgate_abandoned_tokens",),
+        "Tokens of answers that did not come whole, by why.",
+        lambda r: _by(r.tally.abandoned),
+        ("reason",),
+    ),
+    Family(
+        ("headgate_late_tokens",),
+        "Tokens that were made for clients that had left, until the engine heard of it.",
+        lambda r: r.late_tokens,
+    ),
+    Family(
+        ("headgate_token_ledger_tokens",),
+        "Tokens of answers that came whole, by the stage of their way.",
+        lambda r: _by(r.tally.stages),
+        ("stage",),
+    ),
+    Family(
+        ("headgate_token_ledger_requests",),
+        "Answers whose counts were checked.",
+        lambda r: r.tally.checked,
+    ),
+    Family(
+        ("headgate_token_ledger_violations",),
+        "Answers whose counts do not add up, by what does not hold.",
+        lambda r: _by(r.tally.violations),
+        ("invariant",),
     ),
     Family(
         ("headgate_refused_requests",),

@@ -6,7 +6,7 @@ page.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
@@ -43,7 +43,9 @@ class Page(Collector):
         rank: int,
         identity: Fingerprint,
         events: BlockEvents | None = None,
+        late_tokens: Callable[[], int] = lambda: 0,
     ) -> None:
+        """`late_tokens`: that were made for clients that had left."""
         self.tally = tally
         self._engine = engine
         self._common = {"model_name": model_name, "engine": str(rank)}
@@ -58,6 +60,7 @@ class Page(Collector):
             "kv": engine.model.kv_rounds,
         }
         self._events = events
+        self._late_tokens = late_tokens
         self._registry = CollectorRegistry()
         self._registry.register(self)
         ProcessCollector(registry=self._registry)
@@ -97,7 +100,7 @@ class Page(Collector):
         guesses = speculation.counts if speculation is not None else None
         return Reading(
             self.tally, load, steps, events, tiers, counts, cache, self._facts, guesses,
-            self._quantized,
+            self._quantized, self._late_tokens(),
         )  # fmt: skip
 
 

@@ -35,6 +35,7 @@ PRIORITY_HEADER = b"x-headgate-priority"
 # Names by which a gateway tells what kind of traffic a request is.
 TIER_HEADER = b"x-headgate-tier"
 ROUTE_HEADER = b"x-headgate-route"
+REQUEST_HEADER = b"x-request-id"
 _NAME_CHARS_MAX = 64
 _TARGET_MS_MAX = 86_400_000.0
 
@@ -51,7 +52,8 @@ def service_of(asked: Asked, headers: Iterable[tuple[bytes, bytes]]) -> Service:
         for name in (TIER_HEADER, ROUTE_HEADER)
     )
     priority = _priority(given.get(PRIORITY_HEADER), asked.priority or 0)
-    return Service(priority, ttft_s, tpot_s, deadline_s, tier, route)
+    request_id = given.get(REQUEST_HEADER, b"").decode("latin-1")[:_NAME_CHARS_MAX]
+    return Service(priority, ttft_s, tpot_s, deadline_s, tier, route, request_id)
 
 
 def _priority(told: bytes | None, own: int) -> int:
@@ -68,7 +70,7 @@ def _priority(told: bytes | None, own: int) -> int:
 
 
 _TARGET_HEADERS = (TTFT_HEADER, TPOT_HEADER, DEADLINE_HEADER)
-_SERVICE_HEADERS = (*_TARGET_HEADERS, PRIORITY_HEADER, TIER_HEADER, ROUTE_HEADER)
+_SERVICE_HEADERS = (*_TARGET_HEADERS, PRIORITY_HEADER, TIER_HEADER, ROUTE_HEADER, REQUEST_HEADER)
 
 
 def _seconds(name: bytes, value: bytes | None) -> float | None:

@@ -17,6 +17,7 @@ from runtime.adjust import Adjustment, adjustment
 from runtime.grammar import CompiledGrammar
 from runtime.kv import BlockKey
 from runtime.shapes import FinishReason, TokenLogprob
+from runtime.token_ledger import Counts
 
 if TYPE_CHECKING:
     from runtime.tracing import Track
@@ -77,6 +78,7 @@ class Service:
     deadline_s: float | None = None
     tier: str = ""
     route: str = ""
+    request_id: str = ""  # for the log
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +125,7 @@ class Sequence:
     adapter: str | None = None
     salt: str | None = None
     times: Times = field(default_factory=Times)
+    counts: Counts = field(default_factory=Counts, kw_only=True)
     prediction: Ids[int] = ()  # what the client expects the answer to be
     begun: int = 0
     ends: frozenset[int] = frozenset()  # tokens behind which nothing of the answer follows
@@ -324,4 +327,5 @@ class Reply:
             logprobs = tuple(self._pending)
             self._pending.clear()
         cached = min(self._sequence.cached, self._sequence.asked_tokens)
+        self._sequence.counts.emitted += 1
         return Output(self._sequence.key, text, (token,), logprobs, reason, cached_tokens=cached)

@@ -51,6 +51,7 @@ class Streams:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._by_key: dict[int, Stream] = {}
+        self.late_tokens = 0  # that were made for clients that had left
 
     def open(self, engine: Engine, orders: Many[Order]) -> Stream:
         """Submits the orders and listens for their outputs. Raises what `Engine.submit` raises."""
@@ -73,6 +74,7 @@ class Streams:
         for output in outputs:
             stream = self._by_key.get(output.key)
             if stream is None:
+                self.late_tokens += len(output.token_ids)
                 continue
             stream.push(output)
             if output.finish_reason:

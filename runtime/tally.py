@@ -5,6 +5,7 @@ Knows sequences and steps; knows no names of metrics and no exposition. Anybody 
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Sequence as Many
 from typing import TYPE_CHECKING
@@ -19,10 +20,13 @@ from runtime.distribution import (
     Distribution,
     tokens_up_to,
 )
+from runtime.token_ledger import INVARIANTS, STAGES, Entry, violated
 
 if TYPE_CHECKING:
     from runtime.account import StepRecord
     from runtime.sequence import Sequence
+
+log = logging.getLogger(__name__)
 
 # How an answer can end: by itself, by its client's leaving, by a failure, by its deadline.
 FINISHED = ("stop", "length", "abort", "error", "deadline")
@@ -53,6 +57,10 @@ class Tally:
         self.forward_s = 0.0
         self.sampled_tokens = 0
         self.finished = dict.fromkeys(FINISHED, 0)
+        self.abandoned = dict.fromkeys((one for one in FINISHED if one not in _WHOLE), 0)
+        self.stages = dict.fromkeys(STAGES, 0)
+        self.checked = 0
+        self.violations = dict.fromkeys(INVARIANTS, 0)
         self.targets: dict[tuple[str, ...], int] = {
             (name, met): 0 for name in ("ttft", "tpot") for met in ("true", "false")
         }
@@ -89,8 +97,12 @@ class Tally:
         """Times and sizes are those of answers that came whole."""
         self.finished[reason] += 1
         times = sequence.times
-        if reason not in _WHOLE or times.admitted is None:
+        if reason not in _WHOLE:
+            self.abandoned[reason] += sequence.answer_tokens
             return
+        if times.admitted is None:
+            return
+        self._enter(sequence)
         first = now if times.first_token is None else times.first_token
         last = first if times.last_token is None else times.last_token
         self.whole_s.observe(now - times.arrived)
@@ -108,6 +120,27 @@ class Tally:
         self.answer_tokens.observe(answer)
         self.max_tokens.observe(sequence.sampling.max_tokens)
         self.preemptions.observe(sequence.preemptions)
+
+    def _enter(self, sequence: Sequence) -> None:
+        """Its line in the token ledger, checked."""
+        entry = Entry(
+            sequence.counts,
+            templated=sequence.prompt_tokens,
+            cached=sequence.cached,
+            said=sequence.answer_tokens,
+            allowed=sequence.sampling.max_tokens,
+            preempted=sequence.preemptions > 0,
+        )
+        self.checked += 1
+        for stage, tokens in entry.stages().items():
+            self.stages[stage] += tokens
+        if wrong := violated(entry):
+            for name in wrong:
+                self.violations[name] += 1
+            what = sequence.service.request_id or sequence.key
+            log.warning(
+                "request %s: its tokens do not add up (%s): %s", what, ", ".join(wrong), entry
+            )
 
     def _judge(self, name: str, taken_s: float, target_s: float | None) -> None:
         if target_s is not None:

@@ -16,8 +16,9 @@ from cache.tokens import Tokenizer
 from runtime.engine import Engine
 from runtime.inbox import Order
 from runtime.kv import BLOCK_TOKENS
-from runtime.sequence import Sampling
+from runtime.sequence import Sampling, Sequence
 from runtime.step_layout import StepLayout
+from runtime.tally import Tally
 from tests.runtime.tiny_models import VOCAB, write_tokenizer
 
 LETTERS = "abcd"
@@ -99,6 +100,14 @@ class TableModel:
                 self._kept.pop(block * BLOCK_TOKENS + at, None)
 
 
+class Checked(Tally):
+    """Fails the step in which an answer ends whose tokens do not add up."""
+
+    def ended(self, sequence: Sequence, reason: str, now: float) -> None:
+        super().ended(sequence, reason, now)
+        assert not any(self.violations.values()), self.violations
+
+
 class World:
     """A table model with a tokenizer, and engines over it."""
 
@@ -116,7 +125,8 @@ class World:
 
     def engine(self, speculation: Any = None, **limits: Any) -> Engine:
         model: Any = self.model
-        return Engine(model, self.tokenizer, emit=lambda _: None, speculation=speculation, **limits)
+        more = {"listeners": [Checked(model.context_tokens)], "speculation": speculation, **limits}
+        return Engine(model, self.tokenizer, emit=lambda _: None, **more)
 
 
 def answers(

@@ -25,6 +25,7 @@ from runtime.sequence import Sampling, Service
 from runtime.speculation import Mode, Modes, Speculation
 from runtime.surgery import FusedSlice
 from runtime.swap import Swap
+from runtime.tally import Tally
 from runtime.vocabulary import Vocabulary
 from spec_decode.draft import Answer, Draft, Outlook, Proposer
 from spec_decode.draft_model import DraftModel
@@ -188,11 +189,13 @@ def test_no_greedy_answer_ever_changes(case, tmp_path_factory, arrivals, schedul
     folder = tmp_path_factory.mktemp("disk")
     swap = swap_of(case, folder, schedule["host_blocks"], schedule["disk"])
     limits = {name: schedule[name] for name in ("step_tokens", "max_sequences")}
+    tally = Tally(case.model.context_tokens)
     engine = Engine(
         case.model,
         case.tokenizer,
         emit=lambda _: None,
         adapters=case.adapters,
+        listeners=[tally],
         swap=swap,
         speculation=speculation_of(case, schedule["guesses"]),
         **limits,
@@ -201,6 +204,7 @@ def test_no_greedy_answer_ever_changes(case, tmp_path_factory, arrivals, schedul
         answers = play(engine, case, arrivals, schedule["forget_step"])
     finally:
         swap.close()
+    assert not any(tally.violations.values())
     for at, arrival in enumerate(arrivals):
         expected = case.expected[arrival.adapter][arrival.prompt]
         if arrival.kind != "random":

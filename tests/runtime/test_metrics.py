@@ -317,10 +317,12 @@ def test_one_that_waits_for_anothers_prefix_is_deferred(folder: Path) -> None:
 
 
 def test_every_end_has_its_reason(folder: Path) -> None:
-    """A client that left, a failed step, a missed deadline; none of them is a whole answer."""
+    """A client that left, a failed step, a missed deadline; none of them is a whole answer. What
+    was computed for one that had left was in vain."""
     with serving(folder) as world:
         world.model.gate.clear()
         world.leave(lambda: world.health()["running"] == 1)
+        world.until(lambda: world.health()["streams"] == 0)
         world.model.gate.set()
         world.until(world.idle)
         world.model.failures.append(RuntimeError("broken"))
@@ -330,6 +332,8 @@ def test_every_end_has_its_reason(folder: Path) -> None:
         world.until(world.idle)
         now = samples(world)
         assert now["headgate_requests_total abort"] == 1
+        assert now["headgate_late_tokens_total"] == 1
+        assert now["headgate_abandoned_tokens_total abort"] == 1
         assert now["headgate_requests_total error"] == 1
         assert now["vllm:request_success_total error"] == 1
         ends = sum(

@@ -137,7 +137,14 @@ def serving(
         assert wait is None or wait.wait(LIMIT_S)
         tally = Tally(model.context_tokens)
         made = Engine(model, tokenizer, emit=streams.emit, listeners=[tally], **engine)  # type: ignore[arg-type]
-        page = Page(tally, made, model_name="tiny", rank=0, identity=identity)
+        page = Page(
+            tally,
+            made,
+            model_name="tiny",
+            rank=0,
+            identity=identity,
+            late_tokens=lambda: streams.late_tokens,
+        )
         return Served("tiny", made, tokenizer, {"device": "cpu"}, 0, identity, page)
 
     died_of: list[BaseException] = []
@@ -158,6 +165,7 @@ def serving(
                 if ready:
                     model.gate.set()
                     world.until(world.idle)
+                    assert not any(worker.require().metrics.tally.violations.values())
         finally:
             model.gate.set()
             server.should_exit = True
