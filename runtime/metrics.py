@@ -201,6 +201,13 @@ GAUGES = (
         ("tier",),
     ),
     Family(
+        ("vllm:engine_sleep_state",),
+        "1 for awake: a worker never sleeps, and vLLM's boards take one that does not say so to be "
+        "down.",
+        lambda _: _by({"awake": 1, "weights_offloaded": 0, "discard_all": 0}),
+        ("sleep_state",),
+    ),
+    Family(
         ("vllm:cache_config_info",),
         "1, with the KV pool's configuration as labels.",
         lambda r: _info(r.cache),
@@ -312,6 +319,12 @@ COUNTERS = (
         "Answers whose counts do not add up, by what does not hold.",
         lambda r: _by(r.tally.violations),
         ("invariant",),
+    ),
+    Family(
+        ("http_requests",),
+        "Requests for answers by the path, and by the class of the status that they got.",
+        lambda r: r.tally.http,
+        ("handler", "method", "status"),
     ),
     Family(
         ("headgate_refused_requests",),
@@ -511,6 +524,12 @@ HISTOGRAMS = (
         lambda r: r.tally.step_tokens,
     ),
     Family(("headgate_step_seconds",), "Time of a step.", lambda r: r.tally.step_s),
+    Family(
+        ("http_request_duration_seconds",),
+        "From a request for answers to the end of what it got.",
+        lambda r: r.tally.http_s,
+        ("handler",),
+    ),
 )
 
 FAMILIES: Mapping[Callable[..., Metric], tuple[Family, ...]] = {

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import math
 from collections.abc import AsyncIterator, Iterable
+from time import monotonic
 from typing import Any
 
 import orjson
@@ -128,6 +129,7 @@ class _Completions:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         visit = self._worker.tracer.begin(scope["headers"])
+        began, status = monotonic(), 200
         try:
             body = await _read_body(scope, receive, self._worker.max_body_bytes)
             served = self._worker.require()
@@ -137,11 +139,15 @@ class _Completions:
             await self._serve(served, asked, answer, receive, send, visit)
         except Problem as problem:
             visit.failed(problem)
+            status = problem.status
             await _problem_response(problem)(scope, receive, send)
         except (ClientGone, ClientDisconnect):
             visit.left()
         finally:
             self._worker.tracer.end(visit)
+            if self._worker.served is not None:
+                tally = self._worker.served.metrics.tally
+                tally.answered(scope["path"], status, monotonic() - began)
 
     async def _understand(
         self, body: bytes, served: Served, headers: Headers

@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 # How an answer can end: by itself, by its client's leaving, by a failure, by its deadline.
 FINISHED = ("stop", "length", "abort", "error", "deadline")
 _WHOLE = ("stop", "length")
+ANSWERED = ("/v1/chat/completions", "/v1/completions")
 
 
 class Tally:
@@ -61,6 +62,12 @@ class Tally:
         self.stages = dict.fromkeys(STAGES, 0)
         self.checked = 0
         self.violations = dict.fromkeys(INVARIANTS, 0)
+        self.http: dict[tuple[str, ...], int] = {  # path, method, class of status
+            (path, "POST", kind): 0 for path in ANSWERED for kind in ("2xx", "4xx", "5xx")
+        }
+        self.http_s: dict[tuple[str, ...], Distribution] = {
+            (path,): Distribution(REQUEST_S) for path in ANSWERED
+        }
         self.targets: dict[tuple[str, ...], int] = {
             (name, met): 0 for name in ("ttft", "tpot") for met in ("true", "false")
         }
@@ -151,3 +158,9 @@ class Tally:
     def asked(self, choices: int) -> None:
         """A request was taken that wants so many answers to each of its prompts."""
         self.choices.observe(choices)
+
+    def answered(self, path: str, status: int, took_s: float) -> None:
+        """A request for answers has got its own, or none; a stream that ended in an error did well
+        as far as HTTP goes."""
+        self.http[path, "POST", f"{status // 100}xx"] += 1
+        self.http_s[(path,)].observe(took_s)

@@ -185,12 +185,13 @@ def test_a_request_moves_what_it_should_and_agrees_with_its_usage(folder: Path) 
         moved["vllm:request_success_total length"] == moved["headgate_requests_total length"] == 4
     )
     assert moved["vllm:request_params_n_count"] == len(usages)
+    assert moved[f"http_requests_total {CHAT} POST 2xx"] == len(usages)
     assert moved["vllm:request_params_n_sum"] == 1 + 1 + 2
     once_an_answer = [
         name
         for family in HISTOGRAMS
         for name in family.names
-        if name not in ("vllm:request_params_n", "headgate_request_choices", *PER_STEP, *PER_TOKEN)
+        if name not in (*PER_REQUEST, *PER_STEP, *PER_TOKEN)
     ]
     assert len(once_an_answer) == 25
     assert {moved[f"{name}_count"] for name in once_an_answer} == {answers}
@@ -207,6 +208,9 @@ def test_a_request_moves_what_it_should_and_agrees_with_its_usage(folder: Path) 
     )
 
 
+PER_REQUEST = (
+    "vllm:request_params_n", "headgate_request_choices", "http_request_duration_seconds",
+)  # fmt: skip
 PER_STEP = ("vllm:iteration_tokens_total", "headgate_step_tokens", "headgate_step_seconds")
 PER_TOKEN = ("vllm:inter_token_latency_seconds", "headgate_inter_token_seconds")
 
@@ -398,14 +402,16 @@ def test_pages_are_consistent_while_the_engine_runs(folder: Path) -> None:
             last = now
         for family in ours(scrape(world)).values():
             if family.type == "histogram":
-                buckets = [s.value for s in family.samples if s.name.endswith("_bucket")]
-                (count,) = (s.value for s in family.samples if s.name.endswith("_count"))
-                assert buckets == sorted(buckets)
-                assert buckets[-1] == count
+                for path in {s.labels.get("handler") for s in family.samples}:
+                    mine = [s for s in family.samples if s.labels.get("handler") == path]
+                    buckets = [s.value for s in mine if s.name.endswith("_bucket")]
+                    (count,) = (s.value for s in mine if s.name.endswith("_count"))
+                    assert buckets == sorted(buckets)
+                    assert buckets[-1] == count
 
 
 def test_names_are_given_once() -> None:
     """Two families may share a number, as in vLLM, but no two share a name."""
     names = [name for families in FAMILIES.values() for family in families for name in family.names]
     assert len(names) == len(set(names))
-    assert all(name.startswith(("vllm:", "headgate_")) for name in names)
+    assert all(name.startswith(("vllm:", "headgate_", "http_")) for name in names)
