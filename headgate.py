@@ -124,7 +124,7 @@ def chat(
     \b
     Examples:
       headgate chat
-      headgate chat "Repeat the parcel code exactly: parcel 7532-4199, order RE-2289."
+      headgate chat "Rewrite as year-month-day: July 18, 2032."
       headgate chat --system "Answer in one word." < question.txt
 
     \b

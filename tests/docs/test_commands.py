@@ -1,0 +1,151 @@
+"""The documentation is typed as it stands: files are saved, commands run, what is shown comes."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from command.machine import free_ports
+from tests.docs.given import GIVEN
+from tests.docs.pages import Step, missing, steps
+from tests.docs.typed import complaint
+from tests.end_to_end.stack import ENVIRONMENT, ROOT, START_S, STOP_S, Stack
+
+PAGES = [
+    *sorted((ROOT / "docs" / "tasks").glob("*.md")),
+    ROOT / "docs" / "compatibility.md",
+    ROOT / "examples" / "README.md",
+]
+SERVE = re.compile(r"(?:[A-Z_]+=\S+ )*headgate serve\b")
+LIMIT_S = 300
+
+
+@dataclass
+class Reader:
+    """Stands in a folder of its own, before one terminal; `serve` takes another."""
+
+    folder: Path
+    ports: dict[str, int]  # as the page says -> as it is here
+    serving: list[subprocess.Popen[str]] = field(default_factory=list)
+
+    def do(self, step: Step) -> None:
+        text = re.sub(r":(\d{4})\b", self._port, step.command)
+        if step.file is not None:
+            path = self.folder / step.file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+        elif not step.runs:
+            assert complaint(step.command) is None, step.place
+        else:
+            printed = self.serve(text) if SERVE.match(text) else self.run(step, text)
+            shown = missing(step, printed)
+            assert not shown, (
+                f"{step.place}  {text}\nis shown to print {shown}, and printed\n{printed}"
+            )
+
+    def _port(self, found: re.Match[str]) -> str:
+        """Until this page serves, the server that everybody has is the one it speaks of."""
+        asked = "shared" if found[1] == "8080" and not self.serving else found[1]
+        return f":{self.ports.get(asked, found[1])}"
+
+    def run(self, step: Step, text: str) -> str:
+        done = subprocess.run(
+            ["bash", "-eo", "pipefail", "-c", text],
+            cwd=self.folder, env=self.environment(), stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=LIMIT_S,
+        )  # fmt: skip
+        assert done.returncode in step.codes, f"{step.place}  {text}\n{done.stdout}"
+        return done.stdout
+
+    def serve(self, text: str) -> str:
+        """Until it says that it is ready; it goes on."""
+        process = subprocess.Popen(
+            ["bash", "-c", f"exec env {text}"],
+            cwd=self.folder, env=self.environment(), stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+        self.serving.append(process)
+        watchdog = threading.Timer(START_S, process.kill)
+        watchdog.start()
+        lines = []
+        assert process.stdout is not None
+        for line in process.stdout:
+            lines.append(line)
+            if "Ctrl-C here" in line:
+                break
+        watchdog.cancel()
+        printed = "".join(lines)
+        assert "ready in" in printed, printed
+        return printed
+
+    def environment(self) -> dict[str, str]:
+        path = f"{self.folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
+        here = {
+            "HEADGATE_PORT": str(self.ports["8080"]),
+            "OMP_NUM_THREADS": "2",
+            "PATH": path,
+        }
+        return os.environ | ENVIRONMENT | here
+
+    def leave(self) -> None:
+        for process in self.serving:
+            process.send_signal(signal.SIGINT)
+        for process in self.serving:
+            rest, _ = process.communicate(timeout=STOP_S)
+            assert process.returncode == 0, rest
+
+
+@contextmanager
+def reader(folder: Path, todo: list[Step], stack: Stack) -> Iterator[Reader]:
+    """With the commands of this checkout, and what pages say that one has."""
+    own = any(step.runs and SERVE.match(step.command) for step in todo)
+    front = free_ports(1)[0] if own else stack.port
+    worker = int(stack.worker.url.rsplit(":", 1)[1])
+    ports = {"8080": front, "8081": worker, "8000": worker, "shared": stack.port}
+    (folder / "bin").mkdir()
+    for name, words in (("headgate", " -P -m headgate"), ("python", "")):
+        program = folder / "bin" / name
+        program.write_text(f'#!/bin/sh\nexec {sys.executable}{words} "$@"\n')
+        program.chmod(0o755)
+    it = Reader(folder, ports)
+    try:
+        yield it
+        it.leave()
+    finally:
+        for process in it.serving:
+            process.kill()
+            process.communicate()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_what_a_page_says_to_type_does_what_it_says(
+    page: Path, stack: Stack, tmp_path: Path
+) -> None:
+    """In its order, in one folder; what needs a GPU, a cluster or another engine is parsed."""
+    todo = list(steps(page))
+    if any("curl " in step.command for step in todo if step.runs) and not shutil.which("curl"):
+        pytest.skip("needs curl: apt-get install it")
+    text = page.read_text(encoding="utf-8")
+    for name, make in GIVEN.items():
+        if name in text:
+            make(tmp_path / name)
+    with reader(tmp_path, todo, stack) as it:
+        for step in todo:
+            it.do(step)
+
+
+def test_every_task_is_typed() -> None:
+    """A page without a command, or whose blocks nobody recognizes, would pass unseen."""
+    for page in PAGES:
+        assert [step for step in steps(page) if step.file is None], page
