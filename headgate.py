@@ -203,6 +203,7 @@ _GATE = {
     "new": ("evals.commands.new:new", "Write the beginning of a hypothesis."),
     "run": ("evals.commands.run:run", "Try a hypothesis, judge it, and record the verdict."),
     "schema": ("evals.commands.gate:schema", "Print the JSON Schema of hypothesis files."),
+    "suite": ("evals.commands.suite:suite", "Make a suite of a task of another tool."),
     "verify": ("evals.commands.verify:verify", "Recompute a verdict from the rows beside it."),
     "drift": ("evals.commands.drift:drift", "Say whether traffic is still what was judged."),
     "status": ("evals.commands.status:status", "Say which optimizations are on, and why not."),

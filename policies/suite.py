@@ -22,7 +22,7 @@ NAME = r"^[a-z][a-z0-9_]{0,63}$"
 SUITE_NAME = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 # Option -> the scorers that take it. What is not here, all take.
 _TAKEN_BY: dict[str, tuple[ScorerKind, ...]] = {
-    "ignore": ("exact", "contains", "f1", "fields"),
+    "ignore": ("exact", "contains", "f1", "fields", "regex"),
     "all": ("contains", "instructions"),
     "pattern": ("regex",),
     "absolute": ("numeric", "fields"),

@@ -35,7 +35,7 @@ def read(path: Path, arm: str, cluster: str | None) -> Run:
     versions: dict[str, str] = {}
     observations: list[Observation] = []
     for block, (file, data) in enumerate(files.items()):
-        head, samples = _log(file, data)
+        head, samples = log_of(file, data)
         said = head.get("eval")
         if not isinstance(said, dict) or "task" not in said:
             raise NoRun(file, "is no log of inspect_ai: it has no `eval.task`")
@@ -52,7 +52,8 @@ def _is_log(file: Path) -> bool:
     return file.suffix in (".eval", ".json") and file.name != "logs.json"
 
 
-def _log(file: Path, data: bytes) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def log_of(file: Path, data: bytes) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Header and samples. Raises NoRun."""
     if not data.startswith(b"PK"):
         whole = object_in(file, data)
         return whole, list(whole.get("samples") or [])

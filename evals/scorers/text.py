@@ -78,7 +78,9 @@ def regex(scorer: Scorer, item: Item, seen: Observation) -> float:
         return 1.0
     match = matches[0 if scorer.which == "first" else -1]
     found = (match[1] or "") if match.re.groups else match[0]
-    return float(any(found.strip() == str(one).strip() for one in wanted(scorer, item)))
+    ignore = scorer.ignore if "ignore" in scorer.model_fields_set else ()
+    right = {normal(str(one).strip(), ignore) for one in wanted(scorer, item)}
+    return float(normal(found.strip(), ignore) in right)
 
 
 def numeric(scorer: Scorer, item: Item, seen: Observation) -> float:
