@@ -66,7 +66,7 @@ def test_an_inspect_sample_that_failed_stays() -> None:
     path = RUNS.parent / "never-written.json"
     from evals.adapters import inspect_ai
 
-    head, samples = inspect_ai._log(path, json.dumps(whole).encode())
+    head, samples = inspect_ai.log_of(path, json.dumps(whole).encode())
     assert head["eval"]["task"] == "pocket"
     broken, judged = (
         inspect_ai._observation(one, "baseline", "suite:pocket", 0, None) for one in samples[:2]
