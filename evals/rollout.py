@@ -95,6 +95,7 @@ class Rollout:
     clock: Callable[[], float] = time.time
     pause: Callable[[float], Awaitable[None]] = asyncio.sleep
     latest: list[Observation] = field(default_factory=list)
+    _paused: str = ""  # why, as it was said last
     _told: bool = False  # the gateway, of the candidate as it runs now
     _gone_since: float | None = None
     _unreachable: bool = False
@@ -143,7 +144,15 @@ class Rollout:
         self._gone_since = None
         if self.monitor.harm is not None:
             return await self._roll_back(self.monitor.harm)
-        return await self._advance()
+        return None if self._stays_paused(told) else await self._advance()
+
+    def _stays_paused(self, told: Mapping[str, Any]) -> bool:
+        """Whether somebody has told the gateway that this stage is not to end yet."""
+        why = str(told.get("paused") or "")
+        if why != self._paused:
+            self.say(f"paused at {self._named()}: {why}" if why else f"goes on at {self._named()}")
+            self._paused = why
+        return bool(why)
 
     async def _renew(self) -> dict[str, Any]:
         """The stage's lease. The candidate is told first, whose servers may be others than before
@@ -151,16 +160,25 @@ class Rollout:
         share = self.plan.share(self.progress.stage)
         shadow = 1.0 if self.progress.stage == 0 else 0.0
         name = self.plan.candidate.id
+        stage = self._stage()
         try:
             if self._told:
-                return await self.gateway.lease(name, share, shadow, LEASE_S)
+                return await self.gateway.lease(name, share, shadow, LEASE_S, stage)
         except Refused as refused:
             if refused.code != "rollout_not_found":
                 raise
             self.progress.cursor = ""
         await self.gateway.put(self.plan.candidate, PUT_LEASE_S)
         self._told = True
-        return await self.gateway.lease(name, share, shadow, LEASE_S)
+        return await self.gateway.lease(name, share, shadow, LEASE_S, stage)
+
+    def _stage(self) -> dict[str, Any]:
+        return {
+            "at": self.progress.stage, "steps": list(self.plan.steps),
+            "began_at": self.progress.began_at, "min_step_s": self.plan.min_step_s,
+            "shadow_pairs": self.plan.shadow_pairs, "pairs": self.monitor.pairs,
+            "signals": self.monitor.told(),
+        }  # fmt: skip
 
     async def _hear(self) -> None:
         seen, self.progress.cursor = await self.gateway.observations(self.progress.cursor)
@@ -265,7 +283,7 @@ class Rollout:
 
     async def _leave(self, result: Result) -> Result:
         try:
-            await self.gateway.remove(self.plan.candidate.id)
+            await self.gateway.remove(self.plan.candidate.id, result)
         except (Refused, Unreachable) as error:
             self.say(f"the candidate is still known to the gateway: {error}")
         return result

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+from urllib.parse import urlencode
 
 import aiohttp
 import orjson
@@ -75,16 +76,22 @@ class Steered:
         told = await self._ask("PUT", VARIANT, body, PUT_TIMEOUT_S)
         return _object(told["candidate"])
 
-    async def lease(self, name: str, share: float, shadow: float, lease_s: float) -> dict[str, Any]:
-        body = {"id": name, "share": share, "shadow": shadow, "lease_s": lease_s}
+    async def lease(
+        self, name: str, share: float, shadow: float, lease_s: float, stage: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """`stage`: where the rollout is, for people who look at the gateway."""
+        body = {
+            "id": name, "share": share, "shadow": shadow, "lease_s": lease_s, "stage": stage,
+        }  # fmt: skip
         return _object((await self._ask("PATCH", VARIANT, body))["candidate"])
 
     async def roll_back(self, name: str, why: str, *, blamed: bool = True) -> None:
         body = {"id": name, "why": why[:2000], "blamed": blamed}
         await self._ask("POST", f"{VARIANT}/rollback", body)
 
-    async def remove(self, name: str) -> None:
-        await self._ask("DELETE", f"{VARIANT}?id={name}")
+    async def remove(self, name: str, result: str) -> None:
+        query = urlencode({"id": name, "result": result})
+        await self._ask("DELETE", f"{VARIANT}?{query}")
 
     async def told(self) -> dict[str, Any] | None:
         """The rollout that runs there."""

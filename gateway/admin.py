@@ -49,6 +49,36 @@ class Lease(PolicyModel):
     lease_s: float = Field(10.0, gt=0, le=LEASE_MAX_S, strict=False)
 
 
+class Watched(PolicyModel):
+    """One signal of a rollout: how far it is from proof, and from harm."""
+
+    signal: str = Field(max_length=200)
+    margin: float = Field(strict=False)
+    pairs: int = Field(ge=0)
+    difference: float = Field(strict=False)
+    p_safe: float = Field(strict=False)
+    p_harmful: float = Field(strict=False)
+    passed: bool
+
+
+class Stage(PolicyModel):
+    """Where a rollout is, as its controller tells it for people who look."""
+
+    at: int = Field(ge=0)  # 0: the shadow
+    steps: tuple[float, ...] = Field(max_length=64, strict=False)
+    began_at: float = Field(strict=False)
+    min_step_s: float = Field(ge=0, strict=False)
+    shadow_pairs: int = Field(ge=0)
+    pairs: int = Field(ge=0)
+    signals: tuple[Watched, ...] = Field((), max_length=64, strict=False)
+
+
+class Renewed(Lease):
+    """A lease, and where its rollout is."""
+
+    stage: Stage | None = None
+
+
 class Wanted(Lease):
     """A candidate, and the verdict that speaks for it."""
 
@@ -57,6 +87,13 @@ class Wanted(Lease):
     replicas: tuple[Upstream, ...] = Field((), max_length=64, strict=False)
     fingerprints: tuple[str, ...] = Field((), max_length=64, strict=False)
     roots: dict[str, str] = Field({}, max_length=8)
+
+
+class Pausing(PolicyModel):
+    """Whether a rollout is to stay at its stage."""
+
+    id: str = Field(min_length=1, max_length=200)
+    why: str = Field("an operator paused it", min_length=1, max_length=2000)
 
 
 class Ending(PolicyModel):
@@ -79,6 +116,8 @@ def routes(live: Live, variants: Variants) -> list[Route]:
         VARIANT_PATH: {
             "PUT": steering.put, "PATCH": steering.lease, "DELETE": steering.remove,
         },
+        f"{VARIANT_PATH}/pause": {"POST": steering.pause},
+        f"{VARIANT_PATH}/resume": {"POST": steering.resume},
         f"{VARIANT_PATH}/rollback": {"POST": steering.roll_back},
         "/admin/observations": {"GET": steering.observations},
         TRACES_PATH: {"GET": traces(live)},
@@ -169,6 +208,8 @@ class Steering:
                 raise problems.rollout_runs(before.id)
             if before is not None and before.id == wanted.id and before.ended:
                 raise problems.rollout_ended(before.id, before.ended)
+            if before is not None and before.id == wanted.id:
+                return replace(asked, since=before.since, paused=before.paused, stage=before.stage)
             return asked
 
         await self._variants.steer(make)
@@ -187,7 +228,7 @@ class Steering:
 
     async def lease(self, _scope: Scope, body: bytes) -> Answer:
         """Share and shadow from now on, until the lease ends."""
-        wanted = Lease.model_validate(parse_object(body))
+        wanted = Renewed.model_validate(parse_object(body))
         until = self.clock() + wanted.lease_s
         if wanted.share:
             await self._verdicts.refuse((self._variants.told() or {}).get("roots", {}))
@@ -196,7 +237,30 @@ class Steering:
             orders = self._same(before, wanted.id)
             if orders.ended:
                 raise problems.rollout_ended(orders.id, orders.ended)
-            return replace(orders, share=wanted.share, shadow=wanted.shadow, until=until)
+            stage = orders.stage if wanted.stage is None else wanted.stage.model_dump()
+            return replace(
+                orders, share=wanted.share, shadow=wanted.shadow, until=until, stage=stage
+            )
+
+        await self._variants.steer(make)
+        return 200, {"candidate": self._variants.told()}
+
+    async def pause(self, _scope: Scope, body: bytes) -> Answer:
+        """The controller is told to stay where it is: shares and leases go on, and harm still ends
+        it."""
+        wanted = Pausing.model_validate(parse_object(body))
+        return await self._paused(wanted.id, wanted.why)
+
+    async def resume(self, _scope: Scope, body: bytes) -> Answer:
+        """The controller goes on."""
+        return await self._paused(Pausing.model_validate(parse_object(body)).id, "")
+
+    async def _paused(self, name: str, why: str) -> Answer:
+        def make(before: Orders | None) -> Orders:
+            orders = self._same(before, name)
+            if orders.ended:
+                raise problems.rollout_ended(orders.id, orders.ended)
+            return replace(orders, paused=why)
 
         await self._variants.steer(make)
         return 200, {"candidate": self._variants.told()}
@@ -213,11 +277,15 @@ class Steering:
     async def remove(self, scope: Scope, _body: bytes) -> Answer:
         """Takes the candidate away; what is under way there ends there."""
         name = query(scope).get("id", "")
+        """Takes the candidate away; what is under way there ends there. `result` may say how the
+        rollout came out."""
+        query = _query(scope)
+        name = query.get("id", "")
 
         def make(before: Orders | None) -> None:
             self._same(before, name)
 
-        await self._variants.steer(make)
+        await self._variants.remove(make, query.get("result", "")[:200])
         return 200, {"candidate": self._variants.told()}
 
     async def observations(self, scope: Scope, _body: bytes) -> Answer:
@@ -246,11 +314,12 @@ class Steering:
         return 200, found
 
     def _orders(self, wanted: Wanted) -> Orders:
+        now = self.clock()
         return Orders(
             wanted.id, wanted.name, wanted.patch,
             tuple(one.model_dump(exclude_defaults=True) for one in wanted.replicas),
             wanted.fingerprints, wanted.roots, wanted.share, wanted.shadow,
-            self.clock() + wanted.lease_s,
+            now + wanted.lease_s, now,
         )  # fmt: skip
 
     def _same(self, before: Orders | None, name: str) -> Orders:

@@ -14,8 +14,11 @@ from starlette.types import ASGIApp
 from gateway.admin import routes as admin_routes
 from gateway.call import CHAT_PATH, COMPLETIONS_PATH
 from gateway.chat import Completions
+from gateway.console import routes as console_routes
 from gateway.doorway import Doorway
 from gateway.edge import Live
+from gateway.history import History
+from gateway.overview import routes as overview_routes
 from gateway.reload import Reload
 from gateway.status import (
     Allowed,
@@ -38,11 +41,12 @@ def create_app(
     """Serves by the edge that is current; its probes and connections live as long as the app, and
     so does what replaces it."""
     variants = variants or Variants(live)
+    history = History(live, variants.told)
 
     @asynccontextmanager
     async def lifespan(_app: Router) -> AsyncIterator[None]:
         watching = reload.running() if reload else nullcontext()
-        async with live.running(), watching, variants.following():
+        async with live.running(), watching, variants.following(), history.sampling():
             yield
 
     routes = [
@@ -57,6 +61,8 @@ def create_app(
         Route("/v1/models", Allowed("GET", models(live))),
         Route("/v1/models/{model:path}", Allowed("GET", model(live))),
         *admin_routes(live, variants),
+        *overview_routes(live, variants, history),
+        *console_routes(),
     ]
     router = Router(routes, default=unknown_path, redirect_slashes=False, lifespan=lifespan)
     return Doorway(router, live)

@@ -19,6 +19,7 @@ from runtime.wire import Problem
 OPEN_PATH = "/health"  # for what watches over the gateway; without a key it tells less
 
 STEERED = ("/admin/", "/gate/")  # have a check of their own (gateway/admin.py)
+PAGE = "/console"  # has nothing of the gateway in it: what it shows, it asks of /admin/ with a key
 
 
 class Doorway:
@@ -53,7 +54,8 @@ def visitor(scope: Scope, edge: Edge) -> Known | None:
     try:
         return edge.keys.tenant(scope["headers"])
     except Problem:
-        if scope["path"] == OPEN_PATH or scope["path"].startswith(STEERED):
+        path = scope["path"]
+        if path in (OPEN_PATH, PAGE) or path.startswith((*STEERED, f"{PAGE}/")):
             return None
         raise
 

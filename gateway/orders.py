@@ -33,6 +33,9 @@ class Orders:
     share: float = 0.0
     shadow: float = 0.0
     until: float = 0.0
+    since: float = 0.0  # when it was put up first, in seconds since 1970
+    paused: str = ""  # why it stays at its stage; "": it goes on
+    stage: Mapping[str, Any] = field(default_factory=dict)  # as its controller told it last
     ended: str = ""  # why it was rolled back, which is for good
     ended_at: float | None = None
     blamed: bool = True  # the candidate, for its end

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import secrets
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -69,6 +70,10 @@ class Receipts:
 
     def __len__(self) -> int:
         return len(self._kept)
+
+    def __iter__(self) -> Iterator[Receipt]:
+        """The latest first."""
+        return reversed(self._kept.values())
 
     def keep(self, receipt: Receipt) -> None:
         self._kept[receipt.id] = receipt

@@ -183,6 +183,8 @@ class Variants:
         self._state = live.edge.state
         self._ended: dict[str, str] = {}  # rollouts -> why: for good, whatever a record says
         self._variant: Variant | None = None
+        self.last: Mapping[str, Any] | None = None  # the rollout before, as it was told at its end
+        self._left = ""  # what its controller said as it took it away
         self._tasks: set[asyncio.Task[None]] = set()
         self._one_at_a_time = asyncio.Lock()
 
@@ -245,8 +247,11 @@ class Variants:
         self.live.beside = self._variant
 
     async def _take_down(self) -> None:
+        told = self.told()
         variant, self._variant = self._variant, None
-        if variant is not None:
+        if variant is not None and told is not None:
+            self.last = {**told, "left": self._left or "away", "left_at": self._clock()}
+            self._left = ""
             self.live.beside = None
             self.live.retire(variant.edge)
             await variant.shadows.end()
@@ -294,6 +299,14 @@ class Variants:
             raise problems.store_away() from None
         return await self.look()
 
+    async def remove(self, make: Callable[[Orders | None], None], result: str) -> None:
+        """Takes the candidate away; `result`: how the rollout came out, as its controller says."""
+        self._left = result
+        try:
+            await self.steer(make)
+        finally:
+            self._left = ""
+
     def roll_back(self, why: str, *, blamed: bool) -> None:
         """Here at once; the others hear of it."""
         if self._variant is not None:
@@ -303,6 +316,11 @@ class Variants:
         """Observations of all gateways since a cursor, and the next cursor."""
         found = await self._state.store.read(OBSERVED, after, limit)
         return [orjson.loads(one) for one in found.entries], found.cursor
+
+    @property
+    def edge(self) -> Edge | None:
+        """The candidate's, while there is one."""
+        return self._variant.edge if self._variant is not None else None
 
     def told(self) -> Mapping[str, Any] | None:
         """For who steers: the record as this process goes by it; None without a rollout."""
@@ -316,6 +334,9 @@ class Variants:
             "share": orders.share,
             "shadow": orders.shadow,
             "lease_s": max(0.0, round(orders.until - self._clock(), 3)),
+            "since": orders.since,
+            "paused": orders.paused or None,
+            "stage": dict(orders.stage) or None,
             "ended": orders.ended or None,
             "ended_at": orders.ended_at,
             "blamed": orders.blamed,

@@ -120,6 +120,7 @@ async def test_one_that_degrades_after_200_requests_is_rolled_back_by_itself(
         )
         # 503: the candidate's circuit was open by then
         assert re.search("failed: (error 50[23](, )?)+$", last.reason)
+        assert re.search("failed: error 50[23](, error 503)?$", last.reason)
         folder = tmp_path / "incidents" / last.detail["incident"]
         told = json.loads((folder / "incident.json").read_text())
         assert told["worst"][0]["candidate"]["outcome"] == "error"
@@ -196,4 +197,25 @@ async def test_a_gateway_that_is_away_is_waited_for(tmp_path: Path) -> None:
         task = asyncio.create_task(rollout.run())
         await until(lambda: any("does not answer" in one for one in it.said))
         steered.url = it.front.url
+        assert await task == "promoted"
+
+
+@on_loop
+async def test_a_paused_rollout_stays_at_its_stage_until_it_is_resumed(tmp_path: Path) -> None:
+    """However much is proved meanwhile; the gateway is told where it stays."""
+    async with world(tmp_path) as it, Steered(it.front.url) as steered:
+        client, path = it.front.client, "/admin/variants/candidate"
+        rollout = it.rollout(steered)
+        task = asyncio.create_task(rollout.run())
+        await until(lambda: rollout.progress.stage == 1)
+        assert (await client.post(f"{path}/pause", json={"id": "r1"})).status_code == 200
+        await until(lambda: any(one.startswith("paused at") for one in it.said))
+        stage, pairs = rollout.progress.stage, rollout.monitor.watched[0].safe.count
+        await until(lambda: rollout.monitor.passed)
+        await until(lambda: rollout.monitor.watched[0].safe.count > pairs + 20)
+        assert rollout.progress.stage == stage
+        told = (await client.get("/admin/variants")).json()["candidate"]
+        assert (told["stage"]["at"], told["stage"]["steps"]) == (stage, [0.3, 0.6])
+        assert told["stage"]["signals"][0]["signal"] == "served"
+        assert (await client.post(f"{path}/resume", json={"id": "r1"})).status_code == 200
         assert await task == "promoted"

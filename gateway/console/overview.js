@@ -1,0 +1,281 @@
+// What an operator looks at first: is every tier kept, where does the load go, what is the cache
+// worth, what is switched on and by which verdict.
+
+import { badge, h, keyed, meter, panel, put, say, show, table } from "./dom.js";
+import { line } from "./draw.js";
+import { NONE, address, count, day, fingerprint, percent, rate, seconds, share, span, times } from "./format.js";
+import { receiptRows } from "./requests.js";
+import { rolloutPanel } from "./rollout.js";
+import { now, perSecond, shareOf, tokenShare, tokensPerSecond, total } from "./samples.js";
+
+const MINUTE_S = 60;
+
+export function overviewView() {
+  const parts = [tiles(), rolloutPanel(), tiers(), replicas(), optimizations(), ladder(), latest()];
+  const node = h("div", { class: "view overview" }, h("h1", { class: "unseen" }, "Overview"), parts.map((one) => one.node));
+  return { node, update: (told, samples) => parts.forEach((one) => one.update(told, samples)) };
+}
+
+// ---- the strip on top ---------------------------------------------------------------------------
+
+const TILES = [
+  {
+    name: "requests", title: "Requests", unit: "a second",
+    value: (told, samples) => rate(samples.last(10, perSecond("admitted"))),
+    points: (samples) => samples.over(perSecond("admitted")),
+  },
+  {
+    name: "flight", title: "In flight", unit: (told) => `${count(sum(told, "waiting"))} waiting`,
+    value: (told) => count(told.in_flight),
+    points: (samples) => samples.over((newer) => newer.in_flight, 1),
+  },
+  {
+    name: "intime", title: "First tokens in time", unit: "last minute", most: 1,
+    value: (told, samples) => percent(samples.last(MINUTE_S, shareOf("in_time", "late"))),
+    points: (samples) => samples.over(shareOf("in_time", "late"), 10),
+  },
+  {
+    name: "cached", title: "Prompt tokens cached", unit: "last minute", most: 1,
+    value: (told, samples) => percent(samples.last(MINUTE_S, tokenShare("cached_tokens", "prompt_tokens"))),
+    points: (samples) => samples.over(tokenShare("cached_tokens", "prompt_tokens"), 10),
+  },
+  {
+    name: "prompt", title: "Prompt tokens", unit: "a second",
+    value: (told, samples) => rate(samples.last(10, tokensPerSecond("prompt_tokens"))),
+    points: (samples) => samples.over(tokensPerSecond("prompt_tokens")),
+  },
+];
+
+const sum = (told, name) => told.tiers.reduce((all, one) => all + (one.now?.[name] ?? 0), 0);
+
+function tiles() {
+  const made = TILES.map((tile) => {
+    const value = h("b");
+    const unit = h("span", { class: "unit" });
+    const chart = line(`${tile.title}, last five minutes`);
+    const node = h("div", { class: `tile ${tile.name}` }, h("h2", {}, tile.title), h("p", {}, value, " ", unit), chart.node);
+    return {
+      node,
+      update(told, samples) {
+        const said = tile.value(told, samples);
+        say(value, said);
+        say(unit, typeof tile.unit === "function" ? tile.unit(told) : tile.unit);
+        chart.update(tile.points(samples), told.at, tile.most, said);
+      },
+    };
+  });
+  const node = h("section", { class: "tiles", "aria-label": "Now" }, made.map((one) => one.node));
+  return { node, update: (told, samples) => made.forEach((one) => one.update(told, samples)) };
+}
+
+// ---- tiers --------------------------------------------------------------------------------------
+
+function tiers() {
+  const made = panel("tiers", "Tiers");
+  const grid = table("Tiers against their targets", [
+    ["Tier", "name"], ["First token", "num"], ["in time", "bar"], ["Each further", "num"], ["in pace", "bar"],
+    ["Run · wait", "num"], ["Requests/s", "num"], ["Turned away", "num"], ["Last 5 min", "spark"],
+  ]);
+  made.node.append(h("div", { class: "scroll" }, grid.node));
+  const rows = keyed(grid.body, (one) => one.name, (one) => tierRow(grid, one.name));
+  let context = {};
+  function tierRow(of, name) {
+    const [ttft, tpot, running, perS, away] = Array.from({ length: 5 }, () => h("span"));
+    const kept = ["first tokens in time", "tokens in pace"].map((what) => attained(`${name}: ${what}`));
+    const chart = line(`${name}: requests a second, last five minutes`, 24);
+    const node = of.row(name, ttft, kept[0].node, tpot, kept[1].node, running, perS, away, chart.node);
+    return {
+      node,
+      update(tier) {
+        const { told, samples } = context;
+        const asked = tier.now;
+        put(node, "data-idle", asked ? null : "");
+        say(ttft, tier.ttft_ms === null ? NONE : `≤ ${seconds(tier.ttft_ms / 1000)}`);
+        say(tpot, tier.tpot_ms === null ? NONE : `≤ ${seconds(tier.tpot_ms / 1000)}`);
+        kept[0].update(tier.ttft_ms === null ? null : { now: samples.last(MINUTE_S, shareOf("in_time", "late", name)), ever: asked && share(asked.in_time, asked.in_time + asked.late) });
+        kept[1].update(tier.tpot_ms === null ? null : { now: samples.last(MINUTE_S, shareOf("in_pace", "slow", name)), ever: asked && share(asked.in_pace, asked.in_pace + asked.slow) });
+        say(running, asked ? `${count(asked.running)} · ${count(asked.waiting)}` : NONE);
+        say(perS, asked ? rate(samples.last(10, perSecond("admitted", name)) ?? 0) : NONE);
+        say(away, asked ? count(asked.shed + asked.limited) : NONE);
+        put(away, "data-tone", asked && asked.shed + asked.limited ? "warn" : null);
+        chart.update(samples.over(perSecond("admitted", name)), told.at);
+      },
+    };
+  }
+  return {
+    node: made.node,
+    update(told, samples) {
+      context = { told, samples };
+      const idle = told.tiers.filter((one) => !one.now).map((one) => one.name);
+      say(made.note, idle.length === told.tiers.length ? "No request yet" : "in time: last minute, and since the start");
+      rows(told.tiers);
+    },
+  };
+}
+
+// A share that was promised, as bar and number; below 95 % it warns, below 80 % it alarms.
+function attained(label) {
+  const bar = meter(label);
+  const [value, ever] = [h("b"), h("small")];
+  const node = h("span", { class: "attained" }, value, ever, bar.node);
+  return {
+    node,
+    update(found) {
+      const seen = found && (found.now ?? found.ever);
+      const tone = typeof seen !== "number" ? null : seen >= 0.95 ? "ok" : seen >= 0.8 ? "warn" : "bad";
+      say(value, found === null ? "no target" : percent(found.now));
+      put(value, "class", found === null ? "none" : null);
+      say(ever, found && typeof found.ever === "number" ? percent(found.ever) : "");
+      bar.update(seen, tone, percent(seen));
+    },
+  };
+}
+
+// ---- replicas -----------------------------------------------------------------------------------
+
+const STATES = { ready: ["Ready", "ok"], starting: ["Starting", "wait"], down: ["Down", "bad"], draining: ["Draining", "warn"], open: ["Circuit open", "bad"], half_open: ["On trial", "warn"] };
+
+function replicas() {
+  const made = panel("replicas", "Replicas");
+  const grid = table("Replicas with load, cache and rates", [
+    ["Replica", "name"], ["State", ""], ["In flight", "num"], ["Busy", "bar"], ["Cache in use", "bar"],
+    ["Prefill tok/s", "num"], ["First token", "num"], ["Foreseen", "num"], ["Serves", "names"],
+  ]);
+  made.node.append(h("div", { class: "scroll" }, grid.node));
+  const rows = keyed(grid.body, (one) => one.url, (one) => {
+    const [where, kind, flight, prefill, ttft, error, serves] = Array.from({ length: 7 }, () => h("span"));
+    const state = badge();
+    const [busy, cache] = [meter(`${one.url} busy`), meter(`${one.url} cache in use`)];
+    const [busySaid, cacheSaid] = [h("b"), h("b")];
+    put(kind, "class", "sub");
+    const node = grid.row(
+      h("span", {}, where, kind), state.node, flight, h("span", { class: "attained" }, busySaid, busy.node),
+      h("span", { class: "attained" }, cacheSaid, cache.node), prefill, ttft, error, serves,
+    );
+    return {
+      node,
+      update(replica) {
+        const { rates, load } = replica;
+        const [word, tone] = STATES[replica.state] || [replica.state, "warn"];
+        say(where, address(replica.url));
+        say(kind, replica.error ? replica.error : `${replica.own ? "own worker" : replica.kind}${replica.weight === 1 ? "" : `, weight ${replica.weight}`}`);
+        put(kind, "title", replica.error);
+        state.update(word, tone);
+        const others = replica.elsewhere ? ` + ${count(replica.elsewhere)} elsewhere` : "";
+        say(flight, `${count(replica.in_flight)}${others}`);
+        const used = load.blocks ? 1 - load.blocks.free / load.blocks.total : null;
+        const pinned = load.blocks ? share(load.blocks.in_use, load.blocks.total) : null;
+        say(busySaid, rates ? percent(rates.busy, 0) : NONE);
+        busy.update(rates ? rates.busy : null, null, rates ? percent(rates.busy, 0) : "not known");
+        say(cacheSaid, used === null ? NONE : percent(used, 0));
+        cache.update(used, pinned > 0.9 ? "warn" : null, used === null ? "not known" : percent(used, 0));
+        say(prefill, rates ? count(rates.prefill_tokens_per_s) : NONE);
+        say(ttft, seconds(replica.ttft_s));
+        say(error, rates ? `${times(rates.error_factor)}${rates.trusted ? "" : " not trusted"}` : NONE);
+        put(error, "data-tone", rates && !rates.trusted ? "warn" : null);
+        say(serves, replica.models.join(", ") || NONE);
+        put(serves, "title", `${replica.models.join(", ")}${replica.fingerprint ? `, ${replica.fingerprint}` : ""}`);
+      },
+    };
+  });
+  return {
+    node: made.node,
+    update(told) {
+      say(made.note, told.replicas.length ? "foreseen: by which factor predictions are off" : "No replica is known");
+      rows(told.replicas);
+    },
+  };
+}
+
+// ---- the ladder of cached tokens ----------------------------------------------------------------
+
+const RUNGS = [
+  ["prompt", "All prompt tokens", null, null],
+  ["anywhere", "Known to some replica", "unknown", "nobody is known to have them"],
+  ["available", "At one that takes requests", "down", "only others had them"],
+  ["captured", "At the chosen one", "load", "others had more, and too much to do"],
+  ["delivered", "Found there", "evicted", "given up meanwhile"],
+];
+
+function ladder() {
+  const made = panel("ladder", "Cached tokens, rung by rung", "slim");
+  const list = h("ol", { class: "rungs" });
+  const rows = RUNGS.map(([name, title, cause, why]) => {
+    const [value, lost] = [h("b"), h("small")];
+    const bar = meter(title);
+    list.append(h("li", {}, h("span", { class: "rung" }, title), value, bar.node, lost));
+    return { name, cause, why, value, lost, bar };
+  });
+  made.node.append(list);
+  return {
+    node: made.node,
+    update(told) {
+      const found = told.cached_tokens;
+      say(made.note, found.requests ? `${count(found.requests)} answers${found.untold ? `, ${count(found.untold)} more told no count` : ""}` : "No answer has told yet");
+      for (const row of rows) {
+        const part = share(found[row.name], found.prompt);
+        say(row.value, `${percent(part)}`);
+        row.bar.update(part, row.name === "delivered" ? "ok" : null, percent(part));
+        const gone = row.cause ? share(found[row.cause], found.prompt) : null;
+        say(row.lost, row.cause ? `− ${percent(gone ?? 0)}: ${row.why}` : `${count(found.prompt)} tokens`);
+      }
+    },
+  };
+}
+
+// ---- optimizations ------------------------------------------------------------------------------
+
+const TONES = { on: "ok", off: "wait", stale: "warn", quarantined: "bad" };
+
+function optimizations() {
+  const made = panel("optimizations", "Optimizations");
+  const empty = h("p", { class: "empty" }, "The policy names none: what is served is the baseline.");
+  const grid = table("Optimizations and their verdicts", [
+    ["Optimization", "name"], ["State", ""], ["Verdict", ""], ["Age", "num"], ["Holds until", "num"], ["Candidate", "mono"], ["What it says", "why"],
+  ]);
+  const scroll = h("div", { class: "scroll" }, grid.node);
+  made.node.append(empty, scroll);
+  let at = 0;
+  const rows = keyed(grid.body, (one) => one.hypothesis, () => {
+    const [name, kind, verdict, age, until, print, why] = Array.from({ length: 7 }, () => h("span"));
+    put(kind, "class", "sub");
+    const state = badge();
+    return {
+      node: grid.row(h("span", {}, name, kind), state.node, verdict, age, until, print, why),
+      update(one) {
+        say(name, one.hypothesis);
+        say(kind, `${one.kind_of_change.replaceAll("_", " ")}: ${one.knobs.join(", ")}`);
+        state.update(one.enabled && one.state !== "on" ? `${one.state}, served` : one.state, TONES[one.state]);
+        say(verdict, one.verdict ? one.verdict.replaceAll("_", " ") : "none");
+        say(age, one.made_at === null ? NONE : span(at - one.made_at));
+        say(until, day(one.expires_at));
+        say(print, fingerprint(one.candidate));
+        put(print, "title", one.candidate);
+        say(why, one.why || "it speaks of exactly what is served");
+      },
+    };
+  });
+  return {
+    node: made.node,
+    update(told) {
+      at = told.at;
+      show(empty, !told.optimizations.length);
+      show(scroll, told.optimizations.length > 0);
+      const free = told.policy.ungated.length ? `ungated, by the policy itself: ${told.policy.ungated.join(", ")}` : "";
+      say(made.note, [told.policy.enforce ? `gate: ${told.policy.enforce}` : "", free].filter(Boolean).join(" · "));
+      rows(told.optimizations);
+    },
+  };
+}
+
+// ---- the latest requests ------------------------------------------------------------------------
+
+const LATEST = 8;
+
+function latest() {
+  const made = panel("latest", "Latest requests", "wide");
+  const list = receiptRows();
+  made.head.append(h("a", { href: "#requests" }, "All of them"));
+  made.node.append(list.node);
+  return { node: made.node, update: (told) => list.update(told.receipts.slice(0, LATEST)) };
+}

@@ -1,0 +1,208 @@
+// A rollout that is under way, or how the last one ended; and what an operator may do to it.
+
+import { pause, resume, rollBack } from "./api.js";
+import { badge, h, keyed, meter, panel, put, say, show, table } from "./dom.js";
+import { NONE, address, count, percent, seconds, share, span } from "./format.js";
+
+const RESULTS = { promoted: "ok", "rolled back": "bad", stopped: "warn", refused: "warn" };
+
+export function rolloutPanel() {
+  const made = panel("rollout", "Rollout");
+  const state = badge();
+  made.head.insertBefore(state.node, made.note);
+  const why = h("p", { class: "why" });
+  const track = h("ol", { class: "track" });
+  const facts = h("p", { class: "sub" });
+  const [arms, signals] = [armsTable(), signalsTable()];
+  const buttons = acts(made.node);
+  made.node.append(why, track, facts, h("div", { class: "pair" }, arms.node, signals.node), buttons.node);
+  show(made.node, false);
+  const steps = keyed(track, (one) => one.name, () => {
+    const node = h("li");
+    return {
+      node,
+      update(one) {
+        say(node, one.name);
+        put(node, "data-state", one.state);
+        put(node, "aria-current", one.state === "now" ? "step" : null);
+      },
+    };
+  });
+  return {
+    node: made.node,
+    update(told) {
+      const rollout = told.rollout;
+      show(made.node, rollout !== null);
+      if (rollout === null) return;
+      const [word, tone] = wordOf(rollout);
+      say(made.node.querySelector("h2"), `Rollout of ${rollout.name}`);
+      state.update(word, tone);
+      say(made.note, rollout.id);
+      say(why, reasonOf(rollout, told.at));
+      show(why, Boolean(why.textContent));
+      steps(stages(rollout));
+      say(facts, factsOf(rollout, told.at));
+      arms.update(rollout.arms);
+      signals.update(rollout.stage ? rollout.stage.signals : []);
+      buttons.update(rollout);
+    },
+  };
+}
+
+function wordOf(rollout) {
+  if (rollout.ended) return [rollout.blamed ? "rolled back" : "stopped", rollout.blamed ? "bad" : "warn"];
+  if (rollout.left) return [rollout.left === "away" ? "taken away" : rollout.left, RESULTS[rollout.left] || "wait"];
+  if (rollout.paused) return ["paused", "warn"];
+  if (rollout.suspended) return ["suspended: the store is away", "bad"];
+  if (!rollout.lease_s) return ["no lease: the baseline serves", "bad"];
+  if (!rollout.ready) return ["not ready: the baseline serves", "warn"];
+  return [rollout.share ? `${percent(rollout.share)} of sessions` : "shadow", "ok"];
+}
+
+function reasonOf(rollout, at) {
+  if (rollout.ended) return `${rollout.ended}${rollout.ended_at ? `, ${span(at - rollout.ended_at)} ago` : ""}`;
+  if (rollout.left) return `It ended ${span(at - rollout.left_at)} ago.`;
+  return rollout.paused ? `Stays at this stage: ${rollout.paused}. Harm still ends it.` : "";
+}
+
+function stages(rollout) {
+  const over = Boolean(rollout.ended || rollout.left);
+  const names = rollout.stage ? ["shadow", ...rollout.stage.steps.map((one) => percent(one)), "promoted"] : [rollout.share ? percent(rollout.share) : "shadow"];
+  const at = rollout.left === "promoted" ? names.length - 1 : rollout.stage ? rollout.stage.at : 0;
+  return names.map((name, place) => ({
+    name,
+    state: place < at || rollout.left === "promoted" ? "done" : place > at ? "ahead" : over ? "ended" : "now",
+  }));
+}
+
+function factsOf(rollout, at) {
+  const parts = [];
+  const stage = rollout.stage;
+  const over = rollout.ended || rollout.left;
+  if (stage && !over) {
+    parts.push(stage.at === 0 ? `${count(stage.pairs)} of ${count(stage.shadow_pairs)} shadow pairs` : `this step since ${span(at - stage.began_at)}, at least ${span(stage.min_step_s)}`);
+  }
+  if (!over) parts.push(`lease ${rollout.lease_s.toFixed(1)} s`, `${count(rollout.in_flight)} in flight there`);
+  if (rollout.shadowed) parts.push(`${count(rollout.shadowed)} mirrored`);
+  for (const one of rollout.replicas) parts.push(`${address(one.url)}${one.fingerprint ? ` ${one.fingerprint}` : ""}`);
+  return parts.join(" · ");
+}
+
+// ---- both arms ----------------------------------------------------------------------------------
+
+const ROWS = [
+  ["Requests", (arm) => count(arm.requests)],
+  ["Failed", (arm) => (arm.requests ? `${count(arm.failed)} · ${percent(share(arm.failed, arm.requests))}` : NONE)],
+  ["First token in time", (arm) => percent(share(arm.in_time, arm.judged))],
+  ["First token, median", (arm) => seconds(arm.ttft_s?.p50)],
+  ["First token, p95", (arm) => seconds(arm.ttft_s?.p95)],
+  ["Each further, median", (arm) => seconds(arm.tpot_s?.p50)],
+  ["Guesses accepted", (arm) => percent(share(arm.accepted, arm.drafted))],
+];
+const NOBODY = { requests: 0, failed: 0, judged: 0, in_time: 0, accepted: 0, drafted: 0, ttft_s: null, tpot_s: null };
+
+function armsTable() {
+  const grid = table("Baseline and candidate", [["Live answers", "name"], ["Baseline", "num"], ["Candidate", "num"]]);
+  const cells = ROWS.map(([name]) => {
+    const [one, other] = [h("span"), h("span")];
+    grid.body.append(grid.row(name, one, other));
+    return [one, other];
+  });
+  return {
+    node: h("div", { class: "scroll" }, grid.node),
+    update(arms) {
+      ROWS.forEach(([, read], at) => {
+        say(cells[at][0], read(arms.baseline || NOBODY));
+        say(cells[at][1], read(arms.candidate || NOBODY));
+      });
+      put(cells[1][1], "data-tone", arms.candidate && arms.candidate.failed ? "bad" : null);
+    },
+  };
+}
+
+// ---- evidence -----------------------------------------------------------------------------------
+
+const DECADES = 4; // of a p-value, that the bar is long
+
+function signalsTable() {
+  const grid = table("Signals and how far they are proved", [["Signal", "name"], ["Pairs", "num"], ["Difference", "num"], ["Margin", "num"], ["No harm", "bar"], ["Harm", "bar"]]);
+  const rows = keyed(grid.body, (one) => one.signal, (one) => {
+    const [pairs, difference, margin, safe, harm] = Array.from({ length: 5 }, () => h("span"));
+    const bars = [meter(`${one.signal}: evidence that nothing is lost`), meter(`${one.signal}: evidence of harm`)];
+    const node = grid.row(one.signal, pairs, difference, margin, h("span", { class: "attained" }, safe, bars[0].node), h("span", { class: "attained" }, harm, bars[1].node));
+    return {
+      node,
+      update(signal) {
+        say(pairs, count(signal.pairs));
+        say(difference, percent(signal.difference, 2));
+        say(margin, percent(signal.margin, 2));
+        say(safe, signal.passed ? "proved" : `p ${signal.p_safe.toPrecision(2)}`);
+        say(harm, `p ${signal.p_harmful.toPrecision(2)}`);
+        bars[0].update(-Math.log10(Math.max(signal.p_safe, 1e-9)) / DECADES, signal.passed ? "ok" : null, `p ${signal.p_safe}`);
+        bars[1].update(-Math.log10(Math.max(signal.p_harmful, 1e-9)) / DECADES, "bad", `p ${signal.p_harmful}`);
+      },
+    };
+  });
+  const node = h("div", { class: "scroll" }, grid.node);
+  return {
+    node,
+    update(signals) {
+      show(node, signals.length > 0);
+      rows(signals);
+    },
+  };
+}
+
+// ---- what may be done ---------------------------------------------------------------------------
+
+function acts(owner) {
+  let rollout = null;
+  const failed = h("p", { class: "failed", role: "alert" });
+  const hold = h("button", { type: "button", on: { click: () => act(() => (rollout.paused ? resume(rollout.id) : pause(rollout.id, "an operator paused it in the console"))) } });
+  const back = h("button", { type: "button", class: "danger", on: { click: () => confirmRollBack(rollout, act) } }, "Roll back …");
+  const node = h("div", { class: "actions" }, hold, back, failed);
+  show(failed, false);
+  async function act(ask) {
+    for (const one of [hold, back]) one.disabled = true;
+    try {
+      await ask();
+      show(failed, false);
+    } catch (error) {
+      say(failed, error.message);
+      show(failed, true);
+    } finally {
+      for (const one of [hold, back]) one.disabled = false;
+    }
+  }
+  return {
+    node,
+    update(told) {
+      rollout = told;
+      const over = Boolean(told.ended || told.left);
+      show(hold, !over);
+      show(back, !over);
+      say(hold, told.paused ? "Resume" : "Pause");
+      put(owner, "data-over", over ? "" : null);
+    },
+  };
+}
+
+function confirmRollBack(rollout, act) {
+  const dialog = document.getElementById("ask");
+  const why = h("input", { id: "why", maxlength: "500", autocomplete: "off", value: "an operator rolled it back in the console" });
+  const send = (event) => {
+    event.preventDefault();
+    dialog.close();
+    act(() => rollBack(rollout.id, why.value.trim() || "an operator rolled it back in the console"));
+  };
+  dialog.replaceChildren(
+    h("form", { method: "dialog", on: { submit: send } },
+      h("h2", { id: "ask-title" }, `Roll back ${rollout.name}?`),
+      h("p", {}, "Everything goes to the baseline at once, and streams of the candidate end where they are. The candidate is quarantined: it comes back only with a newer verdict."),
+      h("label", { for: "why" }, "Why"), why,
+      h("div", { class: "actions" },
+        h("button", { type: "button", on: { click: () => dialog.close() } }, "Leave it"),
+        h("button", { type: "submit", class: "danger strong" }, "Roll back"))),
+  );
+  dialog.showModal();
+}

@@ -1,0 +1,221 @@
+"""`GET /admin/overview`: everything that the console shows of one gateway process, as one object.
+
+Puts together what other modules know, and computes next to nothing; no text of a prompt or of an
+answer is in it. Receipts are told to whoever may steer, of all tenants.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+import secrets
+import time
+from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from itertools import islice
+from typing import Any
+from urllib.parse import parse_qs
+
+from starlette.routing import Route
+from starlette.types import Scope
+
+from gateway import problems
+from gateway.admin import Answer, Guarded
+from gateway.arms import Arms
+from gateway.edge import Edge, Live
+from gateway.history import History, tiers
+from gateway.receipt import Receipt
+from gateway.replica import Replica
+from gateway.variants import Variants
+
+OVERVIEW_PATH = "/admin/overview"
+RECEIPT_PATH = "/admin/receipts/{id}"
+RECENT = 50  # receipts in one answer
+
+
+def routes(live: Live, variants: Variants, history: History) -> list[Route]:
+    """The console's own endpoints, behind the check of all that steers."""
+    overview = Overview(live, variants, history)
+    return [
+        Route(OVERVIEW_PATH, Guarded(live, {"GET": overview.told})),
+        Route(RECEIPT_PATH, Guarded(live, {"GET": overview.receipt})),
+    ]
+
+
+class Overview:
+    """One process, as whoever asks sees it."""
+
+    def __init__(
+        self,
+        live: Live,
+        variants: Variants,
+        history: History,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._live = live
+        self._variants = variants
+        self._history = history
+        self._clock = clock
+        self._arms = Arms(variants)
+        self._process = {
+            "id": secrets.token_hex(8),  # another one: the process has been started anew
+            "pid": os.getpid(),
+            "started_at": clock(),
+            "version": _version(),
+        }
+
+    async def told(self, scope: Scope, _body: bytes) -> Answer:
+        """All of it; with `since=`, samples after that moment alone."""
+        live, edge = self._live, self._live.edge
+        rollout = self._variants.told() or self._variants.last
+        if rollout is not None:
+            rollout = {**rollout, "arms": await self._arms.told(rollout)}
+        gated = live.gated
+        return 200, {
+            "at": self._clock(),
+            "process": {**self._process, "of": edge.settings.processes},
+            "in_flight": edge.pool.in_flight,
+            "draining": edge.pool.draining,
+            "keys": edge.keys.required,  # whether a request needs a tenant's
+            "policy": {
+                "file": gated.file.name if gated else None,
+                "reloads": live.reloads,
+                "edges": live.count,
+                "refused": live.refused,
+                "enforce": gated.deployment.gate.enforce if gated else None,
+                "ungated": list(gated.ungated) if gated else [],
+            },
+            "models": sorted({name for one in edge.pool.replicas for name in one.models}),
+            "tiers": _tiers(edge),
+            "replicas": list(_replicas(edge)),
+            "cached_tokens": edge.ladder.report(),
+            "trim": None if edge.settings.trim.off else edge.shortener.totals.told(),
+            "response_cache": edge.answers.told() if edge.answers is not None else None,
+            "record": edge.recorder.told() if edge.recorder is not None else None,
+            "state": edge.state.health(),
+            "optimizations": gated.payload() if gated else [],
+            "rollout": rollout,
+            "receipts": [_row(one) for one in islice(self._receipts(), RECENT)],
+            "samples": self._history.since(_moment(scope)),
+        }
+
+    async def receipt(self, scope: Scope, _body: bytes) -> Answer:
+        """All of one decision, of whatever tenant."""
+        name = scope["path_params"]["id"]
+        for edge in self._edges():
+            found = edge.routing.receipts.get(name)
+            if found is not None:
+                return 200, found.payload()
+        raise problems.receipt_not_found(name, self._live.edge.settings.routing.receipts)
+
+    def _edges(self) -> Iterator[Edge]:
+        yield self._live.edge
+        if (beside := self._variants.edge) is not None:
+            yield beside
+
+    def _receipts(self) -> Iterator[Receipt]:
+        """The latest first, of both arms."""
+        latest = [one for edge in self._edges() for one in islice(edge.routing.receipts, RECENT)]
+        yield from sorted(latest, key=lambda one: one.at, reverse=True)
+
+
+def _moment(scope: Scope) -> float:
+    """What `since=` says; 0 without it. Raises Problem 400."""
+    text = parse_qs(scope["query_string"].decode("latin-1")).get("since", ["0"])[0]
+    try:
+        since = float(text)
+    except ValueError:
+        since = math.nan
+    if math.isnan(since):
+        raise problems.wrong_value("since", "seconds since 1970", problems.quote(text))
+    return since
+
+
+def _tiers(edge: Edge) -> list[dict[str, Any]]:
+    """Every tier of the policy, the most urgent first, with what it promises and what it has."""
+    asked = tiers(edge)
+    rules = sorted(edge.admission.tiers.items(), key=lambda one: one[1].priority)
+    return [
+        {
+            "name": name,
+            "ttft_ms": rule.ttft_ms,
+            "tpot_ms": rule.tpot_ms,
+            "deadline_s": rule.deadline_s,
+            "reserved_share": rule.reserved_share,
+            "queue_max": rule.queue_max,
+            "now": asked.get(name),
+        }
+        for name, rule in rules
+    ]
+
+
+def _replicas(edge: Edge) -> Iterator[dict[str, Any]]:
+    now, routing = asyncio.get_running_loop().time(), edge.routing
+    for one in edge.pool.replicas:
+        known = routing.replicas.get(one.url)
+        learned = known is not None and bool(known.pace.seen)
+        yield {
+            "url": one.url,
+            "kind": one.kind,
+            "own": one.own,
+            "state": _state(one, now),
+            "error": one.error,
+            "models": list(one.models),
+            "fingerprint": one.fingerprint,
+            "weight": one.weight,
+            "in_flight": one.in_flight,
+            "elsewhere": one.elsewhere.running,
+            "waiting_tokens": one.waiting_tokens,
+            "ttft_s": one.ttft_s,
+            "load": {name: one.facts.get(name) for name in ("running", "waiting", "blocks")},
+            "rates": {
+                "prefill_tokens_per_s": 1 / known.pace.s_per_token,
+                "s_per_answer": known.pace.s_per_answer,
+                "error_factor": known.pace.factor,
+                "trusted": not known.pace.wrong,
+                "busy": known.work.busy(routing.clock()),
+            }
+            if known is not None and learned
+            else None,
+        }
+
+
+def _state(one: Replica, now: float) -> str:
+    if one.draining or one.gone:
+        return "draining"
+    if not one.healthy:
+        return "down" if one.tried else "starting"
+    circuit = one.circuit.state(now)
+    return "ready" if circuit == "closed" else circuit
+
+
+def _row(one: Receipt) -> dict[str, Any]:
+    """One line of a list."""
+    ends: Mapping[str, Any] = {}
+    if one.attempts:
+        last = one.attempts[-1]
+        ends = {"replica": last.url, "outcome": last.outcome, "attempts": len(one.attempts)}
+    elif one.decisions:
+        made = one.decisions[-1]
+        ends = {"replica": made.options[made.choice.at].url, "outcome": None, "attempts": 0}
+    return {
+        "id": one.id,
+        "at": one.at,
+        "tenant": one.tenant,
+        "model": one.model,
+        "tier": one.tier,
+        "prompt_tokens": one.told_prompt_tokens or one.prompt_tokens,
+        "cached_tokens": one.told_cached_tokens,
+        "foreseen_ttft_s": one.foreseen_ttft_s,
+        "ttft_s": one.ttft_s,
+        **ends,
+    }
+
+
+def _version() -> str | None:
+    """None where it runs from a folder that was never installed."""
+    try:
+        return version("headgate")
+    except PackageNotFoundError:
+        return None
