@@ -275,17 +275,15 @@ class Steering:
         return 200, {"candidate": self._variants.told()}
 
     async def remove(self, scope: Scope, _body: bytes) -> Answer:
-        """Takes the candidate away; what is under way there ends there."""
-        name = query(scope).get("id", "")
         """Takes the candidate away; what is under way there ends there. `result` may say how the
         rollout came out."""
-        query = _query(scope)
-        name = query.get("id", "")
+        asked = query(scope)
+        name = asked.get("id", "")
 
         def make(before: Orders | None) -> None:
             self._same(before, name)
 
-        await self._variants.remove(make, query.get("result", "")[:200])
+        await self._variants.remove(make, asked.get("result", "")[:200])
         return 200, {"candidate": self._variants.told()}
 
     async def observations(self, scope: Scope, _body: bytes) -> Answer:

@@ -55,12 +55,13 @@ class Arm:
             "in_time": self.in_time,
             "accepted": self.accepted,
             "drafted": self.drafted,
-            "ttft_s": _quantiles(ttft),
-            "tpot_s": _quantiles(tpot),
+            "ttft_s": median_and_tail(ttft),
+            "tpot_s": median_and_tail(tpot),
         }
 
 
-def _quantiles(values: Sequence[float]) -> dict[str, float] | None:
+def median_and_tail(values: Sequence[float]) -> dict[str, float] | None:
+    """None where there are too few."""
     if len(values) < 2:
         return None
     cuts = quantiles(values, n=20, method="inclusive")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
@@ -55,6 +55,7 @@ class History:
                 "in_flight": edge.pool.in_flight,
                 "prompt_tokens": ladder.prompt,
                 "cached_tokens": ladder.delivered,
+                "answer_tokens": edge.meters.stages["emitted"],
                 "tiers": tiers(edge),
                 "share": rollout["share"] if rollout else None,
             }
@@ -68,6 +69,12 @@ class History:
 def tiers(edge: Edge) -> dict[str, dict[str, float]]:
     """Of each tier that has been asked for: what waits and runs now, and its totals."""
     found: dict[str, dict[str, float]] = {}
+    ended: Counter[str] = Counter()
+    for (tier, *_), count in edge.meters.requests.items():
+        ended[tier] += count
+    kept: Counter[tuple[str, ...]] = Counter()
+    for (tier, _, met), count in edge.meters.goodput.items():
+        kept[tier, met] += count
     for name in edge.admission.tiers:
         tally = edge.admission.tallies.of(name)
         found[name] = {
@@ -81,7 +88,10 @@ def tiers(edge: Edge) -> dict[str, dict[str, float]]:
             "late": tally.late,
             "in_pace": tally.in_pace,
             "slow": tally.slow,
-        }
+            "ended": ended[name],
+            "met": kept[name, "true"],
+            "missed": kept[name, "false"],
+        } | {f"{phase}_s": round(s, 6) for phase, s in tally.phase_s.items()}
     for front in edge.admission.fronts.values():
         for name, line in front.queue.lines.items():
             if name in found:

@@ -11,27 +11,29 @@ import math
 import os
 import secrets
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from typing import Any
-from urllib.parse import parse_qs
 
 from starlette.routing import Route
 from starlette.types import Scope
 
 from gateway import problems
 from gateway.admin import Answer, Guarded
-from gateway.arms import Arms
+from gateway.arms import Arms, median_and_tail
 from gateway.edge import Edge, Live
 from gateway.history import History, tiers
-from gateway.receipt import Receipt
+from gateway.query import query
 from gateway.replica import Replica
+from gateway.trail import Trail
 from gateway.variants import Variants
 
 OVERVIEW_PATH = "/admin/overview"
 RECEIPT_PATH = "/admin/receipts/{id}"
-RECENT = 50  # receipts in one answer
+RECENT = 50  # requests in one answer
+LATE_S = 60.0  # of the requests whose quantiles are told
 
 
 def routes(live: Live, variants: Variants, history: History) -> list[Route]:
@@ -87,7 +89,7 @@ class Overview:
                 "ungated": list(gated.ungated) if gated else [],
             },
             "models": sorted({name for one in edge.pool.replicas for name in one.models}),
-            "tiers": _tiers(edge),
+            "tiers": _tiers(edge, self._clock()),
             "replicas": list(_replicas(edge)),
             "cached_tokens": edge.ladder.report(),
             "trim": None if edge.settings.trim.off else edge.shortener.totals.told(),
@@ -96,7 +98,13 @@ class Overview:
             "state": edge.state.health(),
             "optimizations": gated.payload() if gated else [],
             "rollout": rollout,
-            "receipts": [_row(one) for one in islice(self._receipts(), RECENT)],
+            "tokens": {
+                "stages": edge.meters.stages,
+                "checked": edge.meters.checked,
+                "violations": {k: v for k, v in edge.meters.violations.items() if v},
+            },
+            "requests": [_row(one) for one in islice(edge.tracer.ring, RECENT)],
+            "kept_traces": edge.tracer.settings.keep,
             "samples": self._history.since(_moment(scope)),
         }
 
@@ -114,15 +122,10 @@ class Overview:
         if (beside := self._variants.edge) is not None:
             yield beside
 
-    def _receipts(self) -> Iterator[Receipt]:
-        """The latest first, of both arms."""
-        latest = [one for edge in self._edges() for one in islice(edge.routing.receipts, RECENT)]
-        yield from sorted(latest, key=lambda one: one.at, reverse=True)
-
 
 def _moment(scope: Scope) -> float:
     """What `since=` says; 0 without it. Raises Problem 400."""
-    text = parse_qs(scope["query_string"].decode("latin-1")).get("since", ["0"])[0]
+    text = query(scope).get("since", "0")
     try:
         since = float(text)
     except ValueError:
@@ -132,9 +135,10 @@ def _moment(scope: Scope) -> float:
     return since
 
 
-def _tiers(edge: Edge) -> list[dict[str, Any]]:
+def _tiers(edge: Edge, now: float) -> list[dict[str, Any]]:
     """Every tier of the policy, the most urgent first, with what it promises and what it has."""
     asked = tiers(edge)
+    latest = _latest(edge, now)
     rules = sorted(edge.admission.tiers.items(), key=lambda one: one[1].priority)
     return [
         {
@@ -145,9 +149,22 @@ def _tiers(edge: Edge) -> list[dict[str, Any]]:
             "reserved_share": rule.reserved_share,
             "queue_max": rule.queue_max,
             "now": asked.get(name),
+            "ttft_s": median_and_tail([s for one in latest[name] if (s := one.ttft_s) is not None]),
+            "tpot_s": median_and_tail([s for one in latest[name] if (s := one.tpot_s) is not None]),
         }
         for name, rule in rules
     ]
+
+
+def _latest(edge: Edge, now: float) -> Mapping[str, list[Trail]]:
+    """What ended of late, by tier."""
+    found: defaultdict[str, list[Trail]] = defaultdict(list)
+    for one in edge.tracer.ring:
+        if one.at + one.e2e_s < now - LATE_S:
+            break
+        if one.service is not None:
+            found[one.service.tier].append(one)
+    return found
 
 
 def _replicas(edge: Edge) -> Iterator[dict[str, Any]]:
@@ -190,26 +207,28 @@ def _state(one: Replica, now: float) -> str:
     return "ready" if circuit == "closed" else circuit
 
 
-def _row(one: Receipt) -> dict[str, Any]:
+def _row(one: Trail) -> dict[str, Any]:
     """One line of a list."""
-    ends: Mapping[str, Any] = {}
-    if one.attempts:
-        last = one.attempts[-1]
-        ends = {"replica": last.url, "outcome": last.outcome, "attempts": len(one.attempts)}
-    elif one.decisions:
-        made = one.decisions[-1]
-        ends = {"replica": made.options[made.choice.at].url, "outcome": None, "attempts": 0}
+    receipt, usage = one.receipt, one.usage
     return {
-        "id": one.id,
+        "id": one.request_id,
+        "receipt": receipt.id if receipt else None,
         "at": one.at,
         "tenant": one.tenant,
         "model": one.model,
-        "tier": one.tier,
-        "prompt_tokens": one.told_prompt_tokens or one.prompt_tokens,
-        "cached_tokens": one.told_cached_tokens,
-        "foreseen_ttft_s": one.foreseen_ttft_s,
+        "tier": one.service.tier if one.service else "",
+        "arm": one.arm,
+        "replica": one.hops[-1].replica.url if one.hops else None,
+        "attempts": len(one.hops),
+        "status": one.status,
+        "error": one.error,
+        "prompt_tokens": usage.prompt_tokens if usage else None,
+        "cached_tokens": usage.cached_tokens if usage else None,
+        "answer_tokens": usage.answer_tokens if usage else None,
+        "foreseen_ttft_s": receipt.foreseen_ttft_s if receipt else None,
         "ttft_s": one.ttft_s,
-        **ends,
+        "e2e_s": one.e2e_s,
+        "keep": one.keep,
     }
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import secrets
 from collections import OrderedDict
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -70,10 +69,6 @@ class Receipts:
 
     def __len__(self) -> int:
         return len(self._kept)
-
-    def __iter__(self) -> Iterator[Receipt]:
-        """The latest first."""
-        return reversed(self._kept.values())
 
     def keep(self, receipt: Receipt) -> None:
         self._kept[receipt.id] = receipt

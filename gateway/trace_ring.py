@@ -26,6 +26,10 @@ class Ring:
         """One that has ended."""
         self._kept.append(trail)
 
+    def __iter__(self) -> Iterator[Trail]:
+        """The latest first, before anything is made of them."""
+        return reversed(self._kept)
+
     def recent(self, limit: int, *, slow: bool = False) -> list[dict[str, Any]]:
         """The latest ones first; with `slow`, those that took longest."""
         kept: Iterator[Trail] = reversed(self._kept)

@@ -47,6 +47,7 @@ export async function ask(path, body) {
 const VARIANT = "admin/variants/candidate";
 export const overview = (since) => ask(`admin/overview?since=${since}`);
 export const receipt = (id) => ask(`admin/receipts/${encodeURIComponent(id)}`);
+export const trace = (id) => ask(`admin/traces/${encodeURIComponent(id)}`);
 export const pause = (id, why) => ask(`${VARIANT}/pause`, { id, why });
 export const resume = (id) => ask(`${VARIANT}/resume`, { id });
 export const rollBack = (id, why) => ask(`${VARIANT}/rollback`, { id, why });

@@ -65,11 +65,10 @@ export function keyed(parent, keyOf, make) {
   };
 }
 
-// width: `half`, `wide` or `slim` of the overview's grid; "": all of it.
-export function panel(name, title, width = "") {
+export function panel(name, title) {
   const note = h("p", { class: "note" });
   const head = h("div", { class: "head" }, h("h2", { id: `${name}-title` }, title), note);
-  const node = h("section", { class: `panel ${name} ${width}`.trim(), "aria-labelledby": `${name}-title` }, head);
+  const node = h("section", { class: `panel ${name}`, "aria-labelledby": `${name}-title` }, head);
   return { node, head, note };
 }
 

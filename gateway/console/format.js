@@ -20,7 +20,7 @@ export function rate(value) {
 export function percent(share, digits = 1) {
   if (!known(share)) return NONE;
   const value = 100 * share;
-  return `${value >= 99.95 || value === 0 ? value.toFixed(0) : value.toFixed(digits)} %`;
+  return `${Number(value.toFixed(digits))} %`;
 }
 
 export function seconds(value) {

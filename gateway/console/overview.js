@@ -2,17 +2,21 @@
 // worth, what is switched on and by which verdict.
 
 import { badge, h, keyed, meter, panel, put, say, show, table } from "./dom.js";
-import { line } from "./draw.js";
+import { legend, line, stack } from "./draw.js";
 import { NONE, address, count, day, fingerprint, percent, rate, seconds, share, span, times } from "./format.js";
-import { receiptRows } from "./requests.js";
+import { requestRows } from "./requests.js";
 import { rolloutPanel } from "./rollout.js";
-import { now, perSecond, shareOf, tokenShare, tokensPerSecond, total } from "./samples.js";
+import { perSecond, shareOf, tokenShare, tokensPerSecond, total } from "./samples.js";
 
 const MINUTE_S = 60;
 
 export function overviewView() {
-  const parts = [tiles(), rolloutPanel(), tiers(), replicas(), optimizations(), ladder(), latest()];
-  const node = h("div", { class: "view overview" }, h("h1", { class: "unseen" }, "Overview"), parts.map((one) => one.node));
+  const whole = [tiles(), rolloutPanel(), tiers(), replicas(), optimizations()];
+  const wide = [waterfall(), latest()];
+  const slim = [ladder(), ledger()];
+  const parts = [...whole, ...wide, ...slim];
+  const column = (kind, some) => h("div", { class: `column ${kind}` }, some.map((one) => one.node));
+  const node = h("div", { class: "view overview" }, h("h1", { class: "unseen" }, "Overview"), whole.map((one) => one.node), column("wide", wide), column("slim", slim));
   return { node, update: (told, samples) => parts.forEach((one) => one.update(told, samples)) };
 }
 
@@ -30,9 +34,9 @@ const TILES = [
     points: (samples) => samples.over((newer) => newer.in_flight, 1),
   },
   {
-    name: "intime", title: "First tokens in time", unit: "last minute", most: 1,
-    value: (told, samples) => percent(samples.last(MINUTE_S, shareOf("in_time", "late"))),
-    points: (samples) => samples.over(shareOf("in_time", "late"), 10),
+    name: "goodput", title: "Promises kept", unit: "last minute", most: 1,
+    value: (told, samples) => percent(samples.last(MINUTE_S, shareOf("met", "missed"))),
+    points: (samples) => samples.over(shareOf("met", "missed"), 10),
   },
   {
     name: "cached", title: "Prompt tokens cached", unit: "last minute", most: 1,
@@ -40,9 +44,9 @@ const TILES = [
     points: (samples) => samples.over(tokenShare("cached_tokens", "prompt_tokens"), 10),
   },
   {
-    name: "prompt", title: "Prompt tokens", unit: "a second",
-    value: (told, samples) => rate(samples.last(10, tokensPerSecond("prompt_tokens"))),
-    points: (samples) => samples.over(tokensPerSecond("prompt_tokens")),
+    name: "answers", title: "Answer tokens", unit: "a second",
+    value: (told, samples) => rate(samples.last(10, tokensPerSecond("answer_tokens"))),
+    points: (samples) => samples.over(tokensPerSecond("answer_tokens")),
   },
 ];
 
@@ -73,28 +77,30 @@ function tiles() {
 function tiers() {
   const made = panel("tiers", "Tiers");
   const grid = table("Tiers against their targets", [
-    ["Tier", "name"], ["First token", "num"], ["in time", "bar"], ["Each further", "num"], ["in pace", "bar"],
-    ["Run · wait", "num"], ["Requests/s", "num"], ["Turned away", "num"], ["Last 5 min", "spark"],
+    ["Tier", "name"], ["First token", "num"], ["In time", "bar"], ["Each further", "num"], ["In pace", "bar"],
+    ["Running", "num"], ["Waiting", "num"], ["Turned away", "num"], ["Requests/s", "num"], ["Last 5 min", "spark"],
   ]);
   made.node.append(h("div", { class: "scroll" }, grid.node));
   const rows = keyed(grid.body, (one) => one.name, (one) => tierRow(grid, one.name));
   let context = {};
   function tierRow(of, name) {
-    const [ttft, tpot, running, perS, away] = Array.from({ length: 5 }, () => h("span"));
+    const [running, waiting, perS, away] = Array.from({ length: 4 }, () => h("span"));
+    const [ttft, tpot] = [promised(), promised()];
     const kept = ["first tokens in time", "tokens in pace"].map((what) => attained(`${name}: ${what}`));
     const chart = line(`${name}: requests a second, last five minutes`, 24);
-    const node = of.row(name, ttft, kept[0].node, tpot, kept[1].node, running, perS, away, chart.node);
+    const node = of.row(name, ttft.node, kept[0].node, tpot.node, kept[1].node, running, waiting, away, perS, chart.node);
     return {
       node,
       update(tier) {
         const { told, samples } = context;
         const asked = tier.now;
         put(node, "data-idle", asked ? null : "");
-        say(ttft, tier.ttft_ms === null ? NONE : `≤ ${seconds(tier.ttft_ms / 1000)}`);
-        say(tpot, tier.tpot_ms === null ? NONE : `≤ ${seconds(tier.tpot_ms / 1000)}`);
+        ttft.update(tier.ttft_s, tier.ttft_ms);
+        tpot.update(tier.tpot_s, tier.tpot_ms);
         kept[0].update(tier.ttft_ms === null ? null : { now: samples.last(MINUTE_S, shareOf("in_time", "late", name)), ever: asked && share(asked.in_time, asked.in_time + asked.late) });
         kept[1].update(tier.tpot_ms === null ? null : { now: samples.last(MINUTE_S, shareOf("in_pace", "slow", name)), ever: asked && share(asked.in_pace, asked.in_pace + asked.slow) });
-        say(running, asked ? `${count(asked.running)} · ${count(asked.waiting)}` : NONE);
+        say(running, asked ? count(asked.running) : NONE);
+        say(waiting, asked ? count(asked.waiting) : NONE);
         say(perS, asked ? rate(samples.last(10, perSecond("admitted", name)) ?? 0) : NONE);
         say(away, asked ? count(asked.shed + asked.limited) : NONE);
         put(away, "data-tone", asked && asked.shed + asked.limited ? "warn" : null);
@@ -107,8 +113,20 @@ function tiers() {
     update(told, samples) {
       context = { told, samples };
       const idle = told.tiers.filter((one) => !one.now).map((one) => one.name);
-      say(made.note, idle.length === told.tiers.length ? "No request yet" : "in time: last minute, and since the start");
+      say(made.note, idle.length === told.tiers.length ? "No request yet" : "median and p95 of the last minute; shares of the last minute, and since the start");
       rows(told.tiers);
+    },
+  };
+}
+
+// What came, median and p95, above what is promised.
+function promised() {
+  const [seen, target] = [h("b"), h("small")];
+  return {
+    node: h("span", { class: "promised" }, seen, target),
+    update(found, target_ms) {
+      say(seen, found ? `${seconds(found.p50)} / ${seconds(found.p95)}` : NONE);
+      say(target, target_ms === null ? "no target" : `≤ ${seconds(target_ms / 1000)}`);
     },
   };
 }
@@ -198,7 +216,7 @@ const RUNGS = [
 ];
 
 function ladder() {
-  const made = panel("ladder", "Cached tokens, rung by rung", "slim");
+  const made = panel("ladder", "Cached tokens, rung by rung");
   const list = h("ol", { class: "rungs" });
   const rows = RUNGS.map(([name, title, cause, why]) => {
     const [value, lost] = [h("b"), h("small")];
@@ -217,8 +235,91 @@ function ladder() {
         say(row.value, `${percent(part)}`);
         row.bar.update(part, row.name === "delivered" ? "ok" : null, percent(part));
         const gone = row.cause ? share(found[row.cause], found.prompt) : null;
-        say(row.lost, row.cause ? `− ${percent(gone ?? 0)}: ${row.why}` : `${count(found.prompt)} tokens`);
+        say(row.lost, !found.prompt ? "" : row.cause ? `− ${percent(gone)}: ${row.why}` : `${count(found.prompt)} tokens`);
       }
+    },
+  };
+}
+
+// ---- where the time goes ------------------------------------------------------------------------
+
+const PHASES = ["admit", "queue", "trim", "route", "network", "replica_queue", "prefill", "decode", "gateway"];
+
+function waterfall() {
+  const made = panel("waterfall", "Where the time goes");
+  const empty = h("p", { class: "empty" }, "No request has ended yet.");
+  const list = h("ul", { class: "falls" });
+  const key = legend();
+  made.node.append(empty, list, key.node);
+  let most = 1;
+  const rows = keyed(list, (one) => one.name, (one) => {
+    const value = h("b");
+    const bar = stack(`${one.name}: mean seconds by phase`);
+    return {
+      node: h("li", {}, h("span", { class: "rung" }, one.name), value, bar.node),
+      update(tier) {
+        say(value, seconds(tier.sum));
+        bar.update(tier.phases, most);
+      },
+    };
+  });
+  return {
+    node: made.node,
+    update(told, samples) {
+      const found = told.tiers.filter((one) => one.now?.ended).map((one) => meanOf(one, samples));
+      most = Math.max(...found.map((one) => one.sum), 1e-9);
+      show(empty, !found.length);
+      show(key.node, found.length > 0);
+      say(made.note, found.length ? "of a request, on average: last minute, else since the start" : "");
+      rows(found);
+      const ended = found.reduce((all, one) => all + one.ended, 0) || 1;
+      key.update(PHASES.map((name, at) => {
+        const value = found.reduce((all, one) => all + one.phases[at].value * one.ended, 0) / ended;
+        return { name, value, said: seconds(value) };
+      }));
+    },
+  };
+}
+
+// A tier's mean request by phase: of the last minute, and where none ended then, of all.
+function meanOf(tier, samples) {
+  const read = (newer, older) => {
+    const ended = total(newer, "ended", tier.name) - total(older, "ended", tier.name);
+    return ended ? { ended, phases: PHASES.map((name) => (total(newer, `${name}_s`, tier.name) - total(older, `${name}_s`, tier.name)) / ended) } : null;
+  };
+  const ever = { ended: tier.now.ended, phases: PHASES.map((name) => tier.now[`${name}_s`] / tier.now.ended) };
+  const { ended, phases } = samples.last(MINUTE_S, read) || ever;
+  const told = PHASES.map((name, at) => ({ name, value: Math.max(0, phases[at]), said: seconds(Math.max(0, phases[at])) }));
+  return { name: tier.name, ended, phases: told, sum: told.reduce((all, one) => all + one.value, 0) };
+}
+
+// ---- the token ledger ---------------------------------------------------------------------------
+
+const STAGES = {
+  received: "of prompts, as clients sent them", trimmed: "left out by the gateway", templated: "of prompts, as replicas read them",
+  cached: "found by replicas", prefilled: "computed by replicas", drafted: "guessed ahead", accepted: "guessed right",
+  emitted: "of answers", billed: "prompts and answers, as told",
+};
+
+function ledger() {
+  const made = panel("ledger", "Token ledger");
+  const list = h("dl", { class: "counts" });
+  const values = Object.entries(STAGES).map(([name, what]) => {
+    const value = h("dd");
+    list.append(h("div", {}, h("dt", {}, name, h("small", {}, ` ${what}`)), value));
+    return [name, value];
+  });
+  const wrong = h("p", { class: "failed" });
+  made.node.append(list, wrong);
+  return {
+    node: made.node,
+    update(told) {
+      const { stages, checked, violations } = told.tokens;
+      for (const [name, value] of values) say(value, count(stages[name]));
+      const broken = Object.entries(violations);
+      say(made.note, `${count(checked)} requests checked`);
+      say(wrong, broken.map(([name, times]) => `${count(times)}× ${name.replaceAll("_", " ")} does not hold`).join("; "));
+      show(wrong, broken.length > 0);
     },
   };
 }
@@ -273,9 +374,9 @@ function optimizations() {
 const LATEST = 8;
 
 function latest() {
-  const made = panel("latest", "Latest requests", "wide");
-  const list = receiptRows();
+  const made = panel("latest", "Latest requests");
+  const list = requestRows();
   made.head.append(h("a", { href: "#requests" }, "All of them"));
   made.node.append(list.node);
-  return { node: made.node, update: (told) => list.update(told.receipts.slice(0, LATEST)) };
+  return { node: made.node, update: (told) => list.update(told.requests.slice(0, LATEST), told) };
 }

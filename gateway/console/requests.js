@@ -1,49 +1,54 @@
-// Requests one by one: where each went, what was foreseen of it and what came.
+// Requests one by one: what each came to, where its time went, and why it went where it went.
 
-import { Away, receipt } from "./api.js";
+import { Away, Refused, receipt, trace } from "./api.js";
 import { badge, h, keyed, panel, put, say, show, table } from "./dom.js";
-import { legend, stack } from "./draw.js";
+import { legend, stack, waterfall } from "./draw.js";
 import { NONE, address, clock, count, percent, seconds, share, times } from "./format.js";
 
-// An outcome is a status, or a word for what went wrong before there was one.
-function toneOf(outcome) {
-  if (outcome === null || outcome === "left") return "wait";
-  return outcome === "200" ? "ok" : outcome.startsWith("4") ? "warn" : "bad";
+// A status as a word and a tone. 499: the client left, which is nobody's fault.
+function ended(request) {
+  if (request.error === "client_cancelled" || !request.status) return ["client left", "wait"];
+  const tone = request.status >= 500 || (request.error && request.status === 200) ? "bad" : request.status >= 400 ? "warn" : "ok";
+  return [request.error && request.error !== String(request.status) ? `${request.status} ${request.error.replaceAll("_", " ")}` : String(request.status), tone];
 }
 
-export function receiptRows() {
-  const empty = h("p", { class: "empty" }, "No request has come yet.");
+export function requestRows() {
+  const empty = h("p", { class: "empty" });
   const grid = table("Requests, the latest first", [
     ["Came", "num"], ["Request", "name"], ["Tier", ""], ["Replica", "names"], ["Prompt", "num"], ["Cached", "num"],
-    ["First token", "num"], ["Foreseen", "num"], ["Outcome", ""],
+    ["Answer", "num"], ["First token", "num"], ["Foreseen", "num"], ["Whole", "num"], ["Ended", ""],
   ]);
   const scroll = h("div", { class: "scroll" }, grid.node);
   const rows = keyed(grid.body, (one) => one.id, (one) => {
-    const [came, model, tier, where, prompt, cached, ttft, foreseen] = Array.from({ length: 8 }, () => h("span"));
+    const [came, model, tier, where, prompt, cached, answer, ttft, foreseen, whole] = Array.from({ length: 10 }, () => h("span"));
     const outcome = badge();
-    const link = h("a", { href: `#request/${encodeURIComponent(one.id)}` }, one.id.replace("rcpt_", ""));
+    const link = h("a", { class: "mono id", href: `#request/${encodeURIComponent(one.id)}`, title: one.id }, one.id.replace(/^req_/, ""));
     put(model, "class", "sub");
     return {
-      node: grid.row(came, h("span", {}, link, model), tier, where, prompt, cached, ttft, foreseen, outcome.node),
+      node: grid.row(came, h("span", {}, link, model), tier, where, prompt, cached, answer, ttft, foreseen, whole, outcome.node),
       update(request) {
         say(came, clock(request.at));
-        say(model, request.tenant ? `${request.model} · ${request.tenant}` : request.model);
-        say(tier, request.tier);
+        say(model, [request.model, request.arm === "candidate" ? "candidate" : "", request.tenant].filter(Boolean).join(" · "));
+        say(tier, request.tier || NONE);
         say(where, address(request.replica));
+        put(where, "title", request.replica);
         say(prompt, count(request.prompt_tokens));
-        say(cached, request.cached_tokens === null ? NONE : percent(share(request.cached_tokens, request.prompt_tokens), 0));
+        say(cached, percent(share(request.cached_tokens, request.prompt_tokens), 0));
+        say(answer, count(request.answer_tokens));
         say(ttft, seconds(request.ttft_s));
         say(foreseen, seconds(request.foreseen_ttft_s));
-        const more = request.attempts > 1 ? `, ${request.attempts} tries` : "";
-        outcome.update(request.outcome === null ? "under way" : `${request.outcome}${more}`, toneOf(request.outcome));
+        say(whole, seconds(request.e2e_s));
+        const [word, tone] = ended(request);
+        outcome.update(request.attempts > 1 ? `${word}, ${request.attempts} tries` : word, tone);
       },
     };
   });
   return {
     node: h("div", {}, empty, scroll),
-    update(requests) {
+    update(requests, told) {
       show(empty, !requests.length);
       show(scroll, requests.length > 0);
+      say(empty, told.kept_traces ? "No request has come yet." : "The policy keeps no traces (tracing.keep is 0), so that there is nothing to list.");
       rows(requests);
     },
   };
@@ -51,21 +56,21 @@ export function receiptRows() {
 
 export function requestsView() {
   const made = panel("latest", "Requests");
-  const list = receiptRows();
-  const field = h("input", { id: "find", placeholder: "rcpt_…", spellcheck: "false", autocomplete: "off" });
+  const list = requestRows();
+  const field = h("input", { id: "find", placeholder: "id of a request, trace, receipt or answer", spellcheck: "false", autocomplete: "off" });
   const find = (event) => {
     event.preventDefault();
     if (field.value.trim()) location.hash = `#request/${encodeURIComponent(field.value.trim())}`;
   };
   made.head.append(
-    h("form", { class: "find", on: { submit: find } }, h("label", { for: "find", class: "unseen" }, "Receipt"), field, h("button", { type: "submit" }, "Open")),
+    h("form", { class: "find", on: { submit: find } }, h("label", { for: "find", class: "unseen" }, "Id"), field, h("button", { type: "submit" }, "Open")),
   );
   made.node.append(list.node);
   return {
     node: h("div", { class: "view" }, h("h1", { class: "unseen" }, "Requests"), made.node),
     update(told) {
-      say(made.note, "by their receipts, the latest first");
-      list.update(told.receipts);
+      say(made.note, "the latest first");
+      list.update(told.requests, told);
     },
   };
 }
@@ -73,49 +78,75 @@ export function requestsView() {
 // ---- one request --------------------------------------------------------------------------------
 
 export function requestView(id) {
-  const made = panel("receipt", "Receipt");
-  const body = h("div");
-  made.node.append(body);
-  const node = h("div", { class: "view" }, h("p", { class: "back" }, h("a", { href: "#requests" }, "← Requests")), h("h1", { class: "mono" }, id), made.node);
-  let drawn = "";
+  const body = h("div", { class: "view" });
+  const node = h("div", { class: "view" }, h("p", { class: "back" }, h("a", { href: "#requests" }, "← Requests")), h("h1", { class: "mono" }, id), body);
+  let settled = false;
   let asking = false;
   async function read() {
-    if (asking) return;
     asking = true;
     try {
-      const found = await receipt(id);
-      const text = JSON.stringify(found);
-      if (text !== drawn) body.replaceChildren(...drawReceipt(found));
-      drawn = text;
-      say(made.note, found.told_prompt_tokens === null ? "under way" : "");
-      settled = found.told_prompt_tokens !== null || found.attempts.length > 0;
+      const found = await kept(() => trace(id));
+      const name = found ? found.receipt : id;
+      const why = name ? await kept(() => receipt(name)) : null;
+      const parts = [found && drawTrace(found), why && drawReceipt(why)].filter(Boolean);
+      const none = "Nothing is kept by this id. The gateway remembers its latest requests alone (tracing.keep, gateway.routing.receipts), and a request has a trace once it has ended.";
+      body.replaceChildren(...(parts.length ? parts : [h("p", { class: "empty" }, none)]));
+      settled = Boolean(found);
     } catch (error) {
-      if (!(error instanceof Away) && !drawn) {
-        body.replaceChildren(h("p", { class: "empty" }, error.message));
-        settled = true;
-      }
+      if (!(error instanceof Away || error instanceof Refused)) throw error;
+      body.replaceChildren(h("p", { class: "empty" }, error.message));
     } finally {
       asking = false;
     }
   }
-  let settled = false;
-  return { node, update: () => { if (!settled) read(); } };
+  return { node, update: () => { if (!settled && !asking) read(); } };
+}
+
+// What is asked for; null where the gateway has nothing by that id.
+async function kept(ask) {
+  try {
+    return await ask();
+  } catch (error) {
+    if (error instanceof Refused && error.status === 404) return null;
+    throw error;
+  }
+}
+
+function drawTrace(found) {
+  const made = panel("trace", "Trace");
+  say(made.note, found.trace_id);
+  const [word, tone] = ended(found);
+  const outcome = badge();
+  outcome.update(word, tone);
+  const facts = h("dl", { class: "facts" });
+  const fact = (name, value) => facts.append(h("div", {}, h("dt", {}, name), h("dd", {}, value)));
+  fact("Came", clock(found.started_at));
+  fact("Ended", outcome.node);
+  fact("Model", found.model || NONE);
+  fact("Tier", found.tier || NONE);
+  fact("Replica", address(found.replica || null));
+  if (found.arm) fact("Arm", found.arm);
+  fact("First token", seconds(found.ttft_s));
+  fact("Whole", seconds(found.e2e_s));
+  if (found.keep) fact("Kept because", found.keep);
+  made.node.append(facts, waterfall(found.spans));
+  return made.node;
 }
 
 const COSTS = ["wait", "compute", "decode"];
 
 function drawReceipt(found) {
+  const made = panel("receipt", "Why it went where it went");
+  say(made.note, found.id);
   const facts = h("dl", { class: "facts" });
   const fact = (name, value) => facts.append(h("div", {}, h("dt", {}, name), h("dd", {}, value)));
-  fact("Came", `${clock(found.at)}`);
-  fact("Model", found.model);
-  fact("Tier", found.tier);
-  if (found.tenant) fact("Tenant", found.tenant);
   fact("Prompt tokens", `${count(found.told_prompt_tokens ?? found.prompt_tokens)}${found.exact ? "" : ", by bytes"}`);
-  fact("First token", seconds(found.ttft_s));
-  fact("Foreseen", `${seconds(found.foreseen_ttft_s)}${found.error_factor ? `, predictions there are off by ${times(found.error_factor)}` : ""}`);
-  fact("Attempts", found.attempts.map((one) => `${address(one.url)} ${one.outcome} after ${seconds(one.after_s)}`).join("; ") || "none yet");
-  return [facts, ...(found.foreseen ? [cachedOf(found)] : []), ...found.decisions.map(decision)];
+  fact("First token, from there", seconds(found.ttft_s));
+  fact("Foreseen", seconds(found.foreseen_ttft_s));
+  fact("Predictions there are off by", times(found.error_factor));
+  fact("Attempts", found.attempts.map((one) => `${address(one.url)} ${one.outcome}`).join(", ") || NONE);
+  made.node.append(facts, ...(found.foreseen ? [cachedOf(found)] : []), ...found.decisions.map(decision));
+  return made.node;
 }
 
 function cachedOf(found) {
@@ -125,7 +156,7 @@ function cachedOf(found) {
     h("ol", { class: "rungs" }, rungs.map(([name, tokens]) => {
       const bar = h("span", { class: "meter", "data-tone": name === "Found there" ? "ok" : null }, h("span"));
       bar.firstChild.style.width = `${100 * (share(tokens ?? 0, seen.prompt) ?? 0)}%`;
-      return h("li", {}, h("span", { class: "rung" }, name), h("b", {}, tokens === null ? "not told" : count(tokens)), bar, h("small"));
+      return h("li", {}, h("span", { class: "rung" }, name), h("b", {}, tokens === null ? "not told" : count(tokens)), bar);
     })));
 }
 
@@ -133,7 +164,7 @@ function decision(made, number) {
   const { ask, options, choice } = made;
   const most = Math.max(...choice.terms.map((one) => one.wait_s + one.compute_s + one.decode_s), 1e-9);
   const parts = (terms) => COSTS.map((name) => ({ name, value: terms[`${name}_s`], said: seconds(terms[`${name}_s`]) }));
-  const grid = table(`Decision ${number + 1}`, [["Replica", "name"], ["Cached", "num"], ["Waiting", "num"], ["In flight", "num"], ["Cost", "num"], ["of which wait, compute, decode", "wide"]]);
+  const grid = table(`Decision ${number + 1}`, [["Replica", "name"], ["Cached", "num"], ["Waiting", "num"], ["In flight", "num"], ["Cost", "num"], ["Wait, compute, decode", "wide"]]);
   options.forEach((option, at) => {
     const terms = choice.terms[at];
     const bar = stack(`${address(option.url)}: cost`);

@@ -81,5 +81,3 @@ export const tokenShare = (part, whole) => (newer, older) => {
   const all = newer[whole] - older[whole];
   return all > 0 ? (newer[part] - older[part]) / all : null;
 };
-
-export const now = (name, tier = null) => (newer) => total(newer, name, tier);

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from gateway.history import KEPT, History
-from tests.gateway.scripted import ASKED, Engine
+from tests.gateway.scripted import ASKED, TOKENS, Engine
 from tests.gateway.test_variants import PATH, broken, hi, put, steer
 from tests.gateway.world import HELLO, Front, gateway, on_loop, until, upstream
 
@@ -35,9 +35,12 @@ async def test_it_tells_what_requests_did_and_no_text() -> None:
         (replica,) = told["replicas"]
         assert (replica["url"], replica["state"], replica["models"]) == (fake.url, "ready", ["m"])
         assert replica["rates"]["prefill_tokens_per_s"] > 0
-        assert [one["replica"] for one in told["receipts"]] == [fake.url] * 4
-        assert told["receipts"][0]["at"] >= told["receipts"][3]["at"]
-        name = told["receipts"][0]["id"]
+        assert [one["replica"] for one in told["requests"]] == [fake.url] * 4
+        assert told["requests"][0]["at"] >= told["requests"][3]["at"]
+        assert 0 < standard["ttft_s"]["p50"] <= standard["ttft_s"]["p95"]
+        assert standard["now"]["network_s"] + standard["now"]["prefill_s"] > 0
+        assert told["tokens"]["stages"]["emitted"] == 4 * len(TOKENS)
+        name = told["requests"][0]["receipt"]
         whole = (await front.client.get(f"/admin/receipts/{name}")).json()
         assert whole["decisions"][0]["options"][0]["url"] == fake.url
         assert (await front.client.get("/admin/receipts/rcpt_no")).status_code == 404
