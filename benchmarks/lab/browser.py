@@ -63,7 +63,9 @@ class Page:
         elif method == "Network.requestWillBeSent":
             self.requests.append(told["request"]["url"])
 
-    async def size(self, width: int, height: int, *, dark: bool = False, still: bool = True) -> None:
+    async def size(
+        self, width: int, height: int, *, dark: bool = False, still: bool = True
+    ) -> None:
         """The window, and what the system is said to prefer."""
         await self.call(
             "Emulation.setDeviceMetricsOverride",
@@ -154,9 +156,7 @@ class Browser:
     async def page(self) -> Page:
         """A new tab, empty."""
         made = await self.call("Target.createTarget", url="about:blank")
-        attached = await self.call(
-            "Target.attachToTarget", targetId=made["targetId"], flatten=True
-        )
+        attached = await self.call("Target.attachToTarget", targetId=made["targetId"], flatten=True)
         session = attached["sessionId"]
 
         async def call(method: str, **parameters: Any) -> Any:
@@ -208,11 +208,11 @@ async def _address(folder: Path, process: asyncio.subprocess.Process) -> str:
     file = folder / "DevToolsActivePort"
     try:
         async with asyncio.timeout(START_S):
-            while not file.exists() or file.read_text().count("\n") < 1:  # noqa: ASYNC240
+            while not file.exists() or file.read_text().count("\n") < 1:
                 if process.returncode is not None:
                     raise BrowserFailed(f"the browser ended with {process.returncode}")
                 await asyncio.sleep(0.05)
     except TimeoutError:
         raise BrowserFailed(f"the browser did not listen within {START_S:.0f} s") from None
-    port, path = file.read_text().split("\n")[:2]  # noqa: ASYNC240
+    port, path = file.read_text().split("\n")[:2]
     return f"ws://127.0.0.1:{port}{path}"
