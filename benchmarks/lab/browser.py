@@ -94,7 +94,7 @@ class Page:
         """Asks until the expression is true. Raises BrowserFailed."""
         try:
             async with asyncio.timeout(limit_s):
-                while not await self.value(f"Boolean({script})"):
+                while not await self.value(f"Boolean({script})"):  # noqa: ASYNC110  # no event
                     await asyncio.sleep(0.05)
         except TimeoutError:
             text = await self.value("document.body.innerText.slice(0, 1500)")
