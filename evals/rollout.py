@@ -27,6 +27,7 @@ LEASE_S = 5.0  # what a gateway serves without hearing from here
 PUT_LEASE_S = 90.0  # until the candidate's first replica is ready; nothing goes to it meanwhile
 GONE_S = 60.0  # without any replica of the candidate
 KEPT = 2000  # latest observations, for an incident
+SHOWN = ("signal", "margin", "pairs", "difference", "p_safe", "passed")  # of a signal, to people
 
 Stage = Literal["shadow", "step"]
 Result = Literal["promoted", "rolled back", "refused", "stopped"]
@@ -177,7 +178,11 @@ class Rollout:
             "at": self.progress.stage, "steps": list(self.plan.steps),
             "began_at": self.progress.began_at, "min_step_s": self.plan.min_step_s,
             "shadow_pairs": self.plan.shadow_pairs, "pairs": self.monitor.pairs,
-            "signals": self.monitor.told(),
+            "signals": [
+                {name: one[name] for name in SHOWN}
+                | {"p_harmful": min(one["p_harmful"], one["p_harmful_late_turns"])}
+                for one in self.monitor.told()
+            ],
         }  # fmt: skip
 
     async def _hear(self) -> None:
