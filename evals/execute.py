@@ -28,8 +28,7 @@ from evals.progress import Progress
 from evals.replay import Lateness
 from evals.report.files import write_reports
 from evals.run import Bench, Source, run
-from evals.scorers import needs_pairs, score_pairs
-from evals.sources import read_sources
+from evals.sources import compared, read_sources
 from evals.verdict import Side, Verdict
 from evals.verdict_file import VERDICT_FILE, Rows, write_run
 from policies.binding import ledger_of, pair, sides
@@ -37,7 +36,6 @@ from policies.hypothesis import Hypothesis
 from policies.ledger import Ledger
 from policies.load import load_hypothesis
 from policies.patching import Configured
-from telemetry import Observation
 
 STATE = ".headgate"  # beside the hypothesis
 SPEC_FILE, JOURNAL_FILE, ARMS_FILE = "spec.json", "journal.jsonl", "arms.json"
@@ -103,7 +101,7 @@ async def execute(plan: Prepared, say: Say, progress: Progress) -> Verdict:
         told = _told_arms(folder)
         rows = Rows(
             hypothesis=plan.hypothesis,
-            observations=await _compared(plan, tuple(journal.observations)),
+            observations=await compared(plan.sources, tuple(journal.observations)),
             sides=plan.sides,
             spec=plan.spec,
             now=time.time(),
@@ -113,16 +111,6 @@ async def execute(plan: Prepared, say: Say, progress: Progress) -> Verdict:
     plan.ledger.record_verdict(verdict.payload())
     write_reports(folder, verdict, rows.observations)
     return verdict
-
-
-async def _compared(
-    plan: Prepared, observations: tuple[Observation, ...]
-) -> tuple[Observation, ...]:
-    """With the scores that need the answers of both arms."""
-    suites = {one.name: one.suite for one in plan.sources if one.suite is not None}
-    if not any(needs_pairs(suite.scorers) for suite in suites.values()):
-        return observations
-    return await score_pairs(suites, observations)
 
 
 async def _run(

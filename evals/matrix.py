@@ -25,7 +25,7 @@ from telemetry import Observation
 
 FULL = CANDIDATE  # the arm with every change
 TOGETHER = "together"
-_JUDGED = ("share", "flip", "time", "rate", "tokens")
+_JUDGED = ("share", "flip", "time", "rate", "tokens", "drift")
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +116,8 @@ def _asked(hypotheses: Sequence[Hypothesis]) -> list[Question]:
 
 def _effect(question: Question, pairs: Sequence[Pair], stats: Stats, of: str) -> Effect:
     rows = by_source(pairs).get(question.source, ())
+    if question.metric.kind == "drift":
+        return _drift(question, rows, stats, of)
     finding = answer(question, rows, stats)
     return Effect(
         source=question.source,
@@ -130,11 +132,25 @@ def _effect(question: Question, pairs: Sequence[Pair], stats: Stats, of: str) ->
     )
 
 
+def _drift(question: Question, pairs: Sequence[Pair], stats: Stats, of: str) -> Effect:
+    """Of what is not bounded: KL of the baseline's law, perplexity; of what both arms answered."""
+    one = Effect(question.source, question.metric.name, of, "share", len(pairs), None, None, None)
+    changes = _by_item(question, pairs).values()
+    if not changes:
+        return one
+    try:
+        diffs, clusters = zip(*changes, strict=True)
+        found = mean_below(np.array(diffs), 1.0, clusters, stats.alpha)
+    except TooFewClusters as error:
+        return replace(one, why=str(error))
+    return replace(one, estimate=found.estimate, low=found.low, high=found.high)
+
+
 def _interaction(
     question: Question, whole: Sequence[Pair], parts: Mapping[str, Sequence[Pair]], stats: Stats
 ) -> Effect:
     """Item by item, or block by block, so that what all arms share cancels."""
-    none = replace(_effect(question, (), stats, "interaction"), estimate=None, low=None, high=None)
+    none = _effect(question, (), stats, "interaction")  # of no pairs: nothing, in the right unit
     kind = question.metric.kind
     values = _by_block if kind in ("time", "rate") else _by_item
     total = values(question, _of(whole, question))
@@ -165,6 +181,8 @@ def _by_item(question: Question, pairs: Sequence[Pair]) -> dict[str, tuple[float
     """Change of each item, and its cluster."""
     if question.metric.kind == "tokens":
         return {one.id: (one.log, one.cluster) for one in ratios.counted(question.metric, pairs)}
+    if question.metric.kind == "drift":
+        pairs = [one for one in pairs if one.complete]
     return {
         one.id: (one.candidate - one.baseline, one.cluster)
         for one in shares.units(question.metric, pairs)
@@ -191,6 +209,8 @@ def _said(effect: Effect) -> str:
         return "{:+.1f} % [{:+.1f}, {:+.1f}]".format(
             *(100 * (one - 1) for one in (effect.estimate, effect.low, effect.high))
         )
+    if effect.unit == "share":  # unbounded: no points
+        return f"{effect.estimate:+.4g} [{effect.low:+.4g}, {effect.high:+.4g}]"
     return "{:+.2f} points [{:+.2f}, {:+.2f}]".format(
         *(100 * one for one in (effect.estimate, effect.low, effect.high))
     )

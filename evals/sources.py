@@ -5,7 +5,7 @@ Knows where each comes from and how it is scored; knows no arm.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from evals.dataset import Suite, load_suite
@@ -14,7 +14,7 @@ from evals.filler import Filler
 from evals.item import Item
 from evals.rows import TraceError
 from evals.run import Score, Source
-from evals.scorers import score, score_recorded
+from evals.scorers import needs_pairs, score, score_pairs, score_recorded
 from evals.traces import read_trace
 from policies.evidence import NoEvidence, find_source
 from policies.hypothesis import Hypothesis
@@ -73,3 +73,13 @@ def _named(
                 problem = Problem(str(file), why, places.of(path), dotted(path), suggestion)
                 return PolicyError(problem)
     raise AssertionError(f"nothing names {name}")
+
+
+async def compared(
+    sources: Iterable[Source], observations: tuple[Observation, ...]
+) -> tuple[Observation, ...]:
+    """With the scores that need the answers of both arms."""
+    suites = {one.name: one.suite for one in sources if one.suite is not None}
+    if not any(needs_pairs(suite.scorers) for suite in suites.values()):
+        return observations
+    return await score_pairs(suites, observations)

@@ -21,7 +21,7 @@ from evals.matrix import Matrix, arms_of, matrix, without
 from evals.pairs import BASELINE, CANDIDATE
 from evals.questions import asked_in
 from evals.run import After, Bench, Source, run
-from evals.sources import read_sources
+from evals.sources import compared, read_sources
 from policies.evidence import find_source
 from policies.hypothesis import Hypothesis, Variant
 from policies.load import load_hypothesis, read_yaml
@@ -92,7 +92,8 @@ async def execute(stack: Stack, folder: Path, start: Start, after: After) -> Mat
         if any(step not in journal for step in stack.steps):
             async with start(stack.policies, folder / "arms") as found:
                 await run(_bench(stack, found), stack.steps, journal, after)
-        return matrix(stack.hypotheses, tuple(journal.observations))
+        seen = await compared(stack.sources, tuple(journal.observations))
+        return matrix(stack.hypotheses, seen)
 
 
 def order(blocks: Sequence[Block], names: Sequence[str], seed: int) -> tuple[Step, ...]:

@@ -9,22 +9,28 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
+
 from evals.pairs import Pair
 from evals.questions import Question
 from evals.shares import Answer, negated
 from evals.stats.divergence import divergence
 from evals.stats.estimate import Estimate
-from evals.stats.rates import clopper_pearson
+from evals.stats.rates import cluster_rate
 from policies.hypothesis import Stats
 from telemetry import Observation
+
+SELDOM = 0.5  # of the margin: what the baseline does to itself is small beside it
 
 
 def identical(
     question: Question, pairs: Sequence[Pair], floor: Sequence[Pair], stats: Stats
 ) -> Answer:
     """Share of answers that differ. Where the baseline never differs from itself, the share is
-    bounded by itself, and of the requests that the floor has none may differ; else its excess over
-    the floor is bounded, on the floor's requests.
+    bounded by itself, and where one of the floor's requests differs it does not pass. Where it
+    seldom does, the share is bounded by itself, too, over all requests, which are more than the
+    floor's: what is below the margin is below it whatever the floor is. Else its excess over the
+    floor is bounded, on the floor's requests. Which of these it is, the floor alone says.
 
     Raises TooFewClusters.
     """
@@ -34,10 +40,11 @@ def identical(
     rate, own = sum(differ) / len(pairs), sum(moved for _, _, moved in both)
     detail = {"floor_pairs": len(both), "floor_differ": own}
     if not own:
-        found = clopper_pearson(sum(differ), len(pairs), question.bound, stats.alpha)
+        found = _rate(differ, pairs, question, stats)
         if broken := sum(moved and one.complete for one, moved, _ in both):
-            # the same request, asked of the baseline again, was answered to the letter
-            found = replace(found, p=1.0, p_harm=0.0, method="identity")
+            # The same requests, asked of the baseline again, were answered to the letter. If chance
+            # did it, each would have been as likely there.
+            found = replace(found, p=1.0, p_harm=0.5**broken, method="identity")
             detail["differ_where_identical"] = broken
         return Answer(_with(found, detail), 0.0 if both else None, rate, sum(differ), 0)
     found = divergence(
@@ -49,7 +56,25 @@ def identical(
     )
     lost = sum(moved and not chance for _, moved, chance in both)
     gained = sum(chance and not moved for _, moved, chance in both)
-    return Answer(_with(negated(found), detail), own / len(both), rate, lost, gained)
+    found = negated(found)
+    if own / len(both) <= question.bound * SELDOM:
+        own_rate = _rate(differ, pairs, question, stats)
+        found = replace(
+            found,
+            estimate=min(found.estimate, own_rate.high),
+            high=own_rate.high,
+            p=own_rate.p,
+            n=len(pairs),
+            method=f"{own_rate.method}, {found.method}",
+        )
+    return Answer(_with(found, detail), own / len(both), rate, lost, gained)
+
+
+def _rate(
+    differ: Sequence[bool], pairs: Sequence[Pair], question: Question, stats: Stats
+) -> Estimate:
+    values = np.array(differ, dtype=np.float64)
+    return cluster_rate(values, [one.cluster for one in pairs], question.bound, stats.alpha)
 
 
 def differs(pair: Pair) -> bool:

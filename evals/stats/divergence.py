@@ -26,7 +26,6 @@ from evals.stats.estimate import (
     worth,
 )
 from evals.stats.paired import mean_diff, reach_of, tail
-from evals.stats.rates import clopper_pearson
 
 _LEAST_LOG = -700.0  # of a probability: the smallest that is still one in double precision
 
@@ -83,27 +82,12 @@ def divergence(
 ) -> Estimate:
     """Whether candidate answers differ from the baseline's no more often than the baseline's own
     second answers (`control`) do: item by item, true where they differ; `margin` as -0.02.
-    Where no control differs identity is required: one that differs is a failure.
     """
     changed = np.asarray(candidate, dtype=bool).reshape(-1)
     noise = np.asarray(control, dtype=bool).reshape(-1)
     if changed.size != noise.size:
         raise ValueError(f"{changed.size} items of the candidate, {noise.size} of the control")
-    if noise.any():
-        return mean_diff(noise.astype(float) - changed, margin, clusters, alpha)
-    count = int(changed.sum())
-    rate = clopper_pearson(count, changed.size, 0.5, alpha)
-    return Estimate(
-        estimate=-rate.estimate,
-        low=-rate.high,
-        high=-rate.low,
-        p=1.0 if count else 0.0,
-        p_harm=0.0 if count else 1.0,
-        n=changed.size,
-        clusters=None,
-        method="identity",
-        detail={"diverged": count},
-    )
+    return mean_diff(noise.astype(float) - changed, margin, clusters, alpha)
 
 
 # ---- in distribution -----------------------------------------------------------------------------

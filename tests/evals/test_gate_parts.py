@@ -320,15 +320,39 @@ EXACT = {"suite": "qa", "metric": "divergence", "test": "identical", "margin": 0
 
 
 def test_answers_have_to_be_the_same_where_the_baseline_repeats_itself() -> None:
+    """One that differs keeps it from passing; five are more than chance does to one arm only."""
     asked = hypothesis(
         claims=[], guardrails=[EXACT], kind_of_change="lossless_exact",
         candidate={"patch": {"runtime.step_tokens": 512}}, design={"sabotage_control": False},
     )  # fmt: skip
     same = [*suite(BASELINE), *suite(CANDIDATE), *suite(AA)]
     assert judged(same, asked).decision == "pass"
-    same[450] = replace(same[450], text="something else")
-    verdict = judged(same, asked)
-    assert (verdict.decision, found(verdict, "divergence").method) == ("fail", "identity")
+    for at, decision in ((1, "inconclusive"), (4, "inconclusive"), (5, "fail")):
+        same[449 + at] = replace(same[449 + at], text="something else")
+        same[450 : 450 + at] = [replace(one, text="something else") for one in same[450 : 450 + at]]
+        verdict = judged(same, asked)
+        assert (verdict.decision, found(verdict, "divergence").method) == (decision, "identity")
+
+
+def test_what_the_baseline_seldom_does_to_itself_is_bounded_over_all_requests() -> None:
+    """A second baseline on a quarter of 1,000 rows, of which one differs: at one point these alone
+    could prove nothing. Three of 1,000 of the candidate's differ, which is below a point; nine are
+    too many to know.
+    """
+    asked = hypothesis(
+        claims=[], guardrails=[{**EXACT, "margin": 0.01}], kind_of_change="lossless_exact",
+        candidate={"patch": {"runtime.step_tokens": 512}}, design={"sabotage_control": False},
+    )  # fmt: skip
+    again = [replace(one, text="?") if one.id == "q00007" else one for one in suite(AA, 250)]
+    for differing, decision in ((3, "pass"), (9, "inconclusive")):
+        other = [
+            replace(one, text="!") if int(one.id[1:]) % 100 == 50 and at < differing * 100 else one
+            for at, one in enumerate(suite(CANDIDATE, 1000))
+        ]
+        verdict = judged([*suite(BASELINE, 1000), *other, *again], asked)
+        finding = found(verdict, "divergence")
+        assert (finding.decision, finding.pairs) == (decision, 1000)
+        assert finding.candidate == pytest.approx(differing / 1000)
 
 
 def test_a_tool_call_is_the_same_by_what_is_called_not_by_the_id_that_a_server_makes_up() -> None:
@@ -507,11 +531,11 @@ def test_a_metric_that_no_answer_speaks_of_is_not_measured() -> None:
 
 
 def test_two_methods_that_disagree_are_told_and_prove_nothing() -> None:
-    """Each block's median is the same in both arms, to the digit; but of four requests that differ
-    by a factor of eight it says little, as drawing from them anew shows."""
+    """Each block's median is the same in both arms, to the digit; but of four requests, each slow
+    in one arm and fast in the other, it says little, as drawing from them anew shows."""
     times = (0.05, 0.1, 0.2, 0.4)
     rows = [
-        replace(one, ttft_s=times[int(one.id[1:]) % 4])
+        replace(one, ttft_s=times[(int(one.id[1:]) + 2 * (arm == CANDIDATE)) % 4])
         for arm in (BASELINE, CANDIDATE)
         for one in replayed(arm)
         if int(one.id[1:]) % 20 < 4

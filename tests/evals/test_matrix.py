@@ -86,6 +86,25 @@ def test_changes_that_get_in_each_others_way_are_seen() -> None:
     assert speed.low is not None and speed.low > 1
 
 
+def test_what_arms_think_of_a_text_is_added_up_too() -> None:
+    """KL of the baseline's law, known before: 0.1 by one, 0.3 by the other, 0.5 by both;
+    a judge's scores are shares as others are."""
+    drift = {"suite": "qa", "metric": "kl", "test": "mean_max", "max": 0.5}
+    stacked = [
+        hypothesis(metadata={"name": name}, claims=[], guardrails=[drift]) for name in ("a", "b")
+    ]
+    told = {BASELINE: 0.0, without("b"): 0.1, without("a"): 0.3, FULL: 0.5}
+    rows = [one for arm, kl in told.items() for one in suite(arm, 60, scores={"kl": kl})]
+    made = matrix(stacked, rows)
+    assert found(made.total, "kl", "together").estimate == pytest.approx(0.5)
+    assert found(made.marginal, "kl", "a").estimate == pytest.approx(0.2)
+    assert found(made.marginal, "kl", "b").estimate == pytest.approx(0.4)
+    assert found(made.interaction, "kl", "interaction").estimate == pytest.approx(0.1)
+    assert "+0.5 [+0.5, +0.5]" in made.table()
+    few = matrix(stacked, [one for one in rows if int(one.id[1:]) < 5])
+    assert "at least 20 are needed" in found(few.total, "kl", "together").why
+
+
 def test_what_nobody_measured_is_told_as_such() -> None:
     made = matrix(stack("a", "b"), [*suite(BASELINE), *suite(FULL)])
     assert found(made.marginal, "correct", "a").estimate is None

@@ -388,13 +388,6 @@ def test_survival_counts_answers_that_ended_as_still_the_same():
     )
 
 
-def test_where_the_baseline_repeats_itself_exactly_one_difference_fails():
-    same = divergence.divergence(np.zeros(50, bool), np.zeros(50, bool), -0.02)
-    assert (same.method, same.p, same.p_harm) == ("identity", 0.0, 1.0)
-    one = divergence.divergence([True] + [False] * 49, np.zeros(50, bool), -0.02)
-    assert (one.p, one.p_harm) == (1.0, 0.0)
-
-
 def test_where_the_baseline_wavers_the_candidate_may_as_much():
     control = rng(15).random(1000) < 0.1
     calm, wild = rng(16).random(1000) < 0.1, rng(17).random(1000) < 0.25
