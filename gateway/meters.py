@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from gateway.histogram import DURATION_S, FIRST_TOKEN_S, GAP_S, TOKEN_S, Histogram
@@ -47,7 +48,7 @@ class Meters:
     def ended(self, account: Account, outcome: Outcome, now: float) -> None:
         """One request by one arm."""
         tier = account.service.tier if account.service is not None else ""
-        labels = (tier, self._model(account), account.arm)
+        labels = (tier, self.model(account.call.model, account.served), account.arm)
         self.requests[*labels, outcome] += 1
         if account.replica:
             self._of_replica(account.replica, outcome)
@@ -97,11 +98,11 @@ class Meters:
                 account.reply.request_id, ", ".join(wrong), entry,
             )  # fmt: skip
 
-    def _model(self, account: Account) -> str:
-        name = account.call.model
+    def model(self, name: str, served: Callable[[], bool]) -> str:
+        """The label of a model that was asked for; `served`: whether any replica names it."""
         if name in self._models:
             return name
-        if len(self._models) < MODELS_MAX and account.served():
+        if len(self._models) < MODELS_MAX and served():
             self._models.add(name)
             return name
         return OTHER

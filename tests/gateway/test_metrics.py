@@ -6,8 +6,10 @@ import asyncio
 import json
 from pathlib import Path
 
+from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
+from gateway.meters import MODELS_MAX, OTHER, Meters
 from gateway.metrics import COUNTERS, GAUGES, HISTOGRAMS, OF_ANSWERS
 from tests.gateway.world import DONE, HELLO, STREAMED, Front, Peer, gateway, on_loop, upstream
 
@@ -69,6 +71,74 @@ async def test_a_stream_is_counted_by_tier_model_and_arm() -> None:
         assert found["headgate_gateway_requests_total baseline m ok standard"] == 1
         assert found["headgate_gateway_goodput_requests_total baseline true standard"] == 1
         assert found["headgate_token_ledger_tokens_total emitted"] == 3
+
+
+@on_loop
+async def test_traffic_adds_no_series() -> None:
+    """Sessions, users, salts, request ids and models that nobody serves, each of them new: the page
+    has the series that it had, and no word of theirs."""
+
+    async def answer(peer: Peer) -> None:
+        await peer.stream(said("a"), said("b"), usage(), DONE)
+
+    async with upstream(answer) as fake, gateway(fake) as edge:
+        for body in (STREAMED, STREAMED | {"model": "nobody's"}):
+            await edge.post(body)
+        before = set(await scraped(edge))
+        for first in range(0, 100, 20):
+            await asyncio.gather(*(strange(edge, first + at) for at in range(20)))
+        assert set(await scraped(edge)) == before
+        text = (await edge.client.get("/metrics")).text
+    assert "secret" not in text
+    assert len(text.splitlines()) < 1000
+    assert 'model="other"' in text
+
+
+async def strange(edge: Front, number: int) -> None:
+    """A request whose every name is new, every other time even its model."""
+    secret = f"secret{number}"
+    headers = dict.fromkeys(("x-request-id", "x-session-id", "x-session-affinity"), secret)
+    headers["traceparent"] = f"00-{number + 1:032x}-00f067aa0ba902b7-01"
+    named = dict.fromkeys(("user", "prompt_cache_key", "cache_salt"), secret)
+    named |= {"model": secret} if number % 2 else {}
+    messages = [{"role": "user", "content": secret}]
+    await edge.post(STREAMED | named | {"messages": messages}, headers=headers)
+
+
+def test_a_thousand_models_add_no_series() -> None:
+    """What clients ask for is a model only if a replica names it, and only so many are told."""
+    meters = Meters()
+    labels = {meters.model(f"m{number}", lambda: True) for number in range(1000)}
+    assert len(labels) == MODELS_MAX + 1
+    assert meters.model("one more", lambda: True) == meters.model("another", lambda: False) == OTHER
+    assert meters.model("m1", lambda: False) == "m1"
+
+
+@on_loop
+async def test_buckets_name_a_trace_for_who_can_read_it() -> None:
+    """OpenMetrics where it is asked for, with the client's own trace as the latest exemplar of a
+    first token's bucket; the plain page has none."""
+
+    async def answer(peer: Peer) -> None:
+        await peer.stream(said("a"), said("b"), usage(), DONE)
+
+    name = "gen_ai_server_time_to_first_token_seconds_bucket"
+    async with upstream(answer) as fake, gateway(fake) as edge:
+        trace = "2" * 32
+        await edge.post(STREAMED, headers={"traceparent": f"00-{trace}-00f067aa0ba902b7-03"})
+        accept = {"accept": "application/openmetrics-text;version=1.0.0,text/plain;q=0.5"}
+        response = await edge.client.get("/metrics", headers=accept)
+        plain = (await edge.client.get("/metrics")).text
+    assert response.headers["content-type"].startswith("application/openmetrics-text")
+    assert response.text.endswith("# EOF\n")
+    exemplars = [
+        sample.exemplar
+        for family in openmetrics.text_string_to_metric_families(response.text)
+        for sample in family.samples
+        if sample.name == name and sample.exemplar is not None
+    ]
+    assert [one.labels for one in exemplars] == [{"trace_id": trace}]
+    assert trace not in plain
 
 
 @on_loop
