@@ -136,7 +136,7 @@ def row_of(
         quality=_interval(quality),
         margin=quality.margin if quality else None,
         decision=verdict.decision,
-        reason=verdict.reason or "; ".join(verdict.reasons[:1]),
+        reason=verdict.reason or _reason(verdict),
         run=run,
     )
 
@@ -225,6 +225,16 @@ def _quality(findings: Sequence[Finding]) -> Finding | None:
         if one.metric == "correct" and one.kind == "guardrail" and one.stratum == "all"
     ]
     return min(scored, key=lambda one: math.inf if one.low is None else one.low, default=None)
+
+
+def _reason(verdict: Verdict) -> str:
+    """What decided; where gains do, the one that is nearest to being shown, of those asked for."""
+    claims = [one for one in verdict.findings if one.kind == "claim" and one.stratum == "all"]
+    if verdict.decision in ("pass", "no_benefit") and claims:
+        best = min(claims, key=lambda one: 1.0 if one.p is None else one.p)
+        begin = f"claim {claims.index(best) + 1} "
+        return next((one for one in verdict.reasons if one.startswith(begin)), "")
+    return "; ".join(verdict.reasons[:1])
 
 
 def _interval(finding: Finding | None) -> tuple[float, float, float] | None:

@@ -32,6 +32,11 @@ NAMED: Mapping[str, tuple[Mapping[str, Any], str]] = {
         "tokens guessed by pocket's small model",
     ),
     "no-speculation": ({"runtime.speculation": "off"}, "nothing guessed"),
+    "chunked-prefill": (
+        {"runtime.tpot_ms": 10.0},
+        "prompts computed in pieces, small enough that running answers go on",
+    ),
+    "whole-prefill": ({"runtime.tpot_ms": None}, "prompts computed whole"),
     "compiled": ({"runtime.compile": "auto"}, "kernels compiled for this machine"),
     "trim": ({"gateway.trim": {"drop": "middle"}}, "long conversations cut in batches"),
     "sliding-trim": (
@@ -141,7 +146,7 @@ def _single(asked: str, beside: Path) -> Technique:
             raise NoTechnique(f"{path} is no knob" + (f"; did you mean {near!r}?" if near else ""))
         return Technique(asked, {path: _value(value)}, "", (asked,))
     near = closest(asked, list(NAMED))
-    hint = f"did you mean {near!r}?" if near else f"there are {', '.join(NAMED)}"
+    hint = f"did you mean {near!r}?" if near else f"there are {', '.join(NAMED)}."
     raise NoTechnique(
         f"no technique {asked!r}; {hint} A hypothesis file, or knob=value such as runtime.kv=int8, "
         "will do too"

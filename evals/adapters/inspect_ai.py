@@ -16,7 +16,6 @@ from evals.adapters.files import (
     bytes_of,
     count,
     digest_of,
-    files_of,
     object_in,
     share,
 )
@@ -28,7 +27,8 @@ _NO_ENTRY = ("header.json", "_journal/start.json")
 
 def read(path: Path, arm: str, cluster: str | None) -> Run:
     """One log, or all of a folder. `cluster`: a field of the samples' metadata. Raises NoRun."""
-    files = {file: bytes_of(file) for file in files_of(path, "*.*") if _is_log(file)}
+    named = [path] if path.is_file() else [one for one in _files(path) if _is_log(one)]
+    files = {file: bytes_of(file) for file in named}
     if not files:
         raise NoRun(path, "is a folder without a log of inspect_ai, *.eval or *.json")
     names: dict[str, None] = {}
@@ -46,6 +46,13 @@ def read(path: Path, arm: str, cluster: str | None) -> Run:
     if not observations:
         raise EmptyRun(path, "has no sample: the eval did not run, or was logged without samples")
     return Run("+".join(names), tuple(observations), digest_of(files), versions)
+
+
+def _files(path: Path) -> list[Path]:
+    """Of a folder, and below it. Raises NoRun."""
+    if not path.exists():
+        raise NoRun(path, "no such file or folder")
+    return sorted(one for one in path.rglob("*.*") if one.is_file())
 
 
 def _is_log(file: Path) -> bool:

@@ -38,7 +38,13 @@ _TIMES = ("ttft.p95", "tpot.p95", "e2e.p95")
     "--margin", default=None, help="Largest acceptable loss. Default: 2% of answers, 10% of times."
 )
 @click.option("--cluster", help="Field of the rows with their conversation or document.")
-@click.option("--alpha", type=click.FloatRange(0, 0.2, min_open=True), default=0.05)
+@click.option(
+    "--alpha",
+    type=click.FloatRange(0, 0.2, min_open=True),
+    default=0.05,
+    show_default=True,
+    help="Probability with which what loses the margin may pass.",
+)
 @click.option(
     "--hypothesis",
     type=click.Path(path_type=Path),

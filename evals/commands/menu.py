@@ -12,7 +12,7 @@ from pathlib import Path
 
 import click
 
-from evals.commands.terminal import log, show
+from evals.commands.terminal import Share, log, show
 from evals.execute import Prepared, execute, prepare
 from evals.journal import JournalError
 from evals.menu import Row, Workload, hypothesis_of, refused, row_of
@@ -50,13 +50,31 @@ class Options:
 
 @click.command(short_help="Measure techniques and their combinations on your own workload.")
 @click.argument("policy", type=click.Path(path_type=Path))
-@click.option("--try", "asked", multiple=True, help="A technique; may be given again. See below.")
+@click.option("--try", "asked", multiple=True, help="A technique, see above; may be given again.")
 @click.option("--combine", is_flag=True, help="Also try every combination of those.")
 @click.option("--suite", "suites", multiple=True, help="Suite, by name or file.")
 @click.option("--replay", "replays", multiple=True, help="Recorded traffic, by its file.")
-@click.option("--margin", default=0.02, show_default=True, help="Right answers that may be lost.")
-@click.option("--max-pairs", default=1000, show_default=True, type=click.IntRange(10))
-@click.option("--concurrency", default=4, show_default=True, type=click.IntRange(1, 1024))
+@click.option(
+    "--margin",
+    type=Share(above=0.0),
+    default="2%",
+    show_default=True,
+    help="Right answers that may be lost.",
+)
+@click.option(
+    "--max-pairs",
+    default=1000,
+    show_default=True,
+    type=click.IntRange(10),
+    help="Rows of each suite and replay.",
+)
+@click.option(
+    "--concurrency",
+    default=4,
+    show_default=True,
+    type=click.IntRange(1, 1024),
+    help="Requests of a suite under way at once.",
+)
 @click.option("--price", type=click.FloatRange(0), help="Of an hour of the machine; else relative.")
 @click.option("--again", is_flag=True, help="Measure again what was measured before.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of the table.")
@@ -79,9 +97,10 @@ def menu(
     its verdict counts as any other. The table is also written as a page, menu/menu.html, and as
     JSON. Rows that were measured before are read, not run again.
 
-    A technique is one of bf16, compiled, draft, int4, int8-kv, ngram, no-speculation,
-    response-cache, sliding-trim, tree, trim, two-workers, w8, w8a8; or a knob and its value, such
-    as runtime.kv=int8; or a hypothesis file, of which the patch is taken; or a sum of these.
+    A technique is one of bf16, chunked-prefill, compiled, draft, int4, int8-kv, ngram,
+    no-speculation, response-cache, sliding-trim, tree, trim, two-workers, w8, w8a8, whole-prefill;
+    or a knob and its value, such as runtime.kv=int8; or a hypothesis file, of which the patch is
+    taken; or a sum of these.
 
     \b
     Examples:
@@ -108,7 +127,7 @@ def menu(
         load(policy)
         techniques = _techniques(options, asked, combine=combine)
         rows = asyncio.run(measured(options, techniques, run_row))
-    except (NoTechnique, PolicyError) as error:
+    except (NoTechnique, PolicyError, Unmeasurable) as error:
         click.echo(str(error), err=True)
         raise SystemExit(USAGE_EXIT) from None
     except KeyboardInterrupt:
@@ -134,26 +153,52 @@ def _techniques(options: Options, asked: Sequence[str], *, combine: bool) -> lis
 async def measured(
     options: Options, techniques: Sequence[Technique], measure: Measure
 ) -> list[Row]:
-    """A row for each; one that cannot be measured says why."""
+    """A row for each; one that cannot be measured says why, before any other is.
+
+    Raises Unmeasurable where none of them can be. The table is written after each."""
     options.folder.mkdir(parents=True, exist_ok=True)
+    plans = [_planned(options, one) for one in techniques]
+    wrong = list(dict.fromkeys(one for one in plans if isinstance(one, str)))
+    if len(wrong) and all(isinstance(one, str) for one in plans):
+        raise Unmeasurable("\n".join(wrong))
     rows = []
-    for number, one in enumerate(techniques, start=1):
-        log(f"[{number}/{len(techniques)}] {one.name}: {one.said}")
-        file = options.folder / f"{one.file_name}.yaml"
-        content = hypothesis_of(one, _seen_from(options.folder, options.policy), options.workload)
-        file.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
-        try:
-            plan = prepare(file)
-            if options.again or not _same(plan):
-                await measure(plan)
-            verdict, seen = read_verdict(plan.folder), read_rows(plan.folder).observations
-        except _WRONG as error:
-            rows.append(refused(one, str(error)))
-            continue
-        write_reports(plan.folder, verdict, seen)
-        memory = read_memory(plan)
-        rows.append(row_of(one, verdict, seen, str(plan.folder), memory, options.price))
+    for number, (one, plan) in enumerate(zip(techniques, plans, strict=True), start=1):
+        log(f"[{number}/{len(techniques)}] {one.name}: {one.said}".rstrip(": "))
+        began = time.monotonic()
+        row = (
+            refused(one, plan) if isinstance(plan, str) else await _row(options, one, plan, measure)
+        )
+        rows.append(row)
+        write_table(options, rows)
+        log(f"  {row.decision} after {time.monotonic() - began:.0f} s: {row.reason}".rstrip(": "))
     return rows
+
+
+class Unmeasurable(Exception):
+    """What is wrong with every row that was asked for."""
+
+
+def _planned(options: Options, one: Technique) -> Prepared | str:
+    """What measures it, from a file that is written for it; or what is wrong with that."""
+    file = options.folder / f"{one.file_name}.yaml"
+    content = hypothesis_of(one, _seen_from(options.folder, options.policy), options.workload)
+    file.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
+    try:
+        return prepare(file)
+    except _WRONG as error:
+        return str(error)
+
+
+async def _row(options: Options, one: Technique, plan: Prepared, measure: Measure) -> Row:
+    try:
+        if options.again or not _same(plan):
+            await measure(plan)
+        verdict, seen = read_verdict(plan.folder), read_rows(plan.folder).observations
+    except _WRONG as error:
+        return refused(one, str(error))
+    write_reports(plan.folder, verdict, seen)
+    memory = read_memory(plan)
+    return row_of(one, verdict, seen, str(plan.folder), memory, options.price)
 
 
 async def run_row(plan: Prepared) -> None:
@@ -173,13 +218,19 @@ def _same(plan: Prepared) -> bool:
     ) == tuple(side.root for side in plan.sides)
 
 
-def tell(options: Options, rows: Sequence[Row], *, as_json: bool) -> str:
-    """Writes page and JSON, and says what is printed."""
+def write_table(options: Options, rows: Sequence[Row]) -> str:
+    """The page, and the JSON that it returns."""
     data = json.dumps([row.payload() for row in rows], indent=1, ensure_ascii=False)
     (options.folder / _DATA).write_text(data, encoding="utf-8")
     sources = ", ".join(map(named, (*options.workload.suites, *options.workload.replays)))
     page = menu_page(rows, str(options.policy), sources, options.price, time.time(), options.folder)
     (options.folder / _PAGE).write_text(page, encoding="utf-8")
+    return data
+
+
+def tell(options: Options, rows: Sequence[Row], *, as_json: bool) -> str:
+    """Writes page and JSON, and says what is printed."""
+    data = write_table(options, rows)
     return data if as_json else "\n".join(terminal(rows, options.price))
 
 

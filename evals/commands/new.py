@@ -70,6 +70,9 @@ guardrails:
     except FileExistsError:
         click.echo(f"{file}  is there already", err=True)
         raise SystemExit(USAGE_EXIT) from None
+    except OSError as error:
+        click.echo(f"{file}  cannot be written: {error.strerror}", err=True)
+        raise SystemExit(USAGE_EXIT) from None
     except PolicyError as error:
         file.unlink()
         click.echo(str(error), err=True)

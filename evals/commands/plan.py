@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from evals.commands.terminal import Share
 from evals.needs import Noise, measured, supply_of
 from evals.pairs import AA, BASELINE, CANDIDATE, by_arm, pair, pair_control
 from evals.plan import Plan, plan
@@ -30,12 +31,12 @@ from policies.load import PolicyError, load_hypothesis
 )
 @click.option(
     "--flips",
-    type=click.FloatRange(0, 1),
+    type=Share(),
     help="Share of rows that change between right and wrong by chance. Default: 0.06.",
 )
 @click.option(
     "--exposed",
-    type=click.FloatRange(0, 1),
+    type=Share(),
     help="Share of the requests that the change will touch. Default: all.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")

@@ -21,6 +21,7 @@ from evals.replay import LATE_S, Lateness, Replay
 from evals.rows import FORMATS, TraceError
 from evals.summary import summarize
 from evals.traces import Trace, read_trace
+from policies.fields import base_url
 from policies.load import PolicyError, port_of
 from telemetry import Observation
 
@@ -119,7 +120,10 @@ def replay(
     if not trace.rows:
         click.echo(f"{file}: no request came then", err=True)
         raise SystemExit(2)
-    base = url or f"http://127.0.0.1:{port or DEFAULT_PORT}"
+    try:
+        base = base_url(url or f"http://127.0.0.1:{port or DEFAULT_PORT}")
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="'--url'") from None
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         told = runner.run(_play(trace, Options(url=base, **given), out))
     click.echo(json.dumps(told) if as_json else "\n".join(_table(told)))

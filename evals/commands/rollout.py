@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from policies.side import Side
     from policies.standing import Standing
 
-_FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
+_FILE = click.Path(path_type=Path)
 _FOLDER = click.Path(path_type=Path, file_okay=False)
 _URL = "http://127.0.0.1:8080"
 EXITS: Mapping[str, int] = {"promoted": 0, "rolled back": 1, "refused": 2, "stopped": 3}
@@ -66,8 +66,15 @@ def rollout(
       3    no live pass, or it stands no longer
       130  Ctrl-C: the baseline serves; start it again to go on
     """
+    from policies.fields import base_url
     from policies.problems import PolicyError
 
+    try:
+        for one in (*candidates, *filter(None, [url])):
+            base_url(one)
+    except ValueError as error:
+        click.echo(str(error), err=True)
+        raise SystemExit(2) from None
     try:
         result = asyncio.run(_run(hypothesis, url or _default_url(), candidates, ledger, stay))
     except PolicyError as error:

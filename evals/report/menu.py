@@ -22,6 +22,10 @@ HEADINGS = (
     "quality", "complexity", "verdict",
 )  # fmt: skip
 _DASH = "–"
+_BESIDE = (
+    "Changes are against the baseline that ran interleaved with each technique; its own row has "
+    "the medians of those."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +48,8 @@ def terminal(rows: Sequence[Row], price: float | None) -> list[str]:
         for line in texts
     ]
     notes = [f"{row.name}: {row.reason}" for row in rows if row.reason]
-    return [*lines, "", *notes] if notes else lines
+    beside = [_BESIDE] if any(row.run for row in rows) else []
+    return [*lines, "", *beside, *notes]
 
 
 def cells(row: Row, price: float | None = None) -> list[Cell]:

@@ -115,6 +115,17 @@ def test_what_is_typed_wrong_is_told_before_anything_is_measured(tmp_path: Path)
     assert code == 2 and said.startswith("nothing to try")
     code, said = typed(options.policy, "--suite", suite, "--try", "w8a9")
     assert code == 2 and "did you mean 'w8a8'" in said
+    code, said = typed(options.policy, "--suite", suite, "--try", "w8a8", "--margin", "300%")
+    assert code == 2 and "such as 0.03 or 3%" in said
     code, said = typed(tmp_path / "no.yaml", "--suite", suite, "--try", "w8a8")
     assert code == 2 and "no.yaml" in said
     assert not (tmp_path / "menu").exists()
+
+
+def test_what_is_wrong_with_every_row_ends_it_at_once(tmp_path: Path) -> None:
+    """A suite that is not there: no table of rows that all say the same."""
+    options = world(tmp_path)
+    tries = ("--try", "w8a8", "--try", "ngram", "--margin", "3%")
+    code, said = typed(options.policy, "--suite", "pockett", *tries)
+    assert code == 2 and "did you mean 'pocket'" in said
+    assert "technique" not in said
