@@ -22,7 +22,7 @@ def show(line: str) -> None:
         click.echo(f"\r\x1b[K{line[:width]}", nl=False, err=True)
 
 
-class Share(click.ParamType):
+class Share(click.ParamType[float]):
     """A share as policies have it: 0.03 or 3%."""
 
     name = "share"
