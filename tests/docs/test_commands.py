@@ -19,10 +19,11 @@ import pytest
 from command.machine import free_ports
 from tests.docs.given import GIVEN
 from tests.docs.pages import Step, missing, steps
-from tests.docs.typed import complaint
+from tests.docs.typed import commands, complaint
 from tests.end_to_end.stack import ENVIRONMENT, ROOT, START_S, STOP_S, Stack
 
 PAGES = [
+    ROOT / "README.md",
     *sorted((ROOT / "docs" / "tasks").glob("*.md")),
     ROOT / "docs" / "compatibility.md",
     ROOT / "examples" / "README.md",
@@ -149,3 +150,13 @@ def test_every_task_is_typed() -> None:
     """A page without a command, or whose blocks nobody recognizes, would pass unseen."""
     for page in PAGES:
         assert [step for step in steps(page) if step.file is None], page
+
+
+def test_commands_that_pages_mention_exist() -> None:
+    """In every page, with the options that it gives them."""
+    wrong = []
+    for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")]:
+        if page.name not in ("log.md", "CHANGELOG.md"):  # what was, not what is
+            told = map(complaint, commands(page.read_text(encoding="utf-8")))
+            wrong += [f"{page.name}: {one}" for one in told if one]
+    assert not wrong, "\n".join(wrong)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -14,9 +15,21 @@ from headgate import main
 ROOT = Path(__file__).parents[2]
 # Programs of others that a page may name: what they take is not ours to know.
 FOREIGN = {
-    "cp", "docker", "git", "gh", "helm", "kubectl", "pip", "ray", "source", "vllm",
+    "cp", "curl", "docker", "git", "gh", "helm", "kubectl", "pip", "ray", "source", "vllm",
 }  # fmt: skip
 _ASSIGNMENT = re.compile(r"[A-Z_]+=")
+_OURS = re.compile(r"(?:[A-Z_]+=\S+ )*(?:headgate [a-z-]+|python -m [a-z_.]+|make [a-z]+)\b")
+
+
+def commands(page: str) -> Iterator[str]:
+    """All of ours that a page shows, in blocks and within sentences."""
+    for block in re.findall(r"^```[^\n]*\n(.*?)^```", page, flags=re.M | re.S):
+        for line in block.replace("\\\n", " ").splitlines():
+            if _OURS.match(line.removeprefix("$ ")):
+                yield re.split(r"[|>;&#]|  +\S+ ", line.removeprefix("$ "))[0]
+    for span in re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", page, flags=re.M | re.S)):
+        if _OURS.match(span):
+            yield span
 
 
 def complaint(command: str) -> str | None:
@@ -43,20 +56,18 @@ def _wrong(words: list[str]) -> str | None:
 
 
 def _unknown_option(words: list[str]) -> str | None:
-    """Read as click would, without running it."""
+    """Command and options as click knows them; files and values are the reader's."""
     command: click.Command = main
-    context = click.Context(main, info_name="headgate")
-    while isinstance(command, click.Group):
-        name = words.pop(0) if words else ""
-        found = command.get_command(context, name)
+    while isinstance(command, click.Group) and words and not words[0].startswith("-"):
+        name = words.pop(0)
+        found = command.get_command(click.Context(command), name)
         if found is None:
             return f"headgate has no command {name!r}"
-        command, context = found, click.Context(found, parent=context, info_name=name)
-    try:
-        command.parse_args(context, words)
-    except click.UsageError as error:
-        return error.format_message()
-    return None
+        command = found
+    known = {one for option in command.params for one in option.opts} | {"--help"}
+    asked = (word.strip("[]").partition("=")[0] for word in words if word.lstrip("[")[:2] == "--")
+    unknown = [one for one in asked if one not in known]
+    return f"there is no {unknown[0]}" if unknown else None
 
 
 def _no_target(words: list[str]) -> str | None:
