@@ -18,6 +18,11 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from ruamel.yaml import YAML
+
+from tests.deploy.promql import wanted
+from tests.deploy.test_observe import panels, rules
 
 ROOT = Path(__file__).parents[2]
 NEEDED = ("redis-server", "redis-cli", "haproxy", "wget")
@@ -72,12 +77,40 @@ class Stack:
             return False
 
 
+# A stack that has just begun has judged nothing: for these docs/metrics.md, which is tested, must do.
+NEED_A_VERDICT = ("headgate_verdict_age_seconds", "headgate_verdict_valid_seconds")
+# On top of the stack's own policy: all that has metrics. A panel of what is off shows nothing.
+EVERYTHING = {
+    "gateway": {
+        "trim": {"drop": "oldest"},
+        "tiers": {"hopeless": {"ttft_ms": 1}},
+        "response_cache": {"tiers": ["batch"]},
+        "record": {"consent": "given", "path": "/tmp/recorded"},
+    },
+    "runtime": {"speculation": "ngram", "tiers": {"host_bytes": "16 MiB"}},
+    "optimizations": [{"hypothesis": "hypotheses/response-cache.yaml"}],
+}
+
+
+def whole_policy(file: Path) -> Path:
+    yaml = YAML(typ="safe")
+    policy = yaml.load((ROOT / "deploy" / "stack" / "stack.yaml").read_text())
+    for name, more in EVERYTHING.items():
+        if isinstance(more, dict):
+            policy[name].update(more)
+        else:
+            policy[name] = more
+    yaml.dump(policy, file)
+    return file
+
+
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    log = tmp_path_factory.mktemp("stack") / "log"
+    folder = tmp_path_factory.mktemp("stack")
+    log = folder / "log"
     environ = os.environ | {
         "HEADGATE_KEY": KEY, "HEADGATE_WORKER_KEY": f"{KEY}-worker", "HEADGATE_PORT": "0",
-        "HEADGATE_RUNTIME_CPUS": "1",
+        "HEADGATE_RUNTIME_CPUS": "1", "HEADGATE_POLICY": str(whole_policy(folder / "whole.yaml")),
     }  # fmt: skip
     with log.open("w") as words:
         process = subprocess.Popen(
@@ -147,6 +180,52 @@ def test_a_client_that_leaves_is_heard_behind_the_port(stack: Stack) -> None:
             for name in ("gateway-0", "gateway-1")
         )
     )
+
+
+def scraped(page: str, more: dict[str, str]) -> Iterator[tuple[str, dict[str, str]]]:
+    for family in text_string_to_metric_families(page):
+        for sample in family.samples:
+            yield sample.name, sample.labels | more
+
+
+def test_every_metric_of_a_dashboard_or_an_alert_is_there(stack: Stack) -> None:
+    """Name, labels, and values that are asked for, in what Prometheus would scrape of this stack,
+    with a rollout under way; what rules record is theirs."""
+    rollout = {
+        "id": "r1", "name": "trim", "patch": {"gateway.trim.budget_tokens": 4096},
+        "share": 0.0, "shadow": 0.0, "lease_s": 60,
+    }  # fmt: skip
+    late = {"x-headgate-tier": "hopeless"}
+    body = ASK | {"max_tokens": 8, "stream_options": {"include_usage": True}}
+    for name in ("gateway-0", "gateway-1"):
+        with stack.client.stream(
+            "POST", f"{stack.url(name)}/v1/chat/completions", json=body, headers=late
+        ) as stream:
+            content(stream.iter_lines())
+        url = f"{stack.url(name)}/admin/variants/candidate"
+        answer = stack.client.put(url, json=rollout)
+        assert answer.status_code == 200, answer.text
+    seen: dict[str, list[dict[str, str]]] = {"up": [{"job": "gateway", "instance": "gateway-0"}]}
+    for name in ("gateway-0", "gateway-1", "runtime-0", "runtime-1"):
+        key = WORKER_KEY if name.startswith("runtime") else f"Bearer {KEY}"
+        page = stack.client.get(f"{stack.url(name)}/metrics", headers={"authorization": key})
+        for sample, labels in scraped(page.text, {"instance": name, "job": name[:-2]}):
+            seen.setdefault(sample, []).append(labels)
+    asked = [target["expr"] for panel in panels() for target in panel.get("targets", ())]
+    asked += [rule["expr"] for rule in rules()]
+    documented = (ROOT / "docs" / "metrics.md").read_text()
+    assert all(f"`{name}`" in documented for name in NEED_A_VERDICT)
+    lost = []
+    for one in {one for expr in asked for one in wanted(expr)}:
+        if one.name.startswith("headgate:") or one.name in NEED_A_VERDICT:
+            continue
+        series = [labels for labels in seen.get(one.name, ()) if one.labels <= labels.keys()]
+        for label, operator, value in one.values:
+            if operator == "MatchOp.Equal":
+                series = [labels for labels in series if labels[label] == value]
+        if not series:
+            lost.append(str(one))
+    assert not lost, "\n".join(sorted(lost))
 
 
 def test_a_killed_gateway_costs_no_request_that_comes_after(stack: Stack) -> None:

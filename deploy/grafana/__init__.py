@@ -1,0 +1,1 @@
+"""Grafana: what it is provisioned with. `python -m deploy.grafana` writes the dashboards."""

@@ -1,0 +1,43 @@
+"""What PromQL asks for: the series of an expression, and the labels that it takes them to have."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import promql_parser
+
+WINDOW = "$__rate_interval"  # Grafana fills it in
+
+
+@dataclass(frozen=True)
+class Wanted:
+    name: str
+    labels: frozenset[str]
+    values: tuple[tuple[str, str, str], ...]  # label, operator, value
+
+
+def wanted(expr: str) -> list[Wanted]:
+    """Raises ValueError for what no Prometheus would read."""
+    return list(_below(promql_parser.parse(expr.replace(WINDOW, "5m")), frozenset()))
+
+
+def _below(expr: Any, grouped: frozenset[str]) -> Iterator[Wanted]:
+    if isinstance(expr, promql_parser.VectorSelector):
+        found = [(one.name, str(one.op), one.value) for one in expr.matchers.matchers]
+        labels = grouped | {name for name, _, _ in found}
+        yield Wanted(expr.name, labels, tuple(found))
+    elif isinstance(expr, promql_parser.MatrixSelector):
+        yield from _below(expr.vector_selector, grouped)
+    elif isinstance(expr, promql_parser.AggregateExpr):
+        by = expr.modifier.labels if expr.modifier is not None else []
+        yield from _below(expr.expr, frozenset(by))
+    elif isinstance(expr, promql_parser.BinaryExpr):
+        yield from _below(expr.lhs, grouped)
+        yield from _below(expr.rhs, grouped)
+    elif isinstance(expr, promql_parser.Call):
+        for argument in expr.args:
+            yield from _below(argument, grouped)
+    elif hasattr(expr, "expr"):  # in brackets, negated, a subquery
+        yield from _below(expr.expr, grouped)
