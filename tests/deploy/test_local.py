@@ -23,6 +23,8 @@ from ruamel.yaml import YAML
 
 from tests.deploy.promql import wanted
 from tests.deploy.test_observe import panels, rules
+from tests.docs.pages import missing, steps
+from tests.docs.typed import complaint
 
 ROOT = Path(__file__).parents[2]
 NEEDED = ("redis-server", "redis-cli", "haproxy", "wget")
@@ -77,7 +79,7 @@ class Stack:
             return False
 
 
-# A stack that has just begun has judged nothing: for these docs/metrics.md, which is tested, must do.
+# A stack that has just begun has judged nothing: for these, docs/metrics.md must do.
 NEED_A_VERDICT = ("headgate_verdict_age_seconds", "headgate_verdict_valid_seconds")
 # On top of the stack's own policy: all that has metrics. A panel of what is off shows nothing.
 EVERYTHING = {
@@ -226,6 +228,28 @@ def test_every_metric_of_a_dashboard_or_an_alert_is_there(stack: Stack) -> None:
         if not series:
             lost.append(str(one))
     assert not lost, "\n".join(sorted(lost))
+
+
+def test_the_tour_works_line_by_line(stack: Stack) -> None:
+    """docs/stack.md as a reader types it, on this stack's port; what needs containers is parsed."""
+    port = str(stack.client.base_url.port)
+    environ = os.environ | {
+        "HEADGATE_API_KEY": KEY, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }  # fmt: skip
+    ran = 0
+    for step in steps(ROOT / "docs" / "stack.md"):
+        if not step.runs:
+            assert complaint(step.command) is None, step.place
+            continue
+        command = step.command.replace(":8080", f":{port}")
+        done = subprocess.run(
+            ["bash", "-eo", "pipefail", "-c", command],
+            cwd=ROOT, env=environ, capture_output=True, text=True, timeout=LIMIT_S,
+        )  # fmt: skip
+        assert done.returncode == 0, f"{step.place}  {step.command}\n{done.stdout}{done.stderr}"
+        assert not missing(step, done.stdout), f"{step.place}  {done.stdout}"
+        ran += 1
+    assert ran >= 4
 
 
 def test_a_killed_gateway_costs_no_request_that_comes_after(stack: Stack) -> None:
