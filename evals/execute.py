@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import os
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -34,8 +35,9 @@ from evals.verdict_file import VERDICT_FILE, Rows, write_run
 from policies.binding import ledger_of, pair, sides
 from policies.hypothesis import Hypothesis
 from policies.ledger import Ledger
-from policies.load import load_hypothesis
+from policies.load import load_hypothesis, read_yaml
 from policies.patching import Configured
+from policies.problems import PolicyError, Problem, dotted
 
 STATE = ".headgate"  # beside the hypothesis
 SPEC_FILE, JOURNAL_FILE, ARMS_FILE = "spec.json", "journal.jsonl", "arms.json"
@@ -76,6 +78,7 @@ def prepare(file: Path, *, allow_code: bool = False) -> Prepared:
     `allow_code`: whether scorers may run what a model wrote.
     """
     hypothesis = load_hypothesis(file)
+    _refuse_keyless(file, hypothesis)
     configured = pair(file, hypothesis)
     sources = read_sources(file, hypothesis, allow_code=allow_code)
     blocks = [block for source in sources for block in source.blocks]
@@ -90,6 +93,18 @@ def prepare(file: Path, *, allow_code: bool = False) -> Prepared:
         state=file.absolute().parent / STATE,
         ledger=ledger_of(file, hypothesis),
     )
+
+
+def _refuse_keyless(file: Path, hypothesis: Hypothesis) -> None:
+    """A server that asks for a key would refuse every request of a run."""
+    _, places, _ = read_yaml(str(file))
+    for name, one in (("baseline", hypothesis.baseline), ("candidate", hypothesis.candidate)):
+        if one.api_key_env is not None and not os.environ.get(one.api_key_env):
+            path = (name, "api_key_env")
+            why = (
+                f"the environment has no {one.api_key_env}: export the key that {one.url} asks for"
+            )
+            raise PolicyError(Problem(str(file), why, places.of(path), dotted(path)))
 
 
 async def execute(plan: Prepared, say: Say, progress: Progress) -> Verdict:

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from policies.hypothesis import Hypothesis, Variant, misfit
 from policies.load import read_yaml
-from policies.problems import Places, PolicyError, Problem, explain
+from policies.problems import Places, PolicyError, Problem, closest, explain
 from policies.schema import Deployment
 
 
@@ -40,8 +40,14 @@ def variants(file: str | Path, hypothesis: Hypothesis) -> tuple[Configured | Non
         other = other.model_copy(update={"config": base.config})
     first, second = _configured(file, "baseline", base), _configured(file, "candidate", other)
     if first is not None and second is not None:
+        _, places, _ = read_yaml(str(second.file))
         wrong = [
-            Problem(str(second.file), f"differs from {first.file.name}, and {why}", path=path)
+            Problem(
+                str(second.file),
+                f"differs from {first.file.name}, and {why}",
+                places.of(tuple(path.split("."))),
+                path,
+            )
             for path in differences(first.deployment, second.deployment)
             if (why := misfit(hypothesis.kind_of_change, path)) is not None
         ]
@@ -83,6 +89,14 @@ def _configured(file: str | Path, name: str, variant: Variant) -> Configured | N
     if variant.config is None:
         return None
     policy = Path(file).absolute().parent / Path(variant.config)
+    if not policy.exists():
+        _, places, _ = read_yaml(str(file))
+        there = [one.name for one in policy.parent.glob("*.y*ml")] if policy.parent.is_dir() else []
+        path, near = (name, "config"), closest(policy.name, there)
+        said = f"{name}.config"
+        raise PolicyError(
+            Problem(str(file), f"{policy}: no such file", places.of(path), said, near)
+        )
     data, places, problems = read_yaml(str(policy))
     _checked(data, str(policy), places, problems)
     return configured(policy, data, file, name, variant)

@@ -19,6 +19,7 @@ from evals.verdict import EXIT_CODES, USAGE_EXIT
 from evals.verdict_file import BrokenRun, read_rows
 from policies.hypothesis import Hypothesis
 from policies.load import PolicyError, load_hypothesis
+from policies.patching import variants
 
 
 @click.command("plan")
@@ -74,6 +75,7 @@ def planned(
 ) -> Plan:
     """Raises PolicyError, BrokenRun."""
     questions = asked_in(file, asked)
+    variants(file, asked)  # what is wrong with the two configurations is told here already
     supplies = {one.name: supply_of(one.blocks) for one in read_sources(file, asked)}
     noise: dict[str, Noise] = {}
     if flips is not None:

@@ -15,7 +15,7 @@ from evals.scorers.paired import CORRECT, needs_pairs, score_pairs
 from policies.suite import Scorer, ScorerKind
 from telemetry import Observation
 
-__all__ = ["needs_pairs", "score", "score_pairs", "score_recorded"]
+__all__ = ["CORRECT", "needs_pairs", "score", "score_pairs", "score_recorded"]
 
 _Scored = Callable[[Scorer, Item, Observation], float]
 _AT_ONCE: Mapping[ScorerKind, _Scored] = {

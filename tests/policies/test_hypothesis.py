@@ -117,7 +117,9 @@ def test_servers_that_run_need_no_policy_file(tmp_path: Path) -> None:
          "a server that runs cannot be patched"),
         ("[1%, 5%,", "[5%, 1%,", "expected shares above 0 that rise to 100% at most"),
         ("kind_of_change: lossy_model\n", "", "missing: What the change can do to answers"),
-        ("baseline: {config: base", "baseline: {config: bass", "bass.yaml  no such file"),
+        ("baseline: {config: base", "baseline: {config: bass",
+         "bass.yaml: no such file; did you mean 'base.yaml'?"),
+        ("kind: Hypothesis", "kind: Suite", "hypothesis.yaml:2:7  kind  expected 'Hypothesis'"),
         ("guardrails:", "gaurdrails:", "gaurdrails  unknown field; did you mean 'guardrails'?"),
     ],
 )  # fmt: skip
@@ -136,7 +138,7 @@ def test_two_files_may_differ_in_knobs_only(tmp_path: Path) -> None:
     file = written(tmp_path, text)
     (tmp_path / "other.yaml").write_text(BASE.replace("threads: 1", "served_name: a"))
     with pytest.raises(
-        PolicyError, match=r"runtime.served_name  differs from base.yaml, and is no"
+        PolicyError, match=r"yaml:\d+:\d+  runtime.served_name  differs from base.yaml, and is no"
     ):
         variants(file, load_hypothesis(file))
 
