@@ -28,6 +28,7 @@ FORWARDED = frozenset(
         b"x-session-affinity",
         b"x-headgate-tier",
         b"x-headgate-route",
+        b"x-headgate-marks",
         b"traceparent",
         b"tracestate",
         b"baggage",

@@ -35,6 +35,25 @@ class _Choice:
     opened: bool = False
     cached_tokens: int = 0
     tools: ToolReply | None = None
+    tokens: int = 0  # since the last piece, and how many of them a draft had guessed
+    guessed: int = 0
+    right: int = 0  # guesses of the same step whose outputs are still to come
+
+    def count(self, output: Output) -> None:
+        """A step's outputs come in order: first the guesses that were right, then one token more,
+        and the first of them tells how many were."""
+        self.right = output.accepted_tokens or self.right
+        tokens = len(output.token_ids)
+        guessed = min(self.right, tokens)
+        self.right -= guessed
+        self.tokens += tokens
+        self.guessed += guessed
+
+    def counted(self) -> tuple[int, int]:
+        """Of the piece that leaves now."""
+        counts = self.tokens, self.guessed
+        self.tokens = self.guessed = 0
+        return counts
 
 
 class Answer:
@@ -55,6 +74,7 @@ class Answer:
         grammar: CompiledGrammar | None = None,
         prediction: Many[int] = (),
         tells_ids: bool = False,
+        marks: bool = False,
     ) -> None:
         self._asked = asked
         self._wants_logprobs = alternatives(asked) is not None
@@ -74,6 +94,7 @@ class Answer:
         self.left: list[int] = []  # sequences that go on, though their choices have ended
         begun = sum(len(order.begun) for order in self.orders)
         self._usage = Usage(prompt_tokens=sum(map(len, prompts)), completion_tokens=begun)
+        self._marks = marks
         self._tells_ids = tells_ids and len(self.orders) == 1
         self._said_ids: list[int] = []  # since the last piece
         self._piece_ids: deque[list[int]] = deque()  # of pieces that have not left yet
@@ -119,6 +140,8 @@ class Answer:
                 raise _failure(output)
             self._usage.completion_tokens += len(output.token_ids)
             self._said_ids += output.token_ids if self._tells_ids else ()
+            if self._marks:
+                choice.count(output)
             self._usage.accepted_tokens += output.accepted_tokens
             self._usage.rejected_tokens += output.rejected_tokens
             if choice.index % self._copies == 0:  # a prompt counts once, and so what is known of it
@@ -130,6 +153,9 @@ class Answer:
                     behind = len(choice.echo)
                     logprobs = tuple(replace(one, offset=one.offset + behind) for one in logprobs)
                 piece = Piece(choice.index, output.text, logprobs, output.finish_reason)
+                if self._marks:
+                    tokens, guessed = choice.counted()
+                    piece = replace(piece, tokens=tokens, guessed=guessed)
                 for one in choice.tools.read(piece) if choice.tools else [piece]:
                     choice.finish_reason = one.finish_reason
                     if self._tells_ids:
@@ -149,14 +175,13 @@ class Answer:
 
     def events(self, pieces: Iterator[Piece]) -> bytes:
         """The SSE events of some pieces; a choice's first one carries its role or its echo."""
-        return b"".join(
-            self._told_ids()
-            + b"".join(
-                wire.event(self._envelope.wrap([chunk], **self._chunk_usage()))
-                for chunk in self._chunks(self._choices[piece.index], piece)
-            )
-            for piece in pieces
-        )
+        return b"".join(self._told_ids() + b"".join(self._events(piece)) for piece in pieces)
+
+    def _events(self, piece: Piece) -> Iterator[bytes]:
+        *before, last = self._chunks(self._choices[piece.index], piece)
+        for chunk in before:
+            yield wire.event(self._envelope.wrap([chunk], **self._chunk_usage()))
+        yield wire.event(self._envelope.wrap([last], **self._chunk_usage(), **_marks(piece)))
 
     def _told_ids(self) -> bytes:
         """The tokens of the piece that leaves next, for whoever asked for them."""
@@ -217,6 +242,12 @@ class Answer:
         if isinstance(self._asked, ChatRequest):
             return shapes.chat_choice(piece, shapes.whole_calls(choice.calls))
         return shapes.completion_choice(piece)
+
+
+def _marks(piece: Piece) -> dict[str, Any]:
+    if not piece.tokens:
+        return {}
+    return {"headgate": {"tokens": piece.tokens, "guessed": piece.guessed}}
 
 
 def _failure(output: Output) -> Problem:

@@ -49,6 +49,7 @@ log = logging.getLogger(__name__)
 Headers = Iterable[tuple[bytes, bytes]]
 
 _TOKEN_IDS_HEADER = wire.TOKEN_IDS_HEADER.encode()
+_MARKS_HEADER = wire.MARKS_HEADER.encode()
 # Prompts shorter than this are tokenized in the event loop: a thread's hand-over costs more.
 INLINE_BODY_BYTES = 16_384
 
@@ -224,6 +225,7 @@ def _answer(
         grammar=compile_grammar(spec, engine.grammars) if spec else None,
         prediction=predicted(asked, tokenizer, limit),
         tells_ids=any(name == _TOKEN_IDS_HEADER for name, _ in headers),
+        marks=any(name == _MARKS_HEADER for name, _ in headers),
     )
 
 

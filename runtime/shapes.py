@@ -85,6 +85,8 @@ class Piece:
     logprobs: tuple[TokenLogprob, ...] | None = None
     finish_reason: FinishReason | None = None
     call: CallDelta | None = None
+    tokens: int = 0  # of this text, and how many of them a draft had guessed; where it is asked for
+    guessed: int = 0
 
 
 @dataclass(frozen=True, slots=True)

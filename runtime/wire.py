@@ -358,6 +358,8 @@ def _can_be_written(data: dict[str, Any]) -> bool:
 RUN_TOKEN_ENV = "HEADGATE_RUN_TOKEN"  # noqa: S105  # the variable's name
 # Of a streaming request: tokens are told in comments, so that another worker could go on.
 TOKEN_IDS_HEADER = "x-headgate-token-ids"  # noqa: S105  # the header's name
+# Of a streaming request: each chunk tells how many of its tokens a draft had guessed.
+MARKS_HEADER = "x-headgate-marks"
 CHALLENGE_HEADER = "x-headgate-challenge"  # of a GET /health, whose answer then has `proof`
 
 

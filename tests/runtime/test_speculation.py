@@ -33,7 +33,7 @@ from spec_decode.synthetic import Synthetic
 from tests.runtime.table_model import World, answers
 from tests.runtime.test_metrics import samples
 from tests.runtime.test_scheduler import sequence
-from tests.runtime.test_server import serving
+from tests.runtime.test_server import CHAT, HELLO, serving
 from tests.runtime.test_speculation_law import draft_model
 from tests.runtime.tiny_models import FAMILIES, write_model
 
@@ -472,3 +472,21 @@ def test_vocabularies_are_mapped_by_what_tokens_are(folder, tmp_path):
     with pytest.raises(VocabulariesDiffer, match="at least 80% are needed"):
         scramble(file, keep=3)
         vocabulary_of(target, Tokenizer.load(tmp_path), 260, 260)
+
+
+def test_a_stream_marks_the_tokens_that_were_guessed(folder):
+    """Event by event, one token each, and in all as many as the usage tells: behind seven
+    guesses comes a token of the model's own. Who does not ask for it gets not a word of it."""
+    letter = Tokenizer.load(folder).encode("x", special=False)[0]
+    body = HELLO | {"max_tokens": 24, "logit_bias": {str(letter): 100}, "stream": True}
+    body |= {"prediction": {"type": "content", "content": 24 * "x"}}
+    body |= {"stream_options": {"include_usage": True}}
+    with serving(folder, speculation=always(Prediction(), 7)) as world:
+        told = world.client.post(CHAT, json=body, headers={"x-headgate-marks": "1"}).text
+        assert "headgate" not in world.client.post(CHAT, json=body).text
+    chunks = [json.loads(one[6:]) for one in told.split("\n\n") if one.startswith("data: {")]
+    marks = [chunk["headgate"] for chunk in chunks if "headgate" in chunk]
+    assert [mark["tokens"] for mark in marks] == [1] * 24
+    assert [mark["guessed"] for mark in marks] == [0, *2 * [*7 * [1], 0], *6 * [1], 0]
+    details = chunks[-1]["usage"]["completion_tokens_details"]
+    assert sum(mark["guessed"] for mark in marks) == details["accepted_prediction_tokens"]
