@@ -77,7 +77,7 @@ function tiles() {
 function tiers() {
   const made = panel("tiers", "Tiers");
   const grid = table("Tiers against their targets", [
-    ["Tier", "name"], ["First token", "num"], ["In time", "bar"], ["Each further", "num"], ["In pace", "bar"],
+    ["Tier", "name"], ["First token", "num two"], ["In time", "bar"], ["Each further", "num two"], ["In pace", "bar"],
     ["Running", "num"], ["Waiting", "num"], ["Turned away", "num"], ["Requests/s", "num"], ["Last 5 min", "spark"],
   ]);
   made.node.append(h("div", { class: "scroll" }, grid.node));

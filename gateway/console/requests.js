@@ -15,8 +15,8 @@ function ended(request) {
 export function requestRows() {
   const empty = h("p", { class: "empty" });
   const grid = table("Requests, the latest first", [
-    ["Came", "num"], ["Request", "name"], ["Tier", ""], ["Replica", "names"], ["Prompt", "num"], ["Cached", "num"],
-    ["Answer", "num"], ["First token", "num"], ["Foreseen", "num"], ["Whole", "num"], ["Ended", ""],
+    ["Came", "num"], ["Request", "name"], ["Tier", "tier"], ["Replica", "names extra"], ["Prompt", "num extra"], ["Cached", "num"],
+    ["Answer", "num extra"], ["First token", "num"], ["Foreseen", "num extra"], ["Whole", "num"], ["Ended", "end"],
   ]);
   const scroll = h("div", { class: "scroll" }, grid.node);
   const rows = keyed(grid.body, (one) => one.id, (one) => {

@@ -108,6 +108,7 @@ function armsTable() {
     grid.body.append(grid.row(name, one, other));
     return [one, other];
   });
+  put(grid.node, "class", "kept"); // three columns are narrow enough for any screen
   return {
     node: h("div", { class: "scroll" }, grid.node),
     update(arms) {

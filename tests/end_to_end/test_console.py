@@ -1,0 +1,259 @@
+"""The console in a real browser before a real gateway: what people see, and can do with keys."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import json
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from benchmarks.lab.browser import Page, binary, browser
+from command.machine import free_ports
+from policies.slo import key_hash
+from tests.end_to_end.stack import START_S, Program, ready, started, until
+from tests.gateway.scripted import Engine
+from tests.gateway.test_variants import PATH, broken
+from tests.gateway.world import upstream
+
+pytestmark = pytest.mark.skipif(binary() is None, reason="no browser: apt-get install chromium")
+
+LIMIT_S = 240.0  # against hanging
+CRUEL = "<img src=x onerror=document.title=1>" + 60 * "W"
+VIEWS = ("overview", "requests", "playground")
+POLICY = """\
+version: 1
+gate: {{enforce: warn}}
+gateway: {{drain_s: 0.5{more}}}
+upstreams:
+- {{url: "{one}", kind: vllm}}
+- {{url: "{other}", kind: vllm}}
+"""
+# What of a page the keyboard has to reach, and what it has reached, each as a number of its own.
+REACHABLE = """
+[...document.querySelectorAll('a[href], button, input, select, textarea, summary, [tabindex="0"]')]
+.filter((one) => one.checkVisibility() && !one.disabled).map((one, at) => (one.dataset.at = at))
+"""
+FOCUSED = "document.activeElement.dataset.at"
+
+
+@dataclass
+class World:
+    """A page, and the gateway that it is asked of."""
+
+    folder: Path
+    port: int
+    page: Page
+    candidate: str
+    client: httpx.AsyncClient
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/console"
+
+    async def ask(self, at: int = 0, tier: str = "interactive", **headers: str) -> int:
+        body = {
+            "model": "m", "stream": True, "stream_options": {"include_usage": True},
+            "messages": [{"role": "user", "content": "Say it."}],
+        }  # fmt: skip
+        headers = {"x-headgate-tier": tier, "x-session-id": f"s{at}", **headers}
+        answer = await self.client.post("/v1/chat/completions", json=body, headers=headers)
+        return answer.status_code
+
+    async def put(self, name: str, share: float) -> None:
+        wanted = {"id": "r1", "name": name, "replicas": [{"url": self.candidate}]}
+        answer = await self.client.put(PATH, json=wanted | {"share": share, "lease_s": 300})
+        assert answer.status_code == 200, answer.text
+
+    async def sees(self, selector: str, text: str) -> None:
+        """Waits until it is there to be read."""
+        said = f"(document.querySelector({json.dumps(selector)})?.innerText ?? '')"
+        await self.page.until(f"{said}.includes({json.dumps(text)})")
+
+    async def turn(self, view: str) -> None:
+        await self.page.value(f"location.hash = {json.dumps(view)}")
+        await self.page.until("document.querySelector('main > .view')")
+
+
+def in_browser(test: Callable[[World], Coroutine[Any, Any, None]]) -> Callable[[Path], None]:
+    """Runs a test in a world of its own. Whatever it does: the page makes no error, breaks no rule
+    of its policy, and asks nobody but its gateway."""
+
+    def sync(tmp_path: Path) -> None:
+        async def run() -> None:
+            async with world(tmp_path) as it:
+                await test(it)
+                ours = ("401", "ERR_CONNECTION", "ERR_EMPTY_RESPONSE")  # what a test brings about
+                told = [one for one in it.page.messages if not any(name in one for name in ours)]
+                assert told == []
+                own = (f"http://127.0.0.1:{it.port}/", "about:blank")
+                assert [one for one in it.page.requests if not one.startswith(own)] == []
+
+        asyncio.run(asyncio.wait_for(run(), LIMIT_S))
+
+    functools.update_wrapper(sync, test)
+    del sync.__wrapped__  # type: ignore[attr-defined]  # or pytest would look for its arguments
+    return sync
+
+
+@asynccontextmanager
+async def world(folder: Path) -> AsyncIterator[World]:
+    (port,) = free_ports(1)
+    async with (
+        upstream(Engine("one"), models=("m", CRUEL)) as one,
+        upstream(Engine("other")) as other,
+        upstream(broken) as candidate,
+        browser() as found,
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60) as client,
+    ):
+        policy = POLICY.replace("{one}", one.url).replace("{other}", other.url)
+        (folder / "policy.yaml").write_text(policy)
+        page = await found.page()
+        await page.size(1440, 900)
+        yield World(folder, port, page, candidate.url, client)
+
+
+@asynccontextmanager
+async def serving(it: World, more: str = "") -> AsyncIterator[Program]:
+    policy = it.folder / "serving.yaml"
+    policy.write_text((it.folder / "policy.yaml").read_text().format(more=more))
+    with started(it.folder, "gateway", policy, it.port) as program:
+        await asyncio.to_thread(until, lambda: ready(program), START_S, program.log.read_text)
+        yield program
+
+
+@in_browser
+async def test_it_shows_real_numbers_follows_a_rollback_and_outlives_the_gateway(it: World) -> None:
+    """What it says of tiers, replicas and requests is what the gateway counted; the rollout that
+    fails is seen to be rolled back, with its reason; when the gateway goes the page says so, and
+    when it is back the page goes on, with no hand touching it."""
+    async with serving(it):
+        await it.page.open(it.url)
+        await it.sees(".latest", "No request has come yet")
+        await asyncio.gather(*(it.ask(at) for at in range(20)))
+        await it.sees(".health", "2 replicas ready")
+        await it.page.until("document.querySelectorAll('.latest tbody tr').length === 8")
+        await it.sees(".ledger", "20 requests checked")
+        told = (await it.client.get("/admin/overview")).json()
+        emitted = told["tokens"]["stages"]["emitted"]
+        assert emitted == 160
+        rows = "[...document.querySelectorAll('.counts > div')].map((one) => one.innerText)"
+        assert any(
+            one.startswith("emitted") and one.endswith("160") for one in await it.page.value(rows)
+        )
+        await it.sees(".tiers tbody tr", "interactive")
+        await it.sees(".goodput b", "100 %")
+        await it.page.until("document.querySelector('.requests .stroke').getAttribute('d')")
+        await it.put("speculation-ngram", 0.5)
+        await it.sees(".rollout .badge", "50 % of sessions")
+        statuses = [await it.ask(at) for at in range(40)]
+        assert statuses == [200] * 40
+        await it.sees(".rollout .badge", "rolled back")
+        await it.sees(".rollout .why", "of its last 3 answers failed")
+        await it.sees(".rollout table", "3 · 100 %")
+    await it.sees(".notice", "does not answer")
+    await it.sees(".health", "No answer")
+    async with serving(it):
+        await it.sees(".notice", "started anew")
+        await it.sees(".health", "2 replicas ready")
+        await it.sees(".ledger", "0 requests checked")
+        assert await it.ask() == 200
+        await it.sees(".ledger", "1 requests checked")
+
+
+@in_browser
+async def test_the_keyboard_reaches_everything_and_nothing_is_wider_than_a_phone(
+    it: World,
+) -> None:
+    """In every view; with names as long and as cruel as clients and controllers may send, which
+    are text and nothing else. A rollout is paused, resumed and rolled back by keys alone."""
+    page = it.page
+    async with serving(it):
+        await it.put(CRUEL, 0.0)
+        for at in range(3):
+            await it.ask(at, "batch", **{"x-request-id": CRUEL})
+        await page.size(390, 800)
+        await page.open(it.url)
+        await it.sees(".rollout h2", CRUEL)
+        await page.until("document.querySelectorAll('.latest tbody a').length > 0")
+        one = await page.value("document.querySelector('.latest tbody a').getAttribute('href')")
+        for view in (*VIEWS, one.removeprefix("#")):
+            await it.turn(view)
+            if view == one.removeprefix("#"):
+                await page.until("document.querySelector('.spans')")
+            wide = "document.documentElement.scrollWidth"
+            assert await page.value(wide) <= 390, (view, await page.value(wide))
+            assert await page.value("document.querySelectorAll('img').length") == 0
+            assert await page.value("document.title.endsWith('Headgate')")
+            await page.value("document.activeElement.blur()")
+            wanted = set(map(str, await page.value(REACHABLE)))
+            reached = set()
+            for _ in range(2 * len(wanted) + 2):
+                await page.press("Tab")
+                reached.add(await page.value(FOCUSED))
+            assert wanted <= reached, (view, wanted - reached)
+        await it.turn("overview")
+        for button, word in (("Pause", "paused"), ("Resume", "shadow")):
+            await _press(page, ".rollout button", button)
+            await it.sees(".rollout .badge", word)
+        await _press(page, ".rollout button", "Roll back …")
+        await page.until("document.querySelector('#ask').open")
+        await page.press("Escape")
+        await page.until("!document.querySelector('#ask').open")
+        await it.sees(".rollout .badge", "shadow")
+        await _press(page, ".rollout button", "Roll back …")
+        await _press(page, "#ask button", "Roll back")
+        await it.sees(".rollout .badge", "rolled back")
+        await it.sees(".rollout .why", "an operator rolled it back")
+
+
+async def _press(page: Page, selector: str, name: str) -> None:
+    """Goes to a button by its name, and presses Enter on it."""
+    found = f"[...document.querySelectorAll({json.dumps(selector)})]"
+    script = f"{found}.find((one) => one.innerText === {json.dumps(name)} && !one.disabled)"
+    await page.until(script)
+    await page.value(f"{script}.focus()")
+    await page.press("Enter")
+
+
+@in_browser
+async def test_it_asks_for_the_key_and_tells_nothing_without(
+    it: World, key: str = "steering", tenants_key: str = "hg-tenant"
+) -> None:
+    """A wrong one is said to be wrong; the right one stays in the tab. The playground asks as a
+    tenant, with the tenant's own key."""
+    page = it.page
+    more = f", admin: {{key_env: STEER}}, tenants: {{a: {{keys: ['{key_hash(tenants_key)}']}}}}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STEER", key)
+        async with serving(it, more):
+            await page.open(it.url)
+            await page.until("document.querySelector('#ask').open")
+            for given in ("wrong", key):
+                await page.until("document.activeElement.id === 'admin-key'")
+                await page.type(given)
+                await page.press("Enter")
+                if given == "wrong":
+                    await it.sees(".notice", "not the one of gateway.admin.key_env")
+                    await _press(page, ".tools button", "Key")
+            await it.sees(".health", "2 replicas ready")
+            assert await page.value("Object.values(localStorage).join()") == "auto"
+            await it.turn("playground")
+            await page.until("document.querySelector('#ask-model option')")
+            send = "document.querySelector('.asking form').requestSubmit()"
+            await page.value(send)
+            await it.sees(".answer .failed", "key")
+            await page.value("document.querySelector('#ask-key').focus()")
+            await page.type(tenants_key)
+            await page.value(send)
+            await it.sees(".said", "The quick brown fox jumps over it.")
+            await page.until("document.querySelector('.said').ariaBusy === 'false'")
+            await it.sees(".answer .facts", "First token")
+            await _press(page, ".answer a", "Why it went where it went")
+            await it.sees(".receipt", "chosen")
