@@ -6,7 +6,7 @@ WORKERS ?= auto
 # Benign on every platform: idle OpenMP threads sleep instead of spinning.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help setup serve stack test check bench clients clean
+.PHONY: help setup serve stack test check bench screenshots clients clean
 help:    ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
 
@@ -34,6 +34,9 @@ check: setup  ## style, types, layers
 
 bench: setup  ## the benchmarks that need no peer; writes docs/benchmarks.md
 	$(BIN)/python -m benchmarks
+
+screenshots: setup  ## pictures of the console under load, into docs/img; needs chromium
+	$(BIN)/python -m benchmarks.lab.screenshots
 
 clients: setup .venv-clients/installed  ## inspect_ai and lm_eval against the real stack; installs them
 	HEADGATE_CLIENTS=$(CURDIR)/.venv-clients/bin $(BIN)/python -m pytest tests/clients -m clients -rA
