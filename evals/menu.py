@@ -7,6 +7,7 @@ Knows what to ask and what to read of a run; neither how it is run nor how it is
 from __future__ import annotations
 
 import math
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,6 +17,8 @@ from evals.pairs import BASELINE, CANDIDATE, by_arm
 from evals.techniques import Technique
 from evals.verdict import Finding, Verdict
 from telemetry import Observation
+
+_CLAIM = re.compile(r"claim \d+ (?P<what>.*?), which (?:shows|does not show) the (?P<asked>\S+ %)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,7 +236,15 @@ def _reason(verdict: Verdict) -> str:
     if verdict.decision in ("pass", "no_benefit") and claims:
         best = min(claims, key=lambda one: 1.0 if one.p is None else one.p)
         begin = f"claim {claims.index(best) + 1} "
-        return next((one for one in verdict.reasons if one.startswith(begin)), "")
+        said = next((one for one in verdict.reasons if one.startswith(begin)), "")
+        found = _CLAIM.match(said)
+        if found is None:
+            return said
+        return (
+            found["what"]
+            if verdict.decision == "pass"
+            else f"{found['what']}, {found['asked']} asked for"
+        )
     return "; ".join(verdict.reasons[:1])
 
 

@@ -22,6 +22,7 @@ HEADINGS = (
     "quality", "complexity", "verdict",
 )  # fmt: skip
 _DASH = "–"
+_CHARACTER, _LINE = 0.0095, 0.06  # of a name in the drawing, as shares of its sides
 _BESIDE = (
     "Changes are against the baseline that ran interleaved with each technique; its own row has "
     "the medians of those."
@@ -133,7 +134,9 @@ def menu_page(
     rows: Sequence[Row], policy: str, workload: str, price: float | None, now: float, beside: Path
 ) -> str:
     """The document. Links of rows lead to their runs' reports, relative to `beside`."""
-    unit = "of a million tokens" if price is not None else "of a token, baseline ×1"
+    unit = "of a token, baseline ×1"
+    if price is not None:
+        unit = f"of a million tokens, at {price:g} an hour"
     body = join(
         tag("a", "Skip to the table", href="#table", class_="skip"),
         tag(
@@ -217,11 +220,14 @@ def _trade(rows: Sequence[Row]) -> Markup:
     plot = Plot(x, y, height=300)
     marks = [plot.rule("zero", y=0.0), plot.rule("zero", x=1.0)]
     marks += [plot.rule("limit", y=margin, name="margin") for margin in margins[:1]]
-    for row, speed, quality in known:
+    above = _lines_above(
+        [(x.at(speed), y.at(quality[1]), row.name) for row, speed, quality in known]
+    )
+    for (row, speed, quality), lines in zip(known, above, strict=True):
         marks += [
             plot.whisker(speed, quality[0], quality[2], row.decision),
             plot.dot(speed, quality[1], row.decision, f"{row.name}: {_quality(row)}", radius=5),
-            plot.name(speed, quality[1], row.name),
+            plot.name(speed, quality[1], row.name, lines),
         ]
     decisions = dict.fromkeys(row.decision for row, _, _ in known)
     return figure(
@@ -232,6 +238,24 @@ def _trade(rows: Sequence[Row]) -> Markup:
         ),
         legend(*((f"dot {one}", TITLES[one]) for one in decisions)),
     )  # fmt: skip
+
+
+def _lines_above(dots: Sequence[tuple[float, float, str]]) -> list[int]:
+    """By how many lines each name has to go up so that none covers another; places in shares."""
+    taken: list[tuple[float, float, float]] = []
+    found = []
+    for at, up, name in dots:
+        width = _CHARACTER * (len(name) + 3)
+        begin = at - width if at > 0.7 else at
+        lines = 0
+        while any(
+            abs(up + lines * _LINE - one) < _LINE and begin < end and start < begin + width
+            for one, start, end in taken
+        ):
+            lines += 1
+        taken.append((up + lines * _LINE, begin, begin + width))
+        found.append(lines)
+    return found
 
 
 def _speedup(now: Figures, was: Figures) -> float | None:

@@ -132,8 +132,8 @@ class Plot:
             "line", x1=at, x2=at, y1=self._top(low), y2=self._top(high), class_=f"whisker {class_}"
         )
 
-    def name(self, x: float, y: float, text: str) -> Markup:
-        """Words beside a dot, on the side where there is room."""
+    def name(self, x: float, y: float, text: str, lines: int = 0) -> Markup:
+        """Words beside a dot, on the side where there is room, or so many lines above."""
         right = self.x.at(x) > 0.7
         return tag(
             "text",
@@ -141,8 +141,8 @@ class Plot:
             x=self._left(x),
             y=self._top(y),
             dx=-10 if right else 10,
-            dy="0.32em",
-            class_="note",
+            dy=f"{0.32 - 1.2 * lines:.2f}em",
+            class_="note named",
             text_anchor="end" if right else "start",
         )
 
