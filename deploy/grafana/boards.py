@@ -1,4 +1,7 @@
-"""The six dashboards: what is asked of the metrics of docs/metrics.md, and what to see in it."""
+"""The six dashboards: what is asked of the metrics of docs/metrics.md, and what to see in it.
+
+Longer than files should be: it is one table, whose rows are read beside each other.
+"""
 
 from __future__ import annotations
 

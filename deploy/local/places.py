@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from command.machine import free_ports
+from command.machine import bind, free_ports
 from deploy.local.compose import ComposeError, Mount, Service
 
 LOOPBACK = "127.0.0.1"
@@ -28,14 +28,17 @@ class Places:
 
     @classmethod
     def of(cls, services: Sequence[Service], folder: Path) -> Places:
-        """Published ports stay, the others become free ones. Raises PortError."""
+        """Published ports stay, 0 and the others become free ones. Raises PortError for one that
+        is taken."""
+        for service in services:
+            for port in service.published.values():
+                bind(LOOPBACK, port).close()
         inner = [(one.name, port) for one in services for port in one.ports]
         free = iter(free_ports(len(inner)))
         ports: dict[str, dict[int, int]] = {one.name: {} for one in services}
         published = {one.name: one.published for one in services}
         for name, port in inner:
             taken = next(free)
-            # 0 is a wish for a free one, here as in compose
             ports[name][port] = published[name].get(port) or taken
         return cls(folder, ports)
 

@@ -3,6 +3,7 @@ parts, and ends without a trace. One stack for all tests of this file, in their 
 
 from __future__ import annotations
 
+import http.server
 import json
 import os
 import re
@@ -10,10 +11,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import httpx
 import psutil
@@ -106,25 +109,59 @@ def whole_policy(file: Path) -> Path:
     return file
 
 
+class Collector(http.server.BaseHTTPRequestHandler):
+    """Notes who sends traces; that they are right, tests of tracing say."""
+
+    services: ClassVar[set[str]] = set()
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["content-length"]))
+        if self.path == "/v1/traces" and self.headers["content-encoding"] is None:
+            self.services.update(
+                name for name in ("headgate-gateway", "headgate-runtime") if name.encode() in body
+            )
+        self.send_response(200)
+        self.send_header("content-length", "0")
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
 @pytest.fixture(scope="module")
-def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+def collector() -> Iterator[str]:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Collector) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def stack(collector: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     folder = tmp_path_factory.mktemp("stack")
     log = folder / "log"
     environ = os.environ | {
-        "HEADGATE_KEY": KEY, "HEADGATE_WORKER_KEY": f"{KEY}-worker", "HEADGATE_PORT": "0",
-        "HEADGATE_RUNTIME_CPUS": "1", "HEADGATE_POLICY": str(whole_policy(folder / "whole.yaml")),
-    }  # fmt: skip
+        "HEADGATE_KEY": KEY,
+        "HEADGATE_WORKER_KEY": f"{KEY}-worker",
+        "HEADGATE_PORT": "0",
+        "HEADGATE_OTLP": collector,
+        "HEADGATE_RUNTIME_CPUS": "1",
+        "HEADGATE_POLICY": str(whole_policy(folder / "whole.yaml")),
+    }
     with log.open("w") as words:
         process = subprocess.Popen(
             [sys.executable, "-m", "deploy.local"],
             cwd=ROOT, env=environ, stdout=subprocess.PIPE, stderr=words, text=True,
         )  # fmt: skip
     assert process.stdout is not None
+    watchdog = threading.Timer(LIMIT_S, process.kill)
+    watchdog.start()
     said = []
     for line in process.stdout:
         said.append(line.rstrip())
         if line.startswith("Ctrl-C"):
             break
+    watchdog.cancel()
     assert any(line.startswith("ready in") for line in said), log.read_text()[-3000:]
     (base,) = [line.strip() for line in said if re.fullmatch(r"  http://\S+/v1", line)]
     key = {"authorization": f"Bearer {KEY}"}
@@ -182,6 +219,12 @@ def test_a_client_that_leaves_is_heard_behind_the_port(stack: Stack) -> None:
             for name in ("gateway-0", "gateway-1")
         )
     )
+
+
+def test_gateways_and_runtimes_send_traces_where_the_stack_says(stack: Stack) -> None:
+    body = ASK | {"max_tokens": 4, "stream": False}
+    assert stack.client.post("chat/completions", json=body).status_code == 200
+    stack.until(lambda: Collector.services == {"headgate-gateway", "headgate-runtime"})
 
 
 def scraped(page: str, more: dict[str, str]) -> Iterator[tuple[str, dict[str, str]]]:
