@@ -3,11 +3,11 @@ and how processes share a run."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 
+from command.machine import cores
 from tests.end_to_end.stack import stack
 
 __all__ = ["stack"]
@@ -16,11 +16,14 @@ TESTS = Path(__file__).parent
 # The longest files, the longest first: whoever begins one last is waited for by everybody else.
 LONGEST = (
     "end_to_end/test_gate.py",
-    "benchmarks/test_guessing_peers.py",
+    "docs/test_commands.py",
     "end_to_end/test_rollout.py",
     "runtime/test_int8_kv.py",
-    "runtime/test_constrained.py",
     "runtime/test_oracle.py",
+    "benchmarks/test_guessing_peers.py",
+    "end_to_end/test_gateway_events.py",
+    "end_to_end/test_events.py",
+    "runtime/test_constrained.py",
 )
 
 
@@ -33,4 +36,4 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist, for `-n auto`
 def pytest_xdist_auto_num_workers() -> int:
     """Tests wait as well as compute, so two at least; they start servers, so four at most."""
-    return max(2, min(4, os.cpu_count() or 2))
+    return max(2, min(4, cores()))
