@@ -58,6 +58,7 @@ def main() -> None:
     headgate chat      talk to it, in a second terminal
     headgate doctor    if something is wrong
     headgate explain   why a request went where it went
+    headgate trace     where a request's time went
     headgate gate      whether an optimization may go live
     headgate menu      what optimizations bring and take, on your workload
     headgate rollout   how it goes live, and back
@@ -187,6 +188,33 @@ def explain(receipt: str, url: str | None, policy: Path | None, as_json: bool) -
     from command.explain import explain as run
 
     raise SystemExit(run(receipt, url, policy, as_json=as_json))
+
+
+@main.command(short_help="Where a request's time went, span by span.")
+@click.argument("name", metavar="ID")
+@click.option("--url", help="Base URL. Default: http://127.0.0.1:8080, with HEADGATE_PORT's port.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of bars.")
+def trace(name: str, url: str | None, as_json: bool) -> None:
+    """Draw a request's spans through gateway and worker as bars in time.
+
+    ID is that of the trace, of the request (x-request-id), of the receipt (x-headgate-receipt) or
+    of the answer; `latest` and `slow` list the requests that the gateway keeps. HEADGATE_API_KEY is
+    sent along where the gateway has an admin's key.
+
+    \b
+    Examples:
+      headgate trace latest
+      headgate trace chatcmpl-0123456789abcdef01234567
+
+    \b
+    Exit codes:
+      0  drawn
+      1  nothing answers at the URL
+      2  wrong usage, or no such trace
+    """
+    from command.trace import trace as run
+
+    raise SystemExit(run(name, url, as_json=as_json))
 
 
 _GATE = {

@@ -33,7 +33,6 @@ from gateway.response_cache import Answers, Recall
 from gateway.route import eligible
 from gateway.routing import Routing
 from gateway.shorten import Shortener
-from gateway.spans import SERVICE
 from gateway.state import State, in_memory
 from gateway.tiers import Tiers
 from gateway.tracing import Tracer
@@ -176,7 +175,7 @@ def build(
 
 
 def _tracer(settings: Tracing) -> Tracer:
-    return Tracer(settings, exporter(settings.endpoint, SERVICE))
+    return Tracer(settings, exporter(settings.endpoint))
 
 
 def _answers(settings: ResponseCache | None, before: Answers | None) -> Answers | None:

@@ -55,6 +55,8 @@ def _at_replicas(trail: Trail, found: dict[str, float]) -> None:
     found["prefill"] = min(told.prefill_s, wait - found["replica_queue"])
     before = found["replica_queue"] + found["prefill"]
     found["decode"] = min(told.decode_s, rest if trail.stream else wait - before)
+    if hop is not trail.hops[-1]:  # another replica went on with it, and tells of its part alone
+        found["decode"] = rest
     taken = before + found["decode"]
     found["network"] = hop.began - began + wait + rest - taken
 

@@ -30,8 +30,8 @@ def spans_of(trail: Trail) -> list[Span]:
     refused = 400 <= trail.status < 500  # the client's own doing
     if trail.error and trail.error != LEAVES and not refused:
         root.status = "ERROR"
-    if (hop := trail.answered) is not None and hop.first is not None and trail.stream:
-        root.events.append(Event("first_token", trail.at_s(hop.first)))
+    if trail.stream and trail.spoke is not None:
+        root.events.append(Event("first_token", trail.at_s(trail.spoke)))
     inside = list(_inside(trail))
     for number, one in enumerate(inside, start=1):
         one.span_id = f"{(int(trail.span_id, 16) + number) % 2**64:016x}"

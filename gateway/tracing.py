@@ -83,6 +83,7 @@ class Tracer:
         """It is over, and this ended it if anything did. `ask`: a path of a replica."""
         trail.ended = now() if trail.last is None else trail.last
         trail.status = reply.status
+        trail.spoke = reply.pulse.first_at
         trail.error = error_of(error, reply.status) or _failure(trail)
         if trail.service is not None:
             spent = tallies.of(trail.service.tier).phase_s

@@ -91,8 +91,8 @@ class Trail:
     __slots__ = (
         "admit", "arm", "asked", "at", "began", "done", "ended", "error", "flags", "head", "hops",
         "keep", "last", "model", "parent_id", "path", "prompt", "queue", "receipt", "request_id",
-        "service", "span_id", "status", "stream", "tenant", "trace_id", "tracestate", "trim",
-        "trimmed", "usage",
+        "service", "span_id", "spoke", "status", "stream", "tenant", "trace_id", "tracestate",
+        "trim", "trimmed", "usage",
     )  # fmt: skip
 
     def __init__(self, request_id: str, path: str, began: float) -> None:
@@ -119,6 +119,7 @@ class Trail:
         self.receipt: Receipt | None = None
         self.hops: list[Hop] = []
         self.head = b""  # of the answer
+        self.spoke: float | None = None  # a stream's first piece that says something was here
         self.done: float | None = None  # the replica has said everything
         self.last: float | None = None  # the last byte has gone to the client
         self.ended = 0.0
@@ -165,17 +166,16 @@ class Trail:
 
     @property
     def ttft_s(self) -> float | None:
-        """Of a stream: until its first event was here."""
-        hop = self.answered
-        return hop.first - self.began if self.stream and hop and hop.first is not None else None
+        """Of a stream: until its first piece that says something was here."""
+        return self.spoke - self.began if self.stream and self.spoke is not None else None
 
     @property
     def tpot_s(self) -> float | None:
         """Of a stream whose tokens were counted."""
-        hop, usage, done = self.answered, self.usage, self.done
-        if not self.stream or usage is None or usage.answer_tokens < 2 or done is None:
+        usage, spoke, done = self.usage, self.spoke, self.done
+        if not self.stream or usage is None or usage.answer_tokens < 2:
             return None
-        return (done - hop.first) / (usage.answer_tokens - 1) if hop and hop.first else None
+        return None if spoke is None or done is None else (done - spoke) / (usage.answer_tokens - 1)
 
     @property
     def e2e_s(self) -> float:

@@ -200,24 +200,16 @@ def own_tokenizer(policy: str | Path, deployment: Deployment) -> Path | None:
 
 
 # What a policy asks for -> the package that it takes, and the extra of ours that installs it.
-def _found(package: str) -> bool:
-    try:
-        return find_spec(package) is not None
-    except ModuleNotFoundError:  # what it lies in is not there
-        return False
-
-
 _NEEDS = {
     ("gateway", "store"): ("hiredis", "redis"),
     ("gateway", "trim", "passages", "keep"): ("bm25s", "trim"),
-    ("tracing", "endpoint"): ("opentelemetry.proto", "otel"),
 }
 
 
 def package_problems(
     policy: str | Path,
     deployment: Deployment,
-    installed: Callable[[str], bool] = _found,
+    installed: Callable[[str], bool] = lambda package: find_spec(package) is not None,
 ) -> list[Problem]:
     """What the policy asks for and no installed package can do, each at its line."""
     wrong: list[tuple[_Path, str]] = []

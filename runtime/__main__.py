@@ -107,7 +107,7 @@ def serve(
 ) -> None:
     """Blocks until the server has been told to stop and running answers have had their time."""
     from runtime.server import create_app
-    from runtime.tracing import SERVICE, Tracer
+    from runtime.tracing import Tracer
     from runtime.wire import RUN_TOKEN_ENV
     from runtime.worker import Worker
     from telemetry.otlp import exporter
@@ -122,7 +122,7 @@ def serve(
         max_body_bytes=policy.gateway.max_body_bytes,
         on_failure=give_up,
         run_token=os.environ.get(RUN_TOKEN_ENV),
-        tracer=Tracer(policy.tracing, exporter(policy.tracing.endpoint, SERVICE)),
+        tracer=Tracer(policy.tracing, exporter(policy.tracing.endpoint)),
     )
     config = uvicorn.Config(
         create_app(worker, door.key),

@@ -63,3 +63,8 @@ def latencies(
         "gen_ai.latency.time_in_model_decode": decode_s,
         "gen_ai.latency.time_in_model_inference": prefill_s + decode_s,
     }
+
+
+def evaluated(name: str, score: float) -> dict[str, str | float]:
+    """One judgement of an answer, as an event has it."""
+    return {"gen_ai.evaluation.name": name, "gen_ai.evaluation.score.value": float(score)}

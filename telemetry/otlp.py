@@ -1,7 +1,7 @@
 """Spans on their way to a collector: OTLP, protobuf over HTTP, from a thread of its own.
 
 Whoever hands spans over waits for nothing: a collector that is slow or dead loses spans, which are
-counted. Knows the protocol; what is sent, others decide. The one importer of OpenTelemetry.
+counted. Knows HTTP and when to try again; what is sent, others decide.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import unquote
 
-from telemetry.trace import EVENTS_MAX, Span
+from telemetry import protobuf
+from telemetry.trace import Span
 
 log = logging.getLogger("headgate.telemetry")
 
@@ -33,14 +34,8 @@ AGAIN_S = 0.5  # before the second try, twice that before the third
 AGAIN_STATUS = frozenset((429, 502, 503, 504))  # by the protocol, worth another try
 COMPLAIN_S = 60.0  # between complaints in the log
 END_S = 2.0  # for what is left at the end
-KINDS = {"INTERNAL": 1, "SERVER": 2, "CLIENT": 3}
-STATES = {"UNSET": 0, "OK": 1, "ERROR": 2}
 
 Make = Callable[[], Iterable[Span]]  # spans are made in the thread, too
-
-
-class OtlpMissing(Exception):
-    """What writes the protocol is not installed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +73,10 @@ class Exporter:
         *,
         waiting_max: int = WAITING_MAX,
     ) -> None:
-        """`resource`: what is true of every span's process. Raises OtlpMissing."""
+        """`resource`: what is true of every span's process."""
         self.collector = collector
         self.exported = self.lost = self.refused = 0  # spans; traces that found the queue full
-        self._encode = _Protobuf(resource or {}).encode
+        self._resource = resource or {}
         self._waiting: deque[Make] = deque()
         self._waiting_max = waiting_max
         self._wake = threading.Event()
@@ -128,7 +123,7 @@ class Exporter:
                 self._deliver(spans)
 
     def _deliver(self, spans: Sequence[Span]) -> None:
-        body = self._encode(spans)
+        body = protobuf.request(spans, self._resource)
         why = ""
         for attempt in range(TRIES):
             if attempt and self._wake_after(AGAIN_S * attempt):
@@ -162,85 +157,12 @@ class Exporter:
         return "", False
 
 
-def exporter(
-    endpoint: str | None, service: str, environ: Mapping[str, str] | None = None
-) -> Exporter | None:
-    """By a policy's endpoint and the environment; None where neither names a collector, or where
-    it cannot be spoken to, which is logged."""
+def exporter(endpoint: str | None, environ: Mapping[str, str] | None = None) -> Exporter | None:
+    """By a policy's endpoint and the environment; None where neither names a collector."""
     environ = os.environ if environ is None else environ
     collector = Collector.named(endpoint, environ)
     if collector is None:
         return None
     resource = dict(_pairs(environ.get("OTEL_RESOURCE_ATTRIBUTES", "")))
     resource["process.pid"] = str(os.getpid())
-    try:
-        return Exporter(collector, {"service.namespace": "headgate", **resource})
-    except OtlpMissing as error:
-        log.warning("no trace of %s is sent to %s: %s", service, collector.url, error)
-        return None
-
-
-# ---- protobuf -----------------------------------------------------------------------------------
-
-
-class _Protobuf:
-    """Writes spans as the body of a request; by service, each with its resource."""
-
-    def __init__(self, resource: Mapping[str, Any]) -> None:
-        """Raises OtlpMissing."""
-        try:
-            from opentelemetry.proto.collector.trace.v1 import trace_service_pb2
-            from opentelemetry.proto.common.v1 import common_pb2
-        except ImportError as error:
-            missing = f"{error.name} is missing: pip install 'headgate[otel]'"
-            raise OtlpMissing(missing) from None
-        self._request = trace_service_pb2.ExportTraceServiceRequest
-        self._common = common_pb2
-        self._resource = resource
-
-    def encode(self, spans: Sequence[Span]) -> bytes:
-        request = self._request()
-        places: dict[str, Any] = {}
-        for span in spans:
-            if span.service not in places:
-                group = request.resource_spans.add()
-                named = {"service.name": span.service, **self._resource}
-                group.resource.attributes.extend(self._pairs(named))
-                places[span.service] = group.scope_spans.add()
-                places[span.service].scope.name = "headgate"
-            self._fill(places[span.service].spans.add(), span)
-        return bytes(request.SerializeToString())
-
-    def _fill(self, told: Any, span: Span) -> None:
-        told.trace_id, told.span_id = bytes.fromhex(span.trace_id), bytes.fromhex(span.span_id)
-        told.parent_span_id = bytes.fromhex(span.parent_id)
-        told.name, told.kind, told.flags = span.name, KINDS[span.kind], span.flags & 0xFF
-        told.trace_state = span.tracestate
-        told.start_time_unix_nano, told.end_time_unix_nano = ns(span.start_s), ns(span.end_s)
-        told.attributes.extend(self._pairs(span.attributes))
-        told.status.code, told.status.message = STATES[span.status], span.message
-        for event in span.events[:EVENTS_MAX]:
-            pairs = self._pairs(event.attributes)
-            told.events.add(name=event.name, time_unix_nano=ns(event.at_s), attributes=pairs)
-        told.dropped_events_count = max(0, len(span.events) - EVENTS_MAX)
-
-    def _pairs(self, given: Mapping[str, Any]) -> list[Any]:
-        pair = self._common.KeyValue
-        return [pair(key=name, value=self._value(one)) for name, one in given.items()]
-
-    def _value(self, given: Any) -> Any:
-        value = self._common.AnyValue
-        if isinstance(given, bool):
-            return value(bool_value=given)
-        if isinstance(given, int):
-            return value(int_value=given)
-        if isinstance(given, float):
-            return value(double_value=given)
-        if isinstance(given, list | tuple):
-            several = [self._value(one) for one in given]
-            return value(array_value=self._common.ArrayValue(values=several))
-        return value(string_value=str(given))
-
-
-def ns(at_s: float) -> int:
-    return round(at_s * 1e9)
+    return Exporter(collector, {"service.namespace": "headgate", **resource})

@@ -29,6 +29,7 @@ class Received:
     error: bool
     attributes: dict[str, Any]
     events: list[str] = field(default_factory=list)
+    event_attributes: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def s(self) -> float:
@@ -63,6 +64,7 @@ def received(service: str, span: Any) -> Received:
         span.trace_id.hex(), span.span_id.hex(), span.parent_span_id.hex(), span.name, service,
         span.kind, span.start_time_unix_nano, span.end_time_unix_nano, span.flags,
         span.status.code == 2, attributes(span.attributes), [one.name for one in span.events],
+        [attributes(one.attributes) for one in span.events],
     )  # fmt: skip
 
 

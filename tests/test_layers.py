@@ -33,7 +33,6 @@ PACKAGED = (
 IMPORTERS = {
     "llguidance": {"runtime/grammar.py", "runtime/lark.py"},
     "hiredis": {"cache/redis_lane.py"},
-    "opentelemetry": {"telemetry/otlp.py"},
     "ruamel": {"policies/yaml_tree.py"},
     "tokenizers": {"cache/tokens.py"},
     "jinja2": {"cache/sandbox.py", "cache/template.py", "cache/tokens.py"},

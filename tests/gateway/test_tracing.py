@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from typing import Any
 
 from hypothesis import given, strategies as st
@@ -189,3 +190,25 @@ def test_a_share_of_new_traces_is_sampled() -> None:
     assert all(begun(1.0).sampled for _ in range(20))
     assert not any(begun(0.0).sampled for _ in range(20))
     assert 0 < sum(begun(0.5).sampled for _ in range(200)) < 200
+
+
+@on_loop
+async def test_headgate_trace_draws_what_a_gateway_keeps() -> None:
+    async with upstream() as fake, gateway(fake) as front:
+        answered = await front.post(STREAMED)
+        await only(front)
+
+        async def headgate(*more: str) -> tuple[int | None, str]:
+            command = (sys.executable, "-m", "headgate", "trace", "--url", front.url, *more)
+            process = await asyncio.create_subprocess_exec(
+                *command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+            )
+            told, _ = await process.communicate()
+            return process.returncode, told.decode()
+
+        code, told = await headgate(answered.headers["x-headgate-receipt"])
+        (_, listed), (none, _) = await asyncio.gather(headgate("latest"), headgate("nothing"))
+    assert (code, none) == (0, 2)
+    for name in ("POST /v1/chat/completions", "  gateway.route", "  chat m", "█", "route"):
+        assert name in told
+    assert answered.headers["x-request-id"] in listed

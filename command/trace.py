@@ -1,0 +1,157 @@
+"""`headgate trace`: one request's spans as bars in time, in a terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import click
+
+from command.answers import AnswerError
+from command.chat import base_url
+from command.explain import KEY_VARIABLE, TIMEOUT_S
+from command.screen import columns
+
+PARTS = " ▏▎▍▌▋▊▉█"  # eighths of a cell
+TEXT_MAX = 46  # columns for names
+BAR_MIN = 16
+MARK = "·"  # an event inside a span
+LISTED = 20
+
+
+class NoTrace(Exception):
+    """The gateway does not have it."""
+
+
+def trace(name: str, url: str | None, *, as_json: bool) -> int:
+    """The exit code. `latest` and `slow` list what is kept."""
+    listing = name in ("latest", "slow")
+    try:
+        told = read(name, url)
+    except NoTrace as error:
+        click.echo(str(error), err=True)
+        return 2
+    except (AnswerError, OSError, ValueError) as error:
+        click.echo(str(error), err=True)
+        return 1
+    if as_json:
+        click.echo(json.dumps(told, indent=2))
+    else:
+        width = shutil.get_terminal_size((100, 40)).columns
+        lines = rows(told["traces"]) if listing else drawn(told, width)
+        click.echo("\n".join(lines))
+    return 0
+
+
+def read(name: str, url: str | None) -> dict[str, Any]:
+    """Raises NoTrace, AnswerError, OSError, ValueError for what is no JSON."""
+    if name in ("latest", "slow"):
+        path = f"?limit={LISTED}" + ("&slow=1" if name == "slow" else "")
+    else:
+        path = "/" + urllib.parse.quote(name, safe="")
+    request = urllib.request.Request(f"{base_url(url)}/admin/traces{path}")  # noqa: S310  # http(s)
+    if key := os.environ.get(KEY_VARIABLE):
+        request.add_header("authorization", f"Bearer {key}")
+    try:
+        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:  # noqa: S310
+            return dict(json.loads(answer.read()))
+    except urllib.error.HTTPError as error:
+        text = error.read().decode("utf-8", "replace")
+        raise NoTrace(f"{request.full_url} answered {error.code}: {text[:300]}") from None
+
+
+def rows(traces: Sequence[Mapping[str, Any]]) -> list[str]:
+    """One line a request."""
+    table = [("request", "tier", "model", "status", "first token", "whole", "")]
+    for one in traces:
+        first = "" if one["ttft_s"] is None else ms(one["ttft_s"])
+        status = f"{one['status']} {one['error']}".strip()
+        about = " ".join(filter(None, (one["arm"], one["keep"])))
+        table.append(
+            (one["request_id"], one["tier"], one["model"], status, first, ms(one["e2e_s"]), about)
+        )
+    return columns(table)
+
+
+def drawn(told: Mapping[str, Any], width: int) -> list[str]:
+    """The request in a line, its spans as a tree with bars, and where the time went."""
+    spans = told["spans"]
+    began = min(span["start_s"] for span in spans)
+    whole_s = max(span["end_s"] for span in spans) - began
+    tree = list(in_order(spans))
+    names = [f"{'  ' * depth}{span['name']}"[:TEXT_MAX] for depth, span in tree]
+    text = max(map(len, names))
+    bar = max(BAR_MIN, width - text - 13)
+    status = f"{told['status']} {told['error']}".strip()
+    lines = [
+        f"{told['request_id']}  {told['tier']}  {told['model']}  {status}  {ms(told['e2e_s'])}",
+        f"trace {told['trace_id']}",
+        "",
+    ]
+    for text_of, (_, span) in zip(names, tree, strict=True):
+        drawing = bar_of(span, began, whole_s, bar)
+        failed = " !" if span["status"] == "ERROR" else ""
+        took = ms(span["end_s"] - span["start_s"])
+        lines.append(f"{text_of.ljust(text)} {drawing} {took:>10}{failed}".rstrip())
+    lines += ["", *phases(tree[0][1]["attributes"])]
+    return lines
+
+
+def in_order(spans: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """Each span below its parent, by their beginnings, with how deep it stands."""
+    known = {span["span_id"] for span in spans}
+    below: dict[str, list[Mapping[str, Any]]] = {}
+    for span in sorted(spans, key=lambda one: one["start_s"]):
+        parent = span["parent_id"] if span["parent_id"] in known else ""
+        below.setdefault(parent, []).append(span)
+
+    def walk(parent: str, depth: int) -> Iterator[tuple[int, Mapping[str, Any]]]:
+        for span in below.get(parent, ()):
+            yield depth, span
+            yield from walk(span["span_id"], depth + 1)
+
+    yield from walk("", 0)
+
+
+def bar_of(span: Mapping[str, Any], began: float, whole_s: float, cells: int) -> str:
+    """Where in the whole a span lies, to an eighth of a cell; at least a mark of it shows."""
+    scale = 8 * cells / whole_s if whole_s > 1e-9 else 0.0  # below, clocks tell nothing
+    start = min(round((span["start_s"] - began) * scale), 8 * cells - 1)
+    end = min(max(round((span["end_s"] - began) * scale), start + 1), 8 * cells)
+    first, last = start // 8, (end - 1) // 8
+    bar = [" "] * first + ["█"] * (last - first + 1)
+    bar[last] = PARTS[end - 8 * last]
+    if first < last and start % 8:
+        bar[first] = "▐" if start % 8 >= 4 else "█"
+    for event in span["events"]:
+        at = int((event["at_s"] - began) * scale) // 8
+        if first < at < last:
+            bar[at] = MARK
+    return "".join(bar).ljust(cells)
+
+
+def phases(attributes: Mapping[str, Any]) -> list[str]:
+    """The phases that took any time, with their share of the whole."""
+    head, tail = "headgate.phase.", "_s"
+    found = {
+        name.removeprefix(head).removesuffix(tail): float(value)
+        for name, value in attributes.items()
+        if name.startswith(head)
+    }
+    whole_s = sum(found.values()) or 1.0
+    return columns(
+        (name, ms(value).rjust(10), f"{value / whole_s:5.0%}")
+        for name, value in found.items()
+        if value >= 5e-7
+    )
+
+
+def ms(seconds: float) -> str:
+    """As people read it."""
+    return f"{1000 * seconds:,.2f} ms" if seconds < 10 else f"{seconds:,.1f} s"
