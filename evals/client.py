@@ -18,6 +18,7 @@ import orjson
 from evals.answers import Said, Unreadable, problem_of, read_stream, read_whole
 from evals.item import Item
 from telemetry import FROM_CACHE, Observation, Outcome
+from telemetry.trace import TRACEPARENT
 
 CHAT_PATH = "/v1/chat/completions"
 COMPLETIONS_PATH = "/v1/completions"
@@ -30,6 +31,10 @@ HEADER_CHARS_MAX = 128
 _TIMEOUTS = frozenset((408, 504))
 _OVERLOADED = frozenset((429, 503))
 _BROKEN = frozenset(("gateway_stopped", "no_replica"))  # codes of a 503 that sheds no load
+
+
+# item, arm, source, block, repeat -> the `traceparent` that the request carries
+Traced = Callable[[str, str, str, int, int], str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +54,7 @@ class _Exchange:
     headers: Mapping[str, str] = field(default_factory=dict)
     reads: list[tuple[float, bytes]] = field(default_factory=list)
     ended: float | None = None
+    traceparent: str = ""
 
 
 class Client:
@@ -65,10 +71,12 @@ class Client:
         timeout_s: float = TIMEOUT_S,
         targets: Mapping[str, Targets] | None = None,
         headers: Mapping[str, str] | None = None,
+        traced: Traced | None = None,
     ) -> None:
         self.url = url.rstrip("/").removesuffix("/v1")
         self.timeout_s = timeout_s
         self._targets = targets or {}
+        self._traced = traced
         self._headers = {"content-type": "application/json", **(headers or {})}
         if key:
             self._headers["authorization"] = f"Bearer {key}"
@@ -105,6 +113,8 @@ class Client:
         """
         body = body_of(item.body, salt)
         exchange, said = _Exchange(now()), Said(scored_from=int(item.meta.get("scored_from", 0)))
+        if self._traced is not None:
+            exchange.traceparent = self._traced(item.id, arm, source, block, repeat)
         outcome, problem = await self._outcome(item, arm, body, exchange, said, now)
         ended = exchange.ended if exchange.ended is not None else now()
         tier = exchange.headers.get("x-headgate-tier", "") or item.tier
@@ -192,6 +202,8 @@ class Client:
             headers["x-headgate-tier"] = _plain(item.tier)
         if session := item.meta.get("session"):
             headers["x-session-id"] = _plain(str(session))
+        if exchange.traceparent:
+            headers[TRACEPARENT] = exchange.traceparent
         path = CHAT_PATH if "messages" in body else COMPLETIONS_PATH
         exchange.sent = now()
         async with self._session.post(

@@ -17,6 +17,7 @@ from evals.arms import Arm, counters
 from evals.client import Client, Targets
 from evals.dataset import Suite
 from evals.design import Block, Session, Step
+from evals.evaluations import Evaluations, evaluations
 from evals.item import Item
 from evals.journal import Done, Journal
 from evals.pairs import CANDIDATE
@@ -68,7 +69,8 @@ async def run(bench: Bench, steps: Sequence[Step], journal: Journal, after: Afte
         return time.monotonic() - began
 
     async with contextlib.AsyncExitStack() as stack:
-        crew = _Crew(bench, left, now, stack)
+        told = stack.enter_context(evaluations())
+        crew = _Crew(bench, left, now, stack, told)
         if bench.start is None:
             for arm in bench.arms.values():
                 await crew.warm_up(arm)
@@ -77,6 +79,8 @@ async def run(bench: Bench, steps: Sequence[Step], journal: Journal, after: Afte
             arm = await crew.arm(step.arm)
             before = await counters(arm) if step.arm == CANDIDATE else {}
             done = await _step(bench, await crew.client(arm), arm, step, now)
+            if told is not None:
+                told.tell(done.observations, time.time() - now())
             if step.arm == CANDIDATE:
                 done = replace(done, counters=_risen(before, await counters(arm)))
             journal.add(done)
@@ -95,6 +99,7 @@ class _Crew:
     left: Sequence[Step]
     now: Callable[[], float]
     stack: contextlib.AsyncExitStack  # connections live as long as it
+    told: Evaluations | None = None  # who hears of scores, where somebody does
     clients: dict[str, Client] = field(default_factory=dict)
     running: Arm | None = None
 
@@ -109,7 +114,8 @@ class _Crew:
     async def client(self, arm: Arm) -> Client:
         if arm.url not in self.clients:
             timeout_s, targets = self.bench.hypothesis.design.timeout, self.bench.targets
-            client = Client(arm.url, arm.key, timeout_s=timeout_s, targets=targets)
+            traced = None if self.told is None else self.told.header
+            client = Client(arm.url, arm.key, timeout_s=timeout_s, targets=targets, traced=traced)
             self.clients[arm.url] = await self.stack.enter_async_context(client)
         return self.clients[arm.url]
 
