@@ -26,6 +26,7 @@ LOOK_S = 0.5  # between looks at what was observed
 LEASE_S = 5.0  # what a gateway serves without hearing from here
 PUT_LEASE_S = 90.0  # until the candidate's first replica is ready; nothing goes to it meanwhile
 GONE_S = 60.0  # without any replica of the candidate
+AWAY_S = 30.0  # without an answer, told again
 KEPT = 2000  # latest observations, for an incident
 SHOWN = ("signal", "margin", "pairs", "difference", "p_safe", "passed")  # of a signal, to people
 
@@ -99,7 +100,7 @@ class Rollout:
     _paused: str = ""  # why, as it was said last
     _told: bool = False  # the gateway, of the candidate as it runs now
     _gone_since: float | None = None
-    _unreachable: bool = False
+    _away_until: float = 0.0  # a gateway, or its store, that comes and goes is told once
 
     async def run(self) -> Result:
         """To the end, or until it is cancelled; the lease ends by itself then."""
@@ -124,11 +125,10 @@ class Rollout:
                 return await self._stop(f"its verdict does not stand any more: {why}")
             told = await self._renew()
             await self._hear()
-            self._unreachable = False
         except (Unreachable, LedgerError) as error:
-            if not self._unreachable:
+            if self.clock() > self._away_until:
                 self.say(f"{error}; without a lease the baseline serves")
-            self._unreachable = True
+            self._away_until = self.clock() + AWAY_S
             return None
         except Refused as refused:
             if refused.code == "rollout_ended":

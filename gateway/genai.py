@@ -44,6 +44,8 @@ class Exchange:
     consent: str = ""
     receipt: str = ""
     prompt_tokens: int | None = None  # by the gateway's own count
+    arm: str = ""  # of a rollout
+    trace: str = ""  # the request's own, which ends with it
 
 
 @dataclass(slots=True)
@@ -154,6 +156,8 @@ def _facts(exchange: Exchange) -> dict[str, Any]:
         "headgate.consent": exchange.consent,
         "headgate.receipt": exchange.receipt or None,
         "headgate.request.id": exchange.request_id,
+        "headgate.trace.id": exchange.trace or None,
+        "headgate.arm": exchange.arm or None,
         "http.response.status_code": exchange.status or None,
         "error.type": exchange.error or None,
     }

@@ -164,7 +164,7 @@ class Recording:
         self._recorder.end(self, entry)
 
     def _entry(self, error: BaseException | None, answer: bytes) -> Entry:
-        reply, call = self.reply, self._call
+        reply, call, trail = self.reply, self._call, self.reply.trail
         tier = receipt = ""
         for name, value in reply.more:
             if name == b"x-headgate-tier":
@@ -184,6 +184,8 @@ class Recording:
             error=_error(error, reply.status),
             receipt=receipt,
             prompt_tokens=self._recorder.tokens_of(receipt),
+            arm="" if trail is None else trail.arm,
+            trace="" if trail is None else trail.trace_id,
             request=call.body,
             answer=answer,
         )

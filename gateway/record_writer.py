@@ -49,6 +49,8 @@ class Entry(NamedTuple):
     error: str
     receipt: str
     prompt_tokens: int | None
+    arm: str  # of a rollout; empty where none runs
+    trace: str  # its trace's id, where it has one
     request: bytes
     answer: bytes
 
@@ -105,6 +107,8 @@ def _exchange(entry: Entry, body: dict[str, Any], salt: bytes, consent: str) -> 
         consent=consent,
         receipt=entry.receipt,
         prompt_tokens=entry.prompt_tokens,
+        arm=entry.arm,
+        trace=entry.trace,
     )
 
 

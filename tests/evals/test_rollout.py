@@ -127,6 +127,8 @@ async def test_one_that_degrades_after_200_requests_is_rolled_back_by_itself(
         recorded = read_trace(folder / "recorded.jsonl").rows
         assert len(recorded) == told["recorded"]["requests"] > 50
         assert all(row.body == HELLO for row in recorded)
+        arms = re.findall('"headgate.arm":"([a-z]+)"', (folder / "recorded.jsonl").read_text())
+        assert {"baseline", "candidate"} == set(arms)
         before = len(it.new.requests)
         await it.front.post(HELLO)
         assert len(it.new.requests) == before
