@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -74,6 +75,10 @@ class Stack:
     def url(self, name: str) -> str:
         (line,) = [line for line in self.said if line.split()[:1] == [name]]
         return f"http://{line.split()[1]}"
+
+    def sees_both(self, gateway: str) -> bool:
+        health = self.client.get(f"{self.url(gateway)}/health").json()
+        return [one["healthy"] for one in health["replicas"]] == [True, True]
 
     def well(self, name: str) -> bool:
         try:
@@ -189,8 +194,8 @@ def test_one_port_answers_for_whoever_has_the_key(stack: Stack) -> None:
     assert stack.client.get("models").json()["data"][0]["id"] == "pocket"
     assert httpx.get(str(stack.client.base_url.join("models"))).status_code == 401
     for name in ("gateway-0", "gateway-1"):
+        stack.until(partial(stack.sees_both, name))
         health = stack.client.get(f"{stack.url(name)}/health").json()
-        assert [one["healthy"] for one in health["replicas"]] == [True, True], health
         assert health["state"]["store"] == "redis", health
     for name in ("runtime-0", "runtime-1"):
         assert stack.client.get(f"{stack.url(name)}/metrics").status_code == 401
@@ -219,6 +224,21 @@ def test_a_client_that_leaves_is_heard_behind_the_port(stack: Stack) -> None:
             for name in ("gateway-0", "gateway-1")
         )
     )
+
+
+def test_receipts_and_traces_are_found_whichever_gateway_keeps_them(stack: Stack) -> None:
+    """Through the port, of requests that each gateway has answered; what nobody has is a 404."""
+    for name in ("gateway-0", "gateway-1"):
+        body = ASK | {"max_tokens": 2, "stream": False}
+        answer = stack.client.post(f"{stack.url(name)}/v1/chat/completions", json=body)
+        receipt = answer.headers["x-headgate-receipt"]
+        for path in (f"/v1/receipts/{receipt}", f"/admin/traces/{receipt}"):
+            for _ in range(2):
+                found = stack.client.get(str(stack.client.base_url.join(path)))
+                assert found.status_code == 200, f"{name} {path} {found.text}"
+    nobody = stack.client.get(str(stack.client.base_url.join("/v1/receipts/rcpt_0")))
+    assert nobody.status_code == 404
+    assert nobody.json()["error"]["code"] == "receipt_not_found"
 
 
 def test_gateways_and_runtimes_send_traces_where_the_stack_says(stack: Stack) -> None:
