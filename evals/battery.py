@@ -20,7 +20,7 @@ from evals.stats.estimate import Estimate, TooFewClusters
 from evals.stats.power import mde, pairs_needed
 from evals.stats.rates import rule_of_three, trials_needed
 from evals.strata import ALL
-from evals.texts import identical
+from evals.texts import identical, law
 from evals.verdict import Finding
 from policies.hypothesis import Stats
 
@@ -32,6 +32,7 @@ _BY_KIND: Mapping[str, _Test] = {
 }  # fmt: skip
 _BY_TEST: Mapping[str, _Test] = {
     "rate_max": shares.rate, "percentile_max": shares.rate, "mean_max": shares.mean,
+    "law_max": law,
 }  # fmt: skip
 
 

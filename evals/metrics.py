@@ -14,7 +14,7 @@ from typing import Literal
 
 from telemetry import Observation
 
-Kind = Literal["share", "flip", "time", "tokens", "rate", "divergence", "drift"]
+Kind = Literal["share", "flip", "time", "tokens", "rate", "divergence", "law", "drift"]
 Better = Literal["higher", "lower"]
 
 
@@ -24,7 +24,8 @@ class Metric:
 
     Kinds: `share` in [0, 1]; `flip` of a pair from right to wrong; `time` in seconds, by
     `quantile` (None: its mean); `tokens`, a count; `rate`, a sum of `value` a second of a block;
-    `divergence` of two texts; `drift`, unbounded, of the model's probabilities.
+    `divergence` of two texts; `law` of first tokens that are drawn again and again; `drift`,
+    unbounded, of the model's probabilities.
     """
 
     name: str
@@ -97,6 +98,7 @@ _NAMED: Mapping[str, Metric] = {
         Metric("requests", "rate", "higher", _one),
         Metric("goodput", "rate", "higher", _slo_attained),
         Metric("divergence", "divergence", "lower", _one),
+        Metric("law", "law", "lower", _one),
         Metric("nll", "drift", "lower", _drift),
     )
 }

@@ -41,6 +41,7 @@ FLIPS, BLOCK_SPREAD, TOKEN_SPREAD, CORRELATION = 0.06, 0.10, 0.30, 0.1
 # Flips of what hardly ever happens: an answer that is empty or looped, a request that fails.
 RARE_FLIPS = 0.005
 _RARE = ("served", *UNWANTED)
+_MEANS = ("mean_max", "law_max")
 # Tests of how often something happens.
 _COUNTED = ("rate_max", "percentile_max", "identical")
 # Looking all the time takes more pairs than one look at the end.
@@ -198,7 +199,7 @@ def needs(question: Question, supply: Supply, noise: Noise, stats: Stats, power:
 
 def _correlated(question: Question, supply: Supply, noise: Noise) -> float:
     """Of rows in a cluster; where few clusters will have an event, what the tests assume."""
-    if question.test == "mean_max" or question.metric.kind == "tokens":
+    if question.test in _MEANS or question.metric.kind == "tokens":
         return noise.correlation
     size = supply.rows / max(supply.clusters, 1)
     counted = question.test in _COUNTED
@@ -217,7 +218,7 @@ def _pairs(question: Question, noise: Noise, bound: float, alpha: float, power: 
         z = float(-special.ndtri(alpha) - special.ndtri(tails))
         spread = TOKEN_SPREAD if noise.spread is None else noise.spread
         return max(FEWEST_CLUSTERS, math.ceil((z * spread / math.log1p(bound)) ** 2))
-    if question.test == "mean_max":
+    if question.test in _MEANS:
         return FEWEST_CLUSTERS
     return pairs_needed(_flips(question, noise), min(bound, 0.999), alpha, power)
 
@@ -272,6 +273,8 @@ def note(question: Question, supply: Supply, noise: Noise) -> str:
             else BLOCK_SPREAD
         )
         return f"spread {spread:.1%} {how}"
+    if question.test in _MEANS:
+        return f"{FEWEST_CLUSTERS} texts at least; how many more depends on them"
     if question.test in _COUNTED:
         return f"rate {_rate(question, noise):.1%} {how}"
     return f"{_flips(question, noise):.1%} flips {how}"

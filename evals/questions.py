@@ -25,6 +25,7 @@ TESTS: Mapping[str, tuple[Kind, ...]] = {
     "tost": ("tokens", "time", "rate"),
     "percentile_max": ("time",),
     "identical": ("divergence",),
+    "law_max": ("law",),
     SUPERIORITY: ("share", "time", "rate", "tokens"),
 }
 
@@ -43,7 +44,7 @@ class Question:
 
     @property
     def unit(self) -> Literal["difference", "ratio", "share"]:
-        if self.test in ("rate_max", "mean_max", "percentile_max"):
+        if self.test in ("rate_max", "mean_max", "percentile_max", "law_max"):
             return "share"
         return "ratio" if self.metric.kind in ("time", "rate", "tokens") else "difference"
 

@@ -18,6 +18,7 @@ from evals.questions import Question
 from evals.stats.betting import betting
 from evals.stats.estimate import cluster_sums
 from evals.stats.many import holm
+from evals.texts import SAME_LAW
 from evals.verdict import Control, Finding
 from policies.hypothesis import Stats
 
@@ -57,7 +58,7 @@ def check_sabotage(asked: Sequence[Question], spoiled: Sequence[Pair], stats: St
     found |= {
         _key(question): _of_finding(finding)
         for question, finding in zip(rails, judged, strict=True)
-        if question.metric.kind == "divergence"
+        if question.metric.kind in ("divergence", "law")
     }
     said = []
     for sort, names in _sorts(rails).items():
@@ -80,7 +81,7 @@ def _nulls(
     found: dict[str, dict[str, Any]] = {}
     for question in asked:
         key = _key(question)
-        if key in found or question.metric.kind in ("divergence", "drift"):
+        if key in found or question.metric.kind in ("divergence", "law", "drift"):
             continue
         null, rows = null_of(question), sources.get(question.source, ())
         finding = answer(null, rows, fixed)
@@ -95,7 +96,8 @@ def _of_finding(finding: Finding) -> dict[str, Any]:
         "method": finding.method,
         "estimate": finding.estimate,
         "p_rise": 1.0 if finding.p is None else finding.p,
-        "p_harm": finding.detail.get("p_harm", 1.0),
+        # of laws it is asked whether they differ at all, as of all others here
+        "p_harm": finding.detail.get(SAME_LAW, finding.detail.get("p_harm", 1.0)),
     }
 
 
@@ -129,7 +131,7 @@ def _sorts(rails: Sequence[Question]) -> Mapping[str, list[str]]:
     for one in rails:
         metric = one.metric
         scored = bool(metric.scorer) and metric.scorer not in UNWANTED and metric.kind == "share"
-        if scored or metric.kind in ("flip", "divergence"):
+        if scored or metric.kind in ("flip", "divergence", "law"):
             sorts.setdefault(_QUALITY, []).append(_key(one))
         elif metric.kind in ("time", "rate"):
             sorts.setdefault(_SPEED, []).append(_key(one))

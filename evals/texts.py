@@ -13,13 +13,14 @@ import numpy as np
 
 from evals.pairs import Pair
 from evals.questions import Question
-from evals.shares import Answer, negated
-from evals.stats.divergence import divergence
+from evals.shares import Answer, NotMeasured, negated
+from evals.stats.divergence import divergence, law_distance, same_law
 from evals.stats.estimate import Estimate
 from evals.stats.rates import cluster_rate
 from policies.hypothesis import Stats
 from telemetry import Observation
 
+SAME_LAW = "p_same_law"  # in the detail of a distance: of "both draw by the same law"
 SELDOM = 0.5  # of the margin: what the baseline does to itself is small beside it
 
 
@@ -75,6 +76,33 @@ def _rate(
 ) -> Estimate:
     values = np.array(differ, dtype=np.float64)
     return cluster_rate(values, [one.cluster for one in pairs], question.bound, stats.alpha)
+
+
+def law(question: Question, pairs: Sequence[Pair], stats: Stats) -> Answer:
+    """How far the laws are apart by which both arms draw an answer's first token, its prompt being
+    asked again and again (`design.repeats`) at a temperature above 0. A failure is a token, too.
+
+    Raises NotMeasured where nothing was asked twice, TooFewClusters.
+    """
+    draws: dict[str, tuple[list[int], list[int], str]] = {}
+    numbers: dict[object, int] = {}
+    for one in pairs:
+        left, right, _ = draws.setdefault(one.id, ([], [], one.cluster))
+        for drawn, seen in ((left, one.baseline), (right, one.candidate)):
+            drawn.append(numbers.setdefault(_first_token(seen), len(numbers)))
+    known = [one for one in draws.values() if len(one[0]) > 1]
+    if not known:
+        raise NotMeasured(question.metric.name)
+    lefts, rights, clusters = zip(*known, strict=True)
+    found = law_distance(lefts, rights, question.bound, stats.alpha, clusters)
+    same = same_law(lefts, rights, np.random.default_rng(stats.seed))
+    return Answer(replace(found, detail={**found.detail, SAME_LAW: same}))
+
+
+def _first_token(seen: Observation) -> object:
+    if not seen.ok:
+        return seen.outcome, "failed"
+    return seen.token_ids[0] if seen.token_ids else seen.text
 
 
 def differs(pair: Pair) -> bool:

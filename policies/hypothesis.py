@@ -19,7 +19,7 @@ from policies.quantities import Blocks, Duration, Pairs, Share
 NAME = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 METRIC = r"^[a-z][a-z0-9_]*(\.(p[0-9]{1,2}|mean))?$"
 # What each test is bounded by, if not by a margin.
-_BOUNDS = {"rate_max": "max", "mean_max": "max", "percentile_max": "within"}
+_BOUNDS = {"rate_max": "max", "mean_max": "max", "law_max": "max", "percentile_max": "within"}
 _Misfit = tuple[tuple[str | int, ...], str, object]
 
 
@@ -97,7 +97,14 @@ class Guardrail(Evidence):
     """What the candidate must not lose. All of them must be shown."""
 
     test: Literal[
-        "paired_ni", "rate_max", "mean_max", "percentile_max", "ratio_ni", "tost", "identical"
+        "paired_ni",
+        "rate_max",
+        "mean_max",
+        "percentile_max",
+        "ratio_ni",
+        "tost",
+        "identical",
+        "law_max",
     ] = Field(description="How it is shown: docs/statistics.md.")
     margin: Share | None = Field(
         None,
@@ -107,7 +114,10 @@ class Guardrail(Evidence):
         "share of the baseline for `ratio_ni` and `tost`.",
     )
     max: Share | None = Field(
-        None, gt=0, description="Largest rate or mean that is acceptable: `rate_max`, `mean_max`."
+        None,
+        gt=0,
+        description="Largest rate, mean or distance that is acceptable: `rate_max`, `mean_max`, "
+        "`law_max`.",
     )
     within: Duration | None = Field(
         None,

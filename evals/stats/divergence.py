@@ -117,6 +117,7 @@ def law_distance(
     candidate: Sequence[ArrayLike],
     maximum: float,
     alpha: float = 0.05,
+    clusters: Sequence[Hashable] | None = None,
 ) -> Estimate:
     """Mean squared distance between the laws of the next token, over prefixes, without the bias of
     few draws: how often two draws of one arm agree, less how often one of each does (the energy
@@ -126,7 +127,7 @@ def law_distance(
         _squared_distance(_counts(one, other))
         for one, other in zip(baseline, candidate, strict=True)
     ]
-    return mean_below(values, maximum, None, alpha)
+    return mean_below(values, maximum, clusters, alpha)
 
 
 def mean_below(
