@@ -6,7 +6,7 @@ WORKERS ?= auto
 # Benign on every platform: idle OpenMP threads sleep instead of spinning.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help setup serve stack test check bench screenshots clients clean
+.PHONY: help setup serve stack test check bench screenshots clients ray clean
 help:    ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
 
@@ -45,6 +45,10 @@ clients: setup .venv-clients/installed  ## inspect_ai and lm_eval against the re
 	test -x .venv-clients/bin/python || $(PYTHON) -m venv .venv-clients
 	.venv-clients/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	touch $@
+
+ray: setup  ## the fleet on a Ray cluster of three nodes, one of which dies; installs Ray
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ray]'
+	$(BIN)/python -m pytest tests/fleet -rA
 
 clean:   ## forget the environment and every cache
 	rm -rf .venv .venv-clients .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info

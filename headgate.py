@@ -68,7 +68,21 @@ def main() -> None:
 
 @main.command(short_help="Serve a policy: runtime workers and the gateway in front.")
 @click.argument("policy", type=_FILE, required=False)
-def serve(policy: Path | None) -> None:
+@click.option(
+    "--on",
+    "where",
+    type=click.Choice(["here", "ray"]),
+    default="here",
+    show_default=True,
+    help="Where replicas run: as processes of this machine, or on a Ray cluster (docs/fleet.md).",
+)
+@click.option(
+    "--ray-address",
+    envvar="RAY_ADDRESS",
+    default="auto",
+    help="The Ray cluster, host:port. Default: RAY_ADDRESS, else the one that runs here.",
+)
+def serve(policy: Path | None, where: str, ray_address: str) -> None:
     """Start runtime workers and gateway, keep them alive, and stop them in order.
 
     POLICY is a YAML file; without one the policy that ships serves the pocket model on
@@ -80,6 +94,7 @@ def serve(policy: Path | None) -> None:
     Examples:
       headgate serve
       HEADGATE_PORT=8081 headgate serve my-policy.yaml
+      headgate serve --on ray my-policy.yaml
 
     \b
     Exit codes:
@@ -93,7 +108,8 @@ def serve(policy: Path | None) -> None:
     from policies.load import PolicyError
 
     try:
-        raise SystemExit(run(_default(policy), Screen()))
+        ray = ray_address if where == "ray" else None
+        raise SystemExit(run(_default(policy), Screen(), ray))
     except PolicyError as error:
         _fail(str(error), 2)
     except StartError as error:

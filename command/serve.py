@@ -15,10 +15,13 @@ import socket
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from command.machine import PortError, address, bind, cores, free_ports, reserve
+from command.on_ray import OnRay, why_not
 from command.processes import Health, Program, package_environment
 from command.screen import Screen, columns
 from command.supervisor import Supervisor
@@ -64,6 +67,8 @@ class Plan:
     gateway_ports: tuple[int, ...] = ()  # of several gateway processes, each its own beside `port`
     held: socket.socket | None = None  # keeps `port` for them
     gated: Gated | None = None  # what of the policy's optimizations may be served
+    on_ray: OnRay | None = None  # where the workers run, if not here
+    fleet_port: int = 0
 
     @property
     def url(self) -> str:
@@ -86,7 +91,7 @@ def threads_of(runtime: Runtime, environ: Mapping[str, str] = os.environ) -> int
     return max(1, cores() // runtime.workers)
 
 
-def plan(policy: Path) -> Plan:
+def plan(policy: Path, on_ray: OnRay | None = None) -> Plan:
     """Checks all that can be checked before anything runs. Raises PolicyError or StartError."""
     found = gated(policy, load(policy), time.time())
     deployment = with_environment(found.deployment)
@@ -98,18 +103,21 @@ def plan(policy: Path) -> Plan:
     if runtime:
         resolve_adapters(policy, runtime)
         resolve_draft(policy, runtime)
-    if runtime and not all(map(importlib.util.find_spec, ("torch", "transformers"))):
+    if on_ray is not None and (why := why_not(deployment)):
+        raise StartError(why)
+    here = runtime if on_ray is None else None  # on Ray it is installed where it runs
+    if here and not all(map(importlib.util.find_spec, ("torch", "transformers"))):
         raise StartError(
             "the runtime needs torch and transformers, which are not installed: "
             "pip install 'headgate[runtime]'"
         )
     gateway = deployment.gateway
     several = gateway.processes if gateway.processes > 1 else 0
-    workers = runtime.workers if runtime else 0
+    workers = here.workers if here else 0
     try:
         front = (reserve if several else bind)(gateway.host, gateway.port)
         port = front.getsockname()[1]
-        private = free_ports(workers + several, _WORKER_HOST)
+        private = free_ports(workers + several + (on_ray is not None), _WORKER_HOST)
     except PortError as error:
         advice = f"free it or HEADGATE_PORT={_another(gateway.port)} headgate serve"
         raise StartError(f"{error}; {advice}") from None
@@ -121,10 +129,12 @@ def plan(policy: Path) -> Plan:
         model,
         port,
         tuple(private[:workers]),
-        threads_of(runtime) if runtime else 0,
-        tuple(private[workers:]),
+        threads_of(here) if here else 0,
+        tuple(private[workers : workers + several]),
         front if several else None,
         found,
+        on_ray,
+        private[-1] if on_ray else 0,
     )
 
 
@@ -133,36 +143,53 @@ def _another(port: int) -> int:
 
 
 def programs_of(plan: Plan) -> list[Program]:
-    """The workers, then the gateway processes in front of them."""
-    policy = str(plan.policy)
-    # -P: a folder `runtime` where the user happens to stand must not shadow ours.
-    python = (sys.executable, "-P", "-m")
+    """The workers, or what keeps them on Ray, then the gateway processes in front of them."""
     environment = _environment(plan.gated)
+    if plan.on_ray is None:
+        workers = _workers(plan, environment)
+        replicas = [part for worker in workers for part in ("--replica", worker.url)]
+        return [*workers, *_fronts(plan, environment, replicas)]
+    environment |= plan.on_ray.environment(plan.deployment)
+    fronts = _fronts(plan, environment, ["--fleet", str(plan.on_ray.book)])
+    urls = [front.url for front in fronts]
+    fleet = plan.on_ray.program(plan.policy, plan.deployment, plan.fleet_port, urls, environment)
+    return [fleet, *fronts]
+
+
+# -P: a folder `runtime` where the user happens to stand must not shadow ours.
+_PYTHON = (sys.executable, "-P", "-m")
+
+
+def _workers(plan: Plan, environment: dict[str, str]) -> list[Program]:
     for_workers = environment | {
         "OMP_NUM_THREADS": str(plan.threads),
         "OMP_WAIT_POLICY": "passive",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    workers = [
+    policy = str(plan.policy)
+    return [
         Program(
             f"worker {index}",
-            (*python, "runtime", policy, "--port", str(port), "--rank", str(index)),
+            (*_PYTHON, "runtime", policy, "--port", str(port), "--rank", str(index)),
             _WORKER_HOST,
             port,
             for_workers,
             grace_s=_STORE_S,
             refusal=_EXIT_REFUSED,
-            key=worker_key(plan.deployment.runtime),
             fact="blocks",
+            key=worker_key(plan.deployment.runtime),
         )
         for index, port in enumerate(plan.worker_ports)
     ]
-    replicas = [part for worker in workers for part in ("--replica", worker.url)]
+
+
+def _fronts(plan: Plan, environment: dict[str, str], replicas: list[str]) -> list[Program]:
+    """The gateway, or several on the one port."""
     gateway = plan.deployment.gateway
     front = Program(
         "gateway",
-        (*python, "gateway", policy, "--port", str(plan.port), *replicas),
+        (*_PYTHON, "gateway", str(plan.policy), "--port", str(plan.port), *replicas),
         gateway.host,
         plan.port,
         environment,
@@ -170,10 +197,8 @@ def programs_of(plan: Plan) -> list[Program]:
         _GRACE_S,
         fact="replicas",
     )
-    if not plan.gateway_ports:
-        return [*workers, front]
     # Each is asked for its health at a port of its own: the shared one leads to any of them.
-    fronts = [
+    return [
         replace(
             front,
             name=f"gateway {index}",
@@ -182,8 +207,7 @@ def programs_of(plan: Plan) -> list[Program]:
             port=port,
         )
         for index, port in enumerate(plan.gateway_ports)
-    ]
-    return [*workers, *fronts]
+    ] or [front]
 
 
 def _environment(found: Gated | None) -> dict[str, str]:
@@ -196,18 +220,26 @@ def _environment(found: Gated | None) -> dict[str, str]:
 # ---- what a person reads ------------------------------------------------------------------------
 
 
-def serve(policy: Path, screen: Screen) -> int:
-    """Serves until Ctrl-C; the exit code. Raises PolicyError or StartError before anything runs."""
-    todo = plan(policy)
-    programs = programs_of(todo)
-    supervisor = Supervisor(programs, screen, fronts=max(1, len(todo.gateway_ports)))
-    screen.say(*opening(todo, programs))
+def serve(policy: Path, screen: Screen, ray: str | None = None) -> int:
+    """Serves until Ctrl-C; the exit code. Raises PolicyError or StartError before anything runs.
 
-    def announce(took_s: float) -> None:
-        health = {child.program.name: child.health or {} for child in supervisor.children}
-        screen.say(*ready(todo, took_s, health))
+    `ray` is the address of a Ray cluster that the replicas run on.
+    """
+    with ExitStack() as folders:
+        on_ray = None
+        if ray is not None:
+            folder = folders.enter_context(TemporaryDirectory(prefix="headgate-"))
+            on_ray = OnRay(ray, Path(folder))
+        todo = plan(policy, on_ray)
+        programs = programs_of(todo)
+        supervisor = Supervisor(programs, screen, fronts=max(1, len(todo.gateway_ports)))
+        screen.say(*opening(todo, programs))
 
-    return asyncio.run(supervisor.run(announce))
+        def announce(took_s: float) -> None:
+            health = {child.program.name: child.health or {} for child in supervisor.children}
+            screen.say(*ready(todo, took_s, health))
+
+        return asyncio.run(supervisor.run(announce))
 
 
 def opening(plan: Plan, programs: list[Program]) -> list[str]:
@@ -219,7 +251,11 @@ def opening(plan: Plan, programs: list[Program]) -> list[str]:
     if runtime:
         model = f"{plan.served_name} from {_shortly(plan.model)}"
         what = f"{model}, {plan.threads} thread{'s' if plan.threads > 1 else ''}"
-        rows += [(worker.name, worker.url, what) for worker in programs[: runtime.workers]]
+        rows += [(one.name, one.url, what) for one in programs[: len(plan.worker_ports)]]
+        if plan.on_ray is not None:
+            fleet = plan.deployment.fleet
+            size = f"{fleet.replicas_min} to {fleet.replicas_max} replicas of {model}"
+            rows.append(("fleet", f"Ray at {plan.on_ray.address}", size))
     rows += [("upstream", upstream.url, "") for upstream in plan.deployment.upstreams]
     lines = [f"headgate {version()}", *columns(rows)]
     lines += columns(told_of(plan.gated)) if plan.gated else []

@@ -32,7 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(
         level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
-    origin = Origin(options.policy, options.replica, alone=options.private is None)
+    origin = Origin(
+        options.policy, options.replica, alone=options.private is None, fleet=options.fleet
+    )
     try:
         found = origin.gated()
         policy, replicas = origin.read(found)
@@ -94,6 +96,12 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
         default=[],
         metavar="URL",
         help="a worker of our own; repeatable",
+    )
+    parser.add_argument(
+        "--fleet",
+        type=Path,
+        metavar="FILE",
+        help="discovery file of workers of our own that come and go",
     )
     return parser.parse_args(arguments)
 

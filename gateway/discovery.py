@@ -16,7 +16,8 @@ from pathlib import Path
 
 from gateway.replica import Replica
 from policies.discovery import Discovery, Member
-from policies.load import PolicyError, load_members
+from policies.load import FLEET_KEY_ENV, PolicyError, load_members
+from runtime.wire import RUN_TOKEN_ENV
 
 log = logging.getLogger("headgate.gateway")
 
@@ -81,6 +82,8 @@ class Source:
 
     policy: Discovery
     api_key: str | None = field(default=None, repr=False)
+    run_token: str | None = field(default=None, repr=False)  # which our own fleet's workers know
+    own: bool = False
     replicas: dict[str, Replica] = field(default_factory=dict)
     error: str | None = None
     _place: File | Dns = field(init=False, repr=False)
@@ -108,7 +111,7 @@ class Source:
         for url, member in named.items():
             folder = Path(self.policy.tokenizer) if self.policy.tokenizer else None
             known = self.replicas.get(url)
-            replica = known or join(Replica(url, api_key=self.api_key, tokenizer=folder))
+            replica = known or join(self._replica(url, folder))
             replica.kind = self.policy.kind
             replica.weight = member.weight or self.policy.weight
             replica.draining = member.drain
@@ -118,6 +121,10 @@ class Source:
             if url not in named:
                 replica.draining = True
                 replica.gone = True
+
+    def _replica(self, url: str, folder: Path | None) -> Replica:
+        token = self.run_token
+        return Replica(url, self.own, self.api_key, token, tokenizer=folder)
 
     def prune(self) -> list[Replica]:
         """Those that are gone and have nothing under way any more."""
@@ -136,7 +143,11 @@ def sources_of(
     entries: tuple[Discovery, ...], environ: Mapping[str, str] = os.environ
 ) -> tuple[Source, ...]:
     """The policy's sources, each with its key. Raises KeyError for a key that is not set."""
-    return tuple(
-        Source(entry, environ[entry.api_key_env].strip() if entry.api_key_env else None)
-        for entry in entries
-    )
+    return tuple(_source(entry, environ) for entry in entries)
+
+
+def _source(entry: Discovery, environ: Mapping[str, str]) -> Source:
+    key = environ[entry.api_key_env].strip() if entry.api_key_env else None
+    if entry.api_key_env != FLEET_KEY_ENV:
+        return Source(entry, key)
+    return Source(entry, key, environ.get(RUN_TOKEN_ENV), own=True)

@@ -18,6 +18,8 @@ from runtime.wire import Problem
 
 OPEN_PATH = "/health"  # for what watches over the gateway; without a key it tells less
 
+FLEET_PATH = "/metrics"  # for our own fleet, which has a key of its own
+
 STEERED = ("/admin/", "/gate/")  # have a check of their own (gateway/admin.py)
 PAGE = "/console"  # has nothing of the gateway in it: what it shows, it asks of /admin/ with a key
 
@@ -56,6 +58,8 @@ def visitor(scope: Scope, edge: Edge) -> Known | None:
     except Problem:
         path = scope["path"]
         if path in (OPEN_PATH, PAGE) or path.startswith((*STEERED, f"{PAGE}/")):
+            return None
+        if scope["path"] == FLEET_PATH and edge.keys.is_fleet(scope["headers"]):
             return None
         raise
 

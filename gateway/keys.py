@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from gateway import problems
 from gateway.call import RawHeaders
+from policies.load import FLEET_KEY_ENV
 from policies.schema import Gateway, Tenant
 from policies.slo import key_hash
 from runtime.wire import RUN_TOKEN_ENV
@@ -38,6 +39,9 @@ class Keys:
     owners: Mapping[str, tuple[str, str]] = field(repr=False)  # hash -> name and the hash again
     tenants: Mapping[str, Known]
     compare: Callable[[str, str], bool] = field(default=hmac.compare_digest, repr=False)
+    fleet: str | None = field(
+        default=None, repr=False
+    )  # hash of the key that our own programs know
 
     @classmethod
     def of(cls, policy: Gateway, environ: Mapping[str, str] = os.environ) -> Keys:
@@ -47,12 +51,21 @@ class Keys:
             for name, tenant in policy.tenants.items()
             for digest in (*tenant.keys, *_given(tenant, environ))
         }
-        return cls(owners, {name: Known(name, rights) for name, rights in policy.tenants.items()})
+        tenants = {name: Known(name, rights) for name, rights in policy.tenants.items()}
+        key = environ.get(FLEET_KEY_ENV)
+        return cls(owners, tenants, fleet=key_hash(key) if key else None)
 
     @property
     def required(self) -> bool:
         """Whether a request needs a key."""
         return bool(self.tenants)
+
+    def is_fleet(self, headers: RawHeaders) -> bool:
+        """Whether it is our own fleet that asks (fleet/demand.py)."""
+        given = [value for name, value in headers if name == b"authorization"]
+        if self.fleet is None or len(given) != 1 or given[0][: len(SCHEME)].lower() != SCHEME:
+            return False
+        return self.compare(hashlib.sha256(given[0][len(SCHEME) :].strip()).hexdigest(), self.fleet)
 
     def tenant(self, headers: RawHeaders) -> Known:
         """Whose key the request bears. Raises Problem 401 for none, several, or a wrong one.

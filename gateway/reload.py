@@ -22,6 +22,7 @@ from gateway.edge import Edge, Live, build
 from gateway.replica import Replica, replicas_of
 from policies.enabling import Gated, gated, rows
 from policies.load import (
+    FLEET_KEY_ENV,
     PolicyError,
     key_problems,
     load,
@@ -32,11 +33,12 @@ from policies.load import (
     resolve_tokenizers,
     with_environment,
 )
-from policies.schema import Deployment, Gateway
+from policies.schema import Deployment, Discovery, Gateway
 
 log = logging.getLogger("headgate.gateway")
 
 LOOK_S = 1.0  # between looks at the file
+FLEET_LOOK_S = 0.5  # at the list of our own workers that come and go
 READY_S = 10.0  # for a first replica of the new policy to answer
 # Known to the supervisor, to the workers or to the listening socket, which go on as they began.
 FIXED = ("runtime", "gateway.host", "gateway.port", "gateway.processes", "gateway.store",
@@ -51,6 +53,7 @@ class Origin:
     workers: Sequence[str] = ()
     alone: bool = True  # one process on its port, whatever the policy says
     environ: Mapping[str, str] = field(default_factory=lambda: os.environ, repr=False)
+    fleet: Path | None = None  # where workers of our own that come and go are listed
 
     def gated(self, serving: Gated | None = None) -> Gated:
         """The file's policy, as far as it may be served beside what is. Raises PolicyError."""
@@ -67,8 +70,23 @@ class Origin:
             gateway = policy.gateway.model_copy(update={"processes": 1})
             policy = policy.model_copy(update={"gateway": gateway})
         policy = resolve_tokenizers(self.file, resolve_recording(self.file, policy))
-        tokenizer = own_tokenizer(self.file, policy) if self.workers else None
+        own = self.workers or self.fleet
+        tokenizer = own_tokenizer(self.file, policy) if own else None
+        if self.fleet is not None:
+            sources = (*policy.discovery, fleet_source(self.fleet, tokenizer))
+            policy = policy.model_copy(update={"discovery": sources})
         return policy, replicas_of(policy, self.workers, self.environ, tokenizer)
+
+
+def fleet_source(file: Path, tokenizer: Path | None) -> Discovery:
+    """Where workers of our own that come and go are found."""
+    return Discovery(
+        file=str(file.absolute()),
+        every_s=FLEET_LOOK_S,
+        kind="headgate",
+        api_key_env=FLEET_KEY_ENV,
+        tokenizer=str(tokenizer) if tokenizer else None,
+    )
 
 
 class Refused(Exception):

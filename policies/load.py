@@ -46,6 +46,8 @@ __all__ = [
 
 FILE_BYTES_MAX = 256 * 2**10
 PORT_VARIABLE = "HEADGATE_PORT"
+# `headgate serve --on ray` gives one to all it starts: for workers, where the policy names none.
+FLEET_KEY_ENV = "HEADGATE_FLEET_KEY"
 
 _Model = TypeVar("_Model", bound=BaseModel)
 _Path = tuple[str | int, ...]  # of a field
@@ -259,7 +261,7 @@ def key_problems(
 def worker_key(runtime: Runtime | None, environ: Mapping[str, str] = os.environ) -> str | None:
     """The key that workers ask for, where they do. Raises KeyError for one that is not set."""
     if runtime is None or runtime.key_env is None:
-        return None
+        return environ.get(FLEET_KEY_ENV)
     key = environ.get(runtime.key_env, "").strip()
     if not key:
         raise KeyError(runtime.key_env)

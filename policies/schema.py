@@ -25,6 +25,7 @@ from policies.engine import (
     Weights,
 )
 from policies.fields import PolicyModel, integer_one
+from policies.fleet import Fleet
 from policies.gating import Gate, Optimization
 from policies.slo import Tenant, Tier
 from policies.state import StateStore
@@ -65,6 +66,9 @@ class Deployment(PolicyModel):
         (), max_length=64, strict=False, description="Servers that come and go, and where to look."
     )
 
+    fleet: Fleet = Field(
+        Fleet(), description="Replicas of the runtime on a Ray cluster (`headgate serve --on ray`)."
+    )
     optimizations: tuple[Optimization, ...] = Field(
         (),
         max_length=64,

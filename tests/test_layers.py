@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 MAY_IMPORT = {
     "cache": set(),
     "command": {"policies", "runtime.wire"},
+    "fleet": {"command", "policies", "runtime.wire"},
     "evals": {"cache", "policies", "runtime.wire", "telemetry"},
     "gateway": {"cache", "policies", "runtime.wire", "telemetry"},
     "pocket": set(),
@@ -26,18 +27,20 @@ MAY_IMPORT = {
 }  # fmt: skip
 MODULES = {"headgate": {"command", "evals", "policies"}}
 PACKAGED = (
-    "cache", "command", "evals", "gateway", "policies", "runtime", "spec_decode", "telemetry",
+    "cache", "command", "evals", "fleet", "gateway", "policies", "runtime", "spec_decode",
+    "telemetry",
 )  # fmt: skip
 
 # heavy dependency -> its only importers
 IMPORTERS = {
     "llguidance": {"runtime/grammar.py", "runtime/lark.py"},
     "hiredis": {"cache/redis_lane.py"},
+    "ray": {"fleet/ray_cluster.py"},
     "ruamel": {"policies/yaml_tree.py"},
     "tokenizers": {"cache/tokens.py"},
     "jinja2": {"cache/sandbox.py", "cache/template.py", "cache/tokens.py"},
 }
-TORCH_FREE = ("cache", "command", "evals", "gateway", "policies", "telemetry")
+TORCH_FREE = ("cache", "command", "evals", "fleet", "gateway", "policies", "telemetry")
 HEAVY = ("torch", "transformers")
 VAGUE = {"utils", "util", "common", "core", "base", "misc", "helpers", "helper"}
 FILE_LINES = 300

@@ -8,13 +8,15 @@ import shlex
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from command.machine import PortError, bind, cores, free_ports, port_holder, reserve
+from command.on_ray import OnRay
 from command.serve import Plan, curl, opening, programs_of, ready, threads_of
-from policies.load import load
+from policies.load import FLEET_KEY_ENV, load, load_members
 from policies.model_folder import served_name
 from policies.schema import Runtime
 from runtime.__main__ import EXIT_REFUSED
@@ -138,6 +140,39 @@ def test_upstreams_alone_need_no_worker(tmp_path: Path) -> None:
     (front,) = programs_of(plan)
     assert "--replica" not in front.argv
     assert "  upstream  http://127.0.0.1:8000" in opening(plan, [front])
+
+
+def test_on_ray_a_program_keeps_the_replicas_and_the_gateways_read_its_list(tmp_path: Path) -> None:
+    """No worker is started here; all share a key for workers elsewhere, which no command shows."""
+    model_folder(tmp_path / "tiny")
+    plan = replace(
+        a_plan(tmp_path, TWO), worker_ports=(), on_ray=OnRay("head:6379", tmp_path), fleet_port=7009
+    )
+    fleet, front = programs_of(plan)
+    book = str(tmp_path / "replicas.yaml")
+    assert fleet.argv[3:] == (
+        "fleet", str(plan.policy), "--port", "7009", "--book", book, "--address", "head:6379",
+        "--gateway", "http://127.0.0.1:7000",
+    )  # fmt: skip
+    assert front.argv[-2:] == ("--fleet", book)
+    assert load_members(book).replicas == ()  # it is there before the first gateway looks
+    (key,) = {program.environment[FLEET_KEY_ENV] for program in (fleet, front)}
+    assert len(key) == 64
+    assert not any(key in word for word in (*fleet.argv, *front.argv))
+    assert any("1 to 4 replicas of tiny" in line for line in opening(plan, [fleet, front]))
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("upstreams: [{url: http://127.0.0.1:1}]", "nothing to run on Ray"),
+        ("runtime: {kv_events: {}}", "no gateway hears `runtime.kv_events`"),
+    ],
+)
+def test_what_ray_cannot_serve_is_told_at_once(tmp_path: Path, text: str, told: str) -> None:
+    done = headgate("serve", "--on", "ray", str(write(tmp_path, f"version: 1\n{text}\n")))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert told in done.stderr
 
 
 def test_what_runs_where_and_what_to_paste_are_printed(tmp_path: Path) -> None:

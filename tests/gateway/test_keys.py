@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import json
 import logging
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from gateway.keys import ANYONE, Keys, salt_secret
+from gateway.discovery import sources_of
+from gateway.doorway import visitor
+from gateway.keys import ANYONE, Keys, Known, salt_secret
+from gateway.reload import fleet_source
 from gateway.replica import Replica
-from policies.schema import Gateway, Tenant
+from policies.load import FLEET_KEY_ENV
+from policies.schema import Discovery, Gateway, Tenant
 from policies.slo import key_hash
-from runtime.wire import Problem
+from runtime.wire import RUN_TOKEN_ENV, Problem
 from tests.gateway.world import HELLO, gateway, on_loop, upstream
 
 ACME = {"authorization": "Bearer hg-acme"}
@@ -159,3 +165,34 @@ def test_salts_are_made_of_the_policys_secret_or_of_the_runs() -> None:
     run = {"HEADGATE_RUN_TOKEN": "t"}
     assert salt_secret(Gateway(), run) == salt_secret(Gateway(), run)
     assert salt_secret(Gateway(), {}) != salt_secret(Gateway(), {})
+
+
+def test_our_own_fleet_reads_metrics_with_its_key_and_nothing_else() -> None:
+    """It scales by them; its key opens no other path, and without a fleet there is none."""
+    policy = Gateway(host="0.0.0.0", tenants={"acme": Tenant(keys=("0" * 64,))})
+    fleet = Keys.of(policy, {FLEET_KEY_ENV: "sesame"})
+    edge: Any = SimpleNamespace(keys=fleet, settings=policy)
+    right = [(b"authorization", b"Bearer sesame")]
+
+    def asked(path: str, headers: list[tuple[bytes, bytes]]) -> Known | None:
+        return visitor({"path": path, "headers": headers}, edge)
+
+    assert asked("/metrics", right) is None
+    for path, headers in (
+        ("/metrics", []),
+        ("/metrics", [(b"authorization", b"Bearer sesam")]),
+        ("/metrics", [*right, *right]),
+        ("/v1/models", right),
+    ):
+        with pytest.raises(Problem):
+            asked(path, headers)
+    assert not Keys.of(policy, {}).is_fleet(right)
+
+
+def test_workers_of_our_own_fleet_must_prove_that_they_are(tmp_path: Path) -> None:
+    """They get its key and have to know its token; replicas of the policy's own lists need not."""
+    tokens = {FLEET_KEY_ENV: "sesame", RUN_TOKEN_ENV: "token", "KEY": "other"}
+    listed = Discovery(file="more.yaml", kind="headgate", api_key_env="KEY")
+    ours, theirs = sources_of((fleet_source(tmp_path / "r.yaml", None), listed), tokens)
+    assert (ours.own, ours.api_key, ours.run_token) == (True, "sesame", "token")
+    assert (theirs.own, theirs.api_key, theirs.run_token) == (False, "other", None)
