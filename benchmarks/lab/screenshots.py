@@ -162,7 +162,7 @@ async def overview(found: Browser, url: str, width: int, *, dark: bool) -> None:
 async def others(found: Browser, url: str) -> None:
     """One request, and the playground."""
     page = await found.page()
-    await page.size(1440, 900)
+    await page.size(1440, 620)
     await page.open(f"{url}/console#requests")
     await page.until("document.querySelectorAll('.latest tbody tr').length >= 8")
     await page.value("document.querySelector('.latest tbody a').click()")
@@ -170,8 +170,13 @@ async def others(found: Browser, url: str) -> None:
     await shot(page, "console-request")
     await page.value("location.hash = 'playground'")
     await page.until("document.querySelector('#ask-model option')")
-    prompt = json.dumps("Order HC-20417 is packed. Repeat: Order HC-20417 is packed.")
-    await page.value(f"document.querySelector('#ask-prompt').value = {prompt}")
+    rows = [json.loads(line) for line in SUITE.read_text().splitlines()]
+    texts = [row for row in rows if row["form"] == "text"]
+    longest = max(texts, key=lambda row: len(str(row["expected"])))
+    for message in longest["messages"]:
+        field = "#ask-system" if message["role"] == "system" else "#ask-prompt"
+        said = json.dumps(message["content"])
+        await page.value(f"document.querySelector('{field}').value = {said}")
     await page.value("document.querySelector('.asking form').requestSubmit()")
     await page.until("document.querySelector('.said').ariaBusy === 'false'")
     await shot(page, "console-playground")

@@ -113,6 +113,7 @@ export function meter(label) {
     node,
     update(share, tone, said) {
       const known = share !== null && share !== undefined && Number.isFinite(share);
+      show(node, known);
       bar.style.width = `${known ? 100 * Math.min(1, Math.max(0, share)) : 0}%`;
       put(node, "data-tone", tone);
       put(node, "aria-label", `${label}: ${said}`);

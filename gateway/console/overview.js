@@ -235,7 +235,8 @@ function ladder() {
         say(row.value, `${percent(part)}`);
         row.bar.update(part, row.name === "delivered" ? "ok" : null, percent(part));
         const gone = row.cause ? share(found[row.cause], found.prompt) : null;
-        say(row.lost, !found.prompt ? "" : row.cause ? `− ${percent(gone)}: ${row.why}` : `${count(found.prompt)} tokens`);
+        const more = row.name === "delivered" && found.unforeseen ? `, + ${percent(share(found.unforeseen, found.prompt))}: more than was known` : "";
+        say(row.lost, !found.prompt ? "" : row.cause ? `− ${percent(gone)}: ${row.why}${more}` : `${count(found.prompt)} tokens`);
       }
     },
   };

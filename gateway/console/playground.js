@@ -1,7 +1,7 @@
 // One request by hand: its stream as it comes, which of its tokens a draft had guessed, what it took.
 
-import { h, meter, panel, put, say, show } from "./dom.js";
-import { count, percent, rate, seconds, share } from "./format.js";
+import { h, panel, put, say, show } from "./dom.js";
+import { NONE, count, rate, seconds } from "./format.js";
 
 const CHAT = "v1/chat/completions";
 const KEY = "headgate.tenant"; // the key of a tenant, where the policy has some; of this tab alone
@@ -127,8 +127,7 @@ function output() {
   const values = Object.fromEntries(FACTS.map((name) => [name, h("dd")]));
   const facts = h("dl", { class: "facts" }, FACTS.map((name) => h("div", {}, h("dt", {}, name), values[name])));
   const link = h("a");
-  const guessed = meter("tokens that a draft had guessed");
-  const key = h("p", { class: "marks sub" }, h("mark", { class: "guess" }, "marked"), " tokens were guessed by a draft, and found right by the model; ", guessed.node);
+  const key = h("p", { class: "sub" }, h("mark", { class: "guess" }, "Marked"), " tokens were guessed by a draft, and found right by the model.");
   const node = h("div", {}, empty, text, failed, facts, key, h("p", {}, link));
   for (const one of [text, failed, facts, key]) show(one, false);
   let at;
@@ -137,11 +136,10 @@ function output() {
     say(values["First token"], seconds(at.first));
     say(values.Tokens, count(at.usage?.completion_tokens ?? at.tokens));
     const tokens = at.usage?.completion_tokens ?? at.tokens;
-    say(values["Tokens a second"], tokens > 1 && at.last > at.first ? rate((tokens - 1) / (at.last - at.first)) : "–");
+    say(values["Tokens a second"], tokens > 1 && at.last > at.first ? rate((tokens - 1) / (at.last - at.first)) : NONE);
     say(values["Guessed right"], at.marked ? `${count(at.guessed)} of ${count(tokens)}` : "not told");
     const prompt = at.usage?.prompt_tokens;
-    say(values.Cached, at.usage ? `${count(at.usage.prompt_tokens_details?.cached_tokens)} of ${count(prompt)}` : "–");
-    guessed.update(share(at.guessed, tokens), "ok", percent(share(at.guessed, tokens)));
+    say(values.Cached, at.usage ? `${count(at.usage.prompt_tokens_details?.cached_tokens)} of ${count(prompt)}` : NONE);
     show(key, at.marked);
   };
   return {
@@ -156,7 +154,7 @@ function output() {
       draw();
     },
     head(headers) {
-      say(values["Tier"], headers.get("x-headgate-tier") || "–");
+      say(values["Tier"], headers.get("x-headgate-tier") || NONE);
       const id = headers.get("x-headgate-receipt");
       if (!id) return;
       link.href = `#request/${encodeURIComponent(id)}`;

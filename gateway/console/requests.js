@@ -143,7 +143,7 @@ function drawReceipt(found) {
   fact("Prompt tokens", `${count(found.told_prompt_tokens ?? found.prompt_tokens)}${found.exact ? "" : ", by bytes"}`);
   fact("First token, from there", seconds(found.ttft_s));
   fact("Foreseen", seconds(found.foreseen_ttft_s));
-  fact("Predictions there are off by", times(found.error_factor));
+  fact("Foreseen there, off by", times(found.error_factor));
   fact("Attempts", found.attempts.map((one) => `${address(one.url)} ${one.outcome}`).join(", ") || NONE);
   made.node.append(facts, ...(found.foreseen ? [cachedOf(found)] : []), ...found.decisions.map(decision));
   return made.node;

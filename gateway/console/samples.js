@@ -16,10 +16,14 @@ export class Samples {
   }
 
   add(process, samples) {
-    // One of several processes behind one port has totals of its own: its past replaces ours. One
-    // that was started anew goes on behind it, with a gap.
-    if (process.id !== this.process && process.of > 1) this.list = [];
+    // Another of several processes behind one port has totals of its own: all of its past is asked
+    // for next, in place of ours. One that was started anew goes on behind ours, with a gap.
+    const another = this.process !== null && process.id !== this.process;
     this.process = process.id;
+    if (another && process.of > 1) {
+      this.list = [];
+      return;
+    }
     const since = this.since;
     this.list.push(...samples.filter((one) => one.at > since));
     const oldest = this.since - SPAN_S;

@@ -40,6 +40,26 @@ REACHABLE = """
 [...document.querySelectorAll('a[href], button, input, select, textarea, summary, [tabindex="0"]')]
 .filter((one) => one.checkVisibility() && !one.disabled).map((one, at) => (one.dataset.at = at))
 """
+# Texts whose contrast is below what WCAG asks for at level AA, by their colours as drawn.
+PALE = """
+(() => {
+  const parts = (text) => text.match(/[\\d.]+/g).map(Number);
+  const light = (text) => parts(text).slice(0, 3).map((one) => one / 255)
+    .map((one) => (one <= 0.04045 ? one / 12.92 : ((one + 0.055) / 1.055) ** 2.4))
+    .reduce((sum, one, at) => sum + one * [0.2126, 0.7152, 0.0722][at], 0);
+  const ground = (node) => {
+    const own = node && getComputedStyle(node).backgroundColor;
+    return !node ? 'rgb(255, 255, 255)' : parts(own)[3] === 0 ? ground(node.parentElement) : own;
+  };
+  return [...document.querySelectorAll('body *')].filter((one) => one.checkVisibility()
+    && [...one.childNodes].some((part) => part.nodeType === 3 && part.data.trim()))
+    .map((one) => {
+      const [a, b] = [light(getComputedStyle(one).color), light(ground(one))];
+      const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+      return ratio < 4.5 ? `${one.className} ${one.innerText.slice(0, 20)} ${ratio}` : '';
+    }).filter(Boolean);
+})()
+"""
 FOCUSED = "document.activeElement.dataset.at"
 
 
@@ -190,6 +210,9 @@ async def test_the_keyboard_reaches_everything_and_nothing_is_wider_than_a_phone
             wide = "document.documentElement.scrollWidth"
             assert await page.value(wide) <= 390, (view, await page.value(wide))
             assert await page.value("document.querySelectorAll('img').length") == 0
+            for dark in (True, False):
+                await page.size(390, 800, dark=dark)
+                assert await page.value(PALE) == [], (view, dark)
             assert await page.value("document.title.endsWith('Headgate')")
             await page.value("document.activeElement.blur()")
             wanted = set(map(str, await page.value(REACHABLE)))
