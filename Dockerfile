@@ -23,7 +23,7 @@ COPY deploy/requirements.py deploy/
 
 # Packages first: they change seldom, and the source often.
 FROM source AS gateway-packages
-ARG EXTRAS="gateway otel"
+ARG EXTRAS="gateway"
 RUN python deploy/requirements.py ${EXTRAS} > requirements.txt \
  && pip install -c constraints.txt -r requirements.txt
 COPY . .
@@ -31,7 +31,7 @@ RUN pip install --no-deps .
 
 # torch as pip finds it has CUDA on x86-64. TORCH_INDEX: an index with the build that you want instead.
 FROM source AS runtime-packages
-ARG EXTRAS="runtime otel"
+ARG EXTRAS="runtime"
 ARG TORCH_INDEX=""
 RUN if [ -n "${TORCH_INDEX}" ]; then pip install -c constraints.txt --index-url "${TORCH_INDEX}" torch; fi \
  && python deploy/requirements.py ${EXTRAS} > requirements.txt \

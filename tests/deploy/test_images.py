@@ -86,6 +86,27 @@ def test_what_the_builder_copies_is_there_and_is_let_in() -> None:
         assert (ROOT / name).exists(), name
 
 
+def test_files_beside_the_source_are_installed_too() -> None:
+    """Images have what a wheel has: a page, a policy or a weight that `package-data` does not name
+    is there in a checkout and nowhere else."""
+    told = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    packages = {name: ROOT / name.replace(".", "/") for name in told["packages"]}
+    named = {
+        file
+        for name, patterns in told["package-data"].items()
+        for pattern in patterns
+        for file in packages[name].glob(pattern)
+    }
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", *map(str, packages.values())],
+        cwd=ROOT, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    if listed.returncode:
+        pytest.skip("not a checkout of git: what belongs to the source cannot be told")
+    tracked = {ROOT / name for name in listed.stdout.split("\0") if name and name[-3:] != ".py"}
+    assert not sorted(str(file.relative_to(ROOT)) for file in tracked - named)
+
+
 def test_the_gateway_image_has_no_torch_and_the_runtime_image_has() -> None:
     light, heavy = (closure(requirements(extras(one))) for one in ("gateway", "runtime"))
     assert not light & {"torch", "transformers", "scipy"}
