@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from gateway.histogram import DURATION_S, FIRST_TOKEN_S, GAP_S, TOKEN_S, Histogram
-from gateway.token_ledger import INVARIANTS, STAGES, violated
+from gateway.token_ledger import INVARIANTS, STAGES, enter, violated
 
 if TYPE_CHECKING:
     from gateway.account import Account
@@ -88,8 +88,7 @@ class Meters:
         """Its line in the token ledger, checked."""
         entry = account.entry()
         self.checked += 1
-        for stage, tokens in entry.stages().items():
-            self.stages[stage] += tokens
+        enter(self.stages, entry)
         if wrong := violated(entry):
             for name in wrong:
                 self.violations[name] += 1

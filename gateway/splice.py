@@ -144,3 +144,6 @@ def _count_once(usage: dict[str, Any], said_tokens: int) -> None:
     if type(prompt) is int and type(answer) is int:
         moved = min(said_tokens, prompt)
         usage["prompt_tokens"], usage["completion_tokens"] = prompt - moved, answer + moved
+        details = usage.get("prompt_tokens_details")
+        if isinstance(details, dict) and type(cached := details.get("cached_tokens")) is int:
+            details["cached_tokens"] = min(cached, prompt - moved)  # of the prompt, no more

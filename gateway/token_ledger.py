@@ -7,17 +7,21 @@ has told is None, and nothing is demanded of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 STAGES = (
     "received", "trimmed", "templated", "cached", "prefilled", "drafted", "accepted", "emitted",
     "billed",
 )  # fmt: skip
+# What has to hold of every request.
+INVARIANTS = (
+    "trimmed_within_received", "templated_as_counted", "cached_within_templated",
+    "accepted_within_emitted", "emitted_as_streamed", "emitted_within_allowed", "billed_is_sum",
+    "charged_is_sum",
+)  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """One request's counts, in tokens."""
 
     received: int | None = None  # of the prompt as the client sent it
@@ -46,37 +50,39 @@ class Entry:
             return None
         return self.accepted + self.rejected
 
-    def stages(self) -> Mapping[str, int]:
-        """The counts that are known, by stage."""
-        found = {name: getattr(self, name) for name in STAGES}
-        return {name: count for name, count in found.items() if count is not None}
+
+def enter(totals: dict[str, int], e: Entry) -> None:
+    """Adds the counts that are known, by stage."""
+    for name, count in (
+        ("received", e.received), ("trimmed", e.trimmed), ("templated", e.templated),
+        ("cached", e.cached), ("prefilled", e.prefilled), ("drafted", e.drafted),
+        ("accepted", e.accepted), ("emitted", e.emitted), ("billed", e.billed),
+    ):  # fmt: skip
+        if count:
+            totals[name] += count
 
 
-def _sum(one: int | None, other: int | None) -> int | None:
-    return None if one is None or other is None else one + other
+def violated(e: Entry) -> list[str]:
+    """The invariants that do not hold of it, by name."""
+    whole = None if e.templated is None or e.emitted is None else e.templated + e.emitted
+    held = (
+        _within(e.trimmed, e.received),
+        _same(e.templated, e.counted),
+        _within(e.cached, e.templated),
+        _within(e.accepted, e.emitted),
+        _same(e.emitted, e.streamed),
+        _within(e.emitted, e.allowed),
+        _same(e.billed, whole),
+        _same(e.charged, whole),
+    )
+    if all(held):
+        return []
+    return [name for name, holds in zip(INVARIANTS, held, strict=True) if not holds]
 
 
 def _same(one: int | None, other: int | None) -> bool:
-    return one is None or other is None or one == other
+    return one == other or one is None or other is None
 
 
 def _within(part: int | None, whole: int | None) -> bool:
     return part is None or whole is None or 0 <= part <= whole
-
-
-# By name: what holds of every request.
-INVARIANTS: Mapping[str, Callable[[Entry], bool]] = {
-    "trimmed_within_received": lambda e: _within(e.trimmed, e.received),
-    "templated_as_counted": lambda e: _same(e.templated, e.counted),
-    "cached_within_templated": lambda e: _within(e.cached, e.templated),
-    "accepted_within_emitted": lambda e: _within(e.accepted, e.emitted),
-    "emitted_as_streamed": lambda e: _same(e.emitted, e.streamed),
-    "emitted_within_allowed": lambda e: _within(e.emitted, e.allowed),
-    "billed_is_sum": lambda e: _same(e.billed, _sum(e.templated, e.emitted)),
-    "charged_is_sum": lambda e: _same(e.charged, _sum(e.templated, e.emitted)),
-}
-
-
-def violated(entry: Entry) -> tuple[str, ...]:
-    """The invariants that do not hold of it, by name."""
-    return tuple(name for name, holds in INVARIANTS.items() if not holds(entry))

@@ -8,10 +8,7 @@ from dataclasses import dataclass
 
 # Inside a JSON string every quote is escaped, so that no answer's text looks like this.
 _USAGE = re.compile(rb'"usage"\s*:\s*\{')
-_COUNT = re.compile(
-    rb'"(prompt_tokens|completion_tokens|total_tokens|cached_tokens|accepted_prediction_tokens'
-    rb'|rejected_prediction_tokens)"\s*:\s*([0-9]{1,12})'
-)
+_COUNT = re.compile(rb'"([a-z_]{1,40}_tokens)"\s*:\s*([0-9]{1,12})')
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,15 +31,18 @@ def usage_of(pieces: Iterable[bytes]) -> Usage | None:
         at = text.rfind(b'"usage"', 0, at)
     if at < 0:
         return None
-    counts = {name: int(value) for name, value in _COUNT.findall(text, at)}
+    counts = dict(_COUNT.findall(text, at))
     if b"prompt_tokens" not in counts:
         return None
-    answer = counts.get(b"completion_tokens", 0)
+
+    def count(name: bytes) -> int | None:
+        return int(counts[name]) if name in counts else None
+
     return Usage(
-        counts[b"prompt_tokens"],
-        answer,
-        counts.get(b"cached_tokens"),
-        counts.get(b"total_tokens"),
-        counts.get(b"accepted_prediction_tokens"),
-        counts.get(b"rejected_prediction_tokens"),
+        int(counts[b"prompt_tokens"]),
+        count(b"completion_tokens") or 0,
+        count(b"cached_tokens"),
+        count(b"total_tokens"),
+        count(b"accepted_prediction_tokens"),
+        count(b"rejected_prediction_tokens"),
     )

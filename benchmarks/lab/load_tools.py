@@ -51,7 +51,7 @@ def installed(tool: str) -> bool:
 
 def guidellm(url: str, load: Load, folder: Path) -> Times:
     out = folder / "guidellm.json"
-    _run(
+    run(
         "guidellm", folder, "run",
         "--backend", f"kind=openai_http,target={url},model={MODEL}",
         "--profile", f"kind=concurrent,streams={load.at_once}",
@@ -71,7 +71,7 @@ def guidellm(url: str, load: Load, folder: Path) -> Times:
 
 def aiperf(url: str, load: Load, folder: Path) -> Times:
     out = folder / "aiperf"
-    _run(
+    run(
         "aiperf", folder, "profile", "--model", MODEL, "--url", url,
         "--endpoint-type", "chat", "--streaming", "--tokenizer", "local/tok",
         "--request-count", str(load.requests), "--concurrency", str(load.at_once),
@@ -79,7 +79,7 @@ def aiperf(url: str, load: Load, folder: Path) -> Times:
         "--output-tokens-mean", str(load.answer_tokens), "--output-tokens-stddev", "0",
         "--use-server-token-count", "--random-seed", "7",
         "--artifact-dir", str(out), "--ui", "none",
-        hub=_hub(folder),
+        hub=hub(folder),
     )  # fmt: skip
     told = json.loads((out / "profile_export_aiperf.json").read_text("utf-8"))
     return Times(
@@ -95,7 +95,7 @@ TIMERS: dict[str, Callable[[str, Load, Path], Times]] = {"guidellm": guidellm, "
 def guidellm_replay(url: str, recorded: Path, requests: int, folder: Path) -> None:
     """Plays a recorded file as it is."""
     data = {"kind": "otel", "source": {"kind": "json_file", "path": str(recorded)}}
-    _run(
+    run(
         "guidellm", folder, "run",
         "--backend", f"kind=openai_http,target={url},model={MODEL}",
         "--profile", "kind=replay", "--data", json.dumps(data),
@@ -131,7 +131,7 @@ def inference_perf_replay(url: str, recorded: Path, _requests: int, folder: Path
         ),
         encoding="utf-8",
     )
-    _run("inference-perf", folder, "--config_file", str(config))
+    run("inference-perf", folder, "--config_file", str(config))
 
 
 REPLAYERS: dict[str, Callable[[str, Path, int, Path], None]] = {
@@ -140,7 +140,7 @@ REPLAYERS: dict[str, Callable[[str, Path, int, Path], None]] = {
 }
 
 
-def _hub(folder: Path) -> Path:
+def hub(folder: Path) -> Path:
     """A cache of a hub that has the tokenizer: aiperf takes no folder for one."""
     model = folder / "hub" / "models--local--tok"
     snapshot = model / "snapshots" / _COMMIT
@@ -152,7 +152,8 @@ def _hub(folder: Path) -> Path:
     return folder
 
 
-def _run(tool: str, folder: Path, *arguments: str, hub: Path | None = None) -> None:
+def run(tool: str, folder: Path, *arguments: str, hub: Path | None = None) -> None:
+    """To its end, with what it writes in `folder`. Raises MeasurementFailed where it fails."""
     command: Sequence[str] = (str(peers_home() / tool / "bin" / tool), *arguments)
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "tables")}
     if hub is not None:

@@ -28,6 +28,7 @@ BODY_TIMEOUT_S = 1.5
 PROBE = httpx.Client(timeout=10)  # one for all: a client's making costs more than its request
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
+VIOLATIONS = "headgate_token_ledger_violations_total{"
 POLICY = f"""\
 version: 1
 gateway:
@@ -106,7 +107,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="session")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    """Started once; at the end both must stop by themselves, with every block back, quietly."""
+    """Started once; at the end both must stop by themselves, with every block back, quietly, and
+    the tokens of whatever tests asked for must add up."""
     folder = tmp_path_factory.mktemp("stack")
     policy = folder / "policy.yaml"
     front, back = free_ports(2)
@@ -120,6 +122,14 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
             until(lambda: ready(one), START_S, lambda: one.log.read_text())  # noqa: B023
         yield Stack(gateway, worker, stop.enter_context(httpx.Client(timeout=60)), collector)
         assert_idle(worker)
+        assert miscounts(gateway) == miscounts(worker) == {}
+
+
+def miscounts(one: Program) -> dict[str, float]:
+    """Requests whose tokens do not add up, by what does not hold."""
+    lines = PROBE.get(f"{one.url}/metrics").text.splitlines()
+    counts = (line.rsplit(" ", 1) for line in lines if line.startswith(VIOLATIONS))
+    return {series: float(count) for series, count in counts if float(count)}
 
 
 @contextlib.contextmanager

@@ -189,3 +189,19 @@ def test_an_answer_that_ends_before_it_is_level_has_diverged() -> None:
     splice.chunk(json.loads(Engine("b").chunk({"content": "The "})[6:]))
     with pytest.raises(Diverged, match="earlier"):
         splice.chunk(json.loads(Engine("b").chunk({}, finish_reason="stop")[6:]))
+
+
+def test_what_was_said_counts_as_answer_alone() -> None:
+    """A replica that went on by the text has read what was said as prompt, and perhaps had it
+    cached: it is no prompt to the client, and no more of that is cached than it has."""
+    splice = Splice(said("The ", "quick "), Way.TEXT)
+    usage = {"prompt_tokens": 11, "completion_tokens": 6, "total_tokens": 17}
+    cached = {"prompt_tokens_details": {"cached_tokens": 10}}
+    told = splice.chunk({"choices": [], "usage": usage | cached})
+    assert told is not None
+    assert told["usage"] == {
+        "prompt_tokens": 9,
+        "completion_tokens": 8,
+        "total_tokens": 17,
+        "prompt_tokens_details": {"cached_tokens": 9},
+    }
