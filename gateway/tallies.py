@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 # Where the time of requests goes (gateway/phases.py), in the order in which they pass.
@@ -23,6 +24,12 @@ class Tally:
     in_pace: int = 0  # answers whose tokens came within their target
     slow: int = 0
     phase_s: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+
+    def spend(self, seconds: Iterable[float]) -> None:
+        """One request's, in the order of PHASES."""
+        spent = self.phase_s
+        for name, s in zip(PHASES, seconds, strict=True):
+            spent[name] += s
 
 
 @dataclass(slots=True)

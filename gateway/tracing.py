@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from typing import Literal
 
 from gateway.call import ClientGone, RawHeaders
-from gateway.phases import phases
+from gateway.phases import spent
 from gateway.replica import Replica
 from gateway.reply import Reply
 from gateway.spans import spans_of
 from gateway.tallies import Tallies
+from gateway.tiers import Service
 from gateway.trace_ring import Ring
 from gateway.trail import Trail, now
 from policies.tracing import Always, Tracing
@@ -86,12 +88,11 @@ class Tracer:
         trail.spoke = reply.pulse.first_at
         trail.error = error_of(error, reply.status) or _failure(trail)
         if trail.service is not None:
-            spent = tallies.of(trail.service.tier).phase_s
-            for name, s in phases(trail).items():
-                spent[name] += s
+            tallies.of(trail.service.tier).spend(spent(trail))
         if not self.on:
             return
-        trail.keep = next((why for why in self.settings.always if self._is(trail, why)), "")
+        trail.close()
+        trail.keep = self._worth(trail)
         self.ring.keep(trail)
         if self.exporter is None or not (trail.keep or trail.flags & SAMPLED):
             return
@@ -101,22 +102,26 @@ class Tracer:
             task.add_done_callback(self._asking.discard)
         self.exporter.put(lambda: spans_of(trail))
 
-    def _is(self, trail: Trail, why: Always) -> bool:
-        """Whether its trace is wanted for this."""
-        if why == "canary":
-            return trail.arm not in ("", "baseline")
-        if why == "error":
-            return trail.status >= 500 or (trail.error not in ("", LEAVES) and trail.status == 200)
-        if why == "slow":
-            return trail.e2e_s > self.settings.slow_s
-        service = trail.service
-        if service is None:
-            return False
-        ttft_s, tpot_s = trail.ttft_s, trail.tpot_s
-        return (service.ttft_ms is not None and ttft_s is not None
-                and 1000 * ttft_s > service.ttft_ms) or (
-                service.tpot_ms is not None and tpot_s is not None
-                and 1000 * tpot_s > service.tpot_ms)  # fmt: skip
+    def _worth(self, trail: Trail) -> Always | Literal[""]:
+        """Why its trace is wanted whether it was sampled or not."""
+        settings, service = self.settings, trail.service
+        always = settings.always
+        if trail.arm and trail.arm != "baseline" and "canary" in always:
+            return "canary"
+        failed = trail.status >= 500 or (trail.error and trail.error != LEAVES)
+        if failed and not 400 <= trail.status < 500 and "error" in always:
+            return "error"
+        if service is not None and "late" in always and _late(trail, service):
+            return "late"
+        return "slow" if trail.e2e_s > settings.slow_s and "slow" in always else ""
+
+
+def _late(trail: Trail, service: Service) -> bool:
+    """Whether it missed a target of its tier."""
+    ttft_s, tpot_s = trail.ttft_s, trail.tpot_s
+    if ttft_s is not None and service.ttft_ms is not None and 1000 * ttft_s > service.ttft_ms:
+        return True
+    return tpot_s is not None and service.tpot_ms is not None and 1000 * tpot_s > service.tpot_ms
 
 
 async def _want(trail: Trail, ask: Ask) -> None:

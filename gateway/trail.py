@@ -82,7 +82,7 @@ class Interval:
 
     @property
     def s(self) -> float:
-        return max(0.0, self.ended - self.began)
+        return self.ended - self.began
 
 
 class Trail:
@@ -108,7 +108,7 @@ class Trail:
         self.model = ""
         self.tenant = ""
         self.stream = False
-        self.asked: Mapping[str, Any] = {}  # what the body says of how to answer; no text
+        self.asked: Mapping[str, Any] = {}  # what the body says
         self.service: Service | None = None
         self.arm = ""
         self.trim = Interval()
@@ -135,9 +135,13 @@ class Trail:
         self.model = call.model
         self.stream = call.stream
         self.tenant = tenant
-        data = call.data
-        self.asked = {name: data[name] for name in REQUEST if name in data}
+        self.asked = call.data
         self.tracestate = call.headers.get("tracestate", "")
+
+    def close(self) -> None:
+        """It is over; nothing is kept of what was asked but how to answer: no text."""
+        asked = self.asked
+        self.asked = {name: asked[name] for name in REQUEST if name in asked}
 
     def hop(self, replica: Replica, receipt: Receipt) -> Hop:
         """It is being sent there."""
@@ -162,7 +166,10 @@ class Trail:
     @property
     def answered(self) -> Hop | None:
         """The first attempt that had an answer; later ones go on with it."""
-        return next((hop for hop in self.hops if hop.first is not None), None)
+        for hop in self.hops:
+            if hop.first is not None:
+                return hop
+        return None
 
     @property
     def ttft_s(self) -> float | None:
