@@ -194,7 +194,8 @@ def _line(values: Sequence[Cell], name: Markup, row: Row | None) -> Markup:
         )
         for cell, heading in zip(values[1:-1], HEADINGS[1:-1], strict=True)
     ]
-    last = tag("td", _verdict(row), data_name=HEADINGS[-1])
+    empty = "none" if row is None else None
+    last = tag("td", _verdict(row), data_name=HEADINGS[-1], class_=empty)
     return tag("tr", first, *middle, last)
 
 
