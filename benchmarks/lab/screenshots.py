@@ -193,7 +193,7 @@ def smaller(file: Path) -> None:
     """With a palette, by pngquant where it is installed: a third of the bytes."""
     if program := shutil.which("pngquant"):
         subprocess.run(
-            [program, "--force", "--skip-if-larger", "--output", str(file), "64", str(file)],
+            [program, "--force", "--skip-if-larger", "--output", str(file), "256", str(file)],
             check=False,
         )
 

@@ -30,7 +30,8 @@ function turn(moved) {
     kept.set(key, make(decodeURIComponent(rest.join("/"))));
   }
   state.view = kept.get(key);
-  byId("main").replaceChildren(state.view.node);
+  // Before anything is known nothing is said of it.
+  byId("main").replaceChildren(state.told ? state.view.node : h("p", { class: "empty" }, "Nothing is known yet."));
   const shown = name === "request" ? "requests" : VIEWS[name] ? name : "overview";
   for (const link of document.querySelectorAll("nav a")) put(link, "aria-current", link.dataset.view === shown ? "page" : null);
   document.title = `${shown[0].toUpperCase()}${shown.slice(1)} · Headgate`;
@@ -63,7 +64,9 @@ function heard(told) {
   const back = state.process !== null && state.process !== told.process.id;
   state.process = told.process.id;
   samples.add(told.process, told.samples);
+  const first = state.told === null;
   state.told = told;
+  if (first) turn(false);
   state.seenAt = Date.now();
   const ready = told.replicas.filter((one) => one.state === "ready").length;
   const all = told.replicas.length;
