@@ -18,7 +18,9 @@ import aiohttp
 import orjson
 from aiohttp import web
 
-PASSED = ("authorization", "content-type", "x-headgate-token-ids", "x-request-id")
+from runtime.wire import TOKEN_IDS_HEADER
+
+PASSED = ("authorization", "content-type", TOKEN_IDS_HEADER, "x-request-id")
 BEFORE = ("reset", "500", "503")  # any answer has begun
 WITHIN = ("cut", "garbled", "stalled")  # a stream
 STALL_S = 30.0  # longer than any gateway waits here
@@ -106,6 +108,9 @@ class Faulty:
         fault: str,
     ) -> None:  # fmt: skip
         after = self.rng.randrange(12) if fault else -1
+        # Where the stream does not tell its tokens, nobody can know that the usage does not either.
+        told = TOKEN_IDS_HEADER in request.headers
+        names = [name for name in sorted(MISCOUNTS) if told or name != "emitted_as_streamed"]
         events = 0
         held = b""
         async for data in answer.content.iter_any():
@@ -116,15 +121,15 @@ class Faulty:
                     await _break(request, out, fault)
                     return
                 events += 1
-                await out.write(self._told(event) + b"\n\n")
+                await out.write(self._told(event, names) + b"\n\n")
 
-    def _told(self, event: bytes) -> bytes:
+    def _told(self, event: bytes, names: list[str]) -> bytes:
         """The event, or the usage that is told instead of the worker's."""
         at = event.find(b"data: {")
         if not self.lies or b'"usage":{' not in event or self.rng.random() >= self.lies:
             return event
         payload = orjson.loads(event[at + 6 :])
-        name = self.rng.choice(sorted(MISCOUNTS))
+        name = self.rng.choice(names)
         MISCOUNTS[name](payload["usage"])
         self.made[name] += 1
         return event[: at + 6] + orjson.dumps(payload)

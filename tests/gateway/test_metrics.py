@@ -10,8 +10,21 @@ from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
 from gateway.meters import MODELS_MAX, OTHER, Meters
-from gateway.metrics import COUNTERS, GAUGES, HISTOGRAMS, OF_ANSWERS
-from tests.gateway.world import DONE, HELLO, STREAMED, Front, Peer, gateway, on_loop, upstream
+from gateway.metrics import COUNTERS, GAUGES, HISTOGRAMS, OF_ANSWERS, Reading, page
+from policies.enabling import Gated
+from policies.standing import Standing
+from tests.gateway.world import (
+    DONE,
+    HELLO,
+    STREAMED,
+    Front,
+    Peer,
+    gateway,
+    held,
+    on_loop,
+    until,
+    upstream,
+)
 
 PAGE = Path(__file__).parents[2] / "docs" / "metrics.md"
 
@@ -26,12 +39,16 @@ def usage(**more: object) -> bytes:
 
 
 async def scraped(edge: Front) -> dict[str, float]:
-    """Value by name and labels' values, by their labels' names; no buckets."""
     response = await edge.client.get("/metrics")
     assert response.headers["content-type"].startswith("text/plain")
+    return values(response.text)
+
+
+def values(text: str) -> dict[str, float]:
+    """Value by name and labels' values, by their labels' names; no buckets."""
     return {
         " ".join([sample.name, *(text for _, text in sorted(sample.labels.items()))]): sample.value
-        for family in text_string_to_metric_families(response.text)
+        for family in text_string_to_metric_families(text)
         for sample in family.samples
         if "le" not in sample.labels
     }
@@ -154,3 +171,44 @@ async def test_every_metric_is_described_as_it_is() -> None:
     rows = [line for line in described.split("## The gateway's")[1].splitlines() if "_" in line]
     names = {line.split("`")[1] for line in rows if line.startswith(("| `headgate_", "| `gen_ai_"))}
     assert names == {name for name, _, _ in families}
+
+
+@on_loop
+async def test_tokens_that_wait_are_told_for_an_autoscaler() -> None:
+    """Prompts that wait here for a place, and those that were sent and have no first token."""
+    release = asyncio.Event()
+    name = "headgate_gateway_queued_uncached_tokens"
+    async with upstream(held(release)) as fake, gateway(fake, running_per_replica=1) as edge:
+        requests = [asyncio.ensure_future(edge.post(STREAMED)) for _ in range(3)]
+        line = edge.live.edge.admission.health
+        await until(lambda: bool(line()) and line()[0]["tiers"]["standard"]["waiting"] == 2)
+        await until(lambda: fake.running == 1)
+        found = await scraped(edge)
+        sent = found[f"{name} replicas"]
+        assert found[f"{name} gateway"] == 2 * sent > 0
+        release.set()
+        await asyncio.gather(*requests)
+        found = await scraped(edge)
+        assert found[f"{name} gateway"] == found[f"{name} replicas"] == 0
+
+
+@on_loop
+async def test_optimizations_and_a_rollout_show_their_state() -> None:
+    """One of the states is 1; a verdict has an age, and time left; shares are those ordered."""
+    stale = Standing("kv-int8", "kv.yaml", "lossy_kv", ("runtime.kv",), "stale", made_at=900.0,
+                     expires_at=950.0)  # fmt: skip
+    rollout = {"name": "w8", "share": 0.25, "shadow": 0.5, "ended": None, "lease_s": 9.0,
+               "suspended": False}  # fmt: skip
+    async with upstream() as fake, gateway(fake) as edge:
+        edge.live.gated = Gated(PAGE, edge.live.edge.policy, (stale,))
+        body, _ = page(Reading(edge.live, rollout, 1000.0))
+    found = values(body.decode())
+    assert found["headgate_optimization_state kv-int8 stale"] == 1
+    assert found["headgate_optimization_state kv-int8 on"] == 0
+    assert found["headgate_optimization_enabled kv-int8"] == 0
+    assert found["headgate_verdict_age_seconds kv-int8"] == 100
+    assert found["headgate_verdict_valid_seconds kv-int8"] == -50
+    assert found["headgate_rollout_share w8"] == 0.25
+    assert found["headgate_rollout_shadow_share w8"] == 0.5
+    assert found["headgate_rollout_state w8 live"] == 1
+    assert found["headgate_rollout_state w8 ended"] == 0
