@@ -11,9 +11,9 @@ import json
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from urllib.parse import urlsplit
 
 from command.processes import Health, ask_health
@@ -21,6 +21,7 @@ from command.supervisor import Backoff
 from fleet.cluster import Cluster, Hosted, Job, Lost, NoRoom, Unheard
 from fleet.placing import leaver, preferences
 from fleet.scaling import Demand, Scale
+from fleet.unit import PREFIX, Unit
 from policies.fleet import Fleet
 
 log = logging.getLogger("headgate.fleet")
@@ -31,41 +32,6 @@ SHUNNED_S = 30.0  # a domain that has lost a replica comes last for so long
 SILENT_S = 5.0  # neither worker nor cluster have said anything of a replica: it is lost
 HUNG_S = 60.0  # a worker whose process runs has not answered: it is of no use
 TOLD_S = 1.5  # until gateways have read the discovery file again
-
-_PREFIX = "replica-"
-
-State = Literal["placing", "starting", "ready", "draining"]
-
-
-@dataclass(slots=True, eq=False)
-class Unit:
-    """A replica as the fleet knows it."""
-
-    number: int
-    began_at: float
-    state: State = "placing"
-    domain: str | None = None
-    url: str | None = None
-    busy: int = 0  # answers under way
-    leaving: asyncio.Event = field(default_factory=asyncio.Event)
-    task: asyncio.Task[None] | None = None
-
-    @property
-    def name(self) -> str:
-        return f"{_PREFIX}{self.number}"
-
-    @property
-    def ready(self) -> bool:
-        return self.state == "ready"
-
-    def row(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "state": self.state,
-            "url": self.url,
-            "domain": self.domain,
-            "running": self.busy,
-        }
 
 
 class Refused(Exception):
@@ -174,7 +140,7 @@ class Controller:
     async def _adopt(self) -> None:
         """What an earlier life of this program has left goes on."""
         for name, (domain, hosted) in (await self._cluster.adopt()).items():
-            unit = Unit(int(name.removeprefix(_PREFIX)), self._now(), "starting", domain)
+            unit = Unit(int(name.removeprefix(PREFIX)), self._now(), "starting", domain)
             self._numbers = max(self._numbers, unit.number)
             self._begin(unit, hosted)
         self.target = max(self.target, min(len(self.units), self._settings.replicas_max))
@@ -226,6 +192,7 @@ class Controller:
         unit.domain = await self._cluster.place(unit.name, None, taken if strict else (), None)
 
     async def _start(self, unit: Unit, hosted: Hosted) -> None:
+        looking = asyncio.create_task(self._renew(hosted))
         try:
             async with asyncio.timeout(self._settings.start_timeout_s):
                 unit.url = await hosted.start()
@@ -233,11 +200,20 @@ class Controller:
             raise Lost(str(unheard)) from None
         except TimeoutError:
             raise Lost(f"not ready after {self._settings.start_timeout_s:g} s") from None
+        finally:
+            looking.cancel()
         unit.state = "ready"
         self.served = True
         took_s = self._now() - unit.began_at
         log.info("%s is ready at %s after %.1f s", unit.name, unit.url, took_s)
         self._publish()
+
+    async def _renew(self, hosted: Hosted) -> None:
+        """A model may load for longer than a lease lasts."""
+        while True:
+            with contextlib.suppress(Lost, Unheard):  # `start` says so itself
+                await hosted.look()
+            await asyncio.sleep(self._tick_s)
 
     async def _watch(self, unit: Unit, hosted: Hosted) -> None:
         """Until it is to leave. Raises Lost."""

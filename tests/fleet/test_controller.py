@@ -35,6 +35,7 @@ class Simulated:
     running: bool = True  # its process
     busy: int = 0
     stopped: bool = False
+    looked: int = 0
 
     async def start(self) -> str:
         if self.held is not None:
@@ -44,6 +45,7 @@ class Simulated:
         return self.url
 
     async def look(self) -> Look:
+        self.looked += 1
         if not self.looks:
             raise Unheard("the control plane is away")
         return Look(self.running, ("out of memory",))
@@ -170,11 +172,13 @@ def spread(count: int) -> Nodes:
 
 @on_loop
 async def test_replicas_are_spread_and_told_to_the_gateways_once_ready(tmp_path: Path) -> None:
-    """One in each domain; each is listed when it is ready, not before."""
+    """One in each domain; each is listed when it is ready, not before. A lease is renewed while the
+    model loads, too: once one that loaded for longer ended itself."""
     nodes = spread(3)
     nodes.held = asyncio.Event()
     async with running(tmp_path, nodes, replicas_min=2) as world:
         await until(lambda: len(nodes.replicas) == 2)
+        await until(lambda: all(one.looked > 2 for one in nodes.replicas.values()))
         assert world.listed() == {}
         assert world.fleet.health()[0] == 503
         nodes.held.set()
