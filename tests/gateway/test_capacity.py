@@ -68,8 +68,10 @@ def test_usage_is_read_from_the_end_of_a_stream_or_a_body() -> None:
         b'data: {"choices":[],"usage":{"prompt_tokens":7,"completion_tokens":3,'
         b'"total_tokens":10,"prompt_tokens_details":{"cached_tokens":4}}}\n\n'
     )
-    assert usage_of([b"data: {}\n\n", event, b"data: [DONE]\n\n"]) == Usage(7, 3, 4)
-    assert usage_of([event[:40], event[40:]]) == Usage(7, 3, 4)
+    assert usage_of([b"data: {}\n\n", event, b"data: [DONE]\n\n"]) == Usage(
+        7, 3, 4, total_tokens=10
+    )
+    assert usage_of([event[:40], event[40:]]) == Usage(7, 3, 4, total_tokens=10)
     assert usage_of([b'{"usage": {"prompt_tokens": 7}, "x": 1}']) == Usage(7, 0, None)
     assert usage_of([b'data: {"usage":null}']) is None
     assert usage_of([]) is None
