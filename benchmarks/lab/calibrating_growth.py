@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 
 import numpy as np
 from scipy import special
@@ -15,8 +16,9 @@ from benchmarks.lab.gates import Floats
 from evals.metrics import metric
 from evals.monitor import ANEW, Monitor, Signal
 from evals.pairs import BASELINE, CANDIDATE
-from evals.stats import ratio, trend
+from evals.stats import rates, ratio, tango, trend
 from evals.stats.estimate import TooFewClusters, moments
+from evals.texts import SELDOM
 from telemetry import Observation
 
 _Law = Callable[[np.random.Generator, int, int, float], Floats]
@@ -61,6 +63,49 @@ def mean_ratios(rng: np.random.Generator, share: float) -> Mapping[str, Rates]:
             name = f"{number} x {rows}, {named}"
             false_pass[name], plain[name] = rate(passed), rate(usual)
     return {"false_pass": false_pass, "usual, t by clusters": plain}
+
+
+# ---- the same answers ----------------------------------------------------------------------------
+
+ROWS, CONTROLLED = 1000, 240  # of which the second baseline is asked so many
+
+
+@lru_cache(maxsize=10_000)
+def _rate_p(events: int, margin: float) -> float:
+    return rates.clopper_pearson(events, ROWS, margin).p
+
+
+@lru_cache(maxsize=10_000)
+def _pair_p(lost: int, gained: int, margin: float) -> float:
+    return tango.p_value(lost, gained, CONTROLLED, -margin)
+
+
+def identity(rng: np.random.Generator, share: float) -> Mapping[str, Rates]:
+    """A baseline that differs from itself in some answers, and a candidate in the margin more; and
+    how often one that differs no more fails: what `texts.identical` decides, a gate a row.
+    """
+    false_pass: Rates = {}
+    failed: Rates = {}
+    for margin in (0.01, 0.02, 0.05):
+        for own in (0.0, 0.001, 0.005, 0.01, 0.03):
+            number = count(4000, share)
+            again = rng.random((number, CONTROLLED)) < own
+            differs = rng.random((number, ROWS)) < own + margin
+            wavers, both = again.sum(axis=1), differs[:, :CONTROLLED]
+            lost, gained = (both & ~again).sum(axis=1), (again & ~both).sum(axis=1)
+            p = [
+                (1.0 if both[row].any() else _rate_p(int(differs[row].sum()), margin))
+                if not wavers[row]
+                else _rate_p(int(differs[row].sum()), margin)
+                if wavers[row] / CONTROLLED <= margin * SELDOM
+                else _pair_p(int(lost[row]), int(gained[row]), margin)
+                for row in range(number)
+            ]
+            name = f"{100 * margin:g} points, the baseline wavers in {100 * own:g} %"
+            false_pass[name] = rate(np.array(p) <= ALPHA)
+            same = (rng.random((number, CONTROLLED)) < own).sum(axis=1)
+            failed[name] = rate((wavers == 0) & (0.5**same <= ALPHA))
+    return {"false_pass": false_pass, "false_alarm": failed}
 
 
 # ---- what grows ----------------------------------------------------------------------------------
@@ -161,4 +206,5 @@ PARTS: Mapping[str, Callable[[np.random.Generator, float], Mapping[str, Rates]]]
     "mean ratio": mean_ratios,
     "trend": trends,
     "rollout": watched,
+    "identity": identity,
 }
