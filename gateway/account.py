@@ -6,6 +6,7 @@ Knows moments, counts and how it ended; knows no text. What all requests come to
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Mapping
 from types import TracebackType
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from gateway.tiers import Service
     from gateway.trim import Trimmed
     from gateway.usage import Usage
+
+log = logging.getLogger("headgate.gateway")
 
 Arm = Literal["baseline", "candidate"]
 CLIENTS_FAULT = range(400, 500)
@@ -79,7 +82,10 @@ class Account:
         trace: TracebackType | None,
     ) -> None:
         self.rescued = self.strict and error is not None and not self.reply.started
-        self._meters.ended(self, self.outcome(error), asyncio.get_running_loop().time())
+        try:
+            self._meters.ended(self, self.outcome(error), asyncio.get_running_loop().time())
+        except Exception:  # what became of the request is not for whoever counts to change
+            log.exception("request %s could not be counted", self.reply.request_id)
 
     def outcome(self, error: BaseException | None) -> Outcome:
         """How it ended, by what ended it, or by the replica's own status."""

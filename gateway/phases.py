@@ -23,7 +23,7 @@ def spent(trail: Trail) -> tuple[float, ...]:
     admit, queue, trim = trail.admit.s, trail.queue.s, trail.trim.s
     route = trail.prompt.s
     network = replica_queue = prefill = decode = 0.0
-    hops = trail.hops
+    hops = trail.way
     if hops:
         if trail.admit.ended:
             route += hops[0].began - (trail.queue.ended or trail.admit.ended)
@@ -67,9 +67,10 @@ def server_timing(trail: Trail) -> bytes:
         return b"admit;dur=%.3f, queue;dur=%.3f, trim;dur=%.3f, route;dur=%.3f, total;dur=%.3f" % (
             1000 * admit, 1000 * queue, 1000 * trim, 1000 * route, 1000 * (at - trail.began),
         )  # fmt: skip
+    began = trail.way[0].began
     if trail.admit.ended:
-        route += trail.hops[0].began - (trail.queue.ended or trail.admit.ended)
-    wait, told = hop.first - trail.hops[0].began, hop.told
+        route += began - (trail.queue.ended or trail.admit.ended)
+    wait, told = hop.first - began, hop.told
     head = b"admit;dur=%.3f, queue;dur=%.3f, trim;dur=%.3f, route;dur=%.3f, " % (
         1000 * admit, 1000 * queue, 1000 * trim, 1000 * route,
     )  # fmt: skip

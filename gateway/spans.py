@@ -58,8 +58,8 @@ def _inside(trail: Trail) -> Iterator[Span]:
         tier = trail.service.tier if trail.service else ""
         told = {"headgate.slo.tier": tier, "headgate.queue_s": round(trail.queue.s, 6)}
         yield _part(trail, "gateway.admit", Interval(trail.admit.began, end), told)
-    if trail.hops:
-        hop = trail.hops[0]
+    if trail.way:
+        hop = trail.way[0]
         began = max(trail.admit.ended, trail.queue.ended) or hop.began
         yield _part(trail, "gateway.route", Interval(began, hop.began), _routed(hop))
 

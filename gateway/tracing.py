@@ -6,6 +6,7 @@ Knows the policy's `tracing`; how spans are made and sent is spans.py's and tele
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable
 from typing import Literal
 
@@ -23,6 +24,8 @@ from runtime.wire import Problem
 from telemetry.genai import LEAVES
 from telemetry.otlp import Exporter
 from telemetry.trace import SAMPLED, TRACEPARENT, begun, joined, new_span_id
+
+log = logging.getLogger("headgate.gateway")
 
 _TRACEPARENT = TRACEPARENT.encode()
 
@@ -82,7 +85,17 @@ class Tracer:
     def end(
         self, trail: Trail, reply: Reply, error: BaseException | None, tallies: Tallies, ask: Ask
     ) -> None:
-        """It is over, and this ended it if anything did. `ask`: a path of a replica."""
+        """It is over, and this ended it if anything did. `ask`: a path of a replica.
+
+        Raises nothing: whoever asked has the answer."""
+        try:
+            self._end(trail, reply, error, tallies, ask)
+        except Exception:
+            log.exception("request %s: its trace is lost", trail.request_id)
+
+    def _end(
+        self, trail: Trail, reply: Reply, error: BaseException | None, tallies: Tallies, ask: Ask
+    ) -> None:
         trail.ended = now() if trail.last is None else trail.last
         trail.status = reply.status
         trail.spoke = reply.pulse.first_at

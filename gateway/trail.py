@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from gateway.usage import Usage
 
 HEAD_BYTES = 256  # of an answer, in which its id stands
+MODEL_CHARS = 256  # of a name that a client asks for
 _ID = re.compile(rb'"id" ?: ?"([^"\\]{1,128})"')
+_NUMBERS = (int, float)
 now = time.monotonic
 
 
@@ -33,7 +35,8 @@ class Hop:
     """One request to one replica."""
 
     __slots__ = (
-        "began", "decision", "ended", "first", "outcome", "replica", "span_id", "told", "trail",
+        "began", "decision", "ended", "first", "head", "outcome", "replica", "span_id", "told",
+        "trail",
     )  # fmt: skip
 
     def __init__(self, trail: Trail, replica: Replica, decision: Decision) -> None:
@@ -44,6 +47,7 @@ class Hop:
         self.began = now()
         self.first: float | None = None  # its first event, or the head of a whole answer
         self.ended: float | None = None
+        self.head = b""  # of its answer
         self.outcome = "left"  # as `Tried` has it
         self.told: Phases | None = None  # by the replica, of its own share of the time
 
@@ -58,8 +62,7 @@ class Hop:
         self.first = now()
         if told is not None:
             self.told = told
-        if not self.trail.head:
-            self.trail.head = head[:HEAD_BYTES]
+        self.head = head[:HEAD_BYTES]
 
     def end(self) -> None:
         """The request has left the replica; twice is once."""
@@ -118,7 +121,7 @@ class Trail:
         self.queue = Interval()
         self.receipt: Receipt | None = None
         self.hops: list[Hop] = []
-        self.head = b""  # of the answer
+        self.head = b""  # of an answer that is no stream
         self.spoke: float | None = None  # a stream's first piece that says something was here
         self.done: float | None = None  # the replica has said everything
         self.last: float | None = None  # the last byte has gone to the client
@@ -139,9 +142,11 @@ class Trail:
         self.tracestate = call.headers.get("tracestate", "")
 
     def close(self) -> None:
-        """It is over; nothing is kept of what was asked but how to answer: no text."""
+        """It is over; nothing is kept of what was asked but how to answer, as numbers: no text, and
+        nothing that is as large as a client likes."""
         asked = self.asked
-        self.asked = {name: asked[name] for name in REQUEST if name in asked}
+        self.asked = {name: asked[name] for name in REQUEST if type(asked.get(name)) in _NUMBERS}
+        self.model = self.model[:MODEL_CHARS]
 
     def hop(self, replica: Replica, receipt: Receipt) -> Hop:
         """It is being sent there."""
@@ -164,12 +169,26 @@ class Trail:
     # ---- read afterwards ------------------------------------------------------------------------
 
     @property
+    def way(self) -> Sequence[Hop]:
+        """The attempts since it was admitted. A candidate's came before, where the baseline was
+        admitted in its stead."""
+        hops = self.hops
+        admitted = self.queue.ended or self.admit.ended
+        if hops and hops[0].began < admitted:
+            return [one for one in hops if one.began >= admitted]
+        return hops
+
+    @property
     def answered(self) -> Hop | None:
-        """The first attempt that had an answer; later ones go on with it."""
-        for hop in self.hops:
+        """The attempt whose answer the client has: the first good one, with which later ones go
+        on; else the last one that had any."""
+        last = None
+        for hop in self.way:
             if hop.first is not None:
-                return hop
-        return None
+                last = hop
+                if hop.outcome == "200":
+                    break
+        return last
 
     @property
     def ttft_s(self) -> float | None:
@@ -191,7 +210,8 @@ class Trail:
     @property
     def answer_id(self) -> str:
         """As the answer names itself; "" where it has none."""
-        found = _ID.search(self.head)
+        hop = self.answered
+        found = _ID.search(self.head or (hop.head if hop is not None else b""))
         return found.group(1).decode("utf-8", "replace") if found else ""
 
     def at_s(self, moment: float) -> float:

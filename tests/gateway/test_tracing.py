@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from hypothesis import given, strategies as st
 
-from gateway.phases import PHASES
+from gateway.account import Account
+from gateway.meters import Meters
+from gateway.phases import PHASES, phases
+from gateway.tallies import Tallies, Tally
 from telemetry.trace import begun, joined, traceparent
 from tests.gateway.world import (
     DONE,
@@ -113,6 +118,80 @@ async def test_a_client_that_leaves_is_no_error_and_a_replica_that_fails_is_one(
     assert left["error"] == "client_cancelled"
     assert {span["status"] for span in left["spans"]} == {"UNSET"}
     assert named(left, "chat m")[0]["attributes"]["error.type"] == "client_cancelled"
+
+
+@on_loop
+async def test_the_answer_is_the_attempts_that_the_client_has() -> None:
+    """What an attempt took that failed counts as network, and its body's id is no answer's."""
+    turns = iter((500, 200))
+
+    async def answer(peer: Peer) -> None:
+        if next(turns) == 500:
+            await peer.json({"id": "wrong", "error": {"message": "no"}}, 500)
+        else:
+            await peer.stream(b'data: {"id":"chatcmpl-8","choices":[]}\n\n', DONE)
+
+    async with upstream(answer) as fake, gateway(fake) as front:
+        await front.post(STREAMED)
+        trace = await only(front)
+        (trail,) = front.live.edge.tracer.ring
+        found = await front.client.get("/admin/traces/chatcmpl-8")
+        wrong = await front.client.get("/admin/traces/wrong")
+    assert trace["answer_id"] == "chatcmpl-8"
+    assert (found.status_code, wrong.status_code) == (200, 404)
+    failed, good = trail.hops
+    assert trail.answered is good
+    assert phases(trail)["network"] == good.began - failed.began
+
+
+@on_loop
+async def test_what_is_kept_of_a_request_is_no_larger_than_a_client_likes() -> None:
+    body = HELLO | {"model": "m" * 100_000, "seed": ["s"] * 1000, "top_k": "k" * 1000, "n": 2}
+    async with upstream() as fake, gateway(fake) as front:
+        refused = await front.post(body)
+        trace = await only(front)
+        (trail,) = front.live.edge.tracer.ring
+    assert refused.status_code == 404
+    assert trail.asked == {"n": 2}
+    assert trace["model"] == "m" * 256
+
+
+@on_loop
+async def test_limits_of_a_listing_are_numbers_of_sensible_length() -> None:
+    async with upstream() as fake, gateway(fake) as front:
+        for text in ("0", "-1", "1001", "x", "9" * 5000):
+            answer = await front.client.get(f"/admin/traces?limit={text}")
+            assert answer.status_code == 400, text[:9]
+
+
+class Broken(Tally):
+    def spend(self, seconds: Iterable[float]) -> None:
+        raise RuntimeError(seconds)
+
+
+class Breaking(Tallies):
+    def of(self, tier: str) -> Tally:
+        return Broken()
+
+
+class Miscounting(Meters):
+    def ended(self, account: Account, outcome: str, now: float) -> None:
+        raise RuntimeError(outcome)
+
+
+@on_loop
+async def test_what_fails_while_a_request_is_told_of_fails_no_request(caplog) -> None:
+    """Neither in its trace nor in its counts; both are logged with its id."""
+    async with upstream() as fake, gateway(fake) as front:
+        edge = front.live.edge
+        edge = front.live.edge = replace(edge, meters=Miscounting())
+        edge.admission.tallies = Breaking()
+        answers = [await front.post(body) for body in (HELLO, STREAMED, HELLO | {"model": "none"})]
+    assert [one.status_code for one in answers] == [200, 200, 404]
+    assert answers[1].content.endswith(DONE)
+    told = [record.getMessage() for record in caplog.records]
+    for answer in answers:
+        assert sum(answer.headers["x-request-id"] in line for line in told) == 2
 
 
 @on_loop

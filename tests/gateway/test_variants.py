@@ -13,6 +13,7 @@ import pytest
 from gateway.lane import Lane
 from gateway.observe import LOOP_CHARS, looped
 from gateway.orders import Orders
+from gateway.phases import spent
 from gateway.replica import Replica
 from gateway.variants import drawn
 from telemetry import Observation
@@ -121,6 +122,7 @@ def test_what_the_candidate_fails_at_the_baseline_answers(payload: dict[str, Any
                 answer = await front.post(payload)
                 assert answer.status_code == 200
                 assert b"Hi" in answer.content
+                assert "=-" not in answer.headers["server-timing"]
                 assert "x-headgate-variant" not in answer.headers
                 assert len(answer.headers.get_list("x-headgate-receipt")) == 1
             state = await told(front)
@@ -128,6 +130,9 @@ def test_what_the_candidate_fails_at_the_baseline_answers(payload: dict[str, Any
             assert state["share"] == 0
             seen = await observed(front)
             assert [one.outcome for one in seen if one.arm == "candidate"] == ["error"] * 3
+            for trail in front.live.edge.tracer.ring:
+                assert min(spent(trail)) >= 0, "what the candidate took counts once"
+                assert trail.answered is trail.hops[-1]
             assert len([one for one in seen if one.arm == "baseline"]) == 5
 
     run()
