@@ -45,8 +45,13 @@ def trace(name: str, url: str | None, *, as_json: bool) -> int:
     else:
         width = shutil.get_terminal_size((100, 40)).columns
         lines = rows(told["traces"]) if listing else drawn(told, width)
-        click.echo("\n".join(lines))
+        click.echo("\n".join(map(plain, lines)))
     return 0
+
+
+def plain(line: str) -> str:
+    """Without what a terminal would obey: names of models are whatever clients write."""
+    return "".join(one if one.isprintable() else "?" for one in line)
 
 
 def read(name: str, url: str | None) -> dict[str, Any]:

@@ -144,6 +144,10 @@ class _Completions:
             await _problem_response(problem)(scope, receive, send)
         except (ClientGone, ClientDisconnect):
             visit.left()
+        except Exception as error:  # is answered, and logged, above (`_answer_unforeseen`)
+            visit.failed(Problem(500, "", code=type(error).__name__))
+            status = 500
+            raise
         finally:
             self._worker.tracer.end(visit)
             if self._worker.served is not None:

@@ -63,6 +63,16 @@ def _pairs(text: str) -> Iterable[tuple[str, str]]:
             yield name.strip().lower(), unquote(value.strip())
 
 
+class _Stay(urllib.request.HTTPRedirectHandler):
+    """Follows no redirect: it would turn spans into a GET without any, and take keys elsewhere."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+_opener = urllib.request.build_opener(_Stay)
+
+
 class Exporter:
     """Sends what it is given to one collector, until it is closed."""
 
@@ -119,8 +129,12 @@ class Exporter:
                 except Exception:  # one trace that cannot be told costs no other one
                     log.exception("a trace could not be made")
                 time.sleep(0)  # whoever serves may go on after each
-            if spans:
-                self._deliver(spans)
+            try:
+                if spans:
+                    self._deliver(spans)
+            except Exception:  # nor does a batch end the thread, after which nothing would be sent
+                self.lost += len(spans)
+                log.exception("%d spans could not be sent", len(spans))
 
     def _deliver(self, spans: Sequence[Span]) -> None:
         body = protobuf.request(spans, self._resource)
@@ -148,7 +162,7 @@ class Exporter:
         headers = {**self.collector.headers, "content-type": "application/x-protobuf"}
         request = urllib.request.Request(self.collector.url, body, headers, method="POST")  # noqa: S310  # http(s)
         try:
-            with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:  # noqa: S310
+            with _opener.open(request, timeout=TIMEOUT_S) as answer:
                 answer.read()
         except urllib.error.HTTPError as error:
             return f"it answered {error.code}", error.code in AGAIN_STATUS

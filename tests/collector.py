@@ -37,13 +37,14 @@ class Received:
 
 
 class Collector:
-    """`refuse`: it answers everything with this status instead."""
+    """`refuse`: it answers everything with this status instead, from which `location` leads on."""
 
     def __init__(self) -> None:
         self.spans: list[Received] = []
         self.headers: dict[str, str] = {}
         self.requests = 0
         self.refuse: int | None = None
+        self.location = ""
         self.url = ""
 
     def traces(self) -> dict[str, list[Received]]:
@@ -92,6 +93,13 @@ def collecting() -> Iterator[Collector]:
                 collector.take(body)
             self.send_response(collector.refuse or 200)
             self.send_header("content-length", "0")
+            if collector.location:
+                self.send_header("location", collector.location)
+            self.end_headers()
+
+        def do_GET(self) -> None:
+            collector.requests += 1
+            self.send_response(200)
             self.end_headers()
 
         def log_message(self, *args: Any) -> None:

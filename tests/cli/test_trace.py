@@ -6,7 +6,7 @@ from typing import Any
 
 from hypothesis import given, strategies as st
 
-from command.trace import bar_of, drawn, in_order, rows
+from command.trace import bar_of, drawn, in_order, plain, rows
 
 
 def span(name: str, parent: str, start_s: float, end_s: float, **more: Any) -> dict[str, Any]:
@@ -48,6 +48,12 @@ def test_requests_are_listed_with_why_they_are_kept() -> None:
     assert line.split() == [
         "req_1", "standard", "m", "200", "250.00", "ms", "1,000.00", "ms", "late",
     ]  # fmt: skip
+
+
+def test_a_terminal_obeys_nothing_that_a_client_has_written() -> None:
+    (_, line) = rows([TRACE | {"model": "m\x1b[2J\x1b]0;mine\x07\n\x9bH"}])
+    assert "m?[2J?]0;mine???H" in plain(line)
+    assert plain("· █ ▐ Größe") == "· █ ▐ Größe"
 
 
 def test_spans_whose_parent_is_not_known_stand_at_the_left() -> None:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +186,22 @@ def test_while_the_model_loads_the_worker_says_so(folder: Path) -> None:
         loaded.set()
         world.until(lambda: world.client.get("/health").status_code == 200)
         assert world.post().status_code == 200
+
+
+def test_a_fault_of_a_workers_own_is_one_in_its_counts_and_traces_too(folder: Path) -> None:
+    with serving(folder) as world:
+        served = world.worker.require()
+        world.worker.served = replace(served, tokenizer=None)  # type: ignore[arg-type]
+        trace = "4bf92f3577b34da6a3ce929d0e0e4736"
+        mark = {"traceparent": f"00-{trace}-00f067aa0ba902b7-01"}
+        failed = world.client.post(CHAT, json=HELLO, headers=mark)
+        world.worker.served = served
+        counts = served.metrics.tally.http
+        (span,) = world.client.get(f"/traces/{trace}").json()["spans"]
+        counted = [counts.get((CHAT, "POST", one), 0) for one in ("2xx", "5xx")]
+    assert (failed.status_code, failed.json()["error"]["code"]) == (500, "internal_error")
+    assert counted == [0, 1]
+    assert (span["status"], span["attributes"]["error.type"]) == ("ERROR", "AttributeError")
 
 
 def test_a_web_page_from_elsewhere_gets_nothing_from_a_worker(folder: Path) -> None:

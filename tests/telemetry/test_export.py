@@ -90,6 +90,27 @@ def test_a_busy_collector_is_asked_again() -> None:
         exporter.close()
 
 
+def test_spans_that_cannot_be_written_are_lost_and_later_ones_are_not() -> None:
+    with collecting() as collector:
+        exporter = Exporter(Endpoint(f"{collector.url}/v1/traces"))
+        exporter.put(lambda: [replace(SPAN, name="\ud800")])
+        until(lambda: exporter.lost == 1)
+        exporter.put(lambda: [SPAN])
+        until(lambda: exporter.exported == 1)
+        exporter.close()
+
+
+def test_a_redirect_is_not_followed() -> None:
+    """It would arrive as a GET without spans, and with the collector's key at whoever it names."""
+    with collecting() as collector, collecting() as other:
+        collector.refuse, collector.location = 302, f"{other.url}/elsewhere"
+        exporter = Exporter(Endpoint(f"{collector.url}/v1/traces", {"x-key": "k"}))
+        exporter.put(lambda: [SPAN])
+        until(lambda: exporter.told() == {"exported": 0, "lost": 1, "refused": 0})
+        exporter.close()
+    assert (collector.requests, other.requests) == (1, 0)
+
+
 def test_a_collector_is_named_by_the_policy_or_by_opentelemetrys_variables() -> None:
     assert Endpoint.named(None, {}) is None
     base = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://a:4318/"}
