@@ -261,7 +261,7 @@ def key_problems(
 def worker_key(runtime: Runtime | None, environ: Mapping[str, str] = os.environ) -> str | None:
     """The key that workers ask for, where they do. Raises KeyError for one that is not set."""
     if runtime is None or runtime.key_env is None:
-        return environ.get(FLEET_KEY_ENV)
+        return environ.get(FLEET_KEY_ENV) or None
     key = environ.get(runtime.key_env, "").strip()
     if not key:
         raise KeyError(runtime.key_env)

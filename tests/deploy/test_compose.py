@@ -96,7 +96,9 @@ def test_everything_that_it_names_exists(profile: str) -> None:
 def test_its_policies_are_valid_and_name_services_that_run_with_them(policy: str) -> None:
     file = ROOT / "deploy" / "stack" / policy
     deployment = load(file)
-    assert key_problems(file, deployment, ENVIRON | {"HEADGATE_WORKER_KEY": "hg-worker"}) == []
+    keys = {"HEADGATE_WORKER_KEY": "hg-worker", "HEADGATE_ADMIN_KEY": "hg-admin"}
+    assert key_problems(file, deployment, ENVIRON | keys) == []
+    assert deployment.gateway.admin.key_env == "HEADGATE_ADMIN_KEY"
     profile = policy.removesuffix(".yaml")
     for upstream in deployment.upstreams:
         name, port = upstream.url.removeprefix("http://").split(":")
@@ -142,6 +144,16 @@ def test_a_text_without_variables_stays(text: str) -> None:
 def test_a_variable_that_has_to_be_set_is_named_with_the_reason() -> None:
     with pytest.raises(ComposeError, match="HEADGATE_KEY is not set: a key for clients"):
         read(FILE, {})
+
+
+def test_who_steers_may_have_another_key_than_clients() -> None:
+    """The gateways' policies ask /admin for it; without one it is that of clients."""
+    for told, key in (({}, "hg-test"), ({"HEADGATE_ADMIN_KEY": "hg-admin"}, "hg-admin")):
+        services = {one.name: one.environment for one in read(FILE, ENVIRON | told)}
+        for name in ("gateway-0", "gateway-1"):
+            assert services[name]["HEADGATE_ADMIN_KEY"] == key
+            assert services[name]["HEADGATE_KEY"] == "hg-test"
+        assert "HEADGATE_ADMIN_KEY" not in services["runtime-0"]
 
 
 def test_durations() -> None:

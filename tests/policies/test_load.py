@@ -16,6 +16,7 @@ from policies.load import (
     resolve_adapters,
     resolve_folders,
     with_environment,
+    worker_key,
 )
 from policies.problems import describe, dotted
 
@@ -342,3 +343,9 @@ def test_a_server_that_connects_finds_one_process(tmp_path: Path) -> None:
     file.write_text(f"version: 1\n{line}\ngateway: {{processes: 2}}\n")
     with pytest.raises(PolicyError, match="is for one process"):
         load(file)
+
+
+def test_an_empty_key_of_the_fleet_is_none() -> None:
+    """A worker that listens beyond this machine refuses to start without a key."""
+    assert worker_key(None, {"HEADGATE_FLEET_KEY": ""}) is None
+    assert worker_key(None, {"HEADGATE_FLEET_KEY": "sesame"}) == "sesame"
