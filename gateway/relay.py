@@ -19,12 +19,13 @@ WHOLE_MAX_BYTES = 64 * 2**20
 LATE_ERROR_MAX_BYTES = 2**16
 LINGER_S = 0.5  # a replica may take this long to end its stream after [DONE]
 
-# Framing is ours, the date and server name are uvicorn's, the request's id is the client's.
+# Framing is ours, the date and server name are uvicorn's, the request's id is the client's. What a
+# worker tells of its time stands in the gateway's own Server-Timing.
 OWN_HEADERS = frozenset(
     (
         b"connection", b"content-length", b"date", b"keep-alive", b"proxy-authenticate",
-        b"proxy-connection", b"server", b"set-cookie", b"te", b"trailer", b"transfer-encoding",
-        b"upgrade", b"x-headgate-tier", b"x-request-id",
+        b"proxy-connection", b"server", b"server-timing", b"set-cookie", b"te", b"trailer",
+        b"transfer-encoding", b"upgrade", b"x-headgate-tier", b"x-request-id",
     )
 )  # fmt: skip
 # uvicorn refuses a whole answer for one of these in a header's value.

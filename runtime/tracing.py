@@ -85,8 +85,8 @@ class Visit:
     """One request, from its arrival on."""
 
     __slots__ = (
-        "at", "began", "context", "ended", "error", "fingerprint", "model", "request_id", "span_id",
-        "status", "tells", "told", "tracestate", "tracks",
+        "at", "began", "context", "ended", "error", "fingerprint", "model", "request_id", "sent",
+        "span_id", "status", "tells", "told", "tracestate", "tracks",
     )  # fmt: skip
 
     def __init__(self, context: Context, given: dict[bytes, bytes]) -> None:
@@ -103,6 +103,7 @@ class Visit:
         self.status = 200
         self.error = ""
         self.ended = 0.0
+        self.sent = False  # its spans are on their way to the collector
 
     def tracked(self, orders: Many[Order]) -> list[Order]:
         """The same orders, on which the engine notes what becomes of them."""
@@ -188,10 +189,10 @@ class Tracer:
         of it have ended."""
         if self.exporter is None:
             return 0
-        self._wanted.append(trace_id)
+        if trace_id not in self._wanted:
+            self._wanted.append(trace_id)
         ended = [one for one in self._kept if one.context.trace_id == trace_id]
-        unsent = [one for one in ended if not one.context.flags & SAMPLED]
-        for visit in unsent:
+        for visit in ended:
             self._send(visit)
         return len(ended)
 
@@ -201,7 +202,8 @@ class Tracer:
             self.exporter.close()
 
     def _send(self, visit: Visit) -> None:
-        if self.exporter is not None:
+        if self.exporter is not None and not visit.sent:  # others of its trace may be wanted, too
+            visit.sent = True
             self.exporter.put(lambda: spans_of(visit))
 
 

@@ -224,6 +224,20 @@ async def test_server_timing_says_where_the_time_went_and_a_worker_is_asked_for_
 
 
 @on_loop
+async def test_an_answer_has_one_server_timing_with_what_its_worker_told() -> None:
+    """Also one that is no stream, of which a worker tells by the same header."""
+
+    async def answer(peer: Peer) -> None:
+        told = "replica_queue;dur=1.000, prefill;dur=2.000, decode;dur=3.000"
+        await peer.json({"choices": []}, server_timing=told)
+
+    async with upstream(answer) as fake, gateway(fake) as front:
+        answered = await front.post(HELLO)
+    (timing,) = answered.headers.get_list("server-timing")
+    assert timing.count("prefill;dur=2.000") == timing.count("prefill") == 1
+
+
+@on_loop
 async def test_a_refused_request_leaves_a_trace_of_its_own() -> None:
     async with upstream() as fake, gateway(fake) as front:
         refused = await front.post({"model": "m"})

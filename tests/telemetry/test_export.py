@@ -9,6 +9,8 @@ from dataclasses import replace
 from hypothesis import given, strategies as st
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
+from policies.tracing import Tracing
+from runtime.tracing import Tracer
 from telemetry.otlp import Collector as Endpoint, Exporter
 from telemetry.phases import Phases, cut, of_header
 from telemetry.protobuf import request
@@ -98,6 +100,20 @@ def test_spans_that_cannot_be_written_are_lost_and_later_ones_are_not() -> None:
         exporter.put(lambda: [SPAN])
         until(lambda: exporter.exported == 1)
         exporter.close()
+
+
+def test_a_worker_sends_each_request_of_a_wanted_trace_once() -> None:
+    """A client's requests may share a trace, and each of them may turn out to be worth it."""
+    with collecting() as collector:
+        exporter = Exporter(Endpoint(f"{collector.url}/v1/traces"))
+        tracer = Tracer(Tracing(share=0), exporter)
+        trace = "ab" * 16
+        for number in range(1, 4):
+            parent = f"00-{trace}-{number:016x}-00".encode()
+            tracer.end(tracer.begin([(b"traceparent", parent)]))
+            assert tracer.want(trace) == number
+        exporter.close()
+    assert [int(span.parent_id, 16) for span in collector.spans] == [1, 2, 3]
 
 
 def test_a_redirect_is_not_followed() -> None:
