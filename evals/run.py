@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+import zlib
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -143,9 +144,10 @@ async def _step(
     design, block = bench.hypothesis.design, step.block
     source = bench.sources[block.source]
     cold = f"{salt}.{step.arm}.{block.source}.{block.number}" if design.cold_blocks else None
-    seed = bench.hypothesis.stats.seed + block.repeat
+    stats = bench.hypothesis.stats
 
     async def ask(item: Item) -> Observation:
+        seed = seed_of(item, stats.seed, block.repeat)
         asked = replace(item, body=body_for(item.body, arm.model, design, seed))
         if arm.broken:
             return _unanswered(asked, arm, block, now())
@@ -209,8 +211,18 @@ def body_for(body: Mapping[str, Any], model: str, design: Design, seed: int) -> 
     sent = {**body, "model": model}
     if design.temperature != "as_recorded":
         sent["temperature"] = design.temperature
-    sent.setdefault("seed", seed)
+    sent["seed"] = seed
     return sent
+
+
+def seed_of(item: Item, seed: int, repeat: int) -> int:
+    """The same in every arm. Rows do not share one, or all of them would be drawn alike; neither do
+    repeats, or they would be none.
+    """
+    own = item.body.get("seed")
+    if not isinstance(own, int):
+        own = zlib.crc32(f"{seed}:{item.id}".encode())
+    return own + repeat
 
 
 def _unanswered(item: Item, arm: Arm, block: Block, at_s: float) -> Observation:

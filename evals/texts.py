@@ -42,11 +42,11 @@ def identical(
     detail = {"floor_pairs": len(both), "floor_differ": own}
     if not own:
         found = _rate(differ, pairs, question, stats)
-        if broken := sum(moved and one.complete for one, moved, _ in both):
+        if broken := [one.cluster for one, moved, _ in both if moved and one.complete]:
             # The same requests, asked of the baseline again, were answered to the letter. If chance
-            # did it, each would have been as likely there.
-            found = replace(found, p=1.0, p_harm=0.5**broken, method="identity")
-            detail["differ_where_identical"] = broken
+            # did it, each cluster of them would have been as likely there.
+            found = replace(found, p=1.0, p_harm=0.5 ** len(set(broken)), method="identity")
+            detail["differ_where_identical"] = len(broken)
         return Answer(_with(found, detail), 0.0 if both else None, rate, sum(differ), 0)
     found = divergence(
         [moved for _, moved, _ in both],

@@ -304,13 +304,17 @@ def laws(rng: np.random.Generator, share: float) -> Mapping[str, Rates]:
     one, other = np.array([0.6, 0.3, 0.1]), np.array([0.5, 0.3, 0.2])
     apart = float(((one - other) ** 2).sum())
     for prefixes, draws in ((40, 20), (120, 8)):
-        passed, flagged = [], []
+        passed, flagged, alike = [], [], []
         for _ in range(count(1500, share)):
             drawn = [list(rng.choice(3, (prefixes, draws), p=law)) for law in (one, other, one)]
             found = divergence.law_distance(drawn[0], drawn[1], apart, ALPHA)
             passed.append(found.p <= ALPHA)
             flagged.append(divergence.same_law(drawn[0], drawn[2], rng, 99) <= 2 * ALPHA)
+            numbers = rng.random((prefixes, draws))  # of the seeds that both arms are sent
+            seeded = [list(np.searchsorted(np.cumsum(law)[:2], numbers)) for law in (one, other)]
+            alike.append(divergence.law_distance(*seeded, apart, ALPHA).p <= ALPHA)
         false_pass[f"{prefixes} prefixes, {draws} draws"] = rate(passed)
+        false_pass[f"{prefixes} prefixes, {draws} draws, seeds in common"] = rate(alike)
         told[f"{prefixes} prefixes, {draws} draws"] = rate(flagged)
     return {"false_pass": false_pass, "flagged": told}
 

@@ -100,15 +100,17 @@ def same_law(
     permutations: int = 999,
 ) -> float:
     """p of "both arms draw the next token by the same law", entry i being the tokens drawn after
-    prefix i: chi-square, with the arms permuted within each prefix. Small: they differ.
+    prefix i: chi-square, with the arms swapped at random in each pair of draws. Small: they differ.
+
+    Draws at the same place of both arms may have one seed, and be alike by it.
     """
-    tables = [_counts(one, other) for one, other in zip(baseline, candidate, strict=True)]
-    found = sum(_chi_square(table[0], table.sum(axis=0)) for table in tables)
-    drawn = np.zeros(permutations)
-    for table in tables:
-        total = table.sum(axis=0)
-        of_baseline = rng.multivariate_hypergeometric(total, int(table[0].sum()), size=permutations)
-        drawn += _chi_square(of_baseline, total)
+    found, drawn = 0.0, np.zeros(permutations)
+    for one, other in zip(baseline, candidate, strict=True):
+        left, right = _drawn(one, other)
+        total = left.sum(axis=0) + right.sum(axis=0)
+        signs = rng.choice([-1.0, 1.0], (permutations, len(left)))
+        found += float(((left - right).sum(axis=0) ** 2 / total).sum())
+        drawn += ((signs @ (left - right)) ** 2 / total).sum(axis=1)
     return float((np.count_nonzero(drawn >= found - 1e-9) + 1) / (permutations + 1))
 
 
@@ -122,9 +124,12 @@ def law_distance(
     """Mean squared distance between the laws of the next token, over prefixes, without the bias of
     few draws: how often two draws of one arm agree, less how often one of each does (the energy
     distance of equal or not). `p` is of a distance of at least `maximum`.
+
+    Draws at the same place of both arms may have one seed, which makes them agree whatever their
+    laws: they are not compared with each other.
     """
     values = [
-        _squared_distance(_counts(one, other))
+        _squared_distance(*_drawn(one, other))
         for one, other in zip(baseline, candidate, strict=True)
     ]
     return mean_below(values, maximum, clusters, alpha)
@@ -185,28 +190,21 @@ def _whole(logs: Floats) -> Floats:
         return np.column_stack([logs, np.log(np.where(rest > 1e-9, rest, 0.0))])
 
 
-def _counts(one: ArrayLike, other: ArrayLike) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
+def _drawn(one: ArrayLike, other: ArrayLike) -> tuple[Floats, Floats]:
+    """A row for each draw of either arm: 1 at its token."""
     left, right = np.asarray(one).reshape(-1), np.asarray(other).reshape(-1)
-    if min(left.size, right.size) < 2:
+    if left.size != right.size:
+        raise ValueError(f"{left.size} draws of the baseline, {right.size} of the candidate")
+    if left.size < 2:
         raise ValueError("fewer than two draws after a prefix: nothing can be said of their law")
     tokens, places = np.unique(np.concatenate([left, right]), return_inverse=True)
-    width = tokens.size
-    counts = [np.bincount(part, minlength=width) for part in np.split(places, [left.size])]
-    return np.stack(counts).astype(np.int64)
+    rows = np.eye(tokens.size)[places]
+    return rows[: left.size], rows[left.size :]
 
 
-def _chi_square(of_baseline: ArrayLike, total: ArrayLike) -> Floats:
-    """Homogeneity of two rows with the given column totals; for many first rows at once."""
-    first, both = np.asarray(of_baseline, dtype=np.float64), np.asarray(total, dtype=np.float64)
-    size, whole = first.sum(axis=-1, keepdims=True), both.sum()
-    expected = both * size / whole
-    scale = 1 / expected + 1 / (both - expected)
-    found: Floats = ((first - expected) ** 2 * scale).sum(axis=-1)
-    return found
-
-
-def _squared_distance(counts: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> float:
-    one, other = counts[0].astype(np.float64), counts[1].astype(np.float64)
-    n, m = one.sum(), other.sum()
-    within = (one @ (one - 1)) / (n * (n - 1)) + (other @ (other - 1)) / (m * (m - 1))
-    return float(within - 2 * (one @ other) / (n * m))
+def _squared_distance(left: Floats, right: Floats) -> float:
+    one, other = left.sum(axis=0), right.sum(axis=0)
+    apart = len(left) * (len(left) - 1)  # pairs of draws that have not one place
+    within = one @ (one - 1) + other @ (other - 1)
+    across = one @ other - (left * right).sum()
+    return float((within - 2 * across) / apart)

@@ -334,6 +334,21 @@ def test_answers_have_to_be_the_same_where_the_baseline_repeats_itself() -> None
         assert (verdict.decision, found(verdict, "divergence").method) == (decision, "identity")
 
 
+def test_a_conversation_whose_answers_differ_together_is_one_that_differs() -> None:
+    """Ten turns of one talk are no ten proofs that chance did not do it."""
+    asked = hypothesis(
+        claims=[], guardrails=[EXACT], kind_of_change="lossless_exact",
+        candidate={"patch": {"runtime.step_tokens": 512}}, design={"sabotage_control": False},
+    )  # fmt: skip
+    same = [*suite(BASELINE, a_cluster=10), *suite(AA, a_cluster=10)]
+    for talks, decision in ((1, "inconclusive"), (5, "fail")):
+        other = [
+            replace(one, text="something else") if at < 10 * talks else one
+            for at, one in enumerate(suite(CANDIDATE, a_cluster=10))
+        ]
+        assert judged([*same, *other], asked).decision == decision
+
+
 def test_what_the_baseline_seldom_does_to_itself_is_bounded_over_all_requests() -> None:
     """A second baseline on a quarter of 1,000 rows, of which one differs: at one point these alone
     could prove nothing. Three of 1,000 of the candidate's differ, which is below a point; nine are

@@ -421,6 +421,25 @@ def test_the_distance_of_laws_is_right_on_average_and_not_biased_by_few_draws():
     assert near.p < 0.05
 
 
+def test_draws_that_share_a_seed_make_no_laws_alike():
+    """Both arms invert their laws at the same numbers: they agree more often than their laws do. A
+    distance of the margin still passes at alpha; what one sampler draws twice differs in nothing.
+    """
+    draw = rng(20)
+    p, q = np.array([0.6, 0.3, 0.1]), np.array([0.4, 0.4, 0.2])
+    passed, far = 0, []
+    for _ in range(200):
+        numbers = draw.random((40, 12))
+        one, other = (np.searchsorted(np.cumsum(law)[:2], numbers) for law in (p, q))
+        found = divergence.law_distance(list(one), list(other), ((p - q) ** 2).sum())
+        passed += found.p <= 0.05
+        far.append(found.estimate)
+    assert np.mean(far) == pytest.approx(((p - q) ** 2).sum(), abs=0.005)
+    assert passed <= 20
+    assert divergence.same_law(list(one), list(other), draw, 199) < 0.05
+    assert divergence.same_law(list(one), list(one), draw, 199) == 1.0
+
+
 def test_kl_is_scipys_and_what_is_left_out_counts_as_one_token():
     p, q = np.array([[0.5, 0.3, 0.2]]), np.array([[0.4, 0.4, 0.2]])
     assert divergence.kl(np.log(p), np.log(q))[0] == pytest.approx(stats.entropy(p[0], q[0]))
