@@ -312,7 +312,8 @@ def laws(rng: np.random.Generator, share: float) -> Mapping[str, Rates]:
             flagged.append(divergence.same_law(drawn[0], drawn[2], rng, 99) <= 2 * ALPHA)
             numbers = rng.random((prefixes, draws))  # of the seeds that both arms are sent
             seeded = [list(np.searchsorted(np.cumsum(law)[:2], numbers)) for law in (one, other)]
-            alike.append(divergence.law_distance(*seeded, apart, ALPHA).p <= ALPHA)
+            found = divergence.law_distance(seeded[0], seeded[1], apart, ALPHA)
+            alike.append(found.p <= ALPHA)
         false_pass[f"{prefixes} prefixes, {draws} draws"] = rate(passed)
         false_pass[f"{prefixes} prefixes, {draws} draws, seeds in common"] = rate(alike)
         told[f"{prefixes} prefixes, {draws} draws"] = rate(flagged)
