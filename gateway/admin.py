@@ -134,6 +134,10 @@ class Steering:
         wanted = Wanted.model_validate(parse_object(body))
         asked = self._orders(wanted)
         patched(self._live.edge.policy, wanted.patch)  # raises for one that cannot be
+        for name in {one.api_key_env for one in wanted.replicas if one.api_key_env}:
+            if not os.environ.get(name, "").strip():  # every gateway would fail at the record
+                set_here = "variables that are set where the gateway runs"
+                raise problems.wrong_value("replicas[].api_key_env", set_here, name)
         if wanted.share:
             await self._verdicts.refuse(wanted.roots)
 

@@ -109,6 +109,18 @@ async def test_turns_of_a_conversation_without_a_name_stay_together() -> None:
         assert seen == {"baseline", "candidate"}
 
 
+@on_loop
+async def test_a_candidate_whose_key_is_not_set_is_refused_and_leaves_nothing() -> None:
+    """Its record would be read, and failed at, by every gateway again and again."""
+    async with upstream(hi) as old, upstream(hi) as new, gateway(old) as front:
+        servers = [{"url": new.url, "api_key_env": "HEADGATE_TEST_NOT_SET"}]
+        wanted = {"id": "r1", "name": "h", "share": 1.0, "lease_s": 60, "replicas": servers}
+        status, answer = await steer(front, "PUT", **wanted)
+        assert (status, answer["error"]["param"]) == (400, "replicas[].api_key_env")
+        assert "HEADGATE_TEST_NOT_SET" in answer["error"]["message"]
+        assert await told(front) is None
+
+
 @pytest.mark.parametrize("payload", [HELLO, STREAMED])
 def test_what_the_candidate_fails_at_the_baseline_answers(payload: dict[str, Any]) -> None:
     """Clients get 200 from the first failure on; after three the candidate is out, and why is told.
