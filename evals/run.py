@@ -14,6 +14,8 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import orjson
+
 from evals.arms import Arm, counters
 from evals.client import Client, Targets
 from evals.dataset import Suite
@@ -216,12 +218,14 @@ def body_for(body: Mapping[str, Any], model: str, design: Design, seed: int) -> 
 
 
 def seed_of(item: Item, seed: int, repeat: int) -> int:
-    """The same in every arm. Rows do not share one, or all of them would be drawn alike; neither do
-    repeats, or they would be none.
+    """The same in every arm, and of rows that ask the same, so that a cache of answers knows them
+    again. Other rows do not share one, or all of them would be drawn alike; neither do repeats, or
+    they would be none.
     """
     own = item.body.get("seed")
     if not isinstance(own, int):
-        own = zlib.crc32(f"{seed}:{item.id}".encode())
+        asked = orjson.dumps([item.body.get(name) for name in ("messages", "prompt")])
+        own = zlib.crc32(asked, seed)
     return own + repeat
 
 

@@ -123,7 +123,7 @@ def test_three_points_lost_and_fifteen_percent_slower_are_each_failed(
         "- {suite: facts, metric: lost, test: rate_max, max: 1%}\n"
         "- {suite: facts, metric: e2e.mean, test: ratio_ni, margin: 4%}"
     )
-    with spoiled(stack, "--wrong", "0.03", "--slow", "0.15", "--seed", "9") as url:
+    with spoiled(stack, "--wrong", "0.03", "--slow", "0.15", "--seed", "10") as url:
         file = hypothesis(
             folder, "planted", f'url: "{stack.gateway.url}"', f'url: "{url}"', rails,
             design=f"{QUIET}, block_items: 5, concurrency: 1", pairs=320,
