@@ -29,7 +29,7 @@ from gateway.orders import Orders
 from gateway.query import number, query
 from gateway.reply import Reply
 from gateway.traces import TRACES_PATH, trace, traces
-from gateway.variants import Variants, patched
+from gateway.variants import Variants, check_key, patched
 from gateway.verdicts import Verdicts, named_in
 from runtime.wire import Problem, parse_object, problem_of
 
@@ -135,9 +135,7 @@ class Steering:
         asked = self._orders(wanted)
         patched(self._live.edge.policy, wanted.patch)  # raises for one that cannot be
         for name in {one.api_key_env for one in wanted.replicas if one.api_key_env}:
-            if not os.environ.get(name, "").strip():  # every gateway would fail at the record
-                set_here = "variables that are set where the gateway runs"
-                raise problems.wrong_value("replicas[].api_key_env", set_here, name)
+            check_key(self._live.edge.policy, name)  # every gateway would fail at the record
         if wanted.share:
             await self._verdicts.refuse(wanted.roots)
 

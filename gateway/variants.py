@@ -367,6 +367,8 @@ def candidate(baseline: Edge, orders: Orders) -> Edge:
     if not orders.replicas:
         return build(policy, baseline.pool.replicas, baseline, arm=orders.id)
     servers = tuple(Upstream.model_validate(one) for one in orders.replicas)
+    for name in {one.api_key_env for one in servers if one.api_key_env}:
+        check_key(baseline.policy, name)  # orders may come by the store, too
     policy = policy.model_copy(update={"upstreams": servers, "discovery": ()})
     replicas = replicas_of(policy, (), os.environ)
     known = (one.tokenizer for one in baseline.pool.replicas if one.tokenizer is not None)
@@ -377,6 +379,22 @@ def candidate(baseline: Edge, orders: Orders) -> Edge:
     edge = build(policy, replicas, baseline, arm=orders.id)
     edge.pool.rescuers = lambda: baseline.pool.replicas
     return edge
+
+
+def check_key(policy: Deployment, name: str) -> None:
+    """Who steers rollouts may not have any variable of ours sent anywhere: of those that the policy
+    means for replicas, one that is set. Raises Problem 400."""
+    known = {*policy.gateway.admin.candidate_keys}
+    known |= {one.api_key_env or "" for one in policy.upstreams}
+    known |= {one.api_key_env or "" for one in policy.discovery}
+    if policy.runtime is not None:
+        known.add(policy.runtime.key_env or "")
+    if name not in known:
+        expected = "variables of the policy's replicas or in gateway.admin.candidate_keys"
+        raise problems.wrong_value("replicas[].api_key_env", expected, name)
+    if not os.environ.get(name, "").strip():
+        set_here = "variables that are set where the gateway runs"
+        raise problems.wrong_value("replicas[].api_key_env", set_here, name)
 
 
 def patched(policy: Deployment, patch: Mapping[str, Any]) -> Deployment:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Annotated
+
+from pydantic import Field, StringConstraints
 
 from policies.fields import VARIABLE, PolicyModel
+
+Variable = Annotated[str, StringConstraints(pattern=VARIABLE)]
 
 
 class Admin(PolicyModel):
@@ -15,6 +19,13 @@ class Admin(PolicyModel):
         pattern=VARIABLE,
         description="Environment variable with the key for `/admin` and `/gate`. Without one they "
         "are there for this machine alone, and not at all where there are `tenants`.",
+    )
+    candidate_keys: tuple[Variable, ...] = Field(
+        (),
+        strict=False,
+        max_length=64,
+        description="Environment variables whose keys a rollout's candidate may be asked with, "
+        "beside those that the policy's own replicas are asked with.",
     )
     observations: int = Field(
         10_000,

@@ -110,15 +110,26 @@ async def test_turns_of_a_conversation_without_a_name_stay_together() -> None:
 
 
 @on_loop
-async def test_a_candidate_whose_key_is_not_set_is_refused_and_leaves_nothing() -> None:
-    """Its record would be read, and failed at, by every gateway again and again."""
-    async with upstream(hi) as old, upstream(hi) as new, gateway(old) as front:
-        servers = [{"url": new.url, "api_key_env": "HEADGATE_TEST_NOT_SET"}]
-        wanted = {"id": "r1", "name": "h", "share": 1.0, "lease_s": 60, "replicas": servers}
-        status, answer = await steer(front, "PUT", **wanted)
-        assert (status, answer["error"]["param"]) == (400, "replicas[].api_key_env")
-        assert "HEADGATE_TEST_NOT_SET" in answer["error"]["message"]
-        assert await told(front) is None
+async def test_a_candidate_is_asked_with_keys_that_the_policy_names_and_with_no_other_variable(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every gateway would read its record, and send what is in `HOME` to whoever it names. One that
+    is not set is refused, too, and neither leaves anything."""
+    monkeypatch.setenv("HEADGATE_TEST_KEY", "secret")
+    keys = ["HEADGATE_TEST_KEY", "HEADGATE_TEST_NOT_SET"]
+    admin = {"candidate_keys": keys}
+    async with upstream(hi) as old, upstream(hi) as new, gateway(old, admin=admin) as front:
+        wanted = {"id": "r1", "name": "h", "share": 1.0, "lease_s": 60}
+        for name in ("HOME", "HEADGATE_TEST_NOT_SET"):
+            servers = [{"url": new.url, "api_key_env": name}]
+            status, answer = await steer(front, "PUT", **wanted, replicas=servers)
+            assert (status, answer["error"]["param"]) == (400, "replicas[].api_key_env")
+            assert name in answer["error"]["message"]
+            assert await told(front) is None
+        servers = [{"url": new.url, "api_key_env": "HEADGATE_TEST_KEY"}]
+        assert (await steer(front, "PUT", **wanted, replicas=servers))[0] == 200
+        await front.post(HELLO)
+    assert [one.headers["authorization"] for one in new.requests] == ["Bearer secret"]
 
 
 @pytest.mark.parametrize("payload", [HELLO, STREAMED])
