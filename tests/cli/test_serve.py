@@ -189,7 +189,8 @@ def test_what_runs_where_and_what_to_paste_are_printed(tmp_path: Path) -> None:
         "  metrics   http://127.0.0.1:7001/metrics",
         "  metrics   http://127.0.0.1:7002/metrics",
     ]
-    assert any("http://127.0.0.1:7000/console " in line for line in then)
+    assert "  http://127.0.0.1:7000/v1" in then  # gates and rollouts wait for this very line
+    assert "  http://127.0.0.1:7000/console" in then
     assert any("headgate chat --url http://127.0.0.1:7000" in line for line in then)
 
 
