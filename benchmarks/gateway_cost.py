@@ -16,6 +16,7 @@ from benchmarks.lab import peers_setup
 from benchmarks.lab.edge_load import Driven, Load, drive
 from benchmarks.lab.edges import COMMANDS, OURS, Edge, installed, listening, running
 from benchmarks.lab.report import About, Goal, Measured, Settings, run
+from benchmarks.lab.samples import medians
 
 _RUST = ("smg", "vllm-router", "sglang-router")
 _LITELLM = "litellm"
@@ -79,7 +80,7 @@ def measure(settings: Settings) -> Measured:
             for edge in turn:
                 rounds[edge.name].append(asyncio.run(_look(edge, port)))
             settings.progress(f"round {number + 1}")
-    results = {name: _medians(rows) for name, rows in rounds.items()}
+    results = {name: medians(rows, 3) for name, rows in rounds.items()}
     return Measured(
         results,
         _values(results, rounds),
@@ -119,10 +120,6 @@ def _costs(name: str, driven: Driven, cpu_s: float) -> Row:
 
 def _at(driven: Driven, share: float) -> float:
     return sorted(driven.latencies_s)[int(share * (len(driven.latencies_s) - 1))]
-
-
-def _medians(rows: Sequence[Row]) -> dict[str, float]:
-    return {name: round(median(row[name] for row in rows), 3) for name in rows[0]}
 
 
 def _values(

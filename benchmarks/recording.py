@@ -8,13 +8,12 @@ import asyncio
 import contextlib
 import sys
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from statistics import median
+from collections.abc import Sequence
 
 from benchmarks.lab.edge_load import Driven, Load, drive
 from benchmarks.lab.edges import OURS, Edge, listening, ours, running
 from benchmarks.lab.report import About, Goal, Measured, Settings, run
-from benchmarks.lab.samples import percentile
+from benchmarks.lab.samples import median_added, medians, percentile
 from benchmarks.lab.stack import cpu_s
 
 _ROUNDS = 5
@@ -69,11 +68,14 @@ def measure(settings: Settings) -> Measured:
             for name in names:
                 rounds[name].append(asyncio.run(_look(edges[name])))
             settings.progress(f"round {number + 1}")
-    results = {name: _medians(rows) for name, rows in rounds.items()}
+    results = {name: medians(rows, 3) for name, rows in rounds.items()}
     values = {
-        "added_us_per_request": _added(rounds, "gateway_us_per_request_short"),
-        "added_us_per_chunk": _added(rounds, "gateway_us_per_chunk_paced"),
-        "added_p99_ms": _added(rounds, "latency_p99_ms"),
+        name: median_added(rounds[PLAIN], rounds[RECORDS], field, 3)
+        for name, field in (
+            ("added_us_per_request", "gateway_us_per_request_short"),
+            ("added_us_per_chunk", "gateway_us_per_chunk_paced"),
+            ("added_p99_ms", "latency_p99_ms"),
+        )
     }
     return Measured(results, values, {"rounds": count})
 
@@ -108,15 +110,6 @@ async def _settled(edge: Edge) -> None:
 
 def _units(driven: Driven) -> tuple[int, str]:
     return (driven.chunks, "chunk") if driven.chunks else (len(driven.latencies_s), "request")
-
-
-def _medians(rows: Sequence[Row]) -> Row:
-    return {name: round(median(row[name] for row in rows), 3) for name in rows[0]}
-
-
-def _added(rounds: Mapping[str, Sequence[Row]], field: str) -> float:
-    pairs = zip(rounds[PLAIN], rounds[RECORDS], strict=True)
-    return round(median(records[field] - plain[field] for plain, records in pairs), 3)
 
 
 if __name__ == "__main__":

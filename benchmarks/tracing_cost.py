@@ -11,11 +11,11 @@ import threading
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from statistics import median
 
 from benchmarks.lab.edge_load import Driven, Load, drive
 from benchmarks.lab.edges import OURS, Edge, listening, ours, running
 from benchmarks.lab.report import About, Goal, Measured, Settings, run
+from benchmarks.lab.samples import median_added, medians
 
 _ROUNDS = 4
 # Of each, so many turns a round: what else the machine does then meets all four alike.
@@ -70,10 +70,12 @@ def measure(settings: Settings) -> Measured:
             for name, row in asyncio.run(_round(edges)).items():
                 rounds[name].append(row)
             settings.progress(f"round {number + 1}")
-    results = {name: _medians(rows) for name, rows in rounds.items()}
+    results = {name: medians(rows, 2) for name, rows in rounds.items()}
     for name in names[1:]:
         for unit in _LOADS:
-            results[name][f"added_us_per_{unit}"] = _added(rounds, name, f"us_per_{unit}")
+            results[name][f"added_us_per_{unit}"] = median_added(
+                rounds[OFF], rounds[name], f"us_per_{unit}", 2
+            )
     values = {
         "out_us_per_request": results[OUT]["added_us_per_request"],
         "out_us_per_chunk": results[OUT]["added_us_per_chunk"],
@@ -105,15 +107,6 @@ async def _round(edges: Mapping[str, Edge]) -> dict[str, Row]:
 
 def _count(driven: Driven) -> int:
     return driven.chunks or len(driven.latencies_s)
-
-
-def _medians(rows: Sequence[Row]) -> Row:
-    return {name: round(median(row[name] for row in rows), 2) for name in rows[0]}
-
-
-def _added(rounds: Mapping[str, Sequence[Row]], name: str, field: str) -> float:
-    pairs = zip(rounds[OFF], rounds[name], strict=True)
-    return round(median(one[field] - off[field] for off, one in pairs), 2)
 
 
 @contextlib.contextmanager

@@ -28,7 +28,7 @@ from policies.patching import Configured
 START_S = 900.0  # a model of many GB from a slow disk, and its kernels compiled
 EDGE_START_S = 30.0  # a gateway alone: what it waits for then are servers that should run already
 ASK_S = 10.0
-_FRONT = re.compile(r"^\s+(http://\S+)/v1$")
+FRONT = re.compile(r"^\s+(http://\S+)/v1$")  # `headgate serve` says it once it is ready
 _PAGE = re.compile(r"^\s+metrics\s+(http://\S+/metrics)$")
 _SAMPLE = re.compile(r"^([a-zA-Z_:][\w:]*)(?:\{[^}]*\})?\s+(\S+)", re.MULTILINE)
 # Of a server that starts, for another one that does not load, but is not there.
@@ -160,12 +160,12 @@ async def _up(
                 (sys.executable, "-P", "-m", "headgate", "serve", str(policy)),
                 {"HEADGATE_PORT": "0"},
                 own / "serve.log",
-                lambda line: _FRONT.match(line) is not None,
+                lambda line: FRONT.match(line) is not None,
                 within_s,
                 lambda line: say(f"  {name:<10}{line}") if _WAITS.match(line) else None,
             )
         )
-        url = next(found[1] for line in said if (found := _FRONT.match(line)))
+        url = next(found[1] for line in said if (found := FRONT.match(line)))
         pages = [found[1] for line in said if (found := _PAGE.match(line))]
         arm = Arm(name, url, key, variant.model or "", (f"{url}/metrics", *pages))
         return await _known(arm)

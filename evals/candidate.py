@@ -18,12 +18,11 @@ import aiohttp
 import orjson
 
 from evals.arm_policy import write_policy
+from evals.arms import FRONT, START_S
 from evals.processes import serving
 from policies.patching import Configured, differences
 
-START_S = 900.0  # a model of many GB from a slow disk, and its kernels compiled
 ASK_S = 10.0
-_FRONT = re.compile(r"^\s+http://\S+/v1$")  # the last of what `headgate serve` says
 _WORKER = re.compile(r"^\s+(?:metrics\s+)?(http://\S+)/metrics$")
 
 
@@ -72,7 +71,7 @@ async def started(candidate: Configured, folder: Path) -> AsyncIterator[Servers]
     argv = (sys.executable, "-P", "-m", "headgate", "serve", str(policy))
     log = folder / "serve.log"
     async with serving(
-        argv, {"HEADGATE_PORT": "0"}, log, lambda line: _FRONT.match(line) is not None, START_S
+        argv, {"HEADGATE_PORT": "0"}, log, lambda line: FRONT.match(line) is not None, START_S
     ) as said:
         urls = [found[1] for line in said if (found := _WORKER.match(line))]
         runtime = candidate.deployment.runtime

@@ -7,12 +7,28 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist, median
 from typing import Any
 
 _DRAWS = 2000
+
+
+def medians(rows: Sequence[Mapping[str, float]], digits: int) -> dict[str, float]:
+    """Of each figure over the rounds, `digits` behind the point."""
+    return {name: round(median(row[name] for row in rows), digits) for name in rows[0]}
+
+
+def median_added(
+    before: Sequence[Mapping[str, float]],
+    after: Sequence[Mapping[str, float]],
+    field: str,
+    digits: int,
+) -> float:
+    """Of a figure's differences within a round."""
+    pairs = zip(before, after, strict=True)
+    return round(median(more[field] - less[field] for less, more in pairs), digits)
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
