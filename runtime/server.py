@@ -377,6 +377,10 @@ async def _answer_http_error(request: Request, error: Exception) -> Response:
 
 
 async def _answer_unforeseen(request: Request, error: Exception) -> Response:
-    """A fault of ours, in the clients' shape; Starlette logs it with its traceback."""
+    """A fault of ours, in the clients' shape; Starlette logs it with its traceback.
+
+    The server hangs up after it: who knows sends the next request over another connection.
+    """
     message = f"{request.method} {request.url.path} failed in the worker: {type(error).__name__}"
-    return _problem_response(Problem(500, message, code="internal_error"))
+    headers = {"connection": "close"}
+    return _problem_response(Problem(500, message, code="internal_error", headers=headers))

@@ -200,6 +200,7 @@ def test_a_fault_of_a_workers_own_is_one_in_its_counts_and_traces_too(folder: Pa
         (span,) = world.client.get(f"/traces/{trace}").json()["spans"]
         counted = [counts.get((CHAT, "POST", one), 0) for one in ("2xx", "5xx")]
     assert (failed.status_code, failed.json()["error"]["code"]) == (500, "internal_error")
+    assert failed.headers["connection"] == "close"  # the next request does not meet a reset
     assert counted == [0, 1]
     assert (span["status"], span["attributes"]["error.type"]) == ("ERROR", "AttributeError")
 
