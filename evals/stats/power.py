@@ -135,8 +135,11 @@ def _t_power(count: int, distance: float, spread: float, alpha: float) -> float:
     """Of a one-sided t test on so many logarithms, by the noncentral t."""
     if spread == 0:
         return 1.0
-    reach = special.stdtrit(count - 1, 1 - alpha)
-    return float(1 - special.nctdtr(count - 1, distance / spread * math.sqrt(count), reach))
+    reach, far = special.stdtrit(count - 1, 1 - alpha), distance / spread * math.sqrt(count)
+    power = 1 - special.nctdtr(count - 1, far, reach)
+    if math.isnan(power):  # so far off the series does not converge; a normal one is as right
+        power = special.ndtr((far - reach) / math.sqrt(1 + reach**2 / (2 * count - 2)))
+    return float(power)
 
 
 def _variances(flips: float, margin: float, diff: float) -> tuple[float, float]:

@@ -169,6 +169,15 @@ def test_block_pairs_for_a_ratio_have_their_power_by_simulation():
     assert power.testable_ratio(count, 0.1) <= 0.1
 
 
+@pytest.mark.parametrize("planned", [0.5, 0.8, 14 / 15, 0.99])
+@pytest.mark.parametrize("spread", [0.001, 0.1, 3.0])
+def test_every_number_of_block_pairs_has_a_ratio_that_it_can_test(planned, spread):
+    """The noncentral t has no number far from the margin; a plan has one all the same."""
+    found = [power.testable_ratio(count, spread, 0.05, planned) for count in (2, 10, 32, 300, 5000)]
+    assert found == sorted(found, reverse=True)
+    assert all(one > 0 for one in found)
+
+
 # ---- rates ---------------------------------------------------------------------------------------
 
 
