@@ -38,6 +38,8 @@ from policies.hypothesis import Hypothesis, Stats
 
 # What is assumed where no run has measured it.
 FLIPS, BLOCK_SPREAD, TOKEN_SPREAD, CORRELATION = 0.06, 0.10, 0.30, 0.1
+# Of the time that one request of a replay takes: the same request meets other ones in either arm.
+REQUEST_SPREAD = 0.7
 # Flips of what hardly ever happens: an answer that is empty or looped, a request that fails.
 RARE_FLIPS = 0.005
 _RARE = ("served", *UNWANTED)
@@ -47,24 +49,28 @@ _COUNTED = ("rate_max", "percentile_max", "identical")
 # Looking all the time takes more pairs than one look at the end.
 _SEQUENTIAL = 1.5
 NEVER = 10**9
+_REPLAYS = "replay:"
 FINENESS = 1e-3
 
 
 @dataclass(frozen=True, slots=True)
 class Supply:
     """What a source has, as the design will ask it: rows, repeats not counted, that fall into so
-    many clusters and blocks.
+    many clusters and blocks; `crowd`: requests of a block that come at the times of a replay.
     """
 
     rows: int
     clusters: int
     blocks: int
+    crowd: float = math.inf
 
 
 def supply_of(blocks: Sequence[Block]) -> Supply:
     """What the blocks of a source have, repeats not counted."""
     items = [item for block in blocks if block.repeat == 0 for item in block.items]
-    return Supply(len(items), len({item.cluster for item in items}), len(blocks))
+    timed = [block.size for block in blocks if block.source.startswith(_REPLAYS)]
+    crowd = sum(timed) / len(timed) if timed else math.inf
+    return Supply(len(items), len({item.cluster for item in items}), len(blocks), crowd)
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +177,7 @@ def needs(question: Question, supply: Supply, noise: Noise, stats: Stats, power:
     """What a question needs, by what is known of its noise."""
     alpha = stats.alpha
     if question.metric.kind in ("time", "rate"):
-        spread = max(BLOCK_SPREAD if noise.spread is None else noise.spread, FINENESS)
+        spread = max(_spread(question, supply, noise), FINENESS)
 
         def blocks(bound: float) -> int:
             ratio = 1 + bound if question.metric.better == "lower" else 1 - bound
@@ -195,6 +201,22 @@ def needs(question: Question, supply: Supply, noise: Noise, stats: Stats, power:
     worth = int(supply.rows / effect)
     near = testable_margin(worth, _flips(question, noise), alpha, power) if worth else 1.0
     return Needs("pairs", supply.rows, pairs, near)
+
+
+def _spread(question: Question, supply: Supply, noise: Noise) -> float:
+    """Of answers, or of pairs of blocks; unmeasured, more where a time rests on few requests."""
+    metric = question.metric
+    if noise.spread is not None:
+        return noise.spread
+    if metric.kind == "tokens":
+        return TOKEN_SPREAD
+    if metric.kind != "time" or not supply.crowd:
+        return BLOCK_SPREAD
+    q, one = metric.quantile, REQUEST_SPREAD / math.sqrt(supply.crowd)
+    if q is not None and 0 < q < 1:  # of requests whose logarithms are normal
+        density = math.exp(-(float(special.ndtri(q)) ** 2) / 2) / math.sqrt(2 * math.pi)
+        one *= math.sqrt(q * (1 - q)) / density
+    return math.hypot(BLOCK_SPREAD, one)
 
 
 def _correlated(question: Question, supply: Supply, noise: Noise) -> float:
@@ -265,14 +287,7 @@ def note(question: Question, supply: Supply, noise: Noise) -> str:
         )
     how = "measured" if noise.measured else "assumed"
     if kind in ("time", "rate", "tokens"):
-        spread = (
-            noise.spread
-            if noise.spread is not None
-            else TOKEN_SPREAD
-            if kind == "tokens"
-            else BLOCK_SPREAD
-        )
-        return f"spread {spread:.1%} {how}"
+        return f"spread {_spread(question, supply, noise):.1%} {how}"
     if question.test in _MEANS:
         return f"{FEWEST_CLUSTERS} texts at least; how many more depends on them"
     if question.test in _COUNTED:

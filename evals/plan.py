@@ -133,7 +133,7 @@ def _affected(
 ) -> Row:
     """The same over the requests that the change will touch."""
     rows = int(supply.rows * share)
-    part = Supply(rows, min(supply.clusters, rows), supply.blocks)
+    part = Supply(rows, min(supply.clusters, rows), supply.blocks, share * supply.crowd)
     row = _row(question, part, noise, stats, power)
     needed = None if row.needed is None else max(row.needed, least if row.what == "pairs" else 0)
     enough = needed is not None and row.there >= needed

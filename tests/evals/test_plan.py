@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from evals.design import blocks_of_rows
+from evals.design import blocks_of_rows, blocks_of_time
 from evals.item import Item
 from evals.needs import Noise, Supply, measured, supply_of
 from evals.pairs import AA, BASELINE, by_arm, pair
@@ -156,6 +156,26 @@ def test_what_a_source_has_is_counted_as_the_design_asks_it() -> None:
     design = Design(repeats=2, block_items=20)
     blocks = blocks_of_rows(SUITE, items, design, Stats())
     assert supply_of(blocks) == Supply(rows=100, clusters=25, blocks=10)
+
+
+def test_a_quantile_of_few_requests_is_planned_with_more_spread() -> None:
+    """Unmeasured: a block of a replay with 45 requests tells a p95 worse than its median, and both
+    worse than a block of thousands; a suite's rows, asked one after another, are not meant."""
+    items = [Item(f"q{n}", f"c{n}", 0, {}, meta={"t_s": n / 3}) for n in range(720)]
+    blocks = blocks_of_time(REPLAY, items, Design(block=15), Stats())
+    supply = supply_of(blocks)
+    assert (supply.blocks, supply.crowd) == (16, 45)
+
+    def needed(metric: str, there: Supply) -> int:
+        rail = {**TTFT, "metric": metric, "margin": 0.15}
+        row = plan(of_one(rail), {REPLAY: there}).rows[0]
+        assert row.needed is not None
+        return row.needed
+
+    many = replace(supply, crowd=10_000)
+    assert needed("ttft.p95", supply) > needed("ttft.p50", supply) > needed("ttft.p50", many)
+    assert needed("ttft.p95", supply) > 16 >= needed("ttft.p95", many)
+    assert needed("ttft.p95", many) == needed("ttft.p95", PLENTY[REPLAY])
 
 
 def test_claims_are_never_a_reason_to_refuse() -> None:
