@@ -25,6 +25,8 @@ from evals.processes import NotServing, serving
 from policies.hypothesis import Design, Hypothesis, Variant
 from policies.patching import Configured
 
+SPOILED = "spoiled"  # a baseline, started for the sabotaged arm alone
+
 START_S = 900.0  # a model of many GB from a slow disk, and its kernels compiled
 EDGE_START_S = 30.0  # a gateway alone: what it waits for then are servers that should run already
 ASK_S = 10.0
@@ -72,13 +74,18 @@ class Starting:
     async def up(self, stack: contextlib.AsyncExitStack, name: str) -> Arm:
         """Alive until the stack is left. One that does not come up is `broken`."""
         if name == SABOTAGE:
-            return await self.spoiled(stack, await self.up(stack, BASELINE))
+            return await self.spoiled(stack, await self.up(stack, SPOILED))
         at = int(name == CANDIDATE)
         variant = (self.hypothesis.baseline, self.hypothesis.candidate)[at]
         one = self.configured[at]
         edge = one is not None and one.deployment.runtime is None
         within_s = self.edge_s if edge else START_S
         return await _up(stack, name, variant, one, self.folder, within_s, self.say)
+
+    @property
+    def caches_live_on(self) -> bool:
+        """From block to block; who asks a server for another arm changes what it finds cached."""
+        return not self.hypothesis.design.cold_blocks
 
     async def spoiled(self, stack: contextlib.AsyncExitStack, baseline: Arm) -> Arm:
         design, seed = self.hypothesis.design, self.hypothesis.stats.seed
@@ -97,7 +104,7 @@ async def started(starting: Starting) -> AsyncIterator[Mapping[str, Arm]]:
             broken = next((one for one in found.values() if one.broken), None)
             if broken is not None:
                 found[name] = Arm(name, "", broken=f"not started: the {broken.name} does not run")
-            elif name == SABOTAGE:
+            elif name == SABOTAGE and not starting.caches_live_on:
                 found[name] = await starting.spoiled(stack, found[BASELINE])
             else:
                 found[name] = await starting.up(stack, name)

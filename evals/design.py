@@ -78,13 +78,14 @@ def blocks_of_time(
 def steps(blocks: Sequence[Block], design: Design, stats: Stats) -> tuple[Step, ...]:
     """All blocks in all their arms. Two blocks that follow each other are mirrored, so that a
     machine that gets slower or faster, steadily, does so to every arm alike. The control arms run
-    in a share of each source's blocks.
+    in a share of each source's blocks; in all where caches live on, which fill with what is asked.
     """
     rng = random.Random(f"{stats.seed}:order")  # noqa: S311  # repeatable
     ordered: list[Step] = []
     for _, run in groupby(blocks, key=lambda block: block.source):
         mine = list(run)
-        controlled = _controlled(-(-len(mine) // 2), design.control_share)
+        share = design.control_share if design.cold_blocks else 1.0
+        controlled = _controlled(-(-len(mine) // 2), share)
         for at in range(0, len(mine), 2):
             arms = _arms(design) if at // 2 in controlled else (BASELINE, CANDIDATE)
             if rng.random() < 0.5:

@@ -134,6 +134,12 @@ async def _run(
     in_turn = plan.hypothesis.design.servers == "in_turn"
     say(f"starting {_arms_of(plan.hypothesis)}" + (", one at a time" if in_turn else ""))
     starting = Starting(plan.hypothesis, plan.configured, folder / "arms", say)
+    if starting.caches_live_on and plan.configured[0] is None and len(starting.names) > 2:
+        say(
+            "note: the controls ask the baseline's own server, where caches live on from block to "
+            "block: it finds there what they have asked. Set design.aa_control and "
+            "design.sabotage_control to false, or have it served here (baseline.config)"
+        )
     targets = arms.targets(plan.configured[0])
     sources = {one.name: one for one in plan.sources}
     known: dict[str, Arm] = {}

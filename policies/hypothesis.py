@@ -188,7 +188,8 @@ class Design(PolicyModel):
     cold_blocks: bool = Field(
         True,
         description="Nothing is cached at the begin of a block: its requests have a `cache_salt` "
-        "of their own. A server that refuses unknown fields needs `false`.",
+        "of their own. A server that refuses unknown fields needs `false`. With `false` caches "
+        "live on, and controls run in all blocks, on servers of their own.",
     )
     servers: Literal["together", "in_turn"] = Field(
         "together",

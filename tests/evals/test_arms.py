@@ -1,4 +1,4 @@
-"""Arms that come up, and those that do not: told soon, and with the reason."""
+"""Arms that come up, and those that do not: told soon, and with the reason; who asks whom."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import asyncio
 import time
 from pathlib import Path
 
-from evals.arms import Starting, started
+import aiohttp
+import pytest
+
+from evals.arms import Starting, counters, started
 from policies.binding import pair
 from policies.hypothesis import Hypothesis
 from policies.load import load_hypothesis
-from tests.gateway.world import refused_port
+from tests.gateway.world import HELLO, on_loop, refused_port, upstream
 
 HYPOTHESIS = """\
 apiVersion: headgate/v1
@@ -46,3 +49,24 @@ def test_a_gateway_whose_server_is_down_is_given_up_soon(tmp_path: Path) -> None
     assert {broken[name] for name in ("candidate", "aa", "sabotage")} == {
         "not started: the baseline does not run"
     }
+
+
+@pytest.mark.parametrize("cold_blocks", [True, False])
+@on_loop
+async def test_the_spoiled_arm_leaves_the_baselines_caches_alone(
+    tmp_path: Path, cold_blocks: bool
+) -> None:
+    """Where nothing is salted it has a server of its own; else one asks for both."""
+    async with upstream() as fake:
+        (tmp_path / "base.yaml").write_text(f"version: 1\nupstreams: [{{url: '{fake.url}'}}]\n")
+        file = tmp_path / "h.yaml"
+        design = f"design: {{aa_control: false, cold_blocks: {str(cold_blocks).lower()}}}\n"
+        file.write_text(HYPOTHESIS + design)
+        asked = load_hypothesis(file)
+        starting = Starting(asked, pair(file, asked), tmp_path / "arms")
+        async with started(starting) as arms, aiohttp.ClientSession() as session:
+            url = f"{arms['sabotage'].url}/v1/chat/completions"
+            async with session.post(url, json=HELLO) as answer:
+                assert answer.status == 200
+            seen = (await counters(arms["baseline"])).get("headgate_gateway_requests_total", 0)
+    assert (len(fake.requests), seen) == (1, float(cold_blocks))

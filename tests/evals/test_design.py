@@ -107,6 +107,15 @@ def test_each_source_has_blocks_enough_in_the_control_arms() -> None:
     assert controlled == {SUITE: 50, REPLAY: 12}
 
 
+def test_where_caches_live_on_every_arm_is_asked_everything() -> None:
+    """Else a control that skips blocks would find less cached than the baseline does."""
+    design = Design(block_items=1, cold_blocks=False)
+    planned = steps(blocks_of_rows(SUITE, rows(100), design, Stats()), design, Stats())
+    assert Counter(step.arm for step in planned) == dict.fromkeys(
+        (BASELINE, CANDIDATE, AA, SABOTAGE), 100
+    )
+
+
 def test_recorded_traffic_is_cut_by_its_own_clock() -> None:
     """A block without a request is none; the others keep where they began."""
     design = Design(block=60.0, repeats=2)
