@@ -1,7 +1,8 @@
 """`python -m deploy.local [FILE]`: what compose.yaml runs, as processes on this machine.
 
-Commands, files, environment, health checks and order are read from the compose file; what has a
-profile is left out. Ctrl-C drains: the edge first, then the gateways, then what is behind them.
+Commands, files, environment, health checks and order are read from the compose file, keys from the
+`.env` beside it; what has a profile is left out. Ctrl-C drains: the edge first, then the gateways,
+then what is behind them.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -20,9 +22,9 @@ from command.machine import PortError
 from command.processes import Program, package_environment
 from command.screen import Screen, columns
 from command.supervisor import Supervisor
+from deploy import keys
 from deploy.local.compose import ComposeError, Service, read
 from deploy.local.places import LOOPBACK, Places
-from policies.slo import new_key
 
 KEY = "HEADGATE_KEY"
 COMPOSE = Path(__file__).resolve().parents[2] / "compose.yaml"
@@ -36,10 +38,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m deploy.local", description=__doc__)
     parser.add_argument("file", type=Path, nargs="?", default=COMPOSE, help="a compose file")
     options = parser.parse_args(arguments)
-    environ = dict(os.environ)
-    told = bool(environ.get(KEY))
-    environ.setdefault(KEY, "")
-    environ[KEY] = environ[KEY] or new_key()
+    secrets = options.file.resolve().parent / ".env"
+    try:
+        environ = keys.settled(secrets, os.environ)
+    except OSError as error:
+        print(f"no keys: {error}; set {', '.join(keys.NAMES)} instead", file=sys.stderr)
+        return 1
     screen = Screen()
     # Short, because the path of a local socket may have no more than 107 characters.
     with tempfile.TemporaryDirectory(prefix="hg-") as folder:
@@ -57,11 +61,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         url = places.url(services[-1].name)
 
         def announce(took_s: float) -> None:
-            shown = "$" + KEY if told else environ[KEY]
             screen.say(
                 f"ready in {took_s:.1f} s", "",
-                f"  {url}/v1", "",
-                f"  export HEADGATE_API_KEY={shown}",
+                f"  {url}/v1", f"  {url}/console   asks for HEADGATE_ADMIN_KEY", "",
+                *([] if os.environ.get(KEY) else [f"  . {shlex.quote(str(secrets))}"]),
+                f"  export HEADGATE_API_KEY=${KEY}",
                 f"  curl {url}/v1/models -H \"Authorization: Bearer $HEADGATE_API_KEY\"",
                 "", "Ctrl-C drains and ends",
             )  # fmt: skip

@@ -15,13 +15,14 @@ from hypothesis import given, strategies as st
 from ruamel.yaml import YAML
 
 from command.probe import main as probe
+from deploy.keys import NAMES
 from deploy.local.compose import ComposeError, duration_s, interpolate, read
 from deploy.local.places import Places
 from policies.load import key_problems, load
 
 ROOT = Path(__file__).parents[2]
 FILE = ROOT / "compose.yaml"
-ENVIRON = {"HEADGATE_KEY": "hg-test"}
+ENVIRON = {name: f"hg-test-{at}" for at, name in enumerate(NAMES)}
 WHOLE: dict[str, Any] = YAML(typ="safe").load(FILE.read_text())
 SERVICES: dict[str, dict[str, Any]] = WHOLE["services"]
 VLLM = ("vllm-0", "vllm-1")
@@ -40,12 +41,11 @@ def test_it_follows_the_specification_s_schema() -> None:
 
 
 def test_a_linter_of_container_security_finds_only_what_is_known() -> None:
-    """Digests cannot be known where nothing can be pulled; vLLM's image is as its makers have it,
-    and takes its key from the environment."""
+    """Digests cannot be known where nothing can be pulled; vLLM's image is its makers'."""
     done = run("compose-lint", "--format", "json", "compose.yaml")
     found = {(one["rule_id"], one["service"]) for one in json.loads(done.stdout)["findings"]}
     others = {(rule, service) for rule, service in found if rule != "CL-0019"}
-    assert others == {(rule, one) for rule in ("CL-0007", "CL-0020") for one in VLLM}
+    assert others == {("CL-0007", one) for one in VLLM}
 
 
 @pytest.mark.parametrize("name", SERVICES)
@@ -96,8 +96,7 @@ def test_everything_that_it_names_exists(profile: str) -> None:
 def test_its_policies_are_valid_and_name_services_that_run_with_them(policy: str) -> None:
     file = ROOT / "deploy" / "stack" / policy
     deployment = load(file)
-    keys = {"HEADGATE_WORKER_KEY": "hg-worker", "HEADGATE_ADMIN_KEY": "hg-admin"}
-    assert key_problems(file, deployment, ENVIRON | keys) == []
+    assert key_problems(file, deployment, ENVIRON) == []
     assert deployment.gateway.admin.key_env == "HEADGATE_ADMIN_KEY"
     profile = policy.removesuffix(".yaml")
     for upstream in deployment.upstreams:
@@ -141,19 +140,39 @@ def test_a_text_without_variables_stays(text: str) -> None:
     assert interpolate(text, {}) == text
 
 
-def test_a_variable_that_has_to_be_set_is_named_with_the_reason() -> None:
-    with pytest.raises(ComposeError, match="HEADGATE_KEY is not set: a key for clients"):
-        read(FILE, {})
+@pytest.mark.parametrize("name", NAMES)
+def test_a_key_that_is_missing_is_named_with_what_makes_it(name: str) -> None:
+    """None stands in for another: a client's would open what is not a client's."""
+    with pytest.raises(ComposeError, match=f"{name} is not set: python3 -m deploy.keys"):
+        read(FILE, {other: key for other, key in ENVIRON.items() if other != name})
 
 
-def test_who_steers_may_have_another_key_than_clients() -> None:
-    """The gateways' policies ask /admin for it; without one it is that of clients."""
-    for told, key in (({}, "hg-test"), ({"HEADGATE_ADMIN_KEY": "hg-admin"}, "hg-admin")):
-        services = {one.name: one.environment for one in read(FILE, ENVIRON | told)}
-        for name in ("gateway-0", "gateway-1"):
-            assert services[name]["HEADGATE_ADMIN_KEY"] == key
-            assert services[name]["HEADGATE_KEY"] == "hg-test"
-        assert "HEADGATE_ADMIN_KEY" not in services["runtime-0"]
+def test_each_key_is_known_only_where_it_is_asked_for_or_sent() -> None:
+    """Gateways have all but Grafana's; engines only their own; who scrapes sends two."""
+    knows = {
+        name: {key for key in NAMES if f"${{{key}" in str(service.get("environment", ""))}
+        for name, service in SERVICES.items()
+    }
+    gateways = set(NAMES) - {"HEADGATE_GRAFANA_PASSWORD"}
+    engines = ("runtime-0", "runtime-1", "runtime-gpu", *VLLM)
+    assert {name: keys for name, keys in knows.items() if keys} == {
+        "gateway-0": gateways,
+        "gateway-1": gateways,
+        "prometheus": {"HEADGATE_KEY", "HEADGATE_WORKER_KEY"},
+        "grafana": {"HEADGATE_GRAFANA_PASSWORD"},
+    } | {name: {"HEADGATE_WORKER_KEY"} for name in engines}
+    password = SERVICES["grafana"]["environment"]["GF_SECURITY_ADMIN_PASSWORD"]
+    assert interpolate(password, ENVIRON) == ENVIRON["HEADGATE_GRAFANA_PASSWORD"]
+
+
+def test_commands_with_an_environment_of_their_own_name_that_of_the_keys_first() -> None:
+    """With `--env-file` Compose does not look at `.env` by itself."""
+    pages = [FILE, ROOT / "docs" / "stack.md", *(ROOT / "deploy" / "stack").glob("*.env")]
+    lines = [line for page in pages for line in page.read_text().splitlines()]
+    named = [line for line in lines if "--env-file" in line]
+    assert len(named) > 6
+    for line in named:
+        assert "--env-file .env" in line.partition("--env-file deploy")[0], line
 
 
 def test_durations() -> None:

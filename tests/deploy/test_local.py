@@ -25,6 +25,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from ruamel.yaml import YAML
 
+from deploy.keys import NAMES
 from tests.deploy.promql import wanted
 from tests.deploy.test_observe import panels, rules
 from tests.docs.pages import missing, steps
@@ -36,8 +37,10 @@ PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 LOST = [name for name in NEEDED if shutil.which(name, path=PATH) is None]
 pytestmark = pytest.mark.skipif(bool(LOST), reason=f"not installed here: {', '.join(LOST)}")
 
-KEY = "hg-test-of-the-stack"
-WORKER_KEY = f"Bearer {KEY}-worker"
+KEYS = {name: f"hg-test-of-the-stack-{at}" for at, name in enumerate(NAMES)}
+KEY = KEYS["HEADGATE_KEY"]
+STEERS = {"authorization": f"Bearer {KEYS['HEADGATE_ADMIN_KEY']}"}
+WORKER_KEY = f"Bearer {KEYS['HEADGATE_WORKER_KEY']}"
 LIMIT_S = 180.0  # against hanging: torch alone imports for a minute where others use the cores
 ASK = {
     "model": "pocket", "temperature": 0, "max_tokens": 200, "ignore_eos": True, "stream": True,
@@ -145,14 +148,16 @@ def collector() -> Iterator[str]:
 def stack(collector: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     folder = tmp_path_factory.mktemp("stack")
     log = folder / "log"
-    environ = os.environ | {
-        "HEADGATE_KEY": KEY,
-        "HEADGATE_WORKER_KEY": f"{KEY}-worker",
-        "HEADGATE_PORT": "0",
-        "HEADGATE_OTLP": collector,
-        "HEADGATE_RUNTIME_CPUS": "1",
-        "HEADGATE_POLICY": str(whole_policy(folder / "whole.yaml")),
-    }
+    environ = (
+        os.environ
+        | KEYS
+        | {
+            "HEADGATE_PORT": "0",
+            "HEADGATE_OTLP": collector,
+            "HEADGATE_RUNTIME_CPUS": "1",
+            "HEADGATE_POLICY": str(whole_policy(folder / "whole.yaml")),
+        }
+    )
     with log.open("w") as words:
         process = subprocess.Popen(
             [sys.executable, "-m", "deploy.local"],
@@ -202,6 +207,19 @@ def test_one_port_answers_for_whoever_has_the_key(stack: Stack) -> None:
         assert httpx.get(f"{stack.url(name)}/health").json() == {"status": "ready"}
 
 
+def test_a_client_s_key_opens_no_other_door(stack: Stack) -> None:
+    """Neither what steers nor an engine; and that of who steers asks no model."""
+    for path in ("/admin/traces", "/admin/variants", "/gate/any"):
+        page = str(stack.client.base_url.join(path))
+        assert stack.client.get(page).status_code == 401, path
+        assert stack.client.get(page, headers=STEERS).status_code != 401, path
+    assert stack.client.get("models", headers=STEERS).status_code == 401
+    for name in ("runtime-0", "runtime-1"):
+        for headers in ({}, STEERS):
+            answer = stack.client.get(f"{stack.url(name)}/v1/models", headers=headers)
+            assert answer.status_code == 401, name
+
+
 def test_a_stream_comes_through_the_port_as_it_is_made(stack: Stack) -> None:
     """Nothing is held back: the first token is there while the gateway says that it works on it."""
     with stack.client.stream("POST", "chat/completions", json=ASK) as answer:
@@ -232,9 +250,9 @@ def test_receipts_and_traces_are_found_whichever_gateway_keeps_them(stack: Stack
         body = ASK | {"max_tokens": 2, "stream": False}
         answer = stack.client.post(f"{stack.url(name)}/v1/chat/completions", json=body)
         receipt = answer.headers["x-headgate-receipt"]
-        for path in (f"/v1/receipts/{receipt}", f"/admin/traces/{receipt}"):
+        for path, key in ((f"/v1/receipts/{receipt}", {}), (f"/admin/traces/{receipt}", STEERS)):
             for _ in range(2):
-                found = stack.client.get(str(stack.client.base_url.join(path)))
+                found = stack.client.get(str(stack.client.base_url.join(path)), headers=key)
                 assert found.status_code == 200, f"{name} {path} {found.text}"
     nobody = stack.client.get(str(stack.client.base_url.join("/v1/receipts/rcpt_0")))
     assert nobody.status_code == 404
@@ -268,7 +286,7 @@ def test_every_metric_of_a_dashboard_or_an_alert_is_there(stack: Stack) -> None:
         ) as stream:
             content(stream.iter_lines())
         url = f"{stack.url(name)}/admin/variants/candidate"
-        answer = stack.client.put(url, json=rollout)
+        answer = stack.client.put(url, json=rollout, headers=STEERS)
         assert answer.status_code == 200, answer.text
     seen: dict[str, list[dict[str, str]]] = {"up": [{"job": "gateway", "instance": "gateway-0"}]}
     for name in ("gateway-0", "gateway-1", "runtime-0", "runtime-1"):

@@ -18,7 +18,7 @@ FOREIGN = {
     "cp", "curl", "docker", "git", "gh", "helm", "kubectl", "pip", "ray", "source", "vllm",
 }  # fmt: skip
 _ASSIGNMENT = re.compile(r"[A-Z_]+=")
-_OURS = re.compile(r"(?:[A-Z_]+=\S+ )*(?:headgate [a-z-]+|python -m [a-z_.]+|make [a-z]+)\b")
+_OURS = re.compile(r"(?:[A-Z_]+=\S+ )*(?:headgate [a-z-]+|python3? -m [a-z_.]+|make [a-z]+)\b")
 
 
 def commands(page: str) -> Iterator[str]:
@@ -49,7 +49,7 @@ def _wrong(words: list[str]) -> str | None:
         return _unknown_option(rest)
     if program == "make":
         return _no_target(rest)
-    if program == "python" and rest[:1] == ["-m"]:
+    if program in ("python", "python3") and rest[:1] == ["-m"]:
         found = importlib.util.find_spec(rest[1])
         return None if found else f"there is no module {rest[1]}"
     return None if program in FOREIGN else f"nobody knows the program {program}"
