@@ -2,7 +2,7 @@
 
 Recorded requests go through a gateway, whose replicas break some of their answers, to a worker;
 some clients leave. Whatever happens, the counts of gateway and worker have to agree; where a
-replica is made to miscount, each miscount has to be found.
+replica is made to miscount, each miscount has to be found. The worker guesses ahead.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from benchmarks.lab.edges import OURS, Command, Edge, running
 from benchmarks.lab.faulty import Faulty
 from benchmarks.lab.report import About, Goal, Measured, MeasurementFailed, Settings
 from benchmarks.lab.stack import ask_health, serve
+from runtime.wire import MARKS_HEADER
 
 RECORDING = ROOT.parent / "shared" / "data" / "replay" / "requests.jsonl.gz"
 AT_ONCE = 8
@@ -39,7 +40,19 @@ BREAKS, LEAVES, LIES = 0.25, 0.1, 0.25
 LIED_TO = 200  # requests of the run in which replicas miscount
 QUICK = 100
 CHAT = "/v1/chat/completions"
-WORKER = "version: 1\nruntime:\n  model: pocket\n  kv_tokens: 16384\n  threads: 1\n"
+# Everybody's answers are guessed at, by looking up; by a draft model those of one tier.
+WORKER = """version: 1
+runtime:
+  model: pocket
+  kv_tokens: 16384
+  threads: 1
+  speculation:
+    proposer: ngram
+    max_tokens: 4
+    draft: pocket
+    tiers: {batch: {proposer: draft, max_tokens: 3}}
+"""
+MARKED, DRAFTED = 0.5, 0.25  # shares of requests whose guesses are marked, and that a draft guesses
 GATEWAY = """version: 1
 gateway:
   resume: auto
@@ -51,6 +64,7 @@ upstreams:
 UPSTREAM = "  - {{url: {url}, kind: headgate, tokenizer: {tokenizer}}}\n"
 VIOLATIONS = "headgate_token_ledger_violations_total"
 CHECKED = "headgate_token_ledger_requests_total"
+TOKENS = "headgate_token_ledger_tokens_total"
 
 ABOUT = About(
     name="token_ledger",
@@ -58,12 +72,15 @@ ABOUT = About(
         "Whether tokens add up: 2,000 recorded requests (chat, documents, agents, retrieval, "
         f"batch; answers of at most {ANSWER_TOKENS} tokens, {AT_ONCE} at once) through a gateway "
         "with `resume: auto` and two replicas that break a quarter of their answers (refused, "
-        "reset, cut, garbled, stalled) before one worker with the pocket model; a tenth of the "
-        f"clients leave. Then {LIED_TO} requests whose replicas tell a wrong usage in a quarter "
-        "of their answers, in one of four ways: each has to be found under its invariant."
+        "reset, cut, garbled, stalled) before one worker with the pocket model, which guesses "
+        "ahead by look-ups and, for a quarter, by its draft; half of the streams mark guesses; a "
+        f"tenth of the clients leave. Then {LIED_TO} requests whose replicas tell a wrong usage in "
+        f"a quarter of their answers, in one of {len(faulty.MISCOUNTS)} ways: each has to be found "
+        "under its invariant."
     ),
     goals=(
         Goal("violations", 0, "at most", "no counts of gateway and worker disagree, with faults"),
+        Goal("accepted_share", 0.02, "at least", "of the answers' tokens had been guessed"),
         Goal("checked_share", 0.7, "at least", "of the answers that came whole were checked"),
         Goal("lies_found", 1.0, "at least", "share of planted miscounts that are found"),
     ),
@@ -138,12 +155,12 @@ def _await_tokenizer(port: int) -> None:
 async def _measure(bodies: Sequence[dict[str, Any]], worker: str, tokenizer: Path) -> Measured:
     async with _before(worker, tokenizer, breaks=BREAKS) as (edge, replicas):
         ends = await play(edge.port, bodies, LEAVES)
-        told = await asyncio.to_thread(_scrape, f"http://127.0.0.1:{edge.port}")
+        told = await asyncio.to_thread(scrape, f"http://127.0.0.1:{edge.port}")
         made = sum((one.made for one in replicas), Counter())
-    beneath = await asyncio.to_thread(_scrape, worker)
+    beneath = await asyncio.to_thread(scrape, worker)
     async with _before(worker, tokenizer, lies=LIES) as (edge, replicas):
         await play(edge.port, bodies[:LIED_TO], 0.0)
-        lied = await asyncio.to_thread(_scrape, f"http://127.0.0.1:{edge.port}")
+        lied = await asyncio.to_thread(scrape, f"http://127.0.0.1:{edge.port}")
         planted = sum((one.made for one in replicas), Counter())
     found = {name: round(lied[f"{VIOLATIONS} {name}"]) for name in faulty.MISCOUNTS}
     hit = sum(min(found[name], planted[name]) for name in faulty.MISCOUNTS)
@@ -154,14 +171,15 @@ async def _measure(bodies: Sequence[dict[str, Any]], worker: str, tokenizer: Pat
         "clients": dict(ends),
         "faults": dict(made),
         "checked": {"gateway": told[CHECKED], "worker": beneath[CHECKED]},
-        "gateway_tokens": _of(told, "headgate_token_ledger_tokens_total"),
-        "worker_tokens": _of(beneath, "headgate_token_ledger_tokens_total"),
+        "gateway_tokens": _of(told, TOKENS),
+        "worker_tokens": _of(beneath, TOKENS),
         "violations": violations,
         "planted": dict(planted),
         "found": found,
     }
     values = {
         "violations": sum(violations.values()),
+        "accepted_share": told[f"{TOKENS} accepted"] / max(1, told[f"{TOKENS} emitted"]),
         "checked_share": told[CHECKED] / max(1, ends["whole"]),
         "lies_found": hit / max(1, sum(planted.values())),
     }
@@ -171,20 +189,30 @@ async def _measure(bodies: Sequence[dict[str, Any]], worker: str, tokenizer: Pat
 async def play(port: int, bodies: Sequence[dict[str, Any]], leaves: float) -> Counter[str]:
     """All requests, a few at once; how they ended for their clients."""
     rng, ends = random.Random(3), Counter[str]()
-    work = iter([(body, rng.random() < leaves, rng.randrange(1, 2000)) for body in bodies])
+    work = iter(
+        [(body, _headers(rng), rng.random() < leaves, rng.randrange(1, 2000)) for body in bodies]
+    )
     timeout = aiohttp.ClientTimeout(total=120)
     async with aiohttp.ClientSession(f"http://127.0.0.1:{port}", timeout=timeout) as session:
 
         async def client() -> None:
-            for body, leave, after in work:
-                ends[await _ask(session, body, after if leave else None)] += 1
+            for body, headers, leave, after in work:
+                ends[await _ask(session, body, headers, after if leave else None)] += 1
 
         await asyncio.gather(*(client() for _ in range(AT_ONCE)))
     return ends
 
 
+def _headers(rng: random.Random) -> Mapping[str, str]:
+    marked = {MARKS_HEADER: "1"} if rng.random() < MARKED else {}
+    return marked | ({"x-headgate-tier": "batch"} if rng.random() < DRAFTED else {})
+
+
 async def _ask(
-    session: aiohttp.ClientSession, body: Mapping[str, Any], leave_after: int | None
+    session: aiohttp.ClientSession,
+    body: Mapping[str, Any],
+    headers: Mapping[str, str],
+    leave_after: int | None,
 ) -> str:
     """`whole`, `left` after so many bytes, `broken` inside a stream, or a refusal's status."""
     asked = dict(body)
@@ -192,7 +220,7 @@ async def _ask(
         asked["stream_options"] = {"include_usage": True}
     got = b""
     try:
-        async with session.post(CHAT, data=orjson.dumps(asked)) as answer:
+        async with session.post(CHAT, data=orjson.dumps(asked), headers=headers) as answer:
             async for data in answer.content.iter_any():
                 got += data
                 if leave_after is not None and len(got) >= leave_after:
@@ -205,7 +233,7 @@ async def _ask(
     return "broken" if b'data: {"error"' in got else "whole"
 
 
-def _scrape(url: str) -> dict[str, float]:
+def scrape(url: str) -> dict[str, float]:
     """Value by name and the label that is our own, if there is one."""
     with urllib.request.urlopen(f"{url}/metrics", timeout=30) as page:
         text = page.read().decode()

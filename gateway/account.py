@@ -37,9 +37,9 @@ class Account:
     """Around the answer to one request by one arm; `with` it, and its end is counted."""
 
     __slots__ = (
-        "_meters", "arm", "began", "call", "charged", "prompt", "replica", "reply", "rescued",
-        "resumed", "served", "service", "status", "streamed", "strict", "trace_id", "trimmed",
-        "usage",
+        "_meters", "arm", "began", "call", "charged", "marked", "prompt", "replica", "reply",
+        "rescued", "resumed", "served", "service", "status", "streamed", "strict", "trace_id",
+        "trimmed", "usage",
     )  # fmt: skip
 
     def __init__(
@@ -66,6 +66,7 @@ class Account:
         self.status = 200
         self.usage: Usage | None = None
         self.streamed: int | None = None  # tokens that came in the stream, where they are told
+        self.marked: tuple[int, int] | None = None  # guesses in it, right and wrong ones, likewise
         self.charged: int | None = None  # to the tenant's limits
         self.resumed = False  # another replica went on: what it read is not the prompt alone
         self.strict = False  # the other arm answers instead of its failing
@@ -105,6 +106,7 @@ class Account:
     def relayed(self, answer: Opened) -> None:
         """The whole answer has gone to the client."""
         self.streamed = answer.told_tokens
+        self.marked = answer.told_guesses
         self.resumed = answer.resumes > 0
 
     @property
@@ -133,6 +135,8 @@ class Account:
             rejected=usage.rejected_tokens,
             emitted=usage.answer_tokens,
             streamed=self.streamed,
+            marked_accepted=self.marked[0] if self.marked is not None else None,
+            marked_rejected=self.marked[1] if self.marked is not None else None,
             billed=usage.total_tokens,
             charged=self.charged,
             allowed=allowed(self.call),

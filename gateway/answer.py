@@ -83,6 +83,7 @@ class Answer:
 
     resumes = 0  # it is of one replica
     told_tokens: int | None = None  # of its stream: nobody has counted
+    told_guesses: tuple[int, int] | None = None
 
     __slots__ = ("_ended", "_interrupted", "_read", "_response", "_task", "attempt", "headers",
                  "meaning", "raw_headers", "status", "told")  # fmt: skip

@@ -31,6 +31,8 @@ class Journal:
         self.head: dict[str, Any] = {}  # id, created, model: of the first chunk
         self.text: list[str] = []
         self.ids: list[int] = []  # of the text, where the replica tells them
+        self.guessed: int | None = None  # of these, by a draft, where the replica marks them
+        self.rejected = 0  # beside them
         self.exact = True  # `ids` are all that was said
         self.chunks = 0  # that had text: about as many tokens
         self.opened = False  # the role has been told
@@ -109,6 +111,8 @@ class Journal:
             self.ids += self._held
             self._held.clear()
         self.ids += ids
+        if (marks := chunk.get("headgate")) is not None:
+            self._mark(marks)
         for choice in chunk.get("choices") or ():
             delta = choice.get("delta") or NOTHING
             text = delta.get("content") or choice.get("text")
@@ -125,6 +129,13 @@ class Journal:
                     self.plain = False
             if self._chars > SAID_MAX_CHARS:
                 self.plain = False
+
+    def _mark(self, marks: Any) -> None:
+        """What a chunk tells of a draft's part in it (`x-headgate-marks`)."""
+        with suppress(TypeError, KeyError):  # of another server, whatever it means by it
+            guessed, rejected = marks["guessed"] + 0, marks["rejected"] + 0
+            self.guessed = (self.guessed or 0) + guessed
+            self.rejected += rejected
 
     def begin_again(self, *, ids: list[int] | None) -> None:
         """Another stream goes on; `ids` are those before its first token, None: not known."""

@@ -58,6 +58,15 @@ class Resumable:
         journal = self._journal
         return len(journal.ids) if journal.exact and journal.ids else None
 
+    @property
+    def told_guesses(self) -> tuple[int, int] | None:
+        """How many guesses of a draft the stream says were right, and how many wrong, where its one
+        replica marks each token."""
+        journal = self._journal
+        if self.resumes or journal.guessed is None:
+            return None
+        return journal.guessed, journal.rejected
+
     async def readany(self) -> bytes:
         """The next events, b"" at the end. Raises Cut or Problem where nobody can go on."""
         while True:

@@ -16,8 +16,8 @@ STAGES = (
 # What has to hold of every request.
 INVARIANTS = (
     "trimmed_within_received", "templated_as_counted", "cached_within_templated",
-    "accepted_within_emitted", "emitted_as_streamed", "emitted_within_allowed", "billed_is_sum",
-    "charged_is_sum",
+    "accepted_within_emitted", "accepted_as_marked", "rejected_as_marked", "emitted_as_streamed",
+    "emitted_within_allowed", "billed_is_sum", "charged_is_sum",
 )  # fmt: skip
 
 
@@ -30,7 +30,9 @@ class Entry(NamedTuple):
     templated: int | None = None  # the same, by the replica
     cached: int | None = None  # of these, that it had
     accepted: int | None = None  # of the answer, that a draft had guessed
-    rejected: int | None = None
+    rejected: int | None = None  # that were guessed in vain
+    marked_accepted: int | None = None  # the same, by the marks in the stream
+    marked_rejected: int | None = None
     emitted: int | None = None  # of the answer, by the replica's usage
     streamed: int | None = None  # the same, by what came in the stream
     billed: int | None = None  # prompt and answer, as the usage adds them up
@@ -70,6 +72,8 @@ def violated(e: Entry) -> list[str]:
         _same(e.templated, e.counted),
         _within(e.cached, e.templated),
         _within(e.accepted, e.emitted),
+        _same(e.accepted, e.marked_accepted),
+        _same(e.rejected, e.marked_rejected),
         _same(e.emitted, e.streamed),
         _within(e.emitted, e.allowed),
         _same(e.billed, whole),

@@ -37,6 +37,7 @@ class _Choice:
     tools: ToolReply | None = None
     tokens: int = 0  # since the last piece, and how many of them a draft had guessed
     guessed: int = 0
+    rejected: int = 0
     right: int = 0  # guesses of the same step whose outputs are still to come
 
     def count(self, output: Output) -> None:
@@ -48,12 +49,13 @@ class _Choice:
         self.right -= guessed
         self.tokens += tokens
         self.guessed += guessed
+        self.rejected += output.rejected_tokens
 
-    def counted(self) -> tuple[int, int]:
-        """Of the piece that leaves now."""
-        counts = self.tokens, self.guessed
-        self.tokens = self.guessed = 0
-        return counts
+    def counted(self, piece: Piece) -> Piece:
+        """The piece that leaves now, with its counts."""
+        told = replace(piece, tokens=self.tokens, guessed=self.guessed, rejected=self.rejected)
+        self.tokens = self.guessed = self.rejected = 0
+        return told
 
 
 class Answer:
@@ -154,8 +156,7 @@ class Answer:
                     logprobs = tuple(replace(one, offset=one.offset + behind) for one in logprobs)
                 piece = Piece(choice.index, output.text, logprobs, output.finish_reason)
                 if self._marks:
-                    tokens, guessed = choice.counted()
-                    piece = replace(piece, tokens=tokens, guessed=guessed)
+                    piece = choice.counted(piece)
                 for one in choice.tools.read(piece) if choice.tools else [piece]:
                     choice.finish_reason = one.finish_reason
                     if self._tells_ids:
@@ -247,7 +248,8 @@ class Answer:
 def _marks(piece: Piece) -> dict[str, Any]:
     if not piece.tokens:
         return {}
-    return {"headgate": {"tokens": piece.tokens, "guessed": piece.guessed}}
+    told = {"tokens": piece.tokens, "guessed": piece.guessed, "rejected": piece.rejected}
+    return {"headgate": told}
 
 
 def _failure(output: Output) -> Problem:

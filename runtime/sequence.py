@@ -139,6 +139,7 @@ class Sequence:
     rng: random.Random | None = field(init=False)
     thrown: list[float] = field(default_factory=list)  # numbers of `rng` for the next tokens
     adjustment: Adjustment | None = field(init=False)
+    proposed: int = 0  # tokens guessed for it, each of which the next step verifies
     prompt_scored: int = 0
     preemptions: int = 0
     waits_for: str = "capacity"  # or "prefix", which another one computes, or "tier"

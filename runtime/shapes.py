@@ -87,6 +87,7 @@ class Piece:
     call: CallDelta | None = None
     tokens: int = 0  # of this text, and how many of them a draft had guessed; where it is asked for
     guessed: int = 0
+    rejected: int = 0  # guesses beside them that were wrong
 
 
 @dataclass(frozen=True, slots=True)

@@ -275,6 +275,7 @@ class Speculation:
                 draft = _allowed(sequence, draft)
                 if draft is not None:
                     self._kinds[sequence.key] = (number, choice.kind)
+                    sequence.proposed += len(draft.ids)
                     extended[choice.at] = Work(sequence, 1 + len(draft.ids), draft)
         return sorted(extended, key=lambda work: work.count > 1)
 

@@ -136,6 +136,7 @@ class Tally:
             cached=sequence.cached,
             said=sequence.answer_tokens,
             allowed=sequence.sampling.max_tokens,
+            proposed=sequence.proposed,
             preempted=sequence.preemptions > 0,
         )
         self.checked += 1

@@ -34,6 +34,7 @@ class Entry:
     cached: int  # of these, found when it was first admitted
     said: int  # of the answer, as the sequence has it
     allowed: int  # of the answer, at most
+    proposed: int  # guesses that the sequence was given
     preempted: bool  # so that what it had computed may have been computed again
 
     def stages(self) -> Mapping[str, int]:
@@ -59,6 +60,7 @@ def _all_read(entry: Entry) -> bool:
 INVARIANTS: Mapping[str, Callable[[Entry], bool]] = {
     "prefilled_and_cached_is_templated": _all_read,
     "cached_within_templated": lambda e: 0 <= e.cached <= e.templated,
+    "drafted_as_proposed": lambda e: e.counts.drafted == e.proposed,
     "accepted_within_drafted": lambda e: 0 <= e.counts.accepted <= e.counts.drafted,
     "emitted_is_sampled_and_accepted": lambda e: (
         e.counts.emitted == e.counts.sampled + e.counts.accepted

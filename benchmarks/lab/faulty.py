@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,14 +18,30 @@ import aiohttp
 import orjson
 from aiohttp import web
 
-from runtime.wire import TOKEN_IDS_HEADER
+from runtime.wire import MARKS_HEADER, TOKEN_IDS_HEADER
 
-PASSED = ("authorization", "content-type", TOKEN_IDS_HEADER, "x-request-id")
+PASSED = (
+    "authorization", "content-type", TOKEN_IDS_HEADER, MARKS_HEADER, "x-headgate-tier",
+    "x-request-id",
+)  # fmt: skip
 BEFORE = ("reset", "500", "503")  # any answer has begun
 WITHIN = ("cut", "garbled", "stalled")  # a stream
 STALL_S = 30.0  # longer than any gateway waits here
 
+DETAILS = "completion_tokens_details"
+ACCEPTED, REJECTED = "accepted_prediction_tokens", "rejected_prediction_tokens"
+
 Edit = Callable[[dict[str, Any]], None]
+
+
+def _guesses(usage: dict[str, Any], accepted: int = 0, rejected: int = 0) -> None:
+    """So many more of them than there were."""
+    told = usage[DETAILS]
+    usage[DETAILS] = told | {
+        ACCEPTED: told[ACCEPTED] + accepted, REJECTED: told[REJECTED] + rejected
+    }  # fmt: skip
+
+
 # What is told instead of a usage, by the invariant that it breaks.
 MISCOUNTS: Mapping[str, Edit] = {
     "billed_is_sum": lambda usage: usage.update(total_tokens=usage["total_tokens"] + 1),
@@ -38,7 +54,17 @@ MISCOUNTS: Mapping[str, Edit] = {
     "templated_as_counted": lambda usage: usage.update(
         prompt_tokens=usage["prompt_tokens"] + 1, total_tokens=usage["total_tokens"] + 1
     ),
+    "accepted_within_emitted": lambda usage: _guesses(
+        usage, accepted=usage["completion_tokens"] - usage[DETAILS][ACCEPTED] + 1
+    ),
+    "accepted_as_marked": lambda usage: _guesses(
+        usage, accepted=-1 if usage[DETAILS][ACCEPTED] else 1
+    ),
+    "rejected_as_marked": lambda usage: _guesses(usage, rejected=1),
 }
+# What a stream has to tell, lest nobody could know that its usage does not tell the truth.
+MARKED = ("accepted_as_marked", "rejected_as_marked")
+MARKS = b'"headgate":{'
 
 
 @dataclass(slots=True)
@@ -108,9 +134,7 @@ class Faulty:
         fault: str,
     ) -> None:  # fmt: skip
         after = self.rng.randrange(12) if fault else -1
-        # Where the stream does not tell its tokens, nobody can know that the usage does not either.
-        told = TOKEN_IDS_HEADER in request.headers
-        names = [name for name in sorted(MISCOUNTS) if told or name != "emitted_as_streamed"]
+        told, marked = TOKEN_IDS_HEADER in request.headers, False
         events = 0
         held = b""
         async for data in answer.content.iter_any():
@@ -121,9 +145,10 @@ class Faulty:
                     await _break(request, out, fault)
                     return
                 events += 1
-                await out.write(self._told(event, names) + b"\n\n")
+                marked = marked or MARKS in event
+                await out.write(self._told(event, _lies(told, marked)) + b"\n\n")
 
-    def _told(self, event: bytes, names: list[str]) -> bytes:
+    def _told(self, event: bytes, names: Sequence[str]) -> bytes:
         """The event, or the usage that is told instead of the worker's."""
         at = event.find(b"data: {")
         if not self.lies or b'"usage":{' not in event or self.rng.random() >= self.lies:
@@ -133,6 +158,17 @@ class Faulty:
         MISCOUNTS[name](payload["usage"])
         self.made[name] += 1
         return event[: at + 6] + orjson.dumps(payload)
+
+
+def _lies(told: bool, marked: bool) -> Sequence[str]:
+    """Those that break one invariant alone, of a stream that tells its tokens, or marks them."""
+    return [
+        name
+        for name in sorted(MISCOUNTS)
+        if (name != "emitted_as_streamed" or told)
+        and (name not in MARKED or marked)
+        and (name != "accepted_within_emitted" or not marked)
+    ]
 
 
 def _refuse(request: web.Request, fault: str) -> web.Response:

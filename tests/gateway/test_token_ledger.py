@@ -26,6 +26,8 @@ def true_entries(draw: st.DrawFn) -> Entry:
         cached=draw(st.integers(0, templated)),
         accepted=accepted,
         rejected=rejected,
+        marked_accepted=accepted,
+        marked_rejected=rejected,
         emitted=emitted,
         streamed=emitted,
         billed=templated + emitted,
@@ -47,7 +49,7 @@ def test_what_is_true_breaks_no_invariant(entry: Entry) -> None:
 
 TRUE = Entry(
     received=30, trimmed=10, counted=20, templated=20, cached=16, accepted=2, rejected=3,
-    emitted=5, streamed=5, billed=25, charged=25, allowed=8,
+    marked_accepted=2, marked_rejected=3, emitted=5, streamed=5, billed=25, charged=25, allowed=8,
 )  # fmt: skip
 
 
@@ -55,7 +57,9 @@ MISCOUNTS = {
     "trimmed_within_received": {"trimmed": 31},
     "templated_as_counted": {"counted": 21},
     "cached_within_templated": {"cached": 21},
-    "accepted_within_emitted": {"accepted": 6},
+    "accepted_within_emitted": {"accepted": 6, "marked_accepted": 6},
+    "accepted_as_marked": {"accepted": 3},
+    "rejected_as_marked": {"rejected": 2},
     "emitted_as_streamed": {"streamed": 4},
     "emitted_within_allowed": {"allowed": 4},
     "billed_is_sum": {"billed": 24},
@@ -93,3 +97,33 @@ async def test_a_server_that_miscounts_is_found_out(caplog: pytest.LogCaptureFix
     (line,) = [one.getMessage() for one in caplog.records if "do not add up" in one.getMessage()]
     assert "the-second" in line
     assert "cached_within_templated, billed_is_sum" in line
+
+
+@on_loop
+async def test_a_usage_is_held_against_the_marks_in_its_stream() -> None:
+    """A replica that marks what its draft did, and then tells a right guess less and a wrong one
+    more; the usage of an honest one agrees. Marks that are none count for nothing."""
+    right = {"accepted_prediction_tokens": 1, "rejected_prediction_tokens": 3}
+    wrong = {"accepted_prediction_tokens": 0, "rejected_prediction_tokens": 4}
+    told = [(right, True), (wrong, True), (wrong, False)]
+
+    async def answer(peer: Peer) -> None:
+        details, marked = told.pop(0)
+        marks = [
+            (b'"headgate":{"tokens":%d,"guessed":%d,"rejected":%d}' % mark)
+            if marked
+            else b'"headgate":{"guessed":"some"}'
+            for mark in ((1, 0, 0), (2, 1, 3))
+        ]
+        chunks = [said("a").replace(b'"choices"', mark + b',"choices"') for mark in marks]
+        await peer.stream(*chunks, usage(completion_tokens_details=details), DONE)
+
+    async with upstream(answer) as fake, gateway(fake, resume="auto") as edge:
+        violations = edge.live.edge.meters.violations
+        await edge.post(STREAMED)
+        assert not any(violations.values())
+        await edge.post(STREAMED)
+        await edge.post(STREAMED)
+        wrong_ones = {name: count for name, count in violations.items() if count}
+        assert wrong_ones == {"accepted_as_marked": 1, "rejected_as_marked": 1}
+        assert edge.live.edge.meters.stages["drafted"] == 12

@@ -474,6 +474,13 @@ def test_vocabularies_are_mapped_by_what_tokens_are(folder, tmp_path):
         vocabulary_of(target, Tokenizer.load(tmp_path), 260, 260)
 
 
+def marked(told: str) -> tuple[list[dict[str, int]], dict[str, int]]:
+    """A stream's marks, and what its usage says of the answer's tokens."""
+    chunks = [json.loads(one[6:]) for one in told.split("\n\n") if one.startswith("data: {")]
+    marks = [chunk["headgate"] for chunk in chunks if "headgate" in chunk]
+    return marks, chunks[-1]["usage"]["completion_tokens_details"]
+
+
 def test_a_stream_marks_the_tokens_that_were_guessed(folder):
     """Event by event, one token each, and in all as many as the usage tells: behind seven
     guesses comes a token of the model's own. Who does not ask for it gets not a word of it."""
@@ -484,9 +491,13 @@ def test_a_stream_marks_the_tokens_that_were_guessed(folder):
     with serving(folder, speculation=always(Prediction(), 7)) as world:
         told = world.client.post(CHAT, json=body, headers={"x-headgate-marks": "1"}).text
         assert "headgate" not in world.client.post(CHAT, json=body).text
-    chunks = [json.loads(one[6:]) for one in told.split("\n\n") if one.startswith("data: {")]
-    marks = [chunk["headgate"] for chunk in chunks if "headgate" in chunk]
+        body |= {"prediction": {"type": "content", "content": 4 * "x" + 20 * "y"}}
+        wrong = world.client.post(CHAT, json=body, headers={"x-headgate-marks": "1"}).text
+    marks, details = marked(told)
     assert [mark["tokens"] for mark in marks] == [1] * 24
     assert [mark["guessed"] for mark in marks] == [0, *2 * [*7 * [1], 0], *6 * [1], 0]
-    details = chunks[-1]["usage"]["completion_tokens_details"]
     assert sum(mark["guessed"] for mark in marks) == details["accepted_prediction_tokens"]
+    assert not any(mark["rejected"] for mark in marks)
+    marks, details = marked(wrong)
+    assert sum(mark["guessed"] for mark in marks) == details["accepted_prediction_tokens"]
+    assert sum(mark["rejected"] for mark in marks) == details["rejected_prediction_tokens"] > 0

@@ -12,18 +12,21 @@ from typing import Any
 import pytest
 
 from runtime.sequence import Sampling, Sequence, Service
+from runtime.speculation import Mode, Modes, Speculation
 from runtime.tally import Tally
 from runtime.token_ledger import INVARIANTS, STAGES, Counts, Entry, violated
+from spec_decode.ngram import NGram
 from tests.runtime.table_model import World, answers
 
 TRUE = Entry(
     Counts(prefilled=4, drafted=6, accepted=2, sampled=3, emitted=5, computed=24),
-    templated=20, cached=16, said=5, allowed=8, preempted=False,
+    templated=20, cached=16, said=5, allowed=8, proposed=6, preempted=False,
 )  # fmt: skip
 MISCOUNTS: dict[str, dict[str, Any]] = {
     "prefilled_and_cached_is_templated": {"prefilled": 5},
     "cached_within_templated": {"cached": -1, "prefilled": 21},
-    "accepted_within_drafted": {"drafted": 1},
+    "drafted_as_proposed": {"drafted": 7},
+    "accepted_within_drafted": {"drafted": 1, "proposed": 1},
     "emitted_is_sampled_and_accepted": {"sampled": 4},
     "emitted_as_said": {"emitted": 6, "sampled": 4},
     "emitted_within_allowed": {"allowed": 4},
@@ -55,11 +58,15 @@ def test_what_was_preempted_may_have_been_computed_again() -> None:
 
 
 class Meddler:
-    """A listener that touches what is not its own: it counts every token of an answer twice."""
+    """A listener that touches what is not its own: each step it counts one more of `stage`."""
+
+    def __init__(self, stage: str = "sampled") -> None:
+        self.stage = stage
 
     def sampled(self, sequences: list[Sequence], now: float) -> None:
         for sequence in sequences:
-            sequence.counts.sampled += 1
+            counts = sequence.counts
+            setattr(counts, self.stage, getattr(counts, self.stage) + 1)
 
     def guessed(self, guessed: int, accepted: int, said: int) -> None: ...
     def stepped(self, record: object) -> None: ...
@@ -87,3 +94,27 @@ def test_an_engine_that_miscounts_is_found_out(
     assert wrong == {"emitted_is_sampled_and_accepted"}
     assert meddled.violations["emitted_is_sampled_and_accepted"] == 2
     assert "request req-7: its tokens do not add up" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("stage", "wrong"),
+    [
+        ("drafted", {"drafted_as_proposed"}),
+        ("accepted", {"emitted_is_sampled_and_accepted"}),
+        ("sampled", {"emitted_is_sampled_and_accepted"}),
+        ("emitted", {"emitted_is_sampled_and_accepted", "emitted_as_said"}),
+    ],
+)
+def test_guesses_that_are_miscounted_are_found_out(
+    world: World, stage: str, wrong: set[str]
+) -> None:
+    """Of an engine that guesses, right and wrong; one that counts right leaves no trace."""
+    prompts = [world.encode("abcd" * 5), world.encode("ab" * 4)]
+    samplings = [Sampling(temperature=0, max_tokens=40, ignore_eos=True)] * 2
+    honest, meddled = Tally(4096), Tally(4096)
+    for listeners in ([honest], [Meddler(stage), meddled]):
+        speculation = Speculation([NGram()], Modes(Mode("ngram", 4)))
+        answers(world.engine(speculation, listeners=listeners), prompts, samplings)
+    assert not any(honest.violations.values())
+    assert honest.stages["drafted"] > honest.stages["accepted"] > 0
+    assert {name for name, count in meddled.violations.items() if count} >= wrong
