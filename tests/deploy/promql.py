@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,12 +11,26 @@ import promql_parser
 
 WINDOW = "$__rate_interval"  # Grafana fills it in
 
+# By operator, whether a label's value is one that is asked for.
+MATCHES: Mapping[str, Callable[[str, str], bool]] = {
+    "MatchOp.Equal": lambda label, value: label == value,
+    "MatchOp.NotEqual": lambda label, value: label != value,
+    "MatchOp.Re": lambda label, value: bool(re.fullmatch(value, label)),
+    "MatchOp.NotRe": lambda label, value: not re.fullmatch(value, label),
+}
+
 
 @dataclass(frozen=True)
 class Wanted:
     name: str
     labels: frozenset[str]
     values: tuple[tuple[str, str, str], ...]  # label, operator, value
+
+    def fits(self, labels: Mapping[str, str]) -> bool:
+        """Whether a series of its name is one that is asked for."""
+        return self.labels <= labels.keys() and all(
+            MATCHES[operator](labels[label], value) for label, operator, value in self.values
+        )
 
 
 def wanted(expr: str) -> list[Wanted]:
