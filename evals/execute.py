@@ -26,6 +26,7 @@ from evals.needs import supply_of
 from evals.pairs import CANDIDATE
 from evals.plan import Plan as Outlook, plan as outlook
 from evals.progress import Progress
+from evals.reach import of_rows
 from evals.replay import Lateness
 from evals.report.files import write_reports
 from evals.run import Bench, Source, run
@@ -69,7 +70,9 @@ class Prepared:
     @property
     def outlook(self) -> Outlook:
         """What so many rows can show. Raises Unanswerable."""
-        return outlook(self.hypothesis, {one.name: supply_of(one.blocks) for one in self.sources})
+        supplies = {one.name: supply_of(one.blocks) for one in self.sources}
+        reach = of_rows(self.hypothesis, self.configured, self.sources)
+        return outlook(self.hypothesis, supplies, reach=reach)
 
 
 def prepare(file: Path, *, allow_code: bool = False) -> Prepared:

@@ -5,15 +5,18 @@ Pure: numbers of rows and of what is known of the noise in, a table out. Reads n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from evals.needs import FINENESS, NEVER, Noise, Supply, needs, note
 from evals.questions import Question, questions
 from evals.stats.power import guardrail_power
-from evals.strata import traces
+from evals.strata import Reach, traces
 from policies.hypothesis import Hypothesis, Stats
+
+# Nothing varies, and each row is on its own: with fewer pairs than this takes, nothing can pass.
+_CALM = Noise(flips=0.0, spread=0.0, rate=0.0, correlation=0.0, measured=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,17 +38,26 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """`power`: of each guardrail, so that all together have what the hypothesis asks for."""
+    """`power`: of each guardrail, so that all together have what the hypothesis asks for. `reach`:
+    how many requests of each source the change touches; empty where it touches all, or none say.
+    """
 
     hypothesis: str
     alpha: float
     power: float
     rows: tuple[Row, ...]
+    reach: tuple[Reach, ...] = ()
 
     @property
     def refused(self) -> bool:
-        """Some guardrail could not pass even if nothing is lost: nothing should be spent."""
-        return any(one.required and not one.enough for one in self.rows)
+        """Some guardrail could not pass even if nothing is lost, or no request can be touched:
+        nothing should be spent.
+        """
+        return self._idle or any(one.required and not one.enough for one in self.rows)
+
+    @property
+    def _idle(self) -> bool:
+        return bool(self.reach) and all(one.touched == 0 for one in self.reach)
 
     def payload(self) -> dict[str, Any]:
         return {**asdict(self), "refused": self.refused}
@@ -65,11 +77,13 @@ class Plan:
             for line in lines
         ]
         notes = [f"{one.name}: {one.note}" for one in self.rows if one.note]
-        return "\n".join([*text, *notes, *self._refusal()])
+        touched = [f"touched in {one}" for one in self.reach]
+        return "\n".join([*text, *notes, *touched, *self._refusal()])
 
     def _refusal(self) -> list[str]:
         short = [one for one in self.rows if one.required and not one.enough]
-        return [
+        idle = ["refused: the change touches no request that would be asked"] * self._idle
+        return idle + [
             f"refused: {one.name} cannot be shown: "
             + (
                 f"{one.there:,} {one.what}"
@@ -85,24 +99,25 @@ def plan(
     hypothesis: Hypothesis,
     supplies: Mapping[str, Supply],
     noise: Mapping[str, Noise] | None = None,
-    exposed: float = 1.0,
+    reach: Sequence[Reach] = (),
 ) -> Plan:
-    """`supplies` by source; `noise` by question, from `measured`; `exposed`: share of the requests
-    that the change will touch. Raises Unanswerable.
+    """`supplies` by source; `noise` by question, from `measured`; `reach`: how many requests the
+    change touches, as far as anybody knows. Raises Unanswerable.
     """
     asked = questions(hypothesis)
     stats = hypothesis.stats
     power = guardrail_power(stats.power, sum(one.kind == "guardrail" for one in asked))
-    touched = exposed if traces(hypothesis) else 1.0
+    known = {one.source: one for one in reach} if traces(hypothesis) else {}
     rows = []
     for one in asked:
         supply = supplies.get(one.source, Supply(0, 0, 0))
-        known = (noise or {}).get(one.name, Noise(flips=stats.flips))
-        rows.append(_row(one, supply, known, stats, power))
-        if touched < 1 and one.kind == "guardrail":
+        expected = (noise or {}).get(one.name, Noise(flips=stats.flips))
+        rows.append(_row(one, supply, expected, stats, power))
+        part = known.get(one.source)
+        if part is not None and 0 < part.share < 1 and one.kind == "guardrail":
             least = hypothesis.validity.min_affected_pairs
-            rows.append(_affected(one, supply, known, stats, power, touched, least))
-    return Plan(hypothesis.name, stats.alpha, power, tuple(rows))
+            rows.append(_affected(one, supply, expected, stats, power, part, least))
+    return Plan(hypothesis.name, stats.alpha, power, tuple(rows), tuple(known.values()))
 
 
 def _row(question: Question, supply: Supply, noise: Noise, stats: Stats, power: float) -> Row:
@@ -128,26 +143,36 @@ def _affected(
     noise: Noise,
     stats: Stats,
     power: float,
-    share: float,
+    reach: Reach,
     least: int,
 ) -> Row:
-    """The same over the requests that the change will touch."""
-    rows = int(supply.rows * share)
-    part = Supply(rows, min(supply.clusters, rows), supply.blocks, share * supply.crowd)
+    """The same over the requests that the change touches. What nobody asked to be planned for is
+    refused only where it could not pass whatever comes.
+    """
+    rows = int(supply.rows * reach.share)
+    crowd = reach.share * supply.crowd
+    part = Supply(rows, min(supply.clusters, rows), supply.blocks, crowd)
     row = _row(question, part, noise, stats, power)
-    needed = None if row.needed is None else max(row.needed, least if row.what == "pairs" else 0)
-    enough = needed is not None and row.there >= needed
-    return Row(
+    firm = reach.told == "asked"
+    best = _row(question, replace(part, clusters=rows), _CALM, stats, power)
+    enough = row.needed is not None and _reaches(row if firm else best, least)
+    most = "at most " if reach.told == "rows" else ""
+    few = "" if firm or not enough or _reaches(row, least) else "; fewer than planned for"
+    return replace(
+        row,
         name=f"{row.name} [affected]",
-        bound=row.bound,
-        what=row.what,
-        needed=needed,
-        there=row.there,
-        testable=row.testable,
+        needed=None if row.needed is None else max(row.needed, _least(row, least)),
         enough=enough,
-        required=True,
-        note=f"{share:.0%} of the requests",
+        note=f"{most}{reach.share:.0%} of the requests{few}",
     )
+
+
+def _reaches(row: Row, least: int) -> bool:
+    return row.enough and row.there >= _least(row, least)
+
+
+def _least(row: Row, least: int) -> int:
+    return least if row.what == "pairs" else 0
 
 
 def _bounded(need: Callable[[float], int], bound: float) -> int | None:

@@ -7,6 +7,8 @@ from these and leave 2 points overall. Knows no statistics.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 from evals.pairs import Pair
 from policies.hypothesis import Hypothesis
@@ -26,6 +28,34 @@ _BY_KNOB: Mapping[str, str] = {
     "gateway.trim": "trimmed_tokens",
     "runtime.speculation": "accepted_tokens",
 }
+# By whom it is told how many requests a change touches: by whoever plans, who wants just that
+# planned; by an earlier run; by the rows, which say how many it may be at most; or by nobody.
+Told = Literal["asked", "run", "rows", "nobody"]
+
+
+@dataclass(frozen=True, slots=True)
+class Reach:
+    """Of a source's `rows`, so many are touched by the change; None where nobody knows. `how` in
+    words.
+    """
+
+    source: str
+    rows: int
+    touched: int | None
+    told: Told
+    how: str
+
+    @property
+    def share(self) -> float:
+        """All of them where nobody knows."""
+        return 1.0 if self.touched is None else self.touched / max(self.rows, 1)
+
+    def __str__(self) -> str:
+        if self.touched is None:
+            return f"{self.source}: not known before a run ({self.how})"
+        most = "at most " if self.told == "rows" and self.touched else ""
+        many = f"{self.touched:,}" if self.touched else "none"
+        return f"{self.source}: {most}{many} of {self.rows:,} requests ({self.how})"
 
 
 def _prompt_bucket(seen: Observation) -> str:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from click.testing import CliRunner
 
 import headgate
 from evals.controls import Facts
+from evals.pairs import CANDIDATE
 from evals.verdict_file import Rows, write_run
 from tests.evals.simulated import BASE, OTHER, SPEC, hypothesis, observed
 
@@ -75,6 +77,67 @@ def test_an_earlier_run_tells_the_noise(tmp_path: Path) -> None:
     code, said = run(folder(tmp_path, 90), "--from", tmp_path / "run")
     assert code == 0
     assert "0.0% flips measured" in said
+
+
+TOUCHING = (
+    FILE.replace("runtime.weights: w8a8", "PATCH")
+    .replace("lossy_model", "lossy_input")
+    .replace("metric: correct", "metric: served")
+)
+
+
+def test_it_says_by_itself_how_many_requests_a_change_can_touch(tmp_path: Path) -> None:
+    """By prompts over the budget; where nobody can know it says so, and which option finds out."""
+    trim = "gateway.trim: {drop: oldest, budget_tokens: 64}"
+    file = folder(tmp_path, 600, TOUCHING.replace("PATCH", trim))
+    code, said = run(file)
+    assert code == 3
+    assert "touched in suite:qa: none of 600 requests (prompts over the budget of a trim)" in said
+    assert "refused: the change touches no request" in said
+    long = [
+        json.dumps({"id": f"l{n:05}", "prompt": "one more word " * 30, "expected": "x"})
+        for n in range(200)
+    ]
+    with (tmp_path / "qa.jsonl").open("a") as rows:
+        rows.write("\n".join(long) + "\n")
+    code, said = run(file)
+    assert code == 0
+    assert "touched in suite:qa: at most 200 of 800 requests" in said
+    assert "guardrail 1 qa served paired_ni [affected]" in said
+    told = json.loads(run(file, "--json")[1])
+    assert (told["reach"][0]["touched"], told["reach"][0]["told"]) == (200, "rows")
+    guessing = TOUCHING.replace("PATCH", "runtime.speculation: {proposer: ngram}")
+    guessing = guessing.replace("lossy_input", "lossless_distribution")
+    code, said = run(folder(tmp_path, 600, guessing))
+    assert code == 0
+    assert "touched in suite:qa: not known before a run" in said
+    assert "--exposed SHARE plans for a share" in said
+
+
+def test_the_last_run_of_a_hypothesis_says_how_many_its_change_touched(tmp_path: Path) -> None:
+    """Unless it compared something else, such as another budget."""
+    patch = {"gateway.trim": {"drop": "oldest", "budget_tokens": 64}}
+    file = folder(
+        tmp_path,
+        600,
+        TOUCHING.replace("PATCH", f"gateway.trim: {json.dumps(patch['gateway.trim'])}"),
+    )
+    rows = [
+        replace(one, trimmed_tokens=9) if one.arm == CANDIDATE and one.id < "q00100" else one
+        for one in observed()
+        if one.source == "suite:qa"
+    ]
+    for budget, told in (
+        (64, "150 of 600 requests (as many as on 1970-01-01 in small-"),
+        (65, "none of 600"),
+    ):
+        change = {"gateway.trim": {"drop": "oldest", "budget_tokens": budget}}
+        asked = hypothesis(
+            metadata={"name": "small"}, kind_of_change="lossy_input", candidate={"patch": change}
+        )
+        made = Rows(asked, tuple(rows), (BASE, OTHER), SPEC, 1.0, Facts())
+        write_run(tmp_path / ".headgate" / "runs" / f"small-{budget:08}", made)
+        assert f"touched in suite:qa: {told}" in run(file)[1]
 
 
 def test_what_cannot_be_asked_is_told_at_its_place(tmp_path: Path) -> None:

@@ -15,7 +15,9 @@ from evals.needs import Noise, Supply, measured, supply_of
 from evals.pairs import AA, BASELINE, by_arm, pair
 from evals.plan import Plan, Row, plan
 from evals.questions import questions
+from evals.reach import assumed
 from evals.stats.power import min_pairs
+from evals.strata import Reach
 from policies.hypothesis import Design, Hypothesis, Stats, Validity
 from tests.evals.simulated import CORRECT, REPLAY, SUITE, TTFT, hypothesis, replayed, suite
 
@@ -143,11 +145,36 @@ def test_what_the_change_touches_is_planned_by_itself() -> None:
         "kind_of_change": "lossy_input",
         "candidate": {"patch": {"gateway.trim.budget_tokens": 9}},
     }
-    made = plan(of_one(CORRECT, **trim), {SUITE: Supply(1000, 1000, 50)}, exposed=0.125)
+    supply = {SUITE: Supply(1000, 1000, 50)}
+    made = plan(of_one(CORRECT, **trim), supply, reach=assumed({SUITE: 1000}, 0.125))
     whole, part = made.rows
     assert (whole.enough, part.enough, part.there) == (True, False, 125)
     assert made.refused
-    assert plan(of_one(CORRECT), {SUITE: Supply(1000, 1000, 50)}, exposed=0.125).rows == (whole,)
+    assert plan(of_one(CORRECT), supply, reach=assumed({SUITE: 1000}, 0.125)).rows == (whole,)
+
+
+def test_what_rows_say_of_a_change_refuses_only_what_could_not_pass_whatever_comes() -> None:
+    """That 500 of 1,000 are touched at most is no reason not to look; that 148 are, or none, is."""
+    trim = {
+        "kind_of_change": "lossy_input",
+        "candidate": {"patch": {"gateway.trim.budget_tokens": 9}},
+    }
+    asked = of_one({**CORRECT, "margin": 0.02}, **trim)
+    supply = {SUITE: Supply(2000, 2000, 100)}
+    for at_most, refused in ((500, False), (149, False), (148, True), (1, True), (0, True)):
+        reach = Reach(SUITE, 2000, at_most, "rows", "long prompts")
+        made = plan(asked, supply, reach=[reach])
+        assert made.refused == refused, at_most
+        assert f"touched in {reach}" in made.table()
+    assert "refused: the change touches no request" in made.table()
+    several = plan(asked, supply, reach=[Reach(SUITE, 2000, 500, "rows", "long prompts")])
+    assert "at most 25% of the requests; fewer than planned for" in several.table()
+    planned = plan(asked, supply, reach=[Reach(SUITE, 2000, 500, "asked", "")])
+    assert planned.refused
+    unknown = plan(asked, supply, reach=[Reach(SUITE, 2000, None, "nobody", "who knows")])
+    assert not unknown.refused
+    assert len(unknown.rows) == 1
+    assert "not known before a run (who knows)" in unknown.table()
 
 
 def test_what_a_source_has_is_counted_as_the_design_asks_it() -> None:
