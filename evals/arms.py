@@ -33,6 +33,7 @@ ASK_S = 10.0
 FRONT = re.compile(r"^\s+(http://\S+)/v1$")  # `headgate serve` says it once it is ready
 _PAGE = re.compile(r"^\s+metrics\s+(http://\S+/metrics)$")
 _SAMPLE = re.compile(r"^([a-zA-Z_:][\w:]*)(?:\{[^}]*\})?\s+(\S+)", re.MULTILINE)
+_TYPE = re.compile(r"^# TYPE ([a-zA-Z_:][\w:]*)", re.MULTILINE)
 # Of a server that starts, for another one that does not load, but is not there.
 _WAITS = re.compile(r"still waiting for (?!.*\bloading\b)")
 _UNREACHABLE = (aiohttp.ClientError, OSError, TimeoutError)
@@ -230,17 +231,31 @@ async def counters(arm: Arm) -> dict[str, float]:
     answer counts nothing.
     """
     found: dict[str, float] = {}
+    async for text in _texts(arm):
+        for name, value in _SAMPLE.findall(text):
+            with contextlib.suppress(ValueError):
+                found[name] = found.get(name, 0.0) + float(value)
+    return found
+
+
+async def counted(arm: Arm) -> frozenset[str]:
+    """What the arm's /metrics tell by name, also what has no sample yet."""
+    names: set[str] = set()
+    async for text in _texts(arm):
+        names.update(_TYPE.findall(text), (name for name, _ in _SAMPLE.findall(text)))
+    return frozenset(names)
+
+
+async def _texts(arm: Arm) -> AsyncIterator[str]:
+    """Of each page that answers."""
     if arm.broken:
-        return found
+        return
     async with _session(arm.key) as session:
         for page in arm.pages:
             with contextlib.suppress(*_UNREACHABLE):
                 async with session.get(page) as answer:
                     text = await answer.text() if answer.status == 200 else ""
-                for name, value in _SAMPLE.findall(text):
-                    with contextlib.suppress(ValueError):
-                        found[name] = found.get(name, 0.0) + float(value)
-    return found
+                yield text
 
 
 def targets(configured: Configured | None) -> dict[str, Targets]:

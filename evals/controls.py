@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from evals.activation import names_of
 from evals.pairs import AA, BASELINE, CANDIDATE, SABOTAGE, Pair
 from evals.strata import TRACES
 from evals.verdict import Control, Side
@@ -146,10 +147,8 @@ def _broken(observations: Iterable[Observation]) -> int:
 
 def _counted(name: str, pairs: Sequence[Pair], facts: Facts) -> float | None:
     known = facts.activation
-    for prefix in ("", "headgate_", "headgate_gateway_"):
-        for each in (f"{prefix}{name}", f"{prefix}{name}_total"):
-            if each in known:
-                return known[each]
+    if (counter := next((each for each in names_of(name) if each in known), None)) is not None:
+        return known[counter]
     trace = TRACES.get(name)
     if trace is None:
         return None

@@ -18,6 +18,7 @@ from typing import Any
 import orjson
 
 from evals import arms
+from evals.activation import refuse_uncounted
 from evals.arms import Arm, InTurn, Starting, started
 from evals.controls import Facts
 from evals.design import Step, steps
@@ -83,6 +84,7 @@ def prepare(file: Path, *, allow_code: bool = False) -> Prepared:
     hypothesis = load_hypothesis(file)
     _refuse_keyless(file, hypothesis)
     configured = pair(file, hypothesis)
+    refuse_uncounted(file, hypothesis, configured[1])
     sources = read_sources(file, hypothesis, allow_code=allow_code)
     blocks = [block for source in sources for block in source.blocks]
     baseline, candidate, spec = sides(file, hypothesis)
@@ -111,7 +113,9 @@ def _refuse_keyless(file: Path, hypothesis: Hypothesis) -> None:
 
 
 async def execute(plan: Prepared, say: Say, progress: Progress) -> Verdict:
-    """Runs what is left of the plan, judges, and records the verdict. Raises JournalError."""
+    """Runs what is left of the plan, judges, and records the verdict. Raises JournalError, and
+    Unanswerable for a counter that the candidate does not have.
+    """
     folder = _folder(plan, say)
     with Journal(folder / JOURNAL_FILE) as journal:
         if any(step not in journal for step in plan.steps):

@@ -16,7 +16,8 @@ from typing import Any
 
 import orjson
 
-from evals.arms import Arm, counters
+from evals.activation import refuse_missing
+from evals.arms import Arm, counted, counters
 from evals.client import Client, Targets
 from evals.dataset import Suite
 from evals.design import Block, Session, Step
@@ -75,8 +76,7 @@ async def run(bench: Bench, steps: Sequence[Step], journal: Journal, after: Afte
         told = stack.enter_context(evaluations())
         crew = _Crew(bench, left, now, stack, told)
         if bench.start is None:
-            for arm in bench.arms.values():
-                await crew.warm_up(arm)
+            await crew.warm_up(*bench.arms.values())
         why = None
         for step, following in zip(left, [*left[1:], None], strict=True):
             arm = await crew.arm(step.arm)
@@ -122,16 +122,31 @@ class _Crew:
             self.clients[arm.url] = await self.stack.enter_async_context(client)
         return self.clients[arm.url]
 
-    async def warm_up(self, arm: Arm) -> None:
+    async def warm_up(self, *arms: Arm) -> None:
         """The first blocks of each source, not counted: libraries that are still being loaded,
-        kernels that are compiled at their first use.
+        kernels that are compiled at their first use. Raises Unanswerable where the candidate does
+        not have a counter that should rise: ours has it from the begin on, others perhaps only
+        once they have answered.
         """
-        if arm.broken:
-            return
+        ours = self.bench.hypothesis.candidate.url is None
+        if ours:
+            await self._refuse_uncounted(arms)
+        for arm in arms:
+            if not arm.broken:
+                await self._warm_up(arm)
+        if not ours:
+            await self._refuse_uncounted(arms)
+
+    async def _warm_up(self, arm: Arm) -> None:
         for name in sorted({step.block.source for step in self.left}):
             for block in self.bench.sources[name].blocks[: self.bench.hypothesis.design.warmup]:
                 client = await self.client(arm)
                 await _step(self.bench, client, arm, Step(block, arm.name), self.now, "warm")
+
+    async def _refuse_uncounted(self, arms: Sequence[Arm]) -> None:
+        for arm in arms:
+            if arm.name == CANDIDATE and not arm.broken:
+                refuse_missing(self.bench.hypothesis, await counted(arm), arm.pages)
 
 
 async def _step(

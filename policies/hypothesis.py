@@ -247,7 +247,7 @@ class Activation(PolicyModel):
     """Proof that what changed did run: a counter of the candidate that has to rise."""
 
     metric: str = Field(
-        pattern=r"^[a-z][a-z0-9_]*$",
+        pattern=r"^[a-z][a-z0-9_:]*$",
         description="A counter at /metrics, with or without `headgate_` and `_total`, or a field "
         "of observations: `accepted_tokens`, `cached_tokens`, `trimmed_tokens`, `cached_answers`.",
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 
+from evals.activation import refuse_uncounted
 from evals.commands.report import find_run
 from evals.commands.terminal import Share
 from evals.needs import Noise, measured, supply_of
@@ -81,6 +82,7 @@ def planned(
     questions = asked_in(file, asked)
     # what is wrong with the two configurations is told here already
     configured = variants(file, asked)
+    refuse_uncounted(file, asked, configured[1])
     sources = read_sources(file, asked)
     supplies = {one.name: supply_of(one.blocks) for one in sources}
     noise: dict[str, Noise] = {}

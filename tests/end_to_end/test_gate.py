@@ -173,6 +173,21 @@ def test_an_optimization_that_never_ran_is_no_optimization(folder: Path, stack: 
     assert (code, found["decision"], found["reason"]) == (4, "invalid", "not_activated")
 
 
+def test_a_counter_that_the_candidate_does_not_have_ends_a_run_at_its_beginning(
+    folder: Path, stack: Stack
+) -> None:
+    """It would be told after everything was asked, otherwise."""
+    url = f'url: "{stack.gateway.url}"'
+    more = "activation: [{metric: replica_request}]"
+    file = hypothesis(folder, "uncounted", url, f"{url}, model: pocket", more=more)
+    code, out, err = gate(file)
+    assert (code, out) == (2, "")
+    assert f"{file}:14:24  activation[0].metric  nothing counts 'replica_request' at the" in err
+    assert err.rstrip().endswith("did you mean 'replica_requests'?")
+    (run,) = (folder / ".headgate" / "runs").glob("uncounted-*")
+    assert not (run / "journal.jsonl").read_bytes()
+
+
 def test_a_dead_server_makes_a_run_invalid_and_never_a_pass(folder: Path, stack: Stack) -> None:
     """It is found out within a block; nothing more is spent."""
     file = hypothesis(folder, "dead", f'url: "{stack.gateway.url}"', f'url: "{NOBODY}"')

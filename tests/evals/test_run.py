@@ -19,6 +19,7 @@ from evals.design import Step, blocks_of_rows, blocks_of_time, steps
 from evals.item import Item
 from evals.journal import Done, Journal
 from evals.pairs import AA, BASELINE, CANDIDATE
+from evals.questions import Unanswerable
 from evals.run import Bench, Source, run
 from policies.hypothesis import Hypothesis
 from telemetry import Observation
@@ -58,6 +59,7 @@ class Server:
 
     async def metrics(self, _request: web.Request) -> web.Response:
         lines = f'headgate_steps_total{{kind="a"}} {len(self.asked)}\nheadgate_up 1\n'
+        lines += "# TYPE headgate_declared_total counter\n"
         return web.Response(text=lines)
 
     @asynccontextmanager
@@ -366,3 +368,37 @@ def test_arms_that_take_turns_are_started_where_the_order_changes(tmp_path: Path
         assert len(server.asked) == 2 * 20 + 5 * len(began)
 
     asyncio.run(check())
+
+
+def test_a_counter_that_the_candidate_does_not_have_is_told_before_anything_is_asked(
+    tmp_path: Path,
+) -> None:
+    """Of a server that we start; one that runs already may show a counter only once it has
+    answered, and so is warmed up first. Nothing of either is written.
+    """
+    sides = {"baseline": {"config": "base.yaml"}, "candidate": {"patch": {"runtime.kv": "int8"}}}
+
+    async def check(ours: bool, metric: str) -> tuple[int, int, str]:
+        asked = hypothesis(aa_control=False)
+        whole = {**asked.model_dump(), "activation": [{"metric": "steps"}, {"metric": metric}]}
+        asked = Hypothesis.model_validate({**whole, **(sides if ours else {})})
+        first, second = Server(), Server()
+        async with first.served(), second.served():
+            arms = [first.arm(BASELINE), second.arm(CANDIDATE)]
+            file = tmp_path / f"{ours} {metric}"
+            try:
+                _, done = await ran(asked, arms, suite(asked, rows(20)), file)
+            except Unanswerable as error:
+                assert error.where == ("activation", 1, "metric")
+                assert not file.read_bytes()
+                return len(first.asked), len(second.asked), error.why
+            return len(first.asked), len(second.asked), f"{len(done)} blocks"
+
+    warm, whole = 5, 25
+    why = asyncio.run(check(True, "stepps"))
+    assert why[:2] == (0, 0)
+    assert "nothing counts 'stepps' at the candidate's http://" in why[2]
+    assert "did you mean 'steps'?" in why[2]
+    assert asyncio.run(check(False, "stepps"))[:2] == (warm, warm)
+    for there in ("headgate_steps_total", "accepted_tokens", "declared"):
+        assert asyncio.run(check(True, there)) == (whole, whole, "8 blocks")
