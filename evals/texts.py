@@ -6,7 +6,7 @@ is the floor that the candidate is held against. Knows no decisions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -40,35 +40,67 @@ def identical(
     both = [(one, differs(one), noise[_key(one)]) for one in pairs if _key(one) in noise]
     rate, own = sum(differ) / len(pairs), sum(moved for _, _, moved in both)
     detail = {"floor_pairs": len(both), "floor_differ": own}
+    broken = {one.cluster for one, moved, _ in both if moved and one.complete} if not own else set()
+    found = identity(
+        own,
+        len(both),
+        len(broken),
+        question.bound,
+        lambda: _rate(differ, pairs, question, stats),
+        lambda: _excess(both, question, stats),
+    )
     if not own:
-        found = _rate(differ, pairs, question, stats)
-        if broken := [one.cluster for one, moved, _ in both if moved and one.complete]:
-            # The same requests, asked of the baseline again, were answered to the letter. If chance
-            # did it, each cluster of them would have been as likely there.
-            found = replace(found, p=1.0, p_harm=0.5 ** len(set(broken)), method="identity")
-            detail["differ_where_identical"] = len(broken)
+        if broken:
+            again = sum(moved and one.complete for one, moved, _ in both)
+            detail["differ_where_identical"] = again
         return Answer(_with(found, detail), 0.0 if both else None, rate, sum(differ), 0)
+    lost = sum(moved and not chance for _, moved, chance in both)
+    gained = sum(chance and not moved for _, moved, chance in both)
+    return Answer(_with(found, detail), own / len(both), rate, lost, gained)
+
+
+def identity(
+    own: int,
+    of: int,
+    broken: int,
+    margin: float,
+    rate: Callable[[], Estimate],
+    excess: Callable[[], Estimate],
+) -> Estimate:
+    """What decides whether answers are the same: `rate` of those that differ, `excess` over the
+    floor, or neither. The floor alone says which: it differs from itself in `own` `of` its
+    requests. `broken`: clusters of these in which the candidate differs.
+    """
+    if not own:
+        found = rate()
+        if not broken:
+            return found
+        # The same requests, asked of the baseline again, were answered to the letter. If chance
+        # did it, each cluster of them would have been as likely there.
+        return replace(found, p=1.0, p_harm=0.5**broken, method="identity")
+    found = excess()
+    if own / of > margin * SELDOM:
+        return found
+    by_rate = rate()
+    return replace(
+        found,
+        estimate=min(found.estimate, by_rate.high),
+        high=by_rate.high,
+        p=by_rate.p,
+        n=by_rate.n,
+        method=f"{by_rate.method}, {found.method}",
+    )
+
+
+def _excess(both: Sequence[tuple[Pair, bool, bool]], question: Question, stats: Stats) -> Estimate:
     found = divergence(
         [moved for _, moved, _ in both],
-        [moved for _, _, moved in both],
+        [chance for _, _, chance in both],
         -question.bound,
         [one.cluster for one, _, _ in both],
         stats.alpha,
     )
-    lost = sum(moved and not chance for _, moved, chance in both)
-    gained = sum(chance and not moved for _, moved, chance in both)
-    found = negated(found)
-    if own / len(both) <= question.bound * SELDOM:
-        own_rate = _rate(differ, pairs, question, stats)
-        found = replace(
-            found,
-            estimate=min(found.estimate, own_rate.high),
-            high=own_rate.high,
-            p=own_rate.p,
-            n=len(pairs),
-            method=f"{own_rate.method}, {found.method}",
-        )
-    return Answer(_with(found, detail), own / len(both), rate, lost, gained)
+    return negated(found)
 
 
 def _rate(

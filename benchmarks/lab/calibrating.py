@@ -15,9 +15,9 @@ from scipy import special, stats
 
 from benchmarks.lab import gates
 from benchmarks.lab.gates import Floats, Ints
-from evals.stats import divergence, paired, power, rates, ratio, tango
+from evals.stats import clustered, divergence, paired, power, rates, ratio, tango
 from evals.stats.betting import bets, log_wealth
-from evals.stats.estimate import freedom, moments, worth
+from evals.stats.estimate import moments
 
 ALPHA = 0.05
 Z = float(-special.ndtri(ALPHA))
@@ -55,7 +55,7 @@ def _critical(n: int, margin: float) -> float:
 
 @lru_cache(maxsize=100_000)
 def _exact_p(lost: float, gained: float, n: int, margin: float) -> float:
-    return tango.p_value(lost, gained, n, -margin)
+    return tango.p_value(lost, gained, n, margin)
 
 
 def _passes(
@@ -117,29 +117,16 @@ def plan(rng: np.random.Generator, share: float) -> Mapping[str, Rates]:
 # ---- clusters ------------------------------------------------------------------------------------
 
 
+def _near_alpha(lost: float, gained: float, n: int, margin: float) -> float:
+    """The exact p; far from alpha, where both decide alike, that of the normal law."""
+    z = float(tango.statistic(lost, gained, n, margin))
+    return _exact_p(lost, gained, n, margin) if 1.2 < z < 2.8 else float(special.ndtr(-z))
+
+
 def _cluster_p(lost: Ints, gained: Ints, sizes: Ints, margin: float) -> Floats:
-    """p of `cluster_tango`, a gate a row."""
-    weights, n = sizes.astype(float), int(sizes.sum())
-    moved = (lost + gained > 0).sum(axis=1)
-    losses, gains = lost.sum(axis=1), gained.sum(axis=1)
-    net = (gained - lost).astype(float)
-    effect = paired.design_effect(net, weights, losses + gains, moved)
-    worth_pairs = np.maximum((n / effect).astype(int), 1)
-    part = worth_pairs / n
-    residuals = net - np.outer(net.sum(axis=1) / n, weights)
-    free = np.minimum(np.minimum(moved, worth(weights)), 1 + freedom(residuals))
-    p = paired.scaled_p(losses * part, gains * part, worth_pairs, free, -margin)
-    few = moved < paired.FEWEST_MOVED
-    z = tango.statistic(losses * part, gains * part, worth_pairs, -margin)
-    p[few] = special.ndtr(-z[few])
-    for row in np.flatnonzero(few & (z > 1.2) & (z < 2.8)):  # elsewhere the exact p decides alike
-        p[row] = _exact_p(
-            float(losses[row] * part[row]),
-            float(gains[row] * part[row]),
-            int(worth_pairs[row]),
-            margin,
-        )
-    return p
+    """Of each gate, a row."""
+    counts = lost.astype(float), gained.astype(float)
+    return clustered.cluster_p(*counts, sizes.astype(float), -margin, _near_alpha)
 
 
 def clusters(rng: np.random.Generator, share: float) -> Mapping[str, Rates]:
@@ -180,14 +167,10 @@ def scores(rng: np.random.Generator, share: float) -> Mapping[str, Rates]:
                 sums = law(rng, count(6000, share), number, rows, -margin)
                 name = f"{law.__name__}, {number} x {rows}, {100 * margin:g} points"
                 sizes = np.full(number, float(rows))
-                mean = sums.mean(axis=1) / rows
-                error, skewness = moments(sums - rows * mean[:, None], sizes)
-                moved = np.count_nonzero(sums, axis=1)
+                fit = paired.cluster_fit(sums, sizes)
                 bets_on = [paired.few_lose(row) for row in sums]  # bets pass less often still
-                t = (mean + margin) / np.maximum(error, 1e-12)
-                free = np.minimum(moved, 1 + freedom(sums - rows * mean[:, None]))
-                p = paired.tail(t, skewness, number, free)
-                false_pass[name] = rate((p <= ALPHA) & ~np.array(bets_on))
+                false_pass[name] = rate((fit.p(-margin) <= ALPHA) & ~np.array(bets_on))
+                t = (fit.mean + margin) / np.maximum(fit.error, 1e-12)
                 plain[name] = rate(special.stdtr(number - 1, -t) <= ALPHA)
     return {"false_pass": false_pass, "usual, t by clusters": plain}
 
@@ -289,12 +272,10 @@ def rare_events(rng: np.random.Generator, share: float) -> Mapping[str, Rates]:
                     rng, count(4000, share), sizes, maximum, -maximum, correlation
                 )
                 name = f"{named}, {correlation:g}, at most {maximum:g}"
-                weights, n, total = sizes.astype(float), sizes.sum(), happened.sum(axis=1)
-                moved = np.count_nonzero(happened, axis=1)
-                effect = rates.rate_effect(happened.astype(float), weights, moved)
-                counted = rates.rate_p(total / effect, n / effect, maximum)
-                false_pass[name] = rate(counted <= ALPHA)
-                plain[name] = rate(rates.rate_p(total, n, maximum) <= ALPHA)
+                told = rates.cluster_rate_p(happened.astype(float), sizes.astype(float), maximum)
+                false_pass[name] = rate(told <= ALPHA)
+                total = happened.sum(axis=1)
+                plain[name] = rate(rates.rate_p(total, sizes.sum(), maximum) <= ALPHA)
     return {"false_pass": false_pass, "usual, clusters overlooked": plain}
 
 

@@ -17,10 +17,11 @@ from evals.metrics import metric
 from evals.monitor import ANEW, Monitor, Signal
 from evals.pairs import BASELINE, CANDIDATE
 from evals.stats import rates, ratio, tango, trend
-from evals.stats.estimate import TooFewClusters, moments
-from evals.texts import SELDOM
+from evals.stats.estimate import Estimate, TooFewClusters, moments
+from evals.texts import identity
 from telemetry import Observation
 
+Flags = np.ndarray[tuple[int], np.dtype[np.bool_]]
 _Law = Callable[[np.random.Generator, int, int, float], Floats]
 
 
@@ -71,18 +72,22 @@ ROWS, CONTROLLED = 1000, 240  # of which the second baseline is asked so many
 
 
 @lru_cache(maxsize=10_000)
-def _rate_p(events: int, margin: float) -> float:
-    return rates.clopper_pearson(events, ROWS, margin).p
+def _rate(events: int, margin: float) -> Estimate:
+    return rates.clopper_pearson(events, ROWS, margin, ALPHA)
 
 
 @lru_cache(maxsize=10_000)
-def _pair_p(lost: int, gained: int, margin: float) -> float:
-    return tango.p_value(lost, gained, CONTROLLED, -margin)
+def _excess(lost: int, gained: int, margin: float) -> Estimate:
+    """Of the rows that are controlled; without its bounds, which are searched for and not used."""
+    p = tango.p_value(lost, gained, CONTROLLED, -margin)
+    p_harm = tango.p_value(gained, lost, CONTROLLED, margin)
+    nothing, share = math.nan, (lost - gained) / CONTROLLED
+    return Estimate(share, nothing, nothing, p, p_harm, CONTROLLED, None, "tango")
 
 
-def identity(rng: np.random.Generator, share: float) -> Mapping[str, Rates]:
+def identities(rng: np.random.Generator, share: float) -> Mapping[str, Rates]:
     """A baseline that differs from itself in some answers, and a candidate in the margin more; and
-    how often one that differs no more fails: what `texts.identical` decides, a gate a row.
+    how often one that differs no more fails: by what decides in a gate, `texts.identity`.
     """
     false_pass: Rates = {}
     failed: Rates = {}
@@ -90,22 +95,32 @@ def identity(rng: np.random.Generator, share: float) -> Mapping[str, Rates]:
         for own in (0.0, 0.001, 0.005, 0.01, 0.03):
             number = count(4000, share)
             again = rng.random((number, CONTROLLED)) < own
-            differs = rng.random((number, ROWS)) < own + margin
-            wavers, both = again.sum(axis=1), differs[:, :CONTROLLED]
-            lost, gained = (both & ~again).sum(axis=1), (again & ~both).sum(axis=1)
-            p = [
-                (1.0 if both[row].any() else _rate_p(int(differs[row].sum()), margin))
-                if not wavers[row]
-                else _rate_p(int(differs[row].sum()), margin)
-                if wavers[row] / CONTROLLED <= margin * SELDOM
-                else _pair_p(int(lost[row]), int(gained[row]), margin)
-                for row in range(number)
-            ]
+            worse = rng.random((number, ROWS)) < own + margin
+            same = rng.random((number, ROWS)) < own
             name = f"{100 * margin:g} points, the baseline wavers in {100 * own:g} %"
-            false_pass[name] = rate(np.array(p) <= ALPHA)
-            same = (rng.random((number, CONTROLLED)) < own).sum(axis=1)
-            failed[name] = rate((wavers == 0) & (0.5**same <= ALPHA))
+            p = [_identity(*gate, margin).p for gate in zip(again, worse, strict=True)]
+            harm = [_identity(*gate, margin).p_harm for gate in zip(again, same, strict=True)]
+            false_pass[name], failed[name] = (
+                rate(np.array(p) <= ALPHA),
+                rate(np.array(harm) <= ALPHA),
+            )
     return {"false_pass": false_pass, "false_alarm": failed}
+
+
+def _identity(again: Flags, differs: Flags, margin: float) -> Estimate:
+    """Of one gate: which of the controlled rows differ in the second baseline, and which of all do
+    in the candidate.
+    """
+    both = differs[:CONTROLLED]
+    lost, gained = int((both & ~again).sum()), int((again & ~both).sum())
+    return identity(
+        int(again.sum()),
+        CONTROLLED,
+        int(both.sum()),
+        margin,
+        lambda: _rate(int(differs.sum()), margin),
+        lambda: _excess(lost, gained, margin),
+    )
 
 
 # ---- what grows ----------------------------------------------------------------------------------
@@ -206,5 +221,5 @@ PARTS: Mapping[str, Callable[[np.random.Generator, float], Mapping[str, Rates]]]
     "mean ratio": mean_ratios,
     "trend": trends,
     "rollout": watched,
-    "identity": identity,
+    "identity": identities,
 }

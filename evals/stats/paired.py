@@ -8,21 +8,20 @@ t test then passes far too often; what is done about it, and why: docs/statistic
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy import optimize, special
+from scipy import special
 
-from evals.stats import tango as score
 from evals.stats.betting import betting
+from evals.stats.clustered import cluster_tango
 from evals.stats.estimate import (
     FEWEST_CLUSTERS,
     FEWEST_MOVED,
     Estimate,
     Floats,
     TooFewClusters,
-    assumed_effect,
     check_alpha,
     cluster_sums,
     finite,
@@ -70,9 +69,6 @@ def mean_diff(
     return cluster_t(values, clusters, margin, alpha)
 
 
-# ---- scores --------------------------------------------------------------------------------------
-
-
 def cluster_t(
     diffs: ArrayLike, clusters: Sequence[Hashable] | None, margin: float, alpha: float = 0.05
 ) -> Estimate:
@@ -94,17 +90,16 @@ def cluster_t(
         raise TooFewClusters(moved, FEWEST_MOVED, "clusters that differ")
     sides = {"pass": bounded and few_lose(sums), "harm": bounded and few_lose(-sums)}
     mean = float(values.mean())
-    residuals = (sums - sizes * mean)[None, :]
-    error, skewness = (float(part[0]) for part in moments(residuals, sizes))
-    free = min(moved, worth(sizes), 1 + float(freedom(residuals)[0]))
+    fit = cluster_fit(sums[None, :], sizes)
+    error, skewness, free = float(fit.error[0]), float(fit.skewness[0]), float(fit.free[0])
     reach = float(special.stdtrit(max(free, 1.01) - 1, 1 - alpha))
     bet = betting(values, margin, alpha, clusters) if any(sides.values()) else None
     by_t = Estimate(
         estimate=mean,
         low=mean - error * reach_of(reach, skewness, sizes.size),
         high=mean + error * reach_of(reach, -skewness, sizes.size),
-        p=_tail_of(mean - margin, error, skewness, sizes.size, free),
-        p_harm=_tail_of(margin - mean, error, -skewness, sizes.size, free),
+        p=float(fit.p(margin)[0]),
+        p_harm=float(fit.mirrored().p(-margin)[0]),
         n=values.size,
         clusters=sizes.size,
         method="cluster_t" if not all(sides.values()) else "betting",
@@ -127,10 +122,36 @@ def few_lose(sums: Floats) -> bool:
     return sums.size < MANY_CLUSTERS and int(np.count_nonzero(sums < 0)) < FEWEST_LOSING
 
 
-def _tail_of(distance: float, error: float, skewness: float, count: int, free: float) -> float:
-    if error == 0:
-        return float(distance <= 0)
-    return float(tail(distance / error, skewness, count, free))
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """Means of differences over whole clusters with what t needs; an entry for each data set."""
+
+    mean: Floats
+    error: Floats
+    skewness: Floats
+    free: Floats
+    count: int
+
+    def p(self, margin: float) -> Floats:
+        """Of a mean of at most `margin`. Where nothing varies, the mean is what it is."""
+        distance = self.mean - margin
+        flat = self.error == 0
+        t = distance / np.where(flat, 1.0, self.error)
+        return np.where(flat, distance <= 0, tail(t, self.skewness, self.count, self.free))
+
+    def mirrored(self) -> Fit:
+        """Of the same differences the other way round."""
+        return replace(self, mean=-self.mean, skewness=-self.skewness)
+
+
+def cluster_fit(sums: Floats, sizes: Floats) -> Fit:
+    """Of the sums of each cluster's differences, a row for each data set."""
+    mean = sums.sum(axis=1) / sizes.sum()
+    residuals = sums - np.outer(mean, sizes)
+    error, skewness = moments(residuals, sizes)
+    moved = np.count_nonzero(sums, axis=1)
+    free = np.minimum(np.minimum(moved, worth(sizes)), 1 + freedom(residuals))
+    return Fit(mean, error, skewness, free, sizes.size)
 
 
 def tail(t: ArrayLike, skewness: ArrayLike, count: int, free: ArrayLike) -> Floats:
@@ -151,91 +172,3 @@ def reach_of(t: float, skewness: float, count: int) -> float:
         return t
     inner = 1 + skewness * (t / np.sqrt(count) - skewness / (6 * count))
     return float(max(t, np.sqrt(count) * 3 * (np.cbrt(inner) - 1) / skewness))
-
-
-# ---- right or wrong, in clusters -----------------------------------------------------------------
-
-
-def cluster_tango(
-    diffs: ArrayLike, clusters: Sequence[Hashable] | None, margin: float, alpha: float = 0.05
-) -> Estimate:
-    """Tango's statistic on as many pairs as the clusters are worth (Rao and Scott 1992, Biometrics
-    48:577): counts are divided by how much more the mean varies than with pairs on their own.
-    Raises TooFewClusters below 20 clusters.
-    """
-    check_alpha(alpha)
-    values = finite(diffs, "differences")
-    sums, sizes = cluster_sums(values, clusters)
-    if sizes.size < FEWEST_CLUSTERS:
-        raise TooFewClusters(sizes.size, FEWEST_CLUSTERS)
-    flips, _ = cluster_sums(np.abs(values), clusters)
-    moved = int(np.count_nonzero(flips))
-    lost, gained = int((values < 0).sum()), int((values > 0).sum())
-    effect = float(design_effect(sums[None, :], sizes, np.array([lost + gained]), moved)[0])
-    effective = max(int(values.size / effect), 1)
-    part = effective / values.size
-    residuals = (sums - sizes * values.mean())[None, :]
-    free = min(moved, worth(sizes), 1 + float(freedom(residuals)[0]))
-    told = moved >= FEWEST_MOVED
-    low, p = _scaled(lost * part, gained * part, effective, free, told, margin, alpha)
-    high, p_harm = _scaled(gained * part, lost * part, effective, free, told, -margin, alpha)
-    return Estimate(
-        estimate=float(values.mean()),
-        low=low,
-        high=-high,
-        p=p,
-        p_harm=p_harm,
-        n=values.size,
-        clusters=sizes.size,
-        method="cluster_tango",
-        detail={
-            "lost": lost,
-            "gained": gained,
-            "design_effect": effect,
-            "effective_pairs": effective,
-            "moved": moved,
-            "correlation_assumed": not told,
-        },
-    )
-
-
-def design_effect(sums: Floats, sizes: Floats, flips: Floats, moved: ArrayLike) -> Floats:
-    """How many times more the mean varies than with as many pairs on their own; a row for each
-    data set. At least 1; where too few clusters moved to tell, at least what is assumed.
-    """
-    n = float(sizes.sum())
-    mean = sums.sum(axis=1) / n
-    error, _ = moments(sums - np.outer(mean, sizes), sizes)
-    alone = (flips - n * mean**2) / n**2
-    found = np.where(alone > 0, error**2 / np.where(alone > 0, alone, 1.0), 1.0)
-    least = np.where(np.asarray(moved) < FEWEST_MOVED, assumed_effect(sizes), 1.0)
-    return np.maximum(found, least)
-
-
-def scaled_p(
-    lost: ArrayLike, gained: ArrayLike, n: ArrayLike, free: ArrayLike, margin: float
-) -> Floats:
-    """p of counts that are worth `n` pairs, by t of the clusters that carry the variance."""
-    z = score.statistic(lost, gained, n, margin)
-    p: Floats = special.stdtr(np.maximum(free, 1.01) - 1, -z)
-    return p
-
-
-def _scaled(
-    lost: float, gained: float, n: int, free: float, told: bool, margin: float, alpha: float
-) -> tuple[float, float]:
-    """Lower bound and p: by t, or exactly where too few clusters moved to tell a variance."""
-    if not told:
-        p = score.p_value(lost, gained, n, margin)
-        low = score.bound(lost, gained, n, alpha)
-        return (max(low, float(np.nextafter(margin, 1))) if p <= alpha else min(low, margin)), p
-    reach = float(special.stdtrit(max(free, 1.01) - 1, 1 - alpha))
-
-    def beyond(diff: float) -> float:
-        return float(score.statistic(lost, gained, n, diff)) - reach
-
-    mean, least = (gained - lost) / n, -1 + 1e-9
-    low = (
-        float(optimize.brentq(beyond, least, mean)) if mean > least and beyond(least) > 0 else -1.0
-    )
-    return low, float(scaled_p(lost, gained, n, free, margin))

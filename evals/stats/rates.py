@@ -51,7 +51,7 @@ def cluster_rate(
     if sizes.size < FEWEST_CLUSTERS:
         raise TooFewClusters(sizes.size, FEWEST_CLUSTERS)
     moved = int(np.count_nonzero(sums))
-    effect = float(rate_effect(sums[None, :], sizes, np.array([moved]))[0])
+    effect = float(rate_effect(sums[None, :], sizes)[0])
     inner = _exact(share * n / effect, n / effect, maximum, alpha)
     detail = {**inner.detail, "events": float(found.sum()), "design_effect": effect, "moved": moved}
     return replace(
@@ -64,11 +64,17 @@ def cluster_rate(
     )
 
 
-def rate_effect(sums: Floats, sizes: Floats, moved: ArrayLike) -> Floats:
+def cluster_rate_p(sums: Floats, sizes: Floats, maximum: float) -> Floats:
+    """p of `cluster_rate`, of the events in each cluster, a row for each data set."""
+    effect = rate_effect(sums, sizes)
+    return rate_p(sums.sum(axis=1) / effect, sizes.sum() / effect, maximum)
+
+
+def rate_effect(sums: Floats, sizes: Floats) -> Floats:
     """How many times more a rate varies than without clusters, the few degrees of freedom
     included; a row for each data set. Assumed, where too few clusters have an event to tell.
     """
-    clusters_with = np.asarray(moved)
+    clusters_with = np.count_nonzero(sums, axis=1)
     n = float(sizes.sum())
     share = sums.sum(axis=1) / n
     error, _ = moments(sums - np.outer(share, sizes), sizes)
