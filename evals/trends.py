@@ -29,14 +29,17 @@ _ALONG: Mapping[str, Callable[[Pair], float]] = {
 
 def check_trend(asked: Sequence[Question], pairs: Sequence[Pair]) -> Control:
     """No guardrail's metric gets worse from the first turn to the last, or from the begin of the
-    run to its end, by more than its margin and more than chance does.
+    run to its end, by more than its margin and more than chance does. Of several guardrails of one
+    metric the strictest margin counts.
     """
     sources = by_source(pairs)
     found: dict[str, dict[str, Any]] = {}
     for question in asked:
         if question.kind == "guardrail":
             for axis, one in _grown(question, sources.get(question.source, ())):
-                found.setdefault(f"{question.source} {question.metric.name} by {axis}", one)
+                name = f"{_named(question)} by {axis}"
+                if name not in found or one["margin"] < found[name]["margin"]:
+                    found[name] = one
     said = []
     for (name, one), p in zip(
         found.items(), holm([one["p"] for one in found.values()]), strict=True
@@ -49,6 +52,14 @@ def check_trend(asked: Sequence[Question], pairs: Sequence[Pair]) -> Control:
                 f"last (p {p:.2g}), and {_amount(one['margin'], unit)} may be lost in all"
             )
     return Control("trend", not said, {"alpha": TREND_ALPHA, "metrics": found}, "; ".join(said))
+
+
+def _named(question: Question) -> str:
+    """Guardrails that count the same have one name; those of late requests each have a limit of
+    their own.
+    """
+    late = question.test == "percentile_max"
+    return question.name if late else f"{question.source} {question.metric.name}"
 
 
 def _grown(question: Question, pairs: Sequence[Pair]) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -563,6 +563,37 @@ def test_a_candidate_that_gets_worse_as_it_goes_does_not_pass(
         assert said in verdict.reasons[0]
 
 
+def test_the_strictest_of_several_margins_of_a_metric_holds_for_what_grows_in_it() -> None:
+    """In whichever order the file has them; the first one's alone was looked at once."""
+    wide, narrow = {**CORRECT, "margin": 0.3}, {**CORRECT, "margin": 0.1}
+    for rails in ([wide, narrow], [narrow, wide]):
+        asked = hypothesis(claims=[], design=NO_ARMS, guardrails=rails)
+        verdict = judged(going(0.12, 0.0), asked)
+        assert (verdict.decision, verdict.reason) == ("inconclusive", "gets_worse")
+        metrics = verdict.controls[-1].detail["metrics"]
+        assert [metrics[name]["margin"] for name in metrics if name.endswith("turn")] == [0.1]
+    alone = judged(going(0.12, 0.0), hypothesis(claims=[], design=NO_ARMS, guardrails=[wide]))
+    assert alone.decision == "pass"
+
+
+def test_late_requests_of_two_limits_are_two_metrics_that_may_grow() -> None:
+    """Beside the times themselves, whose name they have."""
+    late = {"replay": "week", "metric": "ttft.p90", "test": "percentile_max"}
+    rails = [
+        {**late, "within": "90ms"},
+        {**late, "within": "100ms"},
+        {**TTFT, "metric": "ttft.p90"},
+    ]
+    verdict = judged(going(0.0, 0.0), hypothesis(claims=[], design=NO_ARMS, guardrails=rails))
+    metrics = verdict.controls[-1].detail["metrics"]
+    assert list(metrics) == [
+        "guardrail 1 week ttft.p90 percentile_max by uptime",
+        "guardrail 2 week ttft.p90 percentile_max by uptime",
+        "replay:week ttft.p90 by uptime",
+    ]
+    assert len({one["growth"] for one in metrics.values()}) == 3
+
+
 # ---- reasons ------------------------------------------------------------------------------------
 
 
