@@ -276,6 +276,11 @@ def _rate_pairs(rate: float, maximum: float, alpha: float, power: float) -> int:
 
 def note(question: Question, supply: Supply, noise: Noise) -> str:
     kind = question.metric.kind
+    if kind in ("time", "rate") and supply.blocks < FEWEST_BLOCK_PAIRS:
+        return (
+            f"{supply.blocks} pairs of blocks, and at least {FEWEST_BLOCK_PAIRS} are needed: "
+            "smaller ones (design.block_items, design.block) or repeats make more of the same rows"
+        )
     if (
         kind not in ("time", "rate")
         and supply.rows > supply.clusters

@@ -76,9 +76,19 @@ class Plan:
             ).rstrip()
             for line in lines
         ]
-        notes = [f"{one.name}: {one.note}" for one in self.rows if one.note]
+        told = [one for one in self.rows if one.note and one not in self._hopeless]
+        notes = [f"{one.name}: {one.note}" for one in told]
         touched = [f"touched in {one}" for one in self.reach]
-        return "\n".join([*text, *notes, *touched, *self._refusal()])
+        return "\n".join([*text, *notes, *touched, *self.warnings, *self._refusal()])
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What is no reason to refuse, and will not come out as hoped for."""
+        return tuple(f"warning: {one.name} cannot be shown: {one.note}" for one in self._hopeless)
+
+    @property
+    def _hopeless(self) -> list[Row]:
+        return [one for one in self.rows if not one.required and one.testable is None]
 
     def _refusal(self) -> list[str]:
         short = [one for one in self.rows if one.required and not one.enough]

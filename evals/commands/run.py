@@ -54,6 +54,8 @@ def run(hypothesis: Path, allow_code: bool, as_json: bool) -> None:
         if (outlook := plan.outlook).refused:
             click.echo(outlook.table(), err=True)
             raise SystemExit(EXIT_CODES["inconclusive"])
+        for warning in outlook.warnings:
+            click.echo(warning, err=True)
         verdict = asyncio.run(execute(plan, log, Progress(plan.hypothesis, show)))
     except Unanswerable as error:
         click.echo(str(placed(hypothesis, error)), err=True)

@@ -16,10 +16,11 @@ from evals.pairs import AA, BASELINE, by_arm, pair
 from evals.plan import Plan, Row, plan
 from evals.questions import questions
 from evals.reach import assumed
+from evals.stats import power
 from evals.stats.power import min_pairs
 from evals.strata import Reach
 from policies.hypothesis import Design, Hypothesis, Stats, Validity
-from tests.evals.simulated import CORRECT, REPLAY, SUITE, TTFT, hypothesis, replayed, suite
+from tests.evals.simulated import CORRECT, FASTER, REPLAY, SUITE, TTFT, hypothesis, replayed, suite
 
 PLENTY = {SUITE: Supply(10_000, 10_000, 500), REPLAY: Supply(10_000, 5_000, 500)}
 
@@ -129,6 +130,30 @@ def test_times_need_pairs_of_blocks() -> None:
     assert loud.needed is not None and loud.needed > 50
     assert not loud.enough
     assert loud.testable is not None and loud.testable > 0.1
+
+
+def test_too_few_blocks_are_refused_for_a_guardrail_and_warned_of_for_a_claim() -> None:
+    """Of as many rows: ten pairs of blocks are the fewest that say anything of times."""
+    asked = hypothesis(guardrails=[TTFT], claims=[{**FASTER, "replay": "week"}])
+    for blocks, refused in ((5, True), (9, True), (40, False)):
+        made = plan(asked, {REPLAY: Supply(1000, 1000, blocks)})
+        rail, claim = made.rows
+        assert (rail.enough, made.refused) == (not refused, refused)
+        assert ("at least 10 are needed" in claim.note) == refused
+        said = f"warning: claim 1 week tpot.p50 cannot be shown: {blocks} pairs of blocks, and at"
+        assert any(one.startswith(said) for one in made.warnings) == refused
+        assert ("design.block_items" in made.table()) == refused
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(2, 12), st.floats(0.001, 3.0), st.floats(0.5, 0.99))
+def test_few_blocks_and_any_spread_have_a_ratio_that_is_testable(
+    blocks: int, spread: float, wanted: float
+) -> None:
+    """scipy's noncentral t gives up far out, and a plan of five blocks was a traceback."""
+    ratio = 1 + power.testable_ratio(blocks, spread, power=wanted)
+    assert math.isfinite(ratio)
+    assert power.block_pairs_needed(spread, ratio * 1.001, power=wanted) <= blocks
 
 
 def test_looking_all_the_time_takes_more() -> None:
