@@ -61,11 +61,8 @@ def of_rows(
     found: dict[str, Mapping[str, int] | str] = {}
     for name in fields:
         rule = _RULES.get(name)
-        found[name] = (
-            f"the answers tell which have {name}"
-            if rule is None
-            else rule(hypothesis.design, configured, asked)
-        )
+        why = _UNTOLD.get(name, f"the answers tell which have {name}")
+        found[name] = why if rule is None else rule(hypothesis.design, configured, asked)
     unknown = [one for one in found.values() if isinstance(one, str)]
     known = [one for one in found.values() if not isinstance(one, str)]
     reaches = []
@@ -100,9 +97,6 @@ def _over_budget(
     if len(sides) < len(configured):
         return "servers at a URL do not tell how they trim"
     trims = [one.deployment.gateway.trim for one in sides]
-    each = {(one.tool_output_chars, str(one.passages)) for one in trims}
-    if len(each) > 1:
-        return "tool outputs and passages are shortened message by message"
     budget = min((most for one in trims for most in _budgets(one)), default=None)
     if budget is None:
         return dict.fromkeys(asked, 0)
@@ -208,4 +202,7 @@ _RULES: Mapping[str, _Rule] = {"trimmed_tokens": _over_budget, "cached_answers":
 _HOW: Mapping[str, str] = {
     "trimmed_tokens": "prompts over the budget of a trim",
     "cached_answers": "what another one has asked before",
+}
+_UNTOLD: Mapping[str, str] = {
+    "prompt_tokens": "tool outputs and passages are shortened message by message"
 }

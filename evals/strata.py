@@ -23,6 +23,9 @@ TRACES: Mapping[str, Callable[[Observation], int | None]] = {
     "cached_tokens": lambda seen: seen.cached_tokens,
     "trimmed_tokens": lambda seen: seen.trimmed_tokens,
 }
+# A trim that shortens message by message tells no cut: the prompt is another one.
+_SHORTENING = ("tool_output_chars", "passages")
+_SHORTENED = "prompt_tokens"
 _BY_KNOB: Mapping[str, str] = {
     "gateway.response_cache": "cached_answers",
     "gateway.trim": "trimmed_tokens",
@@ -85,13 +88,18 @@ def strata(pairs: Sequence[Pair], by: Sequence[str]) -> dict[str, list[Pair]]:
 
 
 def traces(hypothesis: Hypothesis) -> tuple[str, ...]:
-    """Which of `TRACES` tell whether a request was touched; none: all are."""
+    """What tells whether a request was touched: names of `TRACES`, and of prompts that are
+    shortened their length; none: all are.
+    """
+    patch = hypothesis.candidate.patch
     found = {
         name
         for knob, name in _BY_KNOB.items()
-        for path in hypothesis.candidate.patch
+        for path in patch
         if path == knob or path.startswith(f"{knob}.")
     }
+    if any(_shortens(path, value) for path, value in patch.items()):
+        found.add(_SHORTENED)
     found |= {one.metric for one in hypothesis.activation if one.metric in TRACES}
     return tuple(sorted(found))
 
@@ -108,7 +116,20 @@ def touched(pairs: Sequence[Pair], fields: Sequence[str]) -> int:
     return sum(_differs(one, fields) for one in pairs if one.candidate.ok)
 
 
+def _shortens(path: str, value: object) -> bool:
+    """Whether a patch says what is done to each message."""
+    inside = path.removeprefix("gateway.trim")
+    named = value if isinstance(value, dict) and not inside else inside.split(".")
+    return path != inside and any(one in named for one in _SHORTENING)
+
+
 def _differs(one: Pair, fields: Sequence[str]) -> bool:
+    left, right = one.baseline, one.candidate
+    before, after = left.prompt_tokens, right.prompt_tokens
+    if _SHORTENED in fields and None not in (before, after) and before != after:
+        return True
     return any(
-        (TRACES[name](one.candidate) or 0) != (TRACES[name](one.baseline) or 0) for name in fields
+        (TRACES[name](right) or 0) != (TRACES[name](left) or 0)
+        for name in fields
+        if name != _SHORTENED
     )

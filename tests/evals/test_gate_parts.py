@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -592,6 +593,36 @@ def test_late_requests_of_two_limits_are_two_metrics_that_may_grow() -> None:
         "replay:week ttft.p90 by uptime",
     ]
     assert len({one["growth"] for one in metrics.values()}) == 3
+
+
+@pytest.mark.parametrize(
+    "patch",
+    [
+        {"gateway.trim.tool_output_chars": 900},
+        {"gateway.trim": {"passages": {"keep": 3}}},
+        {"gateway.trim.passages.keep": 3},
+    ],
+)
+def test_what_is_shortened_message_by_message_is_told_by_its_prompt(patch: dict[str, Any]) -> None:
+    """No cut is told of it, and it was taken for a change that never ran."""
+    asked = hypothesis(
+        claims=[], design=NO_ARMS, guardrails=[CORRECT], kind_of_change="lossy_input",
+        candidate={"patch": patch},
+    )  # fmt: skip
+    base, same = list(suite(BASELINE)), list(suite(CANDIDATE))
+    assert judged([*base, *same], asked).reason == "not_activated"
+    shorter = [replace(one, prompt_tokens=80) if one.id < "q00200" else one for one in same]
+    verdict = judged([*base, *shorter], asked)
+    assert verdict.decision == "pass"
+    assert [(one.stratum, one.pairs) for one in verdict.findings] == [
+        ("all", 400),
+        ("affected", 200),
+    ]
+    cut = hypothesis(
+        claims=[], design=NO_ARMS, guardrails=[CORRECT], kind_of_change="lossy_input",
+        candidate={"patch": {"gateway.trim": {"drop": "oldest"}}},
+    )  # fmt: skip
+    assert judged([*base, *shorter], cut).reason == "not_activated"
 
 
 # ---- reasons ------------------------------------------------------------------------------------
