@@ -12,6 +12,8 @@ from gateway import problems
 from gateway.call import RawHeaders, request_id
 from gateway.edge import Edge, Live
 from gateway.keys import ANYONE, TENANT, Known
+from gateway.listener import BEGAN
+from gateway.phases import SERVER_TIMING, whole_time
 from gateway.reply import Reply
 from policies.loopback import foreign_header
 from runtime.wire import Problem
@@ -36,11 +38,18 @@ class Doorway:
             try:
                 tenant = visitor(scope, self._live.edge)
             except Problem as problem:
-                await Reply(send, request_id(scope["headers"])).fail(problem)
+                await refuse(scope, send, problem)
                 return
             # Who reads it awaits nothing before, and so goes by the same edge.
             scope["extensions"][TENANT] = tenant
         await self._app(scope, receive, send)
+
+
+async def refuse(scope: Scope, send: Send, problem: Problem) -> None:
+    """The answer to a request that comes to no endpoint, and so leaves no trace."""
+    reply = Reply(send, request_id(scope["headers"]))
+    reply.more.append((SERVER_TIMING, whole_time(scope["extensions"][BEGAN])))
+    await reply.fail(problem)
 
 
 def visitor(scope: Scope, edge: Edge) -> Known | None:

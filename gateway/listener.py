@@ -22,6 +22,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from gateway import problems
 from gateway.call import request_id
 from gateway.edge import Live
+from gateway.phases import SERVER_TIMING, whole_time
 from policies.schema import Gateway
 from runtime.wire import Problem
 
@@ -149,9 +150,10 @@ class ClientConnection(HttpToolsProtocol):
             if self._broken_body():
                 self.cycle.disconnected = True  # what is at work on it may stop, and say nothing
                 self.cycle.message_event.set()
-                self.transport.write(plain_answer(problem))
+                self.transport.write(plain_answer(problem, self._began))
             elif not self._answering():
-                self.transport.write(plain_answer(problem))
+                began = self._began if self._in_headers else time.monotonic()
+                self.transport.write(plain_answer(problem, began))
             self.transport.close()
         self._disarm()
 
@@ -242,13 +244,14 @@ class _Outgoing:
         return True
 
 
-def plain_answer(problem: Problem) -> bytes:
-    """A problem as a complete HTTP/1.1 answer that ends its connection."""
+def plain_answer(problem: Problem, began: float) -> bytes:
+    """A problem as a complete HTTP/1.1 answer that ends its connection; `began`: the request."""
     body = problem.body()
     head = (
         f"HTTP/1.1 {problem.status} {HTTPStatus(problem.status).phrase}\r\n"
         "content-type: application/json\r\n"
         f"x-request-id: {request_id(())}\r\n"
+        f"{SERVER_TIMING.decode()}: {whole_time(began).decode()}\r\n"
         f"content-length: {len(body)}\r\n"
         "connection: close\r\n\r\n"
     )

@@ -58,6 +58,11 @@ def _answering(trail: Trail, hop: Hop, end: float) -> tuple[float, float, float,
     return wait + rest - replica_queue - prefill - decode, replica_queue, prefill, decode
 
 
+def whole_time(began: float) -> bytes:
+    """Of an answer that has no trail, since the first byte of its request."""
+    return b"total;dur=%.3f" % (1000 * (now() - began))
+
+
 def server_timing(trail: Trail) -> bytes:
     """What is known when the head of the answer goes: of a stream up to its first token."""
     at = now()

@@ -12,6 +12,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway import problems
 from gateway.call import request_id
+from gateway.doorway import refuse
 from gateway.edge import Live
 from gateway.keys import TENANT
 from gateway.metrics import Reading, page
@@ -39,14 +40,13 @@ class Allowed:
             await self._app(scope, receive, send)
             return
         problem = problems.wrong_method(scope["method"], scope["path"], ", ".join(self._methods))
-        await Reply(send, request_id(scope["headers"])).fail(problem)
+        await refuse(scope, send, problem)
 
 
 async def unknown_path(scope: Scope, _receive: Receive, send: Send) -> None:
     """Whatever no route matches, WebSockets included (which the server has turned off)."""
     if scope["type"] == "http":
-        reply = Reply(send, request_id(scope["headers"]))
-        await reply.fail(problems.unknown_path(scope["path"]))
+        await refuse(scope, send, problems.unknown_path(scope["path"]))
 
 
 def health(live: Live) -> ASGIApp:
