@@ -35,6 +35,7 @@ from telemetry import Observation
 log = logging.getLogger("headgate.gateway")
 
 LOOK_S = 0.2  # between looks at the record: so late does another gateway's rollback come here
+LOST_S = 60.0  # at least, between two lines of the log about a record that cannot be followed
 SESSION_FIELDS = ("prompt_cache_key", "user")
 VARIANT_HEADER = b"x-headgate-variant"
 # Known to the listening socket, to the door, or to those who steer: no candidate's to change.
@@ -185,6 +186,9 @@ class Variants:
         self._variant: Variant | None = None
         self.last: Mapping[str, Any] | None = None  # the rollout before, as it was told at its end
         self._left = ""  # what its controller said as it took it away
+        self._ordered = ""  # the rollout of the record, whether it can be followed or not
+        self._lost = ""  # why it cannot be, as the log was told
+        self._lost_at = 0.0
         self._tasks: set[asyncio.Task[None]] = set()
         self._one_at_a_time = asyncio.Lock()
 
@@ -205,10 +209,33 @@ class Variants:
         while True:
             try:
                 await self.look()
-            except Exception:  # whatever a record says, the next one is looked at
-                log.exception("the rollout's record cannot be followed; the baseline serves")
+            except Exception as error:  # noqa: BLE001  # whatever a record says, the next is read
+                self._lose(error)
                 await self._take_down()
+            else:
+                self._find()
             await asyncio.sleep(LOOK_S)
+
+    def _lose(self, error: Exception) -> None:
+        """One line for as long as the reason is the same. A Problem says it all; of anything else,
+        which would be a fault of ours, the log gets the place, too."""
+        why = str(error) or type(error).__name__
+        now = self._clock()
+        if why == self._lost or (self._lost and now < self._lost_at + LOST_S):
+            return
+        self._lost, self._lost_at = why, now
+        log.warning(
+            "rollout %s cannot be followed by this gateway, where the baseline serves: %s; start "
+            "it again with what is missing, or end the rollout",
+            self._ordered or "(unknown)",
+            why,
+            exc_info=None if isinstance(error, Problem) else error,
+        )
+
+    def _find(self) -> None:
+        if self._lost:
+            self._lost = ""
+            log.warning("this gateway can follow rollouts again")
 
     async def look(self) -> Variant | None:
         """Goes by what the record says now."""
@@ -217,7 +244,10 @@ class Variants:
             if self._variant is not None:
                 self._variant.suspended = away
             if not away:
-                await self._go_by(await current(self._state.store))
+                self._ordered = ""
+                orders = await current(self._state.store)
+                self._ordered = orders.id if orders is not None else ""
+                await self._go_by(orders)
             return self._variant
 
     async def _go_by(self, orders: Orders | None) -> None:

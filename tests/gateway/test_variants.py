@@ -10,12 +10,17 @@ from typing import Any
 
 import pytest
 
+from cache.memory_store import MemoryStore
+from gateway.edge import Live, build
 from gateway.lane import Lane
 from gateway.observe import LOOP_CHARS, looped
-from gateway.orders import Orders
+from gateway.orders import RECORD, Orders
 from gateway.phases import spent
 from gateway.replica import Replica
+from gateway.state import State
 from gateway.variants import drawn
+from policies.admin import Admin
+from policies.schema import Deployment, Gateway, Runtime
 from telemetry import Observation
 from tests.gateway.scripted import ASKED, TEXT, Engine, cut, heard
 from tests.gateway.world import (
@@ -27,6 +32,7 @@ from tests.gateway.world import (
     Peer,
     gateway,
     held,
+    listening,
     on_loop,
     until,
     upstream,
@@ -473,3 +479,59 @@ def test_orders_come_back_from_their_record() -> None:
     ended = orders.rolled_back("x", 3.0)
     assert (ended.share, ended.ended, ended.rolled_back("y", 4.0)) == (0.0, "x", ended)
     assert not ended.live(0.0)
+
+
+# ---- a record that cannot be followed -----------------------------------------------------------
+
+
+class Looked(MemoryStore):
+    """Counts looks at the record."""
+
+    looks = 0
+
+    async def get(self, name: str) -> bytes | None:
+        self.looks += name == RECORD
+        return await super().get(name)
+
+
+@pytest.mark.parametrize(
+    ("replicas", "why", "traced"),
+    [
+        ([{"url": "http://127.0.0.1:1", "api_key_env": "HEADGATE_TEST_NOT_SET"}], "are set", False),
+        ([{"url": "http://127.0.0.1:1", "api_key_env": "HOME"}], "candidate_keys", False),
+        (None, "NoneType", True),  # of no version that there has been
+    ],
+)
+@on_loop
+async def test_a_record_that_cannot_be_followed_is_one_line_of_the_log_and_so_is_its_end(
+    replicas: Any, why: str, traced: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As another gateway may put it up, which has a key that this one lacks: this one goes on with
+    the baseline, and does not fill the log, where each look fails. A traceback is for faults."""
+    store = Looked()
+    admin = Admin(candidate_keys=("HEADGATE_TEST_NOT_SET",))
+    async with upstream(hi) as old:
+        policy = Deployment(version=1, gateway=Gateway(admin=admin), runtime=Runtime())
+        live = Live(build(policy, [Replica(old.url, own=True)], state=State(store)))
+        async with listening(live) as front:
+            await until(lambda: front.pool.replicas[0].healthy)
+            orders = json.loads(Orders("r7", "h", share=1.0, until=time.time() + 60).dumped())
+            record = json.dumps(orders | {"replicas": replicas}).encode()
+            await store.swap(RECORD, None, record, 60)
+            await _looks(store)
+            assert (await front.post(HELLO)).status_code == 200
+            said = [one for one in caplog.records if "followed" in one.getMessage()]
+            await store.swap(RECORD, record, None, 60)
+            await _looks(store)
+    assert len(said) == 1
+    assert why in said[0].getMessage()
+    assert bool(said[0].exc_info) == traced
+    assert traced or "rollout r7 " in said[0].getMessage()
+    told = [one.getMessage() for one in caplog.records if one.levelname == "WARNING"]
+    assert told == [said[0].getMessage(), "this gateway can follow rollouts again"]
+
+
+async def _looks(store: Looked) -> None:
+    """Until the record has been looked at some times more."""
+    enough = store.looks + 4
+    await until(lambda: store.looks >= enough)
