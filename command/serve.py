@@ -69,6 +69,7 @@ class Plan:
     gated: Gated | None = None  # what of the policy's optimizations may be served
     on_ray: OnRay | None = None  # where the workers run, if not here
     fleet_port: int = 0
+    together: Path | None = None  # where several gateway processes ask each other
 
     @property
     def url(self) -> str:
@@ -197,12 +198,13 @@ def _fronts(plan: Plan, environment: dict[str, str], replicas: list[str]) -> lis
         _GRACE_S,
         fact="replicas",
     )
+    together = () if plan.together is None else ("--siblings", str(plan.together))
     # Each is asked for its health at a port of its own: the shared one leads to any of them.
     return [
         replace(
             front,
             name=f"gateway {index}",
-            argv=(*front.argv, "--private", str(port)),
+            argv=(*front.argv, "--private", str(port), *together),
             host=_WORKER_HOST,
             port=port,
         )
@@ -231,6 +233,9 @@ def serve(policy: Path, screen: Screen, ray: str | None = None) -> int:
             folder = folders.enter_context(TemporaryDirectory(prefix="headgate-"))
             on_ray = OnRay(ray, Path(folder))
         todo = plan(policy, on_ray)
+        if todo.gateway_ports:
+            folder = folders.enter_context(TemporaryDirectory(prefix="headgate-"))
+            todo = replace(todo, together=Path(folder))
         programs = programs_of(todo)
         supervisor = Supervisor(programs, screen, fronts=max(1, len(todo.gateway_ports)))
         screen.say(*opening(todo, programs))

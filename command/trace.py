@@ -46,7 +46,18 @@ def trace(name: str, url: str | None, *, as_json: bool) -> int:
         width = shutil.get_terminal_size((100, 40)).columns
         lines = rows(told["traces"]) if listing else drawn(told, width)
         click.echo("\n".join(map(plain, lines)))
+    if listing and (missing := unasked(told)):
+        click.echo(missing, err=True)
     return 0
+
+
+def unasked(told: Mapping[str, Any]) -> str:
+    """Which processes a list is of, where it is not of all."""
+    processes = told.get("processes") or {"asked": 1, "of": 1}
+    asked, of = processes["asked"], processes["of"]
+    if asked >= of:
+        return ""
+    return f"of {asked} of {of} gateway processes; --url asks another at its own address"
 
 
 def plain(line: str) -> str:

@@ -9,12 +9,14 @@ import os
 import socket
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from gateway.app import create_app
 from gateway.edge import Live, build
 from gateway.listener import BACKLOG, Server, adopt, configure
 from gateway.reload import Origin, Reload
+from gateway.siblings import NotPrivate, Siblings
 from gateway.state import open_state
 from policies.enabling import news
 from policies.load import PolicyError
@@ -46,6 +48,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("no replica: give --replica URL, or upstreams in the policy", file=sys.stderr)
         return 2
     settings = policy.gateway
+    if options.siblings is not None:
+        try:
+            siblings = Siblings(options.siblings, str(options.private or os.getpid()))
+        except (NotPrivate, OSError) as error:
+            print(f"--siblings: {error}", file=sys.stderr)
+            return 2
+        state = replace(state, siblings=siblings)
     live = Live(build(policy, replicas, state=state))
     live.gated = found
     for row in news(found):
@@ -89,6 +98,12 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
         default=None,
         metavar="PORT",
         help="this is one of several gateways that share --port, and listens here for itself too",
+    )
+    parser.add_argument(
+        "--siblings",
+        type=Path,
+        metavar="FOLDER",
+        help="of this user alone, in which several gateways ask each other for traces and receipts",
     )
     parser.add_argument(
         "--replica",

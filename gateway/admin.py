@@ -23,6 +23,7 @@ from gateway import problems
 from gateway.bodies import Ending, Pausing, Renewed, Wanted
 from gateway.call import ClientGone, RawHeaders, read_body, request_id
 from gateway.edge import Live
+from gateway.kept import Kept
 from gateway.keys import SCHEME
 from gateway.listener import OUTGOING
 from gateway.orders import Orders
@@ -42,7 +43,7 @@ Answer = tuple[int, Mapping[str, Any]]
 Act = Callable[[Scope, bytes], Awaitable[Answer]]
 
 
-def routes(live: Live, variants: Variants) -> list[Route]:
+def routes(live: Live, variants: Variants, kept: Kept) -> list[Route]:
     """The endpoints, each behind the check."""
     steering = Steering(live, variants)
     acts: Mapping[str, Mapping[str, Act]] = {
@@ -54,8 +55,8 @@ def routes(live: Live, variants: Variants) -> list[Route]:
         f"{VARIANT_PATH}/resume": {"POST": steering.resume},
         f"{VARIANT_PATH}/rollback": {"POST": steering.roll_back},
         "/admin/observations": {"GET": steering.observations},
-        TRACES_PATH: {"GET": traces(live)},
-        f"{TRACES_PATH}/{{id}}": {"GET": trace(live)},
+        TRACES_PATH: {"GET": traces(kept)},
+        f"{TRACES_PATH}/{{id}}": {"GET": trace(live, kept)},
         "/gate/confirm-promotion": {"POST": steering.confirm},
         "/gate/rollback": {"POST": steering.confirm_rollback},
         "/gate/{fingerprint}": {"GET": steering.result},

@@ -18,6 +18,7 @@ from gateway.console import routes as console_routes
 from gateway.doorway import Doorway
 from gateway.edge import Live
 from gateway.history import History
+from gateway.kept import Kept
 from gateway.overview import routes as overview_routes
 from gateway.reload import Reload
 from gateway.status import (
@@ -42,6 +43,7 @@ def create_app(
     so does what replaces it."""
     variants = variants or Variants(live)
     history = History(live, variants.told)
+    kept = Kept(live, lambda: variants.edge)
 
     @asynccontextmanager
     async def lifespan(_app: Router) -> AsyncIterator[None]:
@@ -56,12 +58,12 @@ def create_app(
         Route("/openapi.json", Allowed("GET", openapi(live))),
         Route("/metrics", Allowed("GET", metrics(live, variants.told))),
         Route("/v1/fingerprint", Allowed("GET", fingerprints(live))),
-        Route("/v1/receipts", Allowed("GET", receipts(live))),
-        Route("/v1/receipts/{id}", Allowed("GET", receipt(live))),
+        Route("/v1/receipts", Allowed("GET", receipts(kept))),
+        Route("/v1/receipts/{id}", Allowed("GET", receipt(live, kept))),
         Route("/v1/models", Allowed("GET", models(live))),
         Route("/v1/models/{model:path}", Allowed("GET", model(live))),
-        *admin_routes(live, variants),
-        *overview_routes(live, variants, history),
+        *admin_routes(live, variants, kept),
+        *overview_routes(live, variants, history, kept),
         *console_routes(),
     ]
     router = Router(routes, default=unknown_path, redirect_slashes=False, lifespan=lifespan)

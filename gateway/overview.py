@@ -25,6 +25,7 @@ from gateway.admin import Answer, Guarded
 from gateway.arms import Arms, median_and_tail
 from gateway.edge import Edge, Live
 from gateway.history import History, tiers
+from gateway.kept import Kept
 from gateway.query import query
 from gateway.replica import Replica
 from gateway.trail import Trail
@@ -36,9 +37,9 @@ RECENT = 50  # requests in one answer
 LATE_S = 60.0  # of the requests whose quantiles are told
 
 
-def routes(live: Live, variants: Variants, history: History) -> list[Route]:
+def routes(live: Live, variants: Variants, history: History, kept: Kept) -> list[Route]:
     """The console's own endpoints, behind the check of all that steers."""
-    overview = Overview(live, variants, history)
+    overview = Overview(live, variants, history, kept)
     return [
         Route(OVERVIEW_PATH, Guarded(live, {"GET": overview.told})),
         Route(RECEIPT_PATH, Guarded(live, {"GET": overview.receipt})),
@@ -53,11 +54,13 @@ class Overview:
         live: Live,
         variants: Variants,
         history: History,
+        kept: Kept,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._live = live
         self._variants = variants
         self._history = history
+        self._kept = kept
         self._clock = clock
         self._arms = Arms(variants)
         self._process = {
@@ -76,7 +79,7 @@ class Overview:
         gated = live.gated
         return 200, {
             "at": self._clock(),
-            "process": {**self._process, "of": edge.settings.processes},
+            "process": {**self._process, "of": edge.state.processes(edge.settings)},
             "in_flight": edge.pool.in_flight,
             "draining": edge.pool.draining,
             "keys": edge.keys.required,  # whether a request needs a tenant's
@@ -111,16 +114,11 @@ class Overview:
     async def receipt(self, scope: Scope, _body: bytes) -> Answer:
         """All of one decision, of whatever tenant."""
         name = scope["path_params"]["id"]
-        for edge in self._edges():
-            found = edge.routing.receipts.get(name)
-            if found is not None:
-                return 200, found.payload()
-        raise problems.receipt_not_found(name, self._live.edge.settings.routing.receipts)
-
-    def _edges(self) -> Iterator[Edge]:
-        yield self._live.edge
-        if (beside := self._variants.edge) is not None:
-            yield beside
+        found, by = await self._kept.receipt(name, None)
+        if found is None:
+            most = self._live.edge.settings.routing.receipts
+            raise problems.receipt_not_found(name, most, by.where())
+        return 200, found
 
 
 def _moment(scope: Scope) -> float:

@@ -89,16 +89,19 @@ def key_wrong() -> Problem:
 # ---- the route ----------------------------------------------------------------------------------
 
 
-def trace_not_found(name: str, kept: int) -> Problem:
+def trace_not_found(name: str, kept: int, where: str) -> Problem:
     message = (
-        f"there is no trace {quote(name)}; this gateway process keeps its latest {kept} "
-        "(tracing.keep), by trace, request, receipt and answer id"
+        f"there is no trace {quote(name)}; {where} keeps its latest {kept} (tracing.keep), by "
+        "trace, request, receipt and answer id"
     )
     return Problem(404, message, code="trace_not_found")
 
 
-def receipt_not_found(name: str, kept: int) -> Problem:
-    message = f"there is no receipt {quote(name)}; the last {kept} are kept (routing.receipts)"
+def receipt_not_found(name: str, kept: int, where: str) -> Problem:
+    message = (
+        f"there is no receipt {quote(name)}; {where} keeps its latest {kept} "
+        "(gateway.routing.receipts)"
+    )
     return Problem(404, message, code="receipt_not_found")
 
 

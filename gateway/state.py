@@ -9,7 +9,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from cache.prefix_index import PrefixIndex
 from cache.store import Store
 from gateway.others import Others
 from gateway.replica import Replica
+from gateway.siblings import Siblings
 from policies.schema import Gateway, StateStore
 
 
@@ -30,6 +31,11 @@ class State:
     store: Store
     far: FailoverStore | None = None  # the same store, where it is elsewhere
     others: Others | None = None
+    siblings: Siblings | None = None  # processes beside this one that can be asked
+
+    def processes(self, settings: Gateway) -> int:
+        """As far as is known, how many gateway processes serve together, this one included."""
+        return max(settings.processes, self.far.peers if self.far is not None else 1)
 
     def begin(self) -> None:
         """A request begins: what it may wait for the store counts from here."""
@@ -41,11 +47,13 @@ class State:
         self, replicas: Callable[[], Iterable[Replica]], index: PrefixIndex
     ) -> AsyncIterator[None]:
         """Shares with the other gateways meanwhile, where there are any to share with."""
-        if self.far is None or self.others is None:
+        async with AsyncExitStack() as parts:
+            if self.siblings is not None:
+                await parts.enter_async_context(self.siblings.listening())
+            if self.far is not None and self.others is not None:
+                await parts.enter_async_context(self.far.running())
+                await parts.enter_async_context(self.others.exchanging(replicas, index))
             yield
-        else:
-            async with self.far.running(), self.others.exchanging(replicas, index):
-                yield
 
     def sent(self, replica: str, hashes: Sequence[bytes], known: int = 0) -> None:
         """A request with these blocks went there, which this gateway's index knew `known` of to be

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 import orjson
@@ -14,6 +14,7 @@ from gateway import problems
 from gateway.call import request_id
 from gateway.doorway import refuse
 from gateway.edge import Live
+from gateway.kept import Kept
 from gateway.keys import TENANT
 from gateway.metrics import Reading, page
 from gateway.openapi import document
@@ -55,7 +56,7 @@ def health(live: Live) -> ASGIApp:
     Without a key, where one is needed, it tells no more than that.
     """
 
-    def answer(scope: Scope) -> Answer:
+    async def answer(scope: Scope) -> Answer:
         edge = live.edge
         pool = edge.pool
         now = asyncio.get_running_loop().time()
@@ -126,7 +127,7 @@ def metrics(live: Live, rollout: Callable[[], Mapping[str, Any] | None]) -> ASGI
 def openapi(live: Live) -> ASGIApp:
     """What is served here, as OpenAPI."""
 
-    def answer(_scope: Scope) -> Answer:
+    async def answer(_scope: Scope) -> Answer:
         edge = live.edge
         models = sorted(_served(edge.pool))
         return 200, document(edge.settings.tiers, models, keys=edge.keys.required)
@@ -137,7 +138,7 @@ def openapi(live: Live) -> ASGIApp:
 def models(live: Live) -> ASGIApp:
     """The union over healthy replicas, as OpenAI lists models."""
 
-    def answer(_scope: Scope) -> Answer:
+    async def answer(_scope: Scope) -> Answer:
         return 200, {"object": "list", "data": list(_served(live.edge.pool).values())}
 
     return _as_json(answer)
@@ -146,7 +147,7 @@ def models(live: Live) -> ASGIApp:
 def model(live: Live) -> ASGIApp:
     """One entry of that list."""
 
-    def answer(scope: Scope) -> Answer:
+    async def answer(scope: Scope) -> Answer:
         name = scope["path_params"]["model"]
         pool = live.edge.pool
         served = _served(pool)
@@ -157,27 +158,27 @@ def model(live: Live) -> ASGIApp:
     return _as_json(answer)
 
 
-def receipt(live: Live) -> ASGIApp:
+def receipt(live: Live, kept: Kept) -> ASGIApp:
     """Why one request went where it went; to its tenant alone, where there are keys."""
 
-    def answer(scope: Scope) -> Answer:
-        edge = live.edge
-        tenant = scope["extensions"][TENANT].name
+    async def answer(scope: Scope) -> Answer:
         name = scope["path_params"]["id"]
-        found = edge.routing.receipts.get(name)
-        if found is None or found.tenant != tenant:
-            raise problems.receipt_not_found(name, edge.settings.routing.receipts)
-        return 200, found.payload()
+        found, by = await kept.receipt(name, scope["extensions"][TENANT].name)
+        if found is None:
+            most = live.edge.settings.routing.receipts
+            raise problems.receipt_not_found(name, most, by.where())
+        return 200, found
 
     return _as_json(answer)
 
 
-def receipts(live: Live) -> ASGIApp:
+def receipts(kept: Kept) -> ASGIApp:
     """All receipts of the tenant that are still kept, the earliest first."""
 
-    def answer(scope: Scope) -> Answer:
-        kept = live.edge.routing.receipts.latest(scope["extensions"][TENANT].name)
-        return 200, {"object": "list", "data": [one.payload() for one in kept]}
+    async def answer(scope: Scope) -> Answer:
+        found, by = await kept.receipts(scope["extensions"][TENANT].name)
+        processes = {"asked": by.asked, "of": by.of}
+        return 200, {"object": "list", "data": found, "processes": processes}
 
     return _as_json(answer)
 
@@ -218,11 +219,11 @@ def _down(pool: Pool) -> list[str]:
     return [replica.state() for replica in pool.replicas if not replica.healthy]
 
 
-def _as_json(answer: Callable[[Scope], Answer]) -> ASGIApp:
+def _as_json(answer: Callable[[Scope], Awaitable[Answer]]) -> ASGIApp:
     async def app(scope: Scope, _receive: Receive, send: Send) -> None:
         reply = Reply(send, request_id(scope["headers"]))
         try:
-            status, payload = answer(scope)
+            status, payload = await answer(scope)
         except Problem as problem:
             await reply.fail(problem)
             return

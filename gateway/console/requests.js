@@ -69,7 +69,8 @@ export function requestsView() {
   return {
     node: h("div", { class: "view" }, h("h1", { class: "unseen" }, "Requests"), made.node),
     update(told) {
-      say(made.note, "the latest first");
+      const { pid, of } = told.process;
+      say(made.note, of > 1 ? `the latest first, of process ${pid} alone; ids are looked for in all of ${of} that can be asked` : "the latest first");
       list.update(told.requests, told);
     },
   };
@@ -85,11 +86,12 @@ export function requestView(id) {
   async function read() {
     asking = true;
     try {
-      const found = await kept(() => trace(id));
+      const unknown = []; // what the gateway said of what it does not have
+      const found = await kept(() => trace(id), unknown);
       const name = found ? found.receipt : id;
-      const why = name ? await kept(() => receipt(name)) : null;
+      const why = name ? await kept(() => receipt(name), unknown) : null;
       const parts = [found && drawTrace(found), why && drawReceipt(why)].filter(Boolean);
-      const none = "Nothing is kept by this id. The gateway remembers its latest requests alone (tracing.keep, gateway.routing.receipts), and a request has a trace once it has ended.";
+      const none = `Nothing is kept by this id: ${unknown.join("; ")}. A request has a trace once it has ended.`;
       body.replaceChildren(...(parts.length ? parts : [h("p", { class: "empty" }, none)]));
       settled = Boolean(found);
     } catch (error) {
@@ -102,13 +104,14 @@ export function requestView(id) {
   return { node, update: () => { if (!settled && !asking) read(); } };
 }
 
-// What is asked for; null where the gateway has nothing by that id.
-async function kept(ask) {
+// What is asked for; null where the gateway has nothing by that id, and why not among the `unknown`.
+async function kept(ask, unknown) {
   try {
     return await ask();
   } catch (error) {
-    if (error instanceof Refused && error.status === 404) return null;
-    throw error;
+    if (!(error instanceof Refused && error.status === 404)) throw error;
+    unknown.push(error.message);
+    return null;
   }
 }
 

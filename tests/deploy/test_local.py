@@ -267,7 +267,9 @@ def test_receipts_and_traces_are_found_whichever_gateway_keeps_them(stack: Stack
         body = ASK | {"max_tokens": 2, "stream": False}
         answer = stack.client.post(f"{stack.url(name)}/v1/chat/completions", json=body)
         receipt = answer.headers["x-headgate-receipt"]
-        for path, key in ((f"/v1/receipts/{receipt}", {}), (f"/admin/traces/{receipt}", STEERS)):
+        pages = (("/v1/receipts", {}), ("/admin/receipts", STEERS), ("/admin/traces", STEERS))
+        for page, key in pages:
+            path = f"{page}/{receipt}"
             for _ in range(2):
                 found = stack.client.get(str(stack.client.base_url.join(path)), headers=key)
                 assert found.status_code == 200, f"{name} {path} {found.text}"

@@ -106,6 +106,35 @@ async def test_of_four_processes_one_is_killed_and_nobody_elses_client_notices(
         assert await served.process.wait() == 0
 
 
+@on_loop
+async def test_any_process_tells_what_another_keeps(tmp_path: Path) -> None:
+    """`headgate trace ID` and `headgate explain ID`, whichever process the kernel leads them to."""
+    async with (
+        upstream(models=("m",)) as fake,
+        serve(tmp_path, fake, "{port: 0, processes: 3}") as served,
+    ):
+        async with httpx.AsyncClient(base_url=served.url, timeout=30) as client:
+            answer = await client.post("/v1/chat/completions", json=HELLO)
+        request, receipt = (answer.headers[n] for n in ("x-request-id", "x-headgate-receipt"))
+        pages = (f"/admin/traces/{request}", f"/v1/receipts/{receipt}")
+        for port in served.gateways():
+            async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=30) as own:
+                for page in pages:
+                    assert (await own.get(page)).status_code == 200
+                told = (await own.get("/admin/traces")).json()
+                assert [one["request_id"] for one in told["traces"]] == [request]
+                assert told["processes"] == {"asked": 3, "of": 3}
+        victim = next(iter(served.gateways().values()))
+        victim.kill()
+        await served.until(r"gateway \d is ready again")
+        for port in served.gateways():
+            async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=30) as own:
+                told = (await own.get("/admin/traces")).json()
+                assert told["processes"] == {"asked": 3, "of": 3}
+        served.process.send_signal(signal.SIGINT)
+        assert await served.process.wait() == 0
+
+
 async def stream_of(client: httpx.AsyncClient) -> bytes:
     return (await client.post("/v1/chat/completions", json=STREAMED)).content
 

@@ -91,6 +91,16 @@ async def test_what_is_under_way_ends_by_the_old_policy(tmp_path: Path) -> None:
 
 
 @on_loop
+async def test_receipts_outlive_a_policy(tmp_path: Path) -> None:
+    """Whoever was answered under the old one asks why under the new one."""
+    async with upstream() as fake, world(tmp_path, fake) as it:
+        name = (await it.front.post(HELLO)).headers["x-headgate-receipt"]
+        it.write(fake, max_in_flight=7)
+        assert await it.reload.reload()
+        assert (await it.front.client.get(f"/v1/receipts/{name}")).is_success
+
+
+@on_loop
 async def test_replicas_that_stay_are_known_at_once(tmp_path: Path) -> None:
     """Requests right after a reload find it healthy, and none waits for a probe."""
     async with upstream() as fake, world(tmp_path, fake) as it:

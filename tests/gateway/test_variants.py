@@ -535,3 +535,15 @@ async def _looks(store: Looked) -> None:
     """Until the record has been looked at some times more."""
     enough = store.looks + 4
     await until(lambda: store.looks >= enough)
+
+
+@on_loop
+async def test_a_candidates_answer_has_a_receipt_that_can_be_read() -> None:
+    async with upstream(hi) as old, upstream(hi) as new, gateway(old) as front:
+        await put(front, new)
+        answer = await front.post(HELLO)
+        assert answer.headers["x-headgate-variant"] == "candidate"
+        name = answer.headers["x-headgate-receipt"]
+        found = await front.client.get(f"/v1/receipts/{name}")
+        listed = (await front.client.get("/v1/receipts")).json()["data"]
+    assert (found.status_code, [one["id"] for one in listed]) == (200, [name])
