@@ -104,8 +104,9 @@ class Client:
         *,
         now: Callable[[], float],
         salt: str | None = None,
+        traced: bool = True,
     ) -> Observation:
-        """Sends the item and waits for its whole answer.
+        """Sends the item and waits for its whole answer. Not `traced`, it joins no span of ours.
 
         `now` gives seconds since the run began and has to be monotonic. `salt` keeps arms apart
         that share a cache (`cache_salt`). A body without `stream` is asked for as a stream, and for
@@ -113,7 +114,7 @@ class Client:
         """
         body = body_of(item.body, salt)
         exchange, said = _Exchange(now()), Said(scored_from=int(item.meta.get("scored_from", 0)))
-        if self._traced is not None:
+        if traced and self._traced is not None:
             exchange.traceparent = self._traced(item.id, arm, source, block, repeat)
         outcome, problem = await self._outcome(item, arm, body, exchange, said, now)
         ended = exchange.ended if exchange.ended is not None else now()

@@ -141,7 +141,7 @@ class _Crew:
         for name in sorted({step.block.source for step in self.left}):
             for block in self.bench.sources[name].blocks[: self.bench.hypothesis.design.warmup]:
                 client = await self.client(arm)
-                await _step(self.bench, client, arm, Step(block, arm.name), self.now, "warm")
+                await _step(self.bench, client, arm, Step(block, arm.name), self.now, warm=True)
 
     async def _refuse_uncounted(self, arms: Sequence[Arm]) -> None:
         for arm in arms:
@@ -155,11 +155,13 @@ async def _step(
     arm: Arm,
     step: Step,
     now: Callable[[], float],
-    salt: str = "run",
+    *,
+    warm: bool = False,
 ) -> Done:
-    """One block in one arm."""
+    """One block in one arm; `warm`: to warm it up."""
     design, block = bench.hypothesis.design, step.block
     source = bench.sources[block.source]
+    salt = "warm" if warm else "run"
     cold = f"{salt}.{step.arm}.{block.source}.{block.number}" if design.cold_blocks else None
     stats = bench.hypothesis.stats
 
@@ -169,8 +171,9 @@ async def _step(
         if arm.broken:
             return _unanswered(asked, arm, block, now())
         return await client.ask(
-            asked, step.arm, block.source, block.number, block.repeat, now=now, salt=cold
-        )
+            asked, step.arm, block.source, block.number, block.repeat,
+            now=now, salt=cold, traced=not warm,
+        )  # fmt: skip
 
     began = now()
     if source.recorded and not arm.broken:

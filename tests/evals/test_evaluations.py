@@ -26,9 +26,9 @@ class Noting(Server):
         return await super().chat(request)
 
 
-def run(tmp_path: Path) -> list[str | None]:
+def run(tmp_path: Path, warmup: int = 0) -> list[str | None]:
     async def check() -> list[str | None]:
-        asked: Any = hypothesis(aa_control=False, warmup=0)
+        asked: Any = hypothesis(aa_control=False, warmup=warmup)
         server = Noting()
         async with server.served():
             arms = [server.arm(BASELINE), server.arm(CANDIDATE)]
@@ -57,6 +57,19 @@ def test_each_request_of_a_judgement_has_a_span_with_its_scores(
         ]
         for one in spans
     )  # fmt: skip
+
+
+def test_a_request_that_only_warms_up_joins_no_span(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not judged, so that no span of ours is ever sent for it: the server's would be without
+    their root, or stand a second time below the one of the same question that is judged."""
+    with collecting() as collector:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.url)
+        joined = run(tmp_path, warmup=1)
+    judged = [one for one in joined if one is not None]
+    assert len(joined) > len(judged) == len(set(judged)) == 20
+    assert {f"00-{one.trace_id}-{one.span_id}-01" for one in collector.spans} == set(judged)
 
 
 def test_without_a_collector_requests_carry_no_trace(
