@@ -203,12 +203,19 @@ class Steering:
         return 200, {"candidate": self._variants.told()}
 
     async def roll_back(self, _scope: Scope, body: bytes) -> Answer:
-        """Takes everything from the candidate, here at once; this needs no store."""
+        """Takes everything from the candidate, here at once; this needs no store. Where this
+        gateway cannot follow the rollout, those that can hear of it by the record."""
         wanted = Ending.model_validate(parse_object(body))
+
+        def ended(before: Orders | None) -> Orders:
+            orders = self._same(before, wanted.id)
+            return orders.rolled_back(wanted.why, self.clock(), blamed=wanted.blamed)
+
         told = self._variants.told()
-        if told is None or told["id"] != wanted.id:
-            raise problems.no_rollout(wanted.id)
-        self._variants.roll_back(wanted.why, blamed=wanted.blamed)
+        if told is not None and told["id"] == wanted.id:
+            self._variants.roll_back(wanted.why, blamed=wanted.blamed)
+        else:
+            await self._variants.steer(ended)
         return 200, {"candidate": self._variants.told()}
 
     async def remove(self, scope: Scope, _body: bytes) -> Answer:

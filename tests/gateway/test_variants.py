@@ -14,7 +14,7 @@ from cache.memory_store import MemoryStore
 from gateway.edge import Live, build
 from gateway.lane import Lane
 from gateway.observe import LOOP_CHARS, looped
-from gateway.orders import RECORD, Orders
+from gateway.orders import RECORD, Orders, current
 from gateway.phases import spent
 from gateway.replica import Replica
 from gateway.state import State
@@ -529,6 +529,26 @@ async def test_a_record_that_cannot_be_followed_is_one_line_of_the_log_and_so_is
     assert traced or "rollout r7 " in said[0].getMessage()
     told = [one.getMessage() for one in caplog.records if one.levelname == "WARNING"]
     assert told == [said[0].getMessage(), "this gateway can follow rollouts again"]
+
+
+@on_loop
+async def test_whoever_rolls_back_need_not_reach_a_gateway_that_can_follow() -> None:
+    """An operator asks at one port, behind which this gateway may answer; all hear of it. Of a
+    rollout that is not the record's there is none."""
+    store = Looked()
+    async with upstream(hi) as old:
+        policy = Deployment(version=1, gateway=Gateway(), runtime=Runtime())
+        live = Live(build(policy, [Replica(old.url, own=True)], state=State(store)))
+        async with listening(live) as front:
+            servers = ({"url": "http://127.0.0.1:1", "api_key_env": "HEADGATE_TEST_NOT_SET"},)
+            orders = Orders("r7", "h", replicas=servers, share=1.0, until=time.time() + 60)
+            await store.swap(RECORD, None, orders.dumped(), 60)
+            await _looks(store)
+            status, answer = await steer(front, "POST", f"{PATH}/rollback", id="r8", why="no")
+            assert (status, answer["error"]["code"]) == (404, "rollout_not_found")
+            status, _ = await steer(front, "POST", f"{PATH}/rollback", id="r7", why="told to")
+            ended = await current(store)
+    assert (status, ended and ended.ended, ended and ended.share) == (200, "told to", 0.0)
 
 
 async def _looks(store: Looked) -> None:
