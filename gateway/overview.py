@@ -101,6 +101,7 @@ class Overview:
             "state": edge.state.health(),
             "optimizations": gated.payload() if gated else [],
             "rollout": rollout,
+            "rollout_lost": self._variants.lost,
             "tokens": {
                 "stages": edge.meters.stages,
                 "checked": edge.meters.checked,

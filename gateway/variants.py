@@ -352,6 +352,11 @@ class Variants:
         """The candidate's, while there is one."""
         return self._variant.edge if self._variant is not None else None
 
+    @property
+    def lost(self) -> str | None:
+        """The rollout that this gateway cannot follow, and why not."""
+        return f"{self._ordered or '(unknown)'}: {self._lost}" if self._lost else None
+
     def told(self) -> Mapping[str, Any] | None:
         """For who steers: the record as this process goes by it; None without a rollout."""
         variant = self._variant

@@ -74,9 +74,16 @@ function heard(told) {
   else if (!ready) health("bad", `No replica of ${all} is ready`);
   else if (ready < all) health("warn", `${ready} of ${all} replicas ready`);
   else health("ok", all === 1 ? "1 replica ready" : `${all} replicas ready`);
-  notice(back && told.process.of === 1 ? "The gateway has been started anew; its totals begin again." : told.policy.refused ? `The policy's last change was not taken: ${told.policy.refused}` : "", back ? "ok" : "warn");
+  notice(back && told.process.of === 1 ? "The gateway has been started anew; its totals begin again." : concern(told), back ? "ok" : "warn");
   foot(told);
   if (!state.frozen) state.view.update(told, samples);
+}
+
+// What the gateway could not do that was wanted of it.
+function concern(told) {
+  if (told.policy.refused) return `The policy's last change was not taken: ${told.policy.refused}`;
+  if (told.rollout_lost) return `A rollout that this gateway cannot follow, so that the baseline serves here: ${told.rollout_lost}`;
+  return "";
 }
 
 function missed(error) {

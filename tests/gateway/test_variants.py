@@ -521,10 +521,13 @@ async def test_a_record_that_cannot_be_followed_is_one_line_of_the_log_and_so_is
             await _looks(store)
             assert (await front.post(HELLO)).status_code == 200
             said = [one for one in caplog.records if "followed" in one.getMessage()]
+            shown = (await front.client.get("/admin/overview")).json()["rollout_lost"]
             await store.swap(RECORD, record, None, 60)
             await _looks(store)
+            after = (await front.client.get("/admin/overview")).json()["rollout_lost"]
     assert len(said) == 1
     assert why in said[0].getMessage()
+    assert (why in shown, after) == (True, None)
     assert bool(said[0].exc_info) == traced
     assert traced or "rollout r7 " in said[0].getMessage()
     told = [one.getMessage() for one in caplog.records if one.levelname == "WARNING"]
