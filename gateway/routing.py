@@ -72,7 +72,8 @@ class Routing:
         self.clock = clock
         self.rng = rng or random.Random()  # noqa: S311  # ties between replicas, no secret
         same = before is not None and before.policy.receipts == policy.receipts
-        self.receipts = before.receipts if before and same else Receipts(policy.receipts)
+        kept = before.receipts if before and same else Receipts(policy.receipts)
+        self.receipts: Receipts = kept
         self.turns: int = before.turns if before else 0  # requests that were sent
         self.replicas: dict[str, Known] = before.replicas if before else {}
         self.commons: OrderedDict[str, Common] = before.commons if before else OrderedDict()
