@@ -182,7 +182,7 @@ def test_a_counter_that_the_candidate_does_not_have_ends_a_run_at_its_beginning(
     file = hypothesis(folder, "uncounted", url, f"{url}, model: pocket", more=more)
     code, out, err = gate(file)
     assert (code, out) == (2, "")
-    assert f"{file}:14:24  activation[0].metric  nothing counts 'replica_request' at the" in err
+    assert f"{file}:12:23  activation[0].metric  nothing counts 'replica_request' at the" in err
     assert err.rstrip().endswith("did you mean 'replica_requests'?")
     (run,) = (folder / ".headgate" / "runs").glob("uncounted-*")
     assert not (run / "journal.jsonl").read_bytes()
