@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
@@ -134,6 +135,27 @@ async def test_who_finds_nothing_is_told_where_was_looked(folder: Path) -> None:
         async with one_of(1, None, "", fake) as one:
             error = (await get(one, "/admin/traces/none", 404))["error"]
             assert "this gateway keeps its latest 256" in error["message"]
+
+
+@on_loop
+async def test_a_list_in_the_terminal_says_which_processes_it_is_of(folder: Path) -> None:
+    """Where it is of all, nothing has to be said."""
+    async with upstream() as fake:
+        async with two(folder, fake) as (one, _):
+            assert await headgate("trace", "latest", "--url", one.url) == (0, "")
+        async with one_of(2, None, "", fake) as one:
+            code, said = await headgate("trace", "latest", "--url", one.url)
+    assert (code, said.split(";")[0]) == (0, "of 1 of 2 gateway processes")
+
+
+async def headgate(*arguments: str) -> tuple[int | None, str]:
+    """Its exit code, and what it says beside what was asked for."""
+    pipe = asyncio.subprocess.PIPE
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "headgate", *arguments, stdout=pipe, stderr=pipe
+    )
+    _, said = await process.communicate()
+    return process.returncode, said.decode()
 
 
 @on_loop
