@@ -73,7 +73,9 @@ def test_tokens_add_up_whatever_breaks(worker: Program) -> None:
             await edge.live.edge.prompts.loaded()
             ends = await play(edge.port, short(24), 0.1)
             meters = edge.live.edge.meters
-            assert meters.checked == ends["whole"] > 6
+            assert ends["whole"] > 6
+            # Who leaves may do so behind the last byte.
+            assert ends["whole"] <= meters.checked <= ends["whole"] + ends["left"]
             assert not any(meters.violations.values()), meters.violations
             stages = meters.stages
             assert stages["cached"] + stages["prefilled"] == stages["templated"]
