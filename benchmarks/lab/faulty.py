@@ -154,7 +154,7 @@ class Faulty:
         if not self.lies or b'"usage":{' not in event or self.rng.random() >= self.lies:
             return event
         payload = orjson.loads(event[at + 6 :])
-        name = self.rng.choice(names)
+        name = min(names, key=self.made.__getitem__)  # the one that was told least often
         MISCOUNTS[name](payload["usage"])
         self.made[name] += 1
         return event[: at + 6] + orjson.dumps(payload)
