@@ -315,10 +315,11 @@ def busy(stack: Stack) -> Series:
     ]
     more = {"max_tokens": 100, "stream_options": {"include_usage": True}}
     for name in ("gateway-0", "gateway-1"):
-        for body in (ASK | more, ASK | more | {"messages": [*said, *ASK["messages"]]}):
+        for tier, before in (("standard", []), ("hopeless", said)):
             with stack.client.stream(
-                "POST", f"{stack.url(name)}/v1/chat/completions", json=body,
-                headers={"x-headgate-tier": "hopeless"},
+                "POST", f"{stack.url(name)}/v1/chat/completions",
+                json=ASK | more | {"messages": [*before, *ASK["messages"]]},
+                headers={"x-headgate-tier": tier},
             ) as stream:  # fmt: skip
                 content(stream.iter_lines())
         url = f"{stack.url(name)}/admin/variants/candidate"
