@@ -10,17 +10,21 @@ import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+from scipy import special
+
 from evals.battery import null_of
 from evals.metrics import share_of
 from evals.pairs import Pair, by_source
 from evals.questions import Question
-from evals.stats.estimate import TooFewClusters
+from evals.stats.estimate import TooFewClusters, cluster_sums
 from evals.stats.many import holm
 from evals.stats.trend import growth
 from evals.verdict import Control
 
 # Chance that a candidate that stays the same is said to get worse, over all metrics together.
 TREND_ALPHA = 0.01
+LATE_ALPHA = 0.05  # and that late turns, which gain nothing, are said to lose
 _ALONG: Mapping[str, Callable[[Pair], float]] = {
     "turn": lambda pair: float(pair.baseline.turn),
     "uptime": lambda pair: pair.candidate.at_s,
@@ -31,6 +35,9 @@ def check_trend(asked: Sequence[Question], pairs: Sequence[Pair]) -> Control:
     """No guardrail's metric gets worse from the first turn to the last, or from the begin of the
     run to its end, by more than its margin and more than chance does. Of several guardrails of one
     metric the strictest margin counts.
+
+    Talks have an end: where late turns lose nothing, early ones only gain. A server runs on, and
+    what it gains less and less it will lose.
     """
     sources = by_source(pairs)
     found: dict[str, dict[str, Any]] = {}
@@ -45,7 +52,11 @@ def check_trend(asked: Sequence[Question], pairs: Sequence[Pair]) -> Control:
         found.items(), holm([one["p"] for one in found.values()]), strict=True
     ):
         one["p"] = p
-        if p <= TREND_ALPHA and one["growth"] > one["margin"]:
+        if (
+            p <= TREND_ALPHA
+            and one["growth"] > one["margin"]
+            and one.get("late_p", 0) <= LATE_ALPHA
+        ):
             unit = one["unit"]
             said.append(
                 f"the candidate gets worse: {name} by {_amount(one['growth'], unit)} from first to "
@@ -76,17 +87,37 @@ def _grown(question: Question, pairs: Sequence[Pair]) -> Iterator[tuple[str, dic
             grown = growth([value for value, _ in known], [place(one) for _, one in known], names)
         except TooFewClusters:
             continue
-        yield (
-            axis,
-            {
-                "growth": grown.estimate,
-                "low": grown.low,
-                "high": grown.high,
-                "margin": margin,
-                "unit": "ratio" if logs else "difference",
-                "p": grown.p_harm,
-            },
-        )
+        detail = {
+            "growth": grown.estimate,
+            "low": grown.low,
+            "high": grown.high,
+            "margin": margin,
+            "unit": "ratio" if logs else "difference",
+            "p": grown.p_harm,
+        }
+        if axis == "turn":
+            detail["late"], detail["late_p"] = _late(known, place, names)
+        yield axis, detail
+
+
+def _late(
+    known: Sequence[tuple[float, Pair]],
+    place: Callable[[Pair], float],
+    names: Sequence[Hashable],
+) -> tuple[float, float]:
+    """What the later half of the turns loses, and p of "nothing" by t over clusters."""
+    places = np.array([place(one) for _, one in known])
+    late = places >= (places.min() + places.max()) / 2
+    values = np.array([value for value, _ in known])[late]
+    mean = float(values.mean())
+    within = [name for name, is_late in zip(names, late, strict=True) if is_late]
+    sums, _ = cluster_sums(values - mean, within)
+    if sums.size < 2:
+        return mean, 0.0
+    error = float(np.sqrt((sums @ sums) * sums.size / (sums.size - 1))) / values.size
+    if not error:
+        return mean, float(mean <= 0)
+    return mean, float(special.stdtr(sums.size - 1, -mean / error))
 
 
 def _worse(question: Question, pair: Pair) -> float | None:

@@ -564,6 +564,21 @@ def test_a_candidate_that_gets_worse_as_it_goes_does_not_pass(
         assert said in verdict.reasons[0]
 
 
+def test_what_gains_in_first_turns_alone_does_not_get_worse() -> None:
+    """A response cache answers first questions at once and later ones as before."""
+    gains = [
+        replace(one, turn=at % 5, ttft_s=(one.ttft_s or 0) * (0.1 if at % 10 == 0 else 1.0))
+        for at, one in enumerate(replayed(CANDIDATE))
+    ]
+    base = [replace(one, turn=at % 5) for at, one in enumerate(replayed(BASELINE))]
+    rows = [*suite(BASELINE, 1000), *suite(CANDIDATE, 1000), *base, *gains]
+    asked = hypothesis(claims=[], design=NO_ARMS, guardrails=[CORRECT, TTFT])
+    verdict = judged(rows, asked)
+    told = verdict.controls[-1].detail["metrics"]["replay:week ttft.p50 by turn"]
+    assert told["growth"] > told["margin"] and told["p"] < 0.01
+    assert verdict.decision == "pass"
+
+
 def test_the_strictest_of_several_margins_of_a_metric_holds_for_what_grows_in_it() -> None:
     """In whichever order the file has them; the first one's alone was looked at once."""
     wide, narrow = {**CORRECT, "margin": 0.3}, {**CORRECT, "margin": 0.1}
