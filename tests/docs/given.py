@@ -36,6 +36,7 @@ def _lm_eval(worse: int) -> Callable[[Path], None]:
 
 GIVEN: dict[str, Callable[[Path], None]] = {
     "models/mine": _link(ROOT / "pocket" / "target"),
+    "deploy": _link(ROOT / "deploy"),
     "examples": _link(ROOT / "examples"),
     "logs/base": _lm_eval(0),
     "logs/int8": _lm_eval(3),

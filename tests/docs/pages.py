@@ -1,6 +1,6 @@
 """What a page of the documentation asks its reader to type, and what it shows of the answer.
 
-Knows fenced blocks: `console` (lines after `$ `, each with what it prints below), `bash` (a
+Knows fenced blocks: `console` (lines after `$ `, each with what it prints below), `bash` or `sh` (a
 script), `text seen` (what the script before it printed), and any block whose second word names a
 file, which the reader saves. `parse` behind the language: it needs what a test has not, a GPU, a
 cluster, another engine; `exit=N`: its last command ends so; `exit=0|4`: so or so, as it comes.
@@ -14,7 +14,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 _FENCE = re.compile(r"^```(\S*)([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_SCRIPT = ("bash", "sh")
 _CHANGING = re.compile(r"[0-9a-f]{8,}|\d+(?:[.,:]\d+)*")
+
+_BAR = re.compile("[\u2588-\u2590][\u2588-\u2590·]*")  # command/trace.py draws these
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +47,7 @@ def steps(page: Path) -> Iterator[Step]:
             yield waiting
         waiting = None
         made = _made(place, language, words, body)
-        if language == "bash":
+        if language in _SCRIPT and made[0].file is None:
             (waiting,) = made
         else:
             yield from made
@@ -58,9 +61,9 @@ def _made(place: str, language: str, words: list[str], body: str) -> list[Step]:
         return [Step(place, body, file=files[0])]
     ends = [word.removeprefix("exit=") for word in words if word.startswith("exit=")]
     unknown = [word for word in words if word != "parse" and not word.startswith("exit=")]
-    assert not unknown or language not in ("bash", "console"), f"{place}  unknown words {unknown}"
+    assert not unknown or language not in (*_SCRIPT, "console"), f"{place}  unknown words {unknown}"
     runs, codes = "parse" not in words, tuple(map(int, "|".join(ends or ["0"]).split("|")))
-    if language == "bash":
+    if language in _SCRIPT:
         return [Step(place, body, runs=runs, codes=codes)]
     if language != "console":
         return []
@@ -77,8 +80,8 @@ def _made(place: str, language: str, words: list[str], body: str) -> list[Step]:
 
 
 def missing(step: Step, printed: str) -> list[str]:
-    """Lines that the page shows and nobody printed. Numbers, hashes and blanks may differ; `...`
-    stands for anything."""
+    """Lines that the page shows and nobody printed. Numbers, hashes, blanks and the lengths of bars
+    may differ; `...` stands for anything."""
     lines = [_shape(line) for line in printed.splitlines()]
     return [
         line
@@ -89,7 +92,7 @@ def missing(step: Step, printed: str) -> list[str]:
 
 
 def _shape(line: str) -> str:
-    return re.sub(r"\s+", " ", _CHANGING.sub("#", line)).strip()
+    return re.sub(r"\s+", " ", _BAR.sub("█", _CHANGING.sub("#", line))).strip()
 
 
 def _pattern(shape: str) -> str:

@@ -25,7 +25,7 @@ from tests.end_to_end.stack import ENVIRONMENT, ROOT, START_S, STOP_S, Stack
 PAGES = [
     ROOT / "README.md",
     *sorted((ROOT / "docs" / "tasks").glob("*.md")),
-    ROOT / "docs" / "compatibility.md",
+    *(ROOT / "docs" / f"{name}.md" for name in ("compatibility", "console", "fleet", "tracing")),
     ROOT / "examples" / "README.md",
 ]
 SERVE = re.compile(r"(?:[A-Z_]+=\S+ )*headgate serve\b")
@@ -135,8 +135,10 @@ def test_what_a_page_says_to_type_does_what_it_says(
 ) -> None:
     """In its order, in one folder; what needs a GPU, a cluster or another engine is parsed."""
     todo = list(steps(page))
-    if any("curl " in step.command for step in todo if step.runs) and not shutil.which("curl"):
-        pytest.skip("needs curl: apt-get install it")
+    for program in ("curl", "kubectl"):
+        asked = any(f"{program} " in step.command for step in todo if step.runs)
+        if asked and not shutil.which(program):
+            pytest.skip(f"needs {program}, which is not here")
     text = page.read_text(encoding="utf-8")
     for name, make in GIVEN.items():
         if name in text:
@@ -157,6 +159,34 @@ def test_commands_that_pages_mention_exist() -> None:
     wrong = []
     for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")]:
         if page.name not in ("log.md", "CHANGELOG.md"):  # what was, not what is
-            told = map(complaint, commands(page.read_text(encoding="utf-8")))
+            text = page.read_text(encoding="utf-8")
+            told = [complaint(command, whole=False) for command in commands(text)]
             wrong += [f"{page.name}: {one}" for one in told if one]
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize(
+    ("typed", "wrong"),
+    [
+        ("headgate gate run", "Missing argument 'HYPOTHESIS'"),
+        ("headgate serve --on mars my-policy.yaml", "'mars' is not one of"),
+        ("headgate serve one.yaml two.yaml", "unexpected extra argument"),
+        ("make stak", "the Makefile has no stak"),
+        ("docker build --target gatway .", "there is no --target gatway"),
+        ("docker compose kill gateway-7", "there is no service gateway-7"),
+        ("docker compose --env-file deploy/observe.env up", "there is no deploy/observe.env"),
+        ("kubectl apply -k deploy/kubernetes/exmple", "nothing to build in deploy/kubernetes/exm"),
+        ("kubectl create secret x --from-literal=HEADGATE_KEYS=1", "asks for HEADGATE_KEYS"),
+        ("pip install 'headgate[runtime,rays]'", "there is no extra rays"),
+    ],
+)
+def test_what_is_only_read_is_read_as_programs_would(typed: str, wrong: str) -> None:
+    """What needs a cluster or hours is not run: a wrong word in it would stand in the page."""
+    assert wrong in str(complaint(typed))
+
+
+def test_a_script_of_sh_is_typed_as_one_of_bash(tmp_path: Path) -> None:
+    """The bug: what stood in blocks of `sh` was read by no test."""
+    page = tmp_path / "page.md"
+    page.write_text("```sh exit=3\nfalse || exit 3\n```\n\n```text seen\nout\n```\n")
+    assert list(steps(page)) == [Step("page.md:1", "false || exit 3\n", shown=("out",), codes=(3,))]
