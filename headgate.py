@@ -225,7 +225,7 @@ def trace(name: str, url: str | None, as_json: bool) -> None:
     \b
     Exit codes:
       0  drawn
-      1  nothing answers at the URL
+      1  nothing answers at the URL, or no gateway
       2  wrong usage, or no such trace
     """
     from command.trace import trace as run

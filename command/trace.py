@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import shutil
@@ -23,6 +24,19 @@ TEXT_MAX = 46  # columns for names
 BAR_MIN = 16
 MARK = "·"  # an event inside a span
 LISTED = 20
+PHASE = "headgate.phase."
+FAR = 1e15  # seconds; no clock tells more
+# What is drawn of a request, of its spans and of their events; anything may answer at a URL.
+_NUMBER = (int, float)
+_Types = Mapping[str, type | tuple[type, ...]]
+_REQUEST: _Types = {
+    "request_id": str, "tier": str, "model": str, "status": int, "error": str, "arm": str,
+    "keep": str, "e2e_s": _NUMBER, "ttft_s": (int, float, type(None)),
+}  # fmt: skip
+_SPAN: _Types = {
+    "span_id": str, "parent_id": str, "name": str, "status": str, "events": list,
+    "attributes": dict, "start_s": _NUMBER, "end_s": _NUMBER,
+}  # fmt: skip
 
 
 class NoTrace(Exception):
@@ -37,7 +51,7 @@ def trace(name: str, url: str | None, *, as_json: bool) -> int:
     except NoTrace as error:
         click.echo(str(error), err=True)
         return 2
-    except (AnswerError, OSError, ValueError) as error:
+    except (AnswerError, OSError) as error:
         click.echo(str(error), err=True)
         return 1
     if as_json:
@@ -66,20 +80,82 @@ def plain(line: str) -> str:
 
 
 def read(name: str, url: str | None) -> dict[str, Any]:
-    """Raises NoTrace, AnswerError, OSError, ValueError for what is no JSON."""
-    if name in ("latest", "slow"):
+    """What the gateway tells. Raises NoTrace, OSError, and AnswerError for what no gateway of ours
+    would answer."""
+    if listing := name in ("latest", "slow"):
         path = f"?limit={LISTED}" + ("&slow=1" if name == "slow" else "")
     else:
         path = "/" + urllib.parse.quote(name, safe="")
-    request = urllib.request.Request(f"{base_url(url)}/admin/traces{path}")  # noqa: S310  # http(s)
+    where = f"{base_url(url)}/admin/traces{path}"
+    request = urllib.request.Request(where)  # noqa: S310  # http(s)
     if key := os.environ.get(KEY_VARIABLE):
         request.add_header("authorization", f"Bearer {key}")
     try:
         with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:  # noqa: S310
-            return dict(json.loads(answer.read()))
+            told = json.loads(
+                answer.read(), parse_float=_real, parse_constant=_real, parse_int=_whole
+            )
     except urllib.error.HTTPError as error:
         text = error.read().decode("utf-8", "replace")
-        raise NoTrace(f"{request.full_url} answered {error.code}: {text[:300]}") from None
+        raise NoTrace(f"{where} answered {error.code}: {text[:300]}") from None
+    except (http.client.HTTPException, ValueError, RecursionError):
+        told = None
+    if not (is_list(told) if listing else is_trace(told)):
+        raise AnswerError(
+            f"{where} did not answer with traces: no gateway of Headgate, or one of another "
+            "version, is there; give its address with --url"
+        )
+    return dict(told)
+
+
+def is_list(told: object) -> bool:
+    """Whether it is what `/admin/traces` tells, as far as it is shown."""
+    return (
+        isinstance(told, dict)
+        and isinstance(told.get("traces"), list)
+        and all(_has(one, _REQUEST) for one in told["traces"])
+        and ("processes" not in told or _has(told["processes"], {"asked": int, "of": int}))
+    )
+
+
+def is_trace(told: object) -> bool:
+    """Whether it is one trace with its spans, of which each has an id and one has no parent."""
+    if not (_has(told, {**_REQUEST, "trace_id": str, "spans": list}) and isinstance(told, dict)):
+        return False
+    spans = told["spans"]
+    if not all(_has(one, _SPAN) and _numbers(one) for one in spans):
+        return False
+    ids = {one["span_id"] for one in spans}
+    return all(one["span_id"] for one in spans) and any(
+        one["parent_id"] not in ids for one in spans
+    )
+
+
+def _numbers(span: Mapping[str, Any]) -> bool:
+    """Whether its events have a time and its phases seconds."""
+    return all(_has(event, {"at_s": _NUMBER}) for event in span["events"]) and all(
+        isinstance(value, _NUMBER)
+        for name, value in span["attributes"].items()
+        if name.startswith(PHASE)
+    )
+
+
+def _real(text: str) -> float:
+    """A number that can be drawn. Raises ValueError."""
+    if not abs(value := float(text)) < FAR:
+        raise ValueError(f"{text} is no time")
+    return value
+
+
+def _whole(text: str) -> int:
+    return int(text) if _real(text) else 0
+
+
+def _has(told: Any, fields: _Types) -> bool:
+    """An object with these fields, each of its type."""
+    return isinstance(told, dict) and all(
+        isinstance(told.get(name, ...), kind) for name, kind in fields.items()
+    )
 
 
 def rows(traces: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -127,12 +203,11 @@ def in_order(spans: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, Mapping[
         parent = span["parent_id"] if span["parent_id"] in known else ""
         below.setdefault(parent, []).append(span)
 
-    def walk(parent: str, depth: int) -> Iterator[tuple[int, Mapping[str, Any]]]:
-        for span in below.get(parent, ()):
-            yield depth, span
-            yield from walk(span["span_id"], depth + 1)
-
-    yield from walk("", 0)
+    waiting = [(0, span) for span in reversed(below.pop("", ()))]
+    while waiting:
+        depth, span = waiting.pop()
+        yield depth, span
+        waiting += [(depth + 1, one) for one in reversed(below.pop(span["span_id"], ()))]
 
 
 def bar_of(span: Mapping[str, Any], began: float, whole_s: float, cells: int) -> str:
@@ -154,11 +229,10 @@ def bar_of(span: Mapping[str, Any], began: float, whole_s: float, cells: int) ->
 
 def phases(attributes: Mapping[str, Any]) -> list[str]:
     """The phases that took any time, with their share of the whole."""
-    head, tail = "headgate.phase.", "_s"
     found = {
-        name.removeprefix(head).removesuffix(tail): float(value)
+        name.removeprefix(PHASE).removesuffix("_s"): float(value)
         for name, value in attributes.items()
-        if name.startswith(head)
+        if name.startswith(PHASE)
     }
     whole_s = sum(found.values()) or 1.0
     return columns(

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import http.server
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any
 
+import pytest
 from hypothesis import given, strategies as st
 
-from command.trace import bar_of, drawn, in_order, plain, rows
+from command.trace import bar_of, drawn, in_order, is_trace, plain, rows, trace
 
 
 def span(name: str, parent: str, start_s: float, end_s: float, **more: Any) -> dict[str, Any]:
@@ -69,3 +76,91 @@ def test_every_bar_shows_and_stays_inside(start: float, more: float, rest: float
     bar = bar_of(span("a", "", 5 + start, 5 + start + more), 5.0, whole_s, cells)
     assert len(bar) == cells
     assert bar.strip()
+
+
+@contextmanager
+def answering(body: bytes, status: bytes = b"HTTP/1.0 200 OK") -> Iterator[str]:
+    """The URL of a server that says this, whatever it is asked."""
+
+    class Answer(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.wfile.write(status + b"\r\ncontent-type: application/json\r\n\r\n" + body)
+
+        def log_message(self, *_: object) -> None: ...
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def changed(change: Callable[[dict[str, Any]], object]) -> bytes:
+    told = deepcopy(TRACE)
+    change(told)
+    return json.dumps(told).encode()
+
+
+FOREIGN = [
+    b"{}", b"[]", b"7", b"null", b'"text"', b"not json", b"\xff\xfe", b"[" * 9000,
+    b'{"data": [], "object": "list"}', b'{"traces": 7}', b'{"traces": [{}]}', b'{"traces": [7]}',
+    b'{"traces": [], "processes": [2]}', b'{"detail": "Not Found", "spans": []}',
+    changed(lambda told: told.update(spans=[])),
+    changed(lambda told: told.update(spans=[7])),
+    changed(lambda told: told.update(e2e_s=float("inf"))),
+    changed(lambda told: told.update(e2e_s=10**400)),
+    changed(lambda told: told["spans"][0].pop("parent_id")),
+    changed(lambda told: told["spans"][0].update(start_s="soon")),
+    changed(lambda told: told["spans"][0].update(span_id="")),
+    changed(lambda told: told["spans"][1].update(parent_id="engine.decode")),
+    changed(lambda told: told["spans"][0].update(events=[{"at": 1}])),
+    changed(lambda told: told["spans"][1]["attributes"].update({"headgate.phase.trim_s": "x"})),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["latest", "req_1"])
+def test_another_server_at_the_url_is_told_in_a_line(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The bug: a server of something else answered JSON, and a traceback came."""
+    for body in FOREIGN:
+        with answering(body) as url:
+            assert trace(name, url, as_json=False) == 1, body
+        said = capsys.readouterr()
+        assert said.out == ""
+        assert said.err.count("\n") == 1
+        assert f"{url}/admin/traces" in said.err
+        assert "--url" in said.err
+
+
+def test_what_is_no_http_is_told_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with answering(b"", status=b"SSH-2.0-OpenSSH_9.2") as url:
+        assert trace("latest", url, as_json=False) == 1
+    assert "no gateway of Headgate" in capsys.readouterr().err
+
+
+def test_a_gateway_is_drawn_and_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    """What is checked refuses nothing that gateways tell; a request without a first token, too."""
+    with answering(json.dumps(TRACE).encode()) as url:
+        assert trace("req_1", url, as_json=False) == 0
+    listed = {"traces": [TRACE, TRACE | {"ttft_s": None}], "processes": {"asked": 1, "of": 2}}
+    with answering(json.dumps(listed).encode()) as url:
+        assert trace("latest", url, as_json=False) == 0
+    said = capsys.readouterr()
+    assert said.out.count("req_1") == 3
+    assert "of 1 of 2" in said.err
+
+
+def test_a_long_chain_of_spans_is_no_recursion() -> None:
+    chain = [span(f"s{at}", f"s{at - 1}", at, at + 1.0) for at in range(5000)]
+    assert is_trace(TRACE | {"spans": chain})
+    assert [depth for depth, _ in in_order(chain)] == list(range(5000))
+
+
+def test_spans_with_one_id_are_drawn_once_each() -> None:
+    """Two processes may have told the same one, or made a circle of ids."""
+    twice = [span("a", "", 0, 1), span("a", "a", 0, 1), span("b", "a", 0, 1)]
+    assert [one["name"] for _, one in in_order(twice)] == ["a", "a", "b"]
