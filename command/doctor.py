@@ -26,6 +26,7 @@ from command.versions import within
 from command.weights import Weights, kv_bytes, weights_of
 from policies.load import (
     PolicyError,
+    admin_problems,
     key_problems,
     load,
     resolve_adapters,
@@ -245,7 +246,10 @@ def _policy(policy: Path) -> Iterator[Finding]:
             resolve_draft(policy, runtime)
         except PolicyError as error:
             yield Finding("wrong", "adapters", str(error), "mend runtime.adapters, or the folder")
-    problems = key_problems(policy, deployment)
+    shared = admin_problems(policy, deployment)
+    advice = "set another key where headgate starts: `headgate policy key` makes one"
+    yield from (Finding("wrong", "admin key", str(problem), advice) for problem in shared)
+    problems = [one for one in key_problems(policy, deployment) if one not in shared]
     advice = "set it where headgate starts, or remove api_key_env: then clients' keys go on"
     yield from (Finding("wrong", "upstream", str(problem), advice) for problem in problems)
     wrong = {problem.path for problem in problems}

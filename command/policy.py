@@ -14,6 +14,7 @@ from policies.enabling import check_optimizations
 from policies.load import (
     PORT_VARIABLE,
     PolicyError,
+    admin_problems,
     load,
     package_problems,
     port_of,
@@ -40,7 +41,8 @@ def check_files(files: Sequence[Path]) -> int:
                 resolve_model(file, deployment.runtime)
                 resolve_adapters(file, deployment.runtime)
                 resolve_draft(file, deployment.runtime)
-            if problems := package_problems(file, deployment):
+            problems = [*package_problems(file, deployment), *admin_problems(file, deployment)]
+            if problems:
                 raise PolicyError(*problems)
             resolve_tokenizers(file, deployment)
             check_optimizations(file, deployment)

@@ -137,7 +137,7 @@ class Gateway(PolicyModel):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Gateway:
-        refuse(misfits(self.host, self.tiers, self.tenants))
+        refuse(misfits(self.host, self.tiers, self.tenants, self.admin.key_env))
         refuse(unknown_tiers(self.tiers, self.trim.tiers, "trim", "tiers"))
         if self.record is not None:
             refuse(unknown_tenants(self.tenants, self.record.tenants, "record", "tenants"))

@@ -18,6 +18,7 @@ from policies.discovery import Members
 from policies.model_folder import ModelError, find_draft, find_model, refuse_large_draft
 from policies.problems import Places, PolicyError, Problem, dotted, explain
 from policies.schema import Deployment, Runtime
+from policies.slo import ADMIN_IS_CLIENT, tenants_with
 from policies.yaml_tree import parse
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = [
     "PolicyError",
     "Problem",
+    "admin_problems",
     "key_problems",
     "load",
     "load_hypothesis",
@@ -255,6 +257,21 @@ def key_problems(
             continue
         why = "holds what no HTTP header can carry" if key else "is not set, or empty"
         wrong.append((path, f"the environment variable {name} {why}"))
+    return [*at_fields(policy, wrong), *admin_problems(policy, deployment, environ)]
+
+
+def admin_problems(
+    policy: str | Path, deployment: Deployment, environ: Mapping[str, str] = os.environ
+) -> list[Problem]:
+    """The admin's key, where a client has it as well; nothing where it is not set."""
+    name = deployment.gateway.admin.key_env
+    key = environ.get(name, "").strip() if name else ""
+    same = tenants_with(key, deployment.gateway.tenants, environ) if key else []
+    why = f"the environment variable {name} holds the key of the tenant"
+    what = f"{ADMIN_IS_CLIENT}; give it a key of its own: `headgate policy key` makes one"
+    wrong: list[tuple[_Path, str]] = [
+        (("gateway", "admin", "key_env"), f"{why} {tenant!r}, too: {what}") for tenant in same
+    ]
     return at_fields(policy, wrong)
 
 

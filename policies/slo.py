@@ -166,11 +166,12 @@ def new_key() -> str:
     return "hg-" + secrets.token_urlsafe(KEY_BYTES)
 
 
+ADMIN_IS_CLIENT = "its clients could steer rollouts and read everybody's receipts and traces"
 Misfit = tuple[tuple[str | int, ...], str, object]
 
 
 def misfits(
-    host: str, tiers: Mapping[str, Tier], tenants: Mapping[str, Tenant]
+    host: str, tiers: Mapping[str, Tier], tenants: Mapping[str, Tenant], admin_env: str | None
 ) -> Iterator[Misfit]:
     """What of a gateway's fields does not go together: where, why, and the value there."""
     if host != "localhost" and not is_loopback(host) and not tenants:
@@ -194,6 +195,20 @@ def misfits(
                 why = f"this key belongs to the tenant {owners[digest]!r} already"
                 yield ("tenants", name, "keys", index), why, digest
             owners[digest] = name
+        if admin_env is not None and tenant.key_env == admin_env:
+            why = f"the tenant {name!r} has its key from {admin_env}, too: {ADMIN_IS_CLIENT}"
+            yield ("admin", "key_env"), f"{why}; name another variable in one place", admin_env
+
+
+def tenants_with(key: str, tenants: Mapping[str, Tenant], environ: Mapping[str, str]) -> list[str]:
+    """The names of those whom this key lets in."""
+    digest = key_hash(key)
+    return [
+        name
+        for name, tenant in tenants.items()
+        if digest in tenant.keys
+        or (tenant.key_env and environ.get(tenant.key_env, "").strip() == key)
+    ]
 
 
 def unknown_tiers(

@@ -84,6 +84,21 @@ def test_check_says_ok_or_every_problem(tmp_path: Path) -> None:
     assert headgate("policy", "check", str(good)).returncode == 0
 
 
+def test_check_sees_an_admin_key_that_clients_have_where_it_is_set(tmp_path: Path) -> None:
+    """Without the variables the file is fine: keys are not where policies are written."""
+    file = tmp_path / "policy.yaml"
+    file.write_text(
+        "version: 1\nupstreams: [{url: 'http://127.0.0.1:9'}]\n"
+        "gateway: {tenants: {shop: {key_env: SHOP_KEY}}, admin: {key_env: STEER_KEY}}\n"
+    )
+    assert headgate("policy", "check", str(file)).returncode == 0
+    for command in ("policy check", "serve"):
+        done = headgate(*command.split(), str(file), SHOP_KEY="hg-x", STEER_KEY="hg-x")
+        assert done.returncode == 2
+        assert f"{file}:3:66  gateway.admin.key_env" in done.stderr
+        assert "the key of the tenant 'shop', too" in done.stderr
+
+
 def test_check_looks_into_the_model_folder(tmp_path: Path) -> None:
     (tmp_path / "tiny").mkdir()
     (tmp_path / "tiny" / "config.json").write_text("{}")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from policies.load import PolicyError, key_problems, load
+from policies.load import PolicyError, admin_problems, key_problems, load
 from policies.slo import key_hash, new_key
 
 HASH = key_hash("one")
@@ -86,6 +86,39 @@ def test_a_secret_that_is_not_set_is_told_before_anything_starts(tmp_path: Path)
         f"{file}:3:23  gateway.secret_env  the environment variable SALT is not set, or empty"
     )
     assert not key_problems(file, load(file), {"SALT": "x"})
+
+
+def test_an_admin_key_that_a_client_has_is_refused(tmp_path: Path) -> None:
+    """By the name of its variable as the policy is read, by its value where both can be seen: in
+    the environment, or as a hash in the policy. No key is told."""
+    text = problems(
+        tmp_path / "p.yaml",
+        "gateway:\n  tenants: {shop: {key_env: KEY}}\n  admin: {key_env: KEY}\n",
+    )
+    assert ":5:20  gateway.admin.key_env  the tenant 'shop' has its key from KEY, too" in text
+    assert "name another variable" in text
+
+    file = tmp_path / "policy.yaml"
+    file.write_text(
+        "version: 1\nruntime: {model: pocket}\ngateway:\n  tenants:\n    shop: {key_env: SHOP}\n"
+        f"    desk: {{keys: [{key_hash('hg-desk')}]}}\n  admin: {{key_env: ADMIN}}\n"
+    )
+    policy = load(file)
+    for environ, tenant in (
+        ({"SHOP": "hg-shop", "ADMIN": "hg-shop\n"}, "shop"),
+        ({"SHOP": "hg-shop", "ADMIN": "hg-desk"}, "desk"),
+    ):
+        for told in (key_problems(file, policy, environ), admin_problems(file, policy, environ)):
+            (problem,) = told
+            assert str(problem).startswith(
+                f"{file}:7:20  gateway.admin.key_env  the environment variable ADMIN holds the "
+                f"key of the tenant '{tenant}', too: its clients could steer rollouts"
+            )
+            assert "headgate policy key" in problem.message
+            assert not any(key in str(problem) for key in environ.values())
+    assert not key_problems(file, policy, {"SHOP": "hg-shop", "ADMIN": "hg-admin"})
+    assert not admin_problems(file, policy, {})
+    assert not admin_problems(file, policy, {"SHOP": "", "ADMIN": ""})
 
 
 def test_a_new_key_is_long_and_new() -> None:
