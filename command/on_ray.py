@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from command.processes import Program
+from policies import as_started
 from policies.load import FLEET_KEY_ENV, worker_key
 from policies.schema import Deployment
 
@@ -42,7 +43,10 @@ class OnRay:
         gateways: list[str],
         environment: dict[str, str],
     ) -> Program:
-        """The program that keeps the fleet. The list that gateways read is there before them."""
+        """The program that keeps the fleet, in each of its lives by the policy as it is now. The
+        list that gateways read is there before them."""
+        copy = self.folder / "policy.yaml"
+        copy.write_bytes(policy.read_bytes())
         self.book.write_text(json.dumps({"replicas": []}) + "\n", encoding="utf-8")
         asked = [part for url in gateways for part in ("--gateway", url)]
         return Program(
@@ -53,7 +57,7 @@ class OnRay:
             ),
             _HOST,
             port,
-            environment,
+            environment | as_started.environment(policy, copy),
             drain_s=deployment.gateway.drain_s,
             grace_s=_GRACE_S,
             refusal=3,  # fleet/__main__.py

@@ -26,6 +26,7 @@ from command.serve import version
 from fleet.cluster import Job
 from fleet.controller import Controller, Refused
 from fleet.demand import Demands
+from policies.as_started import place_of
 from policies.load import FLEET_KEY_ENV, PolicyError, load
 from policies.loopback import foreign_header
 from policies.schema import Deployment, Runtime
@@ -121,7 +122,7 @@ def job_of(file: Path, policy: Deployment, runtime: Runtime) -> Job:
     return Job(
         "",
         str(file.absolute()),
-        hashlib.sha256(file.read_bytes()).hexdigest(),
+        place_of(file).read_text(encoding="utf-8"),
         version(),
         0,
         key,
@@ -143,7 +144,7 @@ def gpus_of(policy: Deployment) -> float:
 
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m fleet", description=__doc__)
-    parser.add_argument("policy", type=Path, help="policy file, at the same path on every node")
+    parser.add_argument("policy", type=Path, help="policy file")
     parser.add_argument("--port", type=int, required=True, help="of GET /health, on loopback")
     parser.add_argument("--book", type=Path, required=True, help="discovery file to write")
     parser.add_argument("--address", default="auto", help="of the Ray cluster")

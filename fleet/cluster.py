@@ -25,12 +25,14 @@ class NoRoom(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What a replica runs: a worker of the runtime by a policy file, which lies at the same path
-    on every node."""
+    """What a replica runs: a worker of the runtime by the policy that the fleet was started with.
+
+    The policy travels; what it names lies at the same path on every node.
+    """
 
     name: str
-    policy: str  # path
-    digest: str  # SHA-256 of the file's bytes
+    policy: str  # path, which relative ones count from
+    text: str = field(repr=False)  # of the policy
     version: str  # of this package
     rank: int
     key: str = field(repr=False)  # that its worker asks for

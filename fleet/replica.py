@@ -4,7 +4,6 @@ one. Knows no Ray and no other replica."""
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import os
 import signal
 import sys
@@ -12,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from command.machine import PortError, free_ports
 from command.processes import (
@@ -24,6 +24,7 @@ from command.processes import (
 )
 from command.serve import version
 from fleet.cluster import Job, Look, Lost
+from policies.as_started import environment
 
 GRACE_S = 5.0  # after the drain, before SIGKILL
 _POLL_S = 0.2
@@ -48,11 +49,19 @@ class Replica:
         """The URL of the worker, once it is ready. Raises Lost."""
         self._check_node()
         try:
-            (port,) = free_ports(1, self._host)
-            program = self._program(port)
-            self._life = await spawn(program)
+            with TemporaryDirectory(prefix="headgate-") as folder:
+                return await self._begin(Path(folder, "policy.yaml"))
         except (PortError, OSError) as error:
             raise Lost(str(error)) from None
+
+    async def _begin(self, copy: Path) -> str:
+        """By the policy in the copy, which the worker reads before it is ready, and never again.
+
+        Raises Lost, PortError, OSError.
+        """
+        (port,) = free_ports(1, self._host)
+        program = self._program(port, copy)
+        self._life = await spawn(program)
         self._relaying = asyncio.create_task(self._relay(self._life.words))
         while self._life.process.returncode is None:
             status, health = await ask_health(self._host, port, program.key)
@@ -94,17 +103,10 @@ class Replica:
         if version() != job.version:
             why = f"this node has headgate {version()}, the fleet is of {job.version}"
             raise Lost(why, refused=True)
-        try:
-            digest = hashlib.sha256(Path(job.policy).read_bytes()).hexdigest()
-        except OSError as error:
-            why = f"{job.policy}: {error.strerror}; the policy, and what it names, must lie there"
-            raise Lost(f"{why} on every node", refused=True) from None
-        if digest != job.digest:
-            why = f"{job.policy} on this node is another file than where the fleet was started"
-            raise Lost(why, refused=True)
 
-    def _program(self, port: int) -> Program:
+    def _program(self, port: int, copy: Path) -> Program:
         job = self.job
+        copy.write_text(job.text, encoding="utf-8")
         return Program(
             job.name,
             (
@@ -113,7 +115,7 @@ class Replica:
             ),
             self._host,
             port,
-            {**package_environment(), **job.environment},
+            {**package_environment(), **job.environment, **environment(Path(job.policy), copy)},
             fact="blocks",
             key=job.key,
         )  # fmt: skip

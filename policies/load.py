@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from policies.as_started import place_of
 from policies.discovery import Members
 from policies.model_folder import ModelError, find_draft, find_model, refuse_large_draft
 from policies.problems import Places, PolicyError, Problem, dotted, explain
@@ -343,7 +344,7 @@ def read_yaml(file: str) -> tuple[Any, Places, list[Problem]]:
 
 def _text_of(file: str) -> str:
     try:
-        with Path(file).open("rb") as stream:
+        with place_of(file).open("rb") as stream:
             body = stream.read(FILE_BYTES_MAX + 1)
     except FileNotFoundError:
         raise PolicyError(Problem(file, "no such file")) from None

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from command.on_ray import OnRay
 from command.serve import version
 from fleet.cluster import Job, Lost
 from fleet.replica import Replica
+from policies.load import FLEET_KEY_ENV, load
 
 HOST = "127.0.0.1"
 
 
 def a_job(file: Path) -> Job:
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    return Job("replica-1", str(file), digest, version(), 0, "key", {}, 60.0, 1.0)
+    return Job("replica-1", str(file), file.read_text(), version(), 0, "key", {}, 60.0, 1.0)
 
 
 def policy(folder: Path) -> Path:
@@ -34,16 +37,52 @@ def why(job: Job) -> Lost:
 
 
 def test_a_node_that_would_serve_something_else_is_refused(tmp_path: Path) -> None:
-    """Another version, another policy file, or none: nothing is started there."""
-    job = a_job(policy(tmp_path))
-    for changed, told in (
-        (replace(job, version="0.0.1"), f"has headgate {version()}, the fleet is of 0.0.1"),
-        (replace(job, digest="0" * 64), "is another file than where the fleet was started"),
-        (replace(job, policy=str(tmp_path / "none.yaml")), "must lie there on every node"),
-    ):
-        lost = why(changed)
-        assert lost.refused
-        assert told in str(lost)
+    """Another version: nothing is started there."""
+    lost = why(replace(a_job(policy(tmp_path)), version="0.0.1"))
+    assert lost.refused
+    assert f"has headgate {version()}, the fleet is of 0.0.1" in str(lost)
+
+
+EDITS = {
+    "the gateway's part": "version: 1\ngateway: {max_body_bytes: 9}\nruntime: {model: ./gone}\n",
+    "the runtime's part": "version: 1\n\nruntime: {model: ./another}\n",
+    "a slip": "version: [1\n",
+    "not there": None,
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_what_becomes_of_the_policy_file_changes_no_replica(tmp_path: Path, edit: str) -> None:
+    """It was refused for ever as "another file" once a tier's target had been edited."""
+    file = policy(tmp_path)
+    job = a_job(file)
+    text = EDITS[edit]
+    if text is None:
+        file.unlink()
+    else:
+        file.write_text(text)
+    assert f"{file}:2:18  runtime.model  no such folder: {tmp_path / 'gone'}" in str(why(job))
+
+
+def test_the_fleet_stays_with_the_policy_that_it_was_started_with(tmp_path: Path) -> None:
+    """Also its program's next life, which finds an edited file: whole replicas beside one another
+    are of one policy."""
+    file = policy(tmp_path)
+    run = tmp_path / "run"
+    run.mkdir()
+    started = file.read_text()
+    program = OnRay("head:6379", run).program(file, load(file), 7000, [], {FLEET_KEY_ENV: "key"})
+    file.write_text("version: [1\n")
+    asked = "import sys; from pathlib import Path; from fleet.__main__ import job_of, load; "
+    asked += "p = load(sys.argv[1]); print(job_of(Path(sys.argv[1]), p, p.runtime).text, end='')"
+    told = subprocess.run(
+        [sys.executable, "-c", asked, str(file)],
+        env=os.environ | program.environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (told.stdout, told.stderr) == (started, "")
 
 
 def test_a_worker_that_refuses_its_policy_is_not_tried_again(tmp_path: Path) -> None:

@@ -1,0 +1,25 @@
+"""Which bytes a policy's path stands for: the file's own, or a copy of what it said at some moment.
+
+For programs of a run that goes on by the policy that it was started with, whatever an operator
+writes meanwhile. Names, lines and relative paths stay those of the file itself.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+AS_STARTED = "HEADGATE_POLICY_AS_STARTED"  # JSON: absolute path of a policy -> path of its copy
+
+
+def environment(file: Path, copy: str | Path) -> dict[str, str]:
+    """Lets a program read the copy wherever it would read the file."""
+    return {AS_STARTED: json.dumps({str(file.absolute()): str(copy)})}
+
+
+def place_of(file: str | Path, environ: Mapping[str, str] = os.environ) -> Path:
+    """Where the file's text is to be read."""
+    copies = json.loads(environ.get(AS_STARTED) or "{}")
+    return Path(copies.get(str(Path(file).absolute()), file))
