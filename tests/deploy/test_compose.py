@@ -60,7 +60,9 @@ def test_every_service_is_bounded_unprivileged_and_pinned(name: str) -> None:
     if name not in VLLM:
         assert service["read_only"] is True
         assert int(service["user"].split(":")[0]) > 0
-    if name not in ("collector", "jaeger"):  # their images have nothing that could ask
+    if name == "judge":
+        assert service["restart"] == "no"  # a command that ends by itself
+    elif name not in ("collector", "jaeger"):  # their images have nothing that could ask
         assert service["healthcheck"]["test"][0] == "CMD"
 
 
@@ -108,8 +110,41 @@ def test_its_policies_are_valid_and_name_services_that_run_with_them(policy: str
             assert address[1] in SERVICES[name]["expose"]
 
 
+@pytest.mark.parametrize("policy", ["runtime.yaml", "gpu-runtime.yaml"])
+def test_the_runtimes_policies_are_valid_and_say_nothing_of_others(policy: str) -> None:
+    """What a gate judges of an engine is what any machine can start: no address is in it."""
+    file = ROOT / "deploy" / "stack" / policy
+    deployment = load(file)
+    assert key_problems(file, deployment, ENVIRON) == []
+    assert deployment.runtime is not None
+    assert not deployment.upstreams
+    front = load(file.with_name({"runtime.yaml": "stack.yaml"}.get(policy, "gpu.yaml")))
+    assert front.runtime is None, (
+        "gateways have no torch that could tell what a verdict is bound to"
+    )
+    told = {one.kv_events.endpoint for one in front.upstreams if one.kv_events}
+    assert deployment.runtime.kv_events is not None
+    assert deployment.runtime.kv_events.endpoint in told
+
+
+def test_one_ledger_is_read_by_all_that_serve_and_written_by_who_judges() -> None:
+    """A pass that only one side saw would be on in gateways and off in runtimes."""
+    mounts = {
+        name: next((v for v in service["volumes"] if ":/var/lib/headgate/ledger" in v), None)
+        for name, service in SERVICES.items()
+        if service.get("image", "").startswith("headgate-")
+    }
+    assert mounts.pop("judge") == "${HEADGATE_LEDGER:-ledger}:/var/lib/headgate/ledger"
+    assert set(mounts) == {"gateway-0", "gateway-1", "runtime-0", "runtime-1", "runtime-gpu"}
+    assert set(mounts.values()) == {"${HEADGATE_LEDGER:-ledger}:/var/lib/headgate/ledger:ro"}
+    for file in (ROOT / "deploy" / "stack").glob("*.yaml"):
+        assert load(file).gate.ledger == "/var/lib/headgate/ledger", file
+
+
 def test_each_address_in_what_is_mounted_is_a_service_s() -> None:
-    known = {f"{name}:{port}" for name, service in SERVICES.items() for port in service["expose"]}
+    known = {
+        f"{name}:{port}" for name, service in SERVICES.items() for port in service.get("expose", ())
+    }
     for file in (ROOT / "deploy").rglob("*.y*ml"):
         named = re.findall(r"(?<![\w.-])([a-z][a-z-]*(?:-\d)?:\d{4,5})\b", file.read_text())
         if "kubernetes" not in file.parts:
@@ -148,7 +183,8 @@ def test_a_key_that_is_missing_is_named_with_what_makes_it(name: str) -> None:
 
 
 def test_each_key_is_known_only_where_it_is_asked_for_or_sent() -> None:
-    """Gateways have all but Grafana's; engines only their own; who scrapes sends two."""
+    """Gateways, and who starts one to judge, have all but Grafana's; engines only their own; who
+    scrapes sends two."""
     knows = {
         name: {key for key in NAMES if f"${{{key}" in str(service.get("environment", ""))}
         for name, service in SERVICES.items()
@@ -158,6 +194,7 @@ def test_each_key_is_known_only_where_it_is_asked_for_or_sent() -> None:
     assert {name: keys for name, keys in knows.items() if keys} == {
         "gateway-0": gateways,
         "gateway-1": gateways,
+        "judge": gateways,
         "prometheus": {"HEADGATE_KEY", "HEADGATE_WORKER_KEY"},
         "grafana": {"HEADGATE_GRAFANA_PASSWORD"},
     } | {name: {"HEADGATE_WORKER_KEY"} for name in engines}

@@ -13,8 +13,11 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
+from policies.enabling import gated
+from policies.ledger import Ledger
 from policies.load import load
 from policies.schema import Deployment
+from tests.policies.gated_world import DEVICES, HYPOTHESIS, NOW, verdict_on
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy" / "kubernetes"
@@ -208,7 +211,7 @@ def test_what_pods_mount_and_read_is_there(objects: list[Object]) -> None:
         volumes = {volume["name"]: volume for volume in pod["volumes"]}
         for mount in container["volumeMounts"]:
             volume = volumes[mount["name"]]
-            if "configMap" in volume:
+            if "configMap" in volume and not volume["configMap"].get("optional"):
                 data = maps[volume["configMap"]["name"]]["data"]
                 asked = [
                     word for word in container["command"] if word.startswith(mount["mountPath"])
@@ -232,6 +235,91 @@ def test_nothing_runs_as_root_or_writes_where_it_should_not(objects: list[Object
         }
         assert container["resources"]["limits"]["memory"]
         assert not container["image"].endswith(":latest")
+
+
+# ---- verdicts ----------------------------------------------------------------------------------
+
+
+JUDGED = {
+    "engine": ("runtime.yaml", "runtime.step_tokens", "64", "lossless_exact"),
+    "gateway": ("gateway.yaml", "gateway.running_per_replica", "32", "routing_only"),
+}
+
+
+def brought(folder: Path) -> list[Object]:
+    """A kustomization as docs/fleet.md tells: a hypothesis on engines and one on gateways, both
+    with a pass that was made elsewhere."""
+    (folder / "hypotheses").mkdir()
+    ledger = Ledger.open(folder / "ledger")
+    for name, (policy, knob, value, kind) in JUDGED.items():
+        text = (DEPLOY / "runtime" / policy).read_text()
+        text += f"optimizations: [{{hypothesis: /var/lib/headgate/hypotheses/{name}.yaml}}]\n"
+        (folder / policy).write_text(text.replace("/var/lib/headgate/", f"{folder}/"))
+        file = folder / "hypotheses" / f"{name}.yaml"
+        file.write_text(
+            HYPOTHESIS.format(
+                name=name, patch=f"{{{knob}: {value}}}", kind=kind, source="suite: pocket",
+                metric="correct", test="paired_ni",
+            ).replace("policy.yaml", f"../{policy}")
+        )  # fmt: skip
+        ledger.record_verdict(verdict_on(file))
+        (folder / policy).write_text(text)
+    listed = {
+        "hypotheses": sorted((folder / "hypotheses").iterdir()),
+        "ledger": sorted(file for file in (folder / "ledger").rglob("*") if file.is_file()),
+    }
+    lines = [f"resources: [{os.path.relpath(DEPLOY / 'runtime', folder.resolve())}]"]
+    lines += ["configMapGenerator:"]
+    for name, (policy, *_) in JUDGED.items():
+        named = "headgate-runtime" if name == "engine" else "headgate-gateway"
+        lines += [f"- {{name: {named}, behavior: merge, files: [{policy}]}}"]
+    for kind, files in listed.items():
+        named = ", ".join(str(file.relative_to(folder)) for file in files)
+        lines += [f"- {{name: headgate-{kind}, files: [{named}]}}"]
+    (folder / "kustomization.yaml").write_text("\n".join(lines) + "\n")
+    return rendered(folder)
+
+
+def filled(objects: Sequence[Object], pod: Object, root: Path) -> Path:
+    """The folders of ConfigMaps as the pod's container sees them; its policy, with `root` before
+    what it names."""
+    maps = {name_of(one): one["data"] for one in of_kind(objects, "ConfigMap")}
+    volumes = {volume["name"]: volume for volume in pod["volumes"]}
+    (container,) = pod["containers"]
+    for mount in container["volumeMounts"]:
+        source = volumes[mount["name"]].get("configMap")
+        if source is None:
+            continue
+        folder = root / mount["mountPath"][1:]
+        folder.mkdir(parents=True)
+        for name, text in maps.get(source["name"], {}).items():
+            (folder / name).write_text(text)
+    word = next(word for word in container["command"] if word.startswith("/etc/headgate/"))
+    policy = root / word[1:]
+    policy.write_text(policy.read_text().replace(" /var/lib/", f" {root}/var/lib/"))
+    return policy
+
+
+@pytest.mark.parametrize("name", JUDGED)
+def test_a_verdict_that_is_brought_lets_its_optimization_on(name: str, tmp_path: Path) -> None:
+    """In the pods of engines and of gateways: hypothesis and ledger lie where the policy says, and
+    another verdict is another ConfigMap, so that pods restart. Without the ledger it is off."""
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    objects = brought(mine)
+    (pod,) = [
+        pod for _, labels, pod in pods(objects) if labels["app.kubernetes.io/component"] == name
+    ]
+    policy = filled(objects, pod, tmp_path / "root")
+    found = gated(policy, load(policy), NOW + 1, lambda: DEVICES)
+    (one,) = found.standings
+    assert (one.state, one.enabled, one.hypothesis) == ("on", True, name), one.why
+    for kind in ("hypotheses", "ledger"):
+        (named,) = [v["configMap"]["name"] for v in pod["volumes"] if v["name"] == kind]
+        assert re.fullmatch(rf"headgate-{kind}-\w+", named), "it has the hash of its content"
+    (policy.parents[2] / "var/lib/headgate/ledger/decisions.jsonl").unlink()
+    (one,) = gated(policy, load(policy), NOW + 1, lambda: DEVICES).standings
+    assert (one.state, one.enabled) == ("off", False)
 
 
 # ---- life and death -----------------------------------------------------------------------------

@@ -3,6 +3,7 @@ parts, and ends without a trace. One stack for all tests of this file, in their 
 
 from __future__ import annotations
 
+import contextlib
 import http.server
 import json
 import os
@@ -13,11 +14,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import httpx
 import psutil
@@ -26,11 +27,15 @@ from prometheus_client.parser import text_string_to_metric_families
 from ruamel.yaml import YAML
 
 from deploy.keys import NAMES
+from policies.binding import ledger_of
+from policies.devices import devices
 from policies.ledger import Decision, Ledger
+from policies.load import load_hypothesis
 from tests.deploy.promql import wanted
 from tests.deploy.test_observe import panels, rules
 from tests.docs.pages import missing, steps
 from tests.docs.typed import complaint
+from tests.policies.gated_world import HYPOTHESIS, verdict_on
 
 ROOT = Path(__file__).parents[2]
 NEEDED = ("redis-server", "redis-cli", "haproxy", "wget")
@@ -55,11 +60,32 @@ class Stack:
     client: httpx.Client
     said: list[str]
     log: Path
+    ledger: Path
+
+    def processes_of(self, *words: str) -> list[psutil.Process]:
+        """The services whose commands have these words."""
+        return list(self._found(words))
 
     def process_of(self, *words: str) -> psutil.Process:
-        """The first service whose command has these words."""
-        children = psutil.Process(self.process.pid).children()
-        return next(one for one in children if set(words) <= set(one.cmdline()))
+        return next(self._found(words))
+
+    def _found(self, words: Sequence[str]) -> Iterator[psutil.Process]:
+        for one in psutil.Process(self.process.pid).children():
+            with contextlib.suppress(psutil.ZombieProcess, psutil.NoSuchProcess):
+                if set(words) <= set(one.cmdline()):
+                    yield one
+
+    def optimization(self, gateway: str, name: str) -> list[str]:
+        """Its state in the gateway, or in each of the runtimes behind it, as whoever has a key
+        sees it."""
+        told = self.client.get(f"{self.url(gateway)}/v1/fingerprint").json()
+        places = [told, *(one["fingerprint"] for one in told["data"])]
+        return [
+            f"{one['state']} {one['enabled']}"
+            for place in places
+            for one in place["optimizations"]
+            if one["hypothesis"] == name
+        ]
 
     def runtime_at_work(self) -> psutil.Process:
         for rank in ("0", "1"):
@@ -91,44 +117,86 @@ class Stack:
             return False
 
 
-# On top of the stack's own policy: all that has metrics. A panel of what is off shows nothing.
-EVERYTHING = {
+# On top of the stack's own policies: all that has metrics. A panel of what is off shows nothing.
+GATEWAYS = {
     "gateway": {
         "trim": {"drop": "oldest", "budget_tokens": 512},
         "tiers": {"hopeless": {"ttft_ms": 1}},
         "response_cache": {"tiers": ["batch"]},
         "record": {"consent": "given", "path": "/tmp/recorded"},
     },
+    "optimizations": [
+        {"hypothesis": "hypotheses/response-cache.yaml"},
+        {"hypothesis": "hypotheses/fewer.yaml"},
+    ],
+}
+RUNTIMES = {
     "runtime": {"speculation": "ngram", "tiers": {"host_bytes": "16 MiB"}},
-    "gate": {"ledger": "hypotheses/ledger"},
-    "optimizations": [{"hypothesis": "hypotheses/response-cache.yaml"}],
+    "optimizations": [{"hypothesis": "hypotheses/steps.yaml"}],
+}
+# Of the operator: the first on the engines, the second on the gateways.
+OWN = {
+    "steps": ("runtime.yaml", "{runtime.step_tokens: 192}", "lossless_exact"),
+    "fewer": ("stack.yaml", "{gateway.running_per_replica: 48}", "routing_only"),
 }
 
 
 ROOTS = {"baseline": "before", "candidate": "after", "spec": "asked"}  # of the rollout below
 
 
-def judged(folder: Path) -> Path:
-    """The hypotheses, and beside them a ledger with a verdict on one: an hour old, and about
+def proposed(folder: Path, name: str, beside: Path | None = None) -> Path:
+    """A hypothesis, on the policy in the folder above it or `beside`."""
+    policy, patch, kind = OWN[name]
+    text = HYPOTHESIS.format(
+        name=name, patch=patch, kind=kind, source="suite: pocket", metric="correct",
+        test="paired_ni",
+    )  # fmt: skip
+    file = folder / f"{name}.yaml"
+    file.write_text(text.replace("policy.yaml", str(beside or Path("..", policy))))
+    return file
+
+
+def judged(folder: Path) -> tuple[Path, Path]:
+    """The hypotheses, and a ledger with a verdict on one of ours, which is an hour old and about
     something else than what is served."""
-    shutil.copytree(ROOT / "policies" / "hypotheses", folder)
+    hypotheses = folder / "hypotheses"
+    shutil.copytree(ROOT / "policies" / "hypotheses", hypotheses)
+    for name in OWN:
+        proposed(hypotheses, name)
     now = time.time()
     verdict = Decision(
         "verdict", "response-cache", **ROOTS, at=now - 3600, decision="pass",
         expires_at=now + 86400,
     )  # fmt: skip
-    Ledger.open(folder / "ledger").record(verdict)
-    return folder
+    ledger = Ledger.open(folder / "ledger")
+    ledger.record(verdict)
+    return hypotheses, ledger.folder
 
 
-def whole_policy(file: Path) -> Path:
+def passed_elsewhere(folder: Path, ledger: Path, runtime: Path) -> None:
+    """A pass on the engines, as `headgate gate run` records one on this machine: by a policy of its
+    own, which says the same of the engine and names the model and the ledger where they lie."""
     yaml = YAML(typ="safe")
-    policy = yaml.load((ROOT / "deploy" / "stack" / "stack.yaml").read_text())
-    for name, more in EVERYTHING.items():
-        if isinstance(more, dict):
-            policy[name].update(more)
+    policy = yaml.load(runtime.read_text())
+    policy["runtime"]["model"] = str(ROOT / "pocket" / "target")
+    policy["gate"]["ledger"] = str(ledger)
+    folder.mkdir()
+    (folder / "hypotheses").mkdir()
+    file = proposed(folder / "hypotheses", "steps")
+    yaml.dump(policy, folder / "runtime.yaml")
+    hypothesis = load_hypothesis(file)
+    verdict = verdict_on(file, at=time.time(), devices=devices())
+    ledger_of(file, hypothesis).record_verdict(verdict)
+
+
+def whole_policy(name: str, more: dict[str, Any], file: Path) -> Path:
+    yaml = YAML(typ="safe")
+    policy = yaml.load((ROOT / "deploy" / "stack" / name).read_text())
+    for part, said in more.items():
+        if isinstance(said, dict):
+            policy[part].update(said)
         else:
-            policy[name] = more
+            policy[part] = said
     yaml.dump(policy, file)
     return file
 
@@ -164,6 +232,9 @@ def collector() -> Iterator[str]:
 def stack(collector: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     folder = tmp_path_factory.mktemp("stack")
     log = folder / "log"
+    hypotheses, ledger = judged(folder)
+    runtime = whole_policy("runtime.yaml", RUNTIMES, folder / "runtime.yaml")
+    passed_elsewhere(folder / "elsewhere", ledger, runtime)
     environ = (
         os.environ
         | KEYS
@@ -171,8 +242,10 @@ def stack(collector: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
             "HEADGATE_PORT": "0",
             "HEADGATE_OTLP": collector,
             "HEADGATE_RUNTIME_CPUS": "1",
-            "HEADGATE_POLICY": str(whole_policy(folder / "whole.yaml")),
-            "HEADGATE_HYPOTHESES": str(judged(folder / "hypotheses")),
+            "HEADGATE_POLICY": str(whole_policy("stack.yaml", GATEWAYS, folder / "stack.yaml")),
+            "HEADGATE_RUNTIME_POLICY": str(runtime),
+            "HEADGATE_HYPOTHESES": str(hypotheses),
+            "HEADGATE_LEDGER": str(ledger),
         }
     )
     with log.open("w") as words:
@@ -193,7 +266,7 @@ def stack(collector: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     (base,) = [line.strip() for line in said if re.fullmatch(r"  http://\S+/v1", line)]
     key = {"authorization": f"Bearer {KEY}"}
     with httpx.Client(base_url=f"{base}/", headers=key, timeout=LIMIT_S) as client:
-        yield Stack(process, client, said, log)
+        yield Stack(process, client, said, log, ledger)
     if process.poll() is None:
         process.kill()
     process.wait()
@@ -282,6 +355,30 @@ def test_gateways_and_runtimes_send_traces_where_the_stack_says(stack: Stack) ->
     body = ASK | {"max_tokens": 4, "stream": False}
     assert stack.client.post("chat/completions", json=body).status_code == 200
     stack.until(lambda: Collector.services == {"headgate-gateway", "headgate-runtime"})
+
+
+def test_a_pass_that_was_made_elsewhere_is_on_in_every_runtime(stack: Stack) -> None:
+    """docs/stack.md, "Bring a verdict": what is bound are bytes, not where they lie; gateways tell
+    what each runtime says of it."""
+    for gateway in ("gateway-0", "gateway-1"):
+        assert stack.optimization(gateway, "steps") == ["on True", "on True"]
+
+
+def test_a_pass_on_the_gateways_is_on_once_they_read_their_policy_again(
+    stack: Stack, tmp_path: Path
+) -> None:
+    """Both of them, of one verdict, in the ledger that runtimes read, too."""
+    names = ("gateway-0", "gateway-1")
+    assert [stack.optimization(name, "fewer") for name in names] == [["off False"]] * 2
+    gateways = stack.processes_of("gateway")
+    policy = next(Path(word) for word in gateways[0].cmdline() if word.endswith("stack.yaml"))
+    verdict = verdict_on(proposed(tmp_path, "fewer", policy), at=time.time())
+    Ledger.open(stack.ledger).record_verdict(verdict)
+    for gateway in gateways:
+        gateway.send_signal(signal.SIGHUP)
+    stack.until(
+        lambda: [stack.optimization(name, "fewer") for name in names] == [["on True"]] * 2
+    )  # fmt: skip
 
 
 Series = dict[str, list[tuple[dict[str, str], float]]]  # by name: labels and value
@@ -374,8 +471,10 @@ def test_what_has_happened_has_moved_its_metric(busy: Series) -> None:
 
 def test_a_verdict_is_as_old_as_its_ledger_says(busy: Series) -> None:
     for name, near in (("age", 3600.0), ("valid", 86400.0)):
-        for _, value in busy[f"headgate_verdict_{name}_seconds"]:
-            assert abs(value - near) < 2 * LIMIT_S
+        told = busy[f"headgate_verdict_{name}_seconds"]
+        ages = [value for labels, value in told if labels["name"] == "response-cache"]
+        assert len(ages) == 2
+        assert all(abs(value - near) < 2 * LIMIT_S for value in ages)
 
 
 def test_the_tour_works_line_by_line(stack: Stack) -> None:

@@ -100,7 +100,8 @@ def _docker(words: list[str]) -> str | None:
         if file != ".env" and not (ROOT / file).is_file():  # which deploy.keys writes
             return f"there is no {file}"
     if words[:1] == ["compose"] and "kill" in words:
-        named = words[words.index("kill") + 1 :]
+        said = words[words.index("kill") + 1 :]
+        named = [one for one in said if one not in ("--signal", *_values(said, "--signal"))]
         return next((f"there is no service {one}" for one in named if one not in services), None)
     return None
 

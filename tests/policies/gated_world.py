@@ -47,6 +47,33 @@ guardrails: [{{{source}, metric: {metric}, test: {test}, margin: 0.02}}]
 """
 
 
+def verdict_on(
+    file: Path, decision: str = "pass", at: float = NOW, devices: Any = DEVICES
+) -> dict[str, Any]:
+    """As a gate would write it of the hypothesis in a file."""
+    hypothesis = load_hypothesis(file)
+    found = sides(file, hypothesis, lambda: devices)
+    return {
+        "hypothesis": hypothesis.name,
+        "decision": decision,
+        "reason": "",
+        "made_at": at,
+        "expires_at": at + 30 * DAY,
+        "findings": [
+            {
+                "name": f"guardrail {index} {one.source} {one.metric}",
+                "kind": "guardrail",
+                "source": one.source,
+                "metric": one.metric,
+            }
+            for index, one in enumerate(hypothesis.guardrails)
+        ],
+    } | {
+        side: {"root": one.root, "leaves": dict(one.leaves)}
+        for side, one in zip(("baseline", "candidate", "spec"), found, strict=True)
+    }
+
+
 @dataclass(frozen=True)
 class World:
     folder: Path
@@ -87,28 +114,7 @@ class World:
     ) -> Decision:
         """A verdict on a hypothesis as its files are at this moment."""
         file = self.folder / f"{name}.yaml"
-        hypothesis = load_hypothesis(file)
-        found = sides(file, hypothesis, lambda: devices)
-        payload = {
-            "hypothesis": name,
-            "decision": decision,
-            "reason": "",
-            "made_at": at,
-            "expires_at": at + 30 * DAY,
-            "findings": [
-                {
-                    "name": f"guardrail {index} {one.source} {one.metric}",
-                    "kind": "guardrail",
-                    "source": one.source,
-                    "metric": one.metric,
-                }
-                for index, one in enumerate(hypothesis.guardrails)
-            ],
-        } | {
-            side: {"root": one.root, "leaves": dict(one.leaves)}
-            for side, one in zip(("baseline", "candidate", "spec"), found, strict=True)
-        }
-        return self.ledger.record_verdict(payload)
+        return self.ledger.record_verdict(verdict_on(file, decision, at, devices))
 
     def gated(
         self,

@@ -62,6 +62,22 @@ def test_a_pass_is_live_for_its_three_roots_until_it_expires(ledger: Ledger) -> 
     assert ledger.live(B, C, S, 1000.0 + 30 * DAY) is None
 
 
+def test_a_copy_without_folders_is_read_as_it_was(ledger: Ledger, tmp_path: Path) -> None:
+    """As a ConfigMap has it: the verdicts' files beside the lines. A file that is another one is
+    refused there, too."""
+    made = ledger.record_verdict(payload())
+    copy = Ledger.open(tmp_path / "copy")
+    copy.folder.mkdir()
+    copy.lines.write_bytes(ledger.lines.read_bytes())
+    flat = copy.folder / f"{made.evidence}.json"
+    flat.write_bytes((ledger.folder / VERDICTS / flat.name).read_bytes())
+    assert copy.decisions() == (made,)
+    assert copy.verdict(made.evidence) == payload()
+    flat.write_bytes(flat.read_bytes().replace(b"pass", b"fail"))
+    with pytest.raises(LedgerError, match="another hash"):
+        copy.verdict(made.evidence)
+
+
 @pytest.mark.parametrize(
     ("then", "is_live"),
     [("fail", False), ("no_benefit", False), ("inconclusive", True), ("invalid", True)],
