@@ -73,6 +73,29 @@ def test_redis_is_only_in_its_gateways_network() -> None:
     assert WHOLE["networks"]["state"] == {"internal": True}
 
 
+def vllm_options(**environ: str) -> dict[str, str]:
+    told = [interpolate(word, ENVIRON | environ) for word in SERVICES["vllm-0"]["command"]]
+    return {word.partition("=")[0]: word.partition("=")[2] for word in told}
+
+
+def test_vllm_counts_the_tokens_that_it_found_and_sends_traces_where_they_are_collected() -> None:
+    """Without the first the hit ladder is empty: it counts no answer that does not say. The second
+    only where observe.env says so, to a collector that both networks lead to."""
+    plain = vllm_options()
+    assert {"--enable-prompt-tokens-details", "--enable-prefix-caching"} <= plain.keys()
+    assert not [name for name in plain if "otlp" in name or not name.startswith("--")]
+    lines = (ROOT / "deploy" / "stack" / "observe.env").read_text().splitlines()
+    traced = vllm_options(**dict(line.split("=", 1) for line in lines if line[:1] != "#"))
+    assert traced.keys() - plain.keys() == {"--otlp-traces-endpoint"}
+    host, port = re.findall(r"http://([a-z]+):(\d+)/", traced["--otlp-traces-endpoint"])[0]
+    assert port in SERVICES[host]["expose"]
+    for name in VLLM:
+        assert set(SERVICES[name]["networks"]) & set(SERVICES[host]["networks"]), name
+        assert SERVICES[name]["environment"]["OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"] == (
+            "http/protobuf" if port == "4318" else "grpc"
+        )
+
+
 @pytest.mark.parametrize("profile", ["", "gpu.env", "vllm.env"])
 def test_everything_that_it_names_exists(profile: str) -> None:
     """Folders, files, variables' defaults and policies, by each of the environments."""

@@ -353,6 +353,13 @@ def shutdown_s(objects: Sequence[Object]) -> float:
     return float(next(w for w in words if w.startswith("--shutdown-timeout=")).partition("=")[2])
 
 
+def test_vllm_says_how_many_tokens_it_found(objects: list[Object]) -> None:
+    """Its default is to say nothing, and the hit ladder would be empty."""
+    told = [one["args"] for _, _, one in containers(objects) if one["name"] == "vllm"]
+    assert all("--enable-prompt-tokens-details" in words for words in told)
+    assert len(told) == ("vllm/vllm-openai" in str(objects))
+
+
 def test_a_gateway_without_replicas_is_not_ready_and_not_killed(objects: list[Object]) -> None:
     """Its health is 503 then: traffic stays away by readiness; a restart would help nobody."""
     (gateway,) = [one for name, _, one in containers(objects) if name == "headgate-gateway"]
