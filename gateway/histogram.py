@@ -6,7 +6,7 @@ Knows bounds and counts; knows no names of metrics and no exposition. One thread
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 # OpenTelemetry's for generative AI, with more above as Envoy AI Gateway has them, and more below.
@@ -61,11 +61,3 @@ class Histogram:
         found.total += value
         if trace is not None:
             found.exemplars[at] = Exemplar(trace[0], value, trace[1])
-
-    def buckets(self, series: Series) -> Iterator[tuple[str, int, Exemplar | None]]:
-        """Cumulative counts by bound, the last one "+Inf" and all of them."""
-        so_far = 0
-        names = [*(str(float(bound)) for bound in self.bounds), "+Inf"]
-        for name, count, exemplar in zip(names, series.counts, series.exemplars, strict=True):
-            so_far += count
-            yield name, so_far, exemplar

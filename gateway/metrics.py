@@ -8,24 +8,25 @@ describes every metric; the file is long because it is a table.
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from gateway.edge import Edge, Live
+from gateway.exposition import Format
 from gateway.histogram import Histogram
 from gateway.replica import Replica
 from gateway.tallies import Tally
 
 if TYPE_CHECKING:
-    from prometheus_client.core import Metric
-
     from policies.standing import Standing
 
 PREFIX = "headgate_gateway_"
 STATES = ("on", "off", "stale", "quarantined")  # of an optimization
 STAGES = ("live", "suspended", "lapsed", "ended")  # of a rollout
-OPENMETRICS = "application/openmetrics-text"
+PIECE_S = 0.001  # of a page; streams wait as long
 
 Values = float | Mapping[tuple[str, ...], float]
 
@@ -507,52 +508,43 @@ HISTOGRAMS: tuple[tuple[str, str, Callable[[Reading], Histogram]], ...] = (
 )
 
 
-def page(reading: Reading, accept: str = "") -> tuple[bytes, bytes]:
-    """The page and its content type; OpenMetrics, with exemplars, for who asks for it. The library
-    is imported when somebody asks first."""
-    from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, exposition
-    from prometheus_client.openmetrics import exposition as openmetrics
-
-    registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Families(reading))
-    if OPENMETRICS in accept:
-        text: bytes = openmetrics.generate_latest(registry)  # type: ignore[no-untyped-call]  # as it comes
-        return text, openmetrics.CONTENT_TYPE_LATEST.encode()
-    return exposition.generate_latest(registry), CONTENT_TYPE_LATEST.encode()
+def families(reading: Reading, form: Format) -> Iterator[tuple[str, Iterator[str]]]:
+    """The head of each metric and its samples in pieces, the same metrics in the same order
+    wherever it is called."""
+    for kind, found in (("gauge", GAUGES), ("counter", COUNTERS)):
+        for family in found:
+            yield form.head(family.name, kind, family.text), _samples(family, kind, reading, form)
+    for name, text, read in HISTOGRAMS:
+        yield form.head(name, "histogram", text), form.buckets(name, OF_ANSWERS, read(reading))
 
 
-class _Families:
-    """What the library asks for the samples of a moment."""
+def _samples(family: Family, kind: str, reading: Reading, form: Format) -> Iterator[str]:
+    values = family.read(reading)
+    by: Mapping[tuple[str, ...], float]
+    by = values if isinstance(values, Mapping) else {(): values}
+    name = family.name + ("_total" if kind == "counter" else "")
+    yield form.samples(name, family.labels, by)
 
-    def __init__(self, reading: Reading) -> None:
-        self._reading = reading
 
-    def collect(self) -> Iterator[Metric]:
-        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+async def page(reading: Reading, form: Format) -> bytes:
+    """The whole of it, written in pieces between which streams go on."""
+    parts: list[str] = []
+    pause = Pause()
+    for head, pieces in families(reading, form):
+        parts.append(head)
+        for piece in pieces:
+            parts.append(piece)
+            await pause()
+    return "".join((*parts, form.end)).encode()
 
-        for kind, families in ((GaugeMetricFamily, GAUGES), (CounterMetricFamily, COUNTERS)):
-            for family in families:
-                values = family.read(self._reading)
-                by = values if isinstance(values, Mapping) else {(): values}
-                metric = kind(family.name, family.text, labels=family.labels)
-                for labels, value in list(by.items()):
-                    metric.add_metric(labels, value)
-                yield metric
-        yield from self._histograms()
 
-    def _histograms(self) -> Iterator[Metric]:
-        from prometheus_client.core import Exemplar, HistogramMetricFamily
+class Pause:
+    """Awaited between pieces of work, it gives the loop to others after PIECE_S of it."""
 
-        for name, text, read in HISTOGRAMS:
-            histogram = read(self._reading)
-            metric = HistogramMetricFamily(name, text, labels=OF_ANSWERS)
-            for labels, series in histogram.series.items():
-                buckets: list[Any] = []
-                for bound, count, seen in histogram.buckets(series):
-                    if seen is None:
-                        buckets.append((bound, count))
-                    else:
-                        trace = Exemplar({"trace_id": seen.trace_id}, seen.value, seen.at)
-                        buckets.append((bound, count, trace))
-                metric.add_metric(labels, buckets, series.total)
-            yield metric
+    def __init__(self) -> None:
+        self._since = time.perf_counter()
+
+    async def __call__(self) -> None:
+        if time.perf_counter() - self._since > PIECE_S:
+            await asyncio.sleep(0)
+            self._since = time.perf_counter()

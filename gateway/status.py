@@ -14,6 +14,7 @@ from gateway import problems
 from gateway.call import request_id
 from gateway.doorway import refuse
 from gateway.edge import Live
+from gateway.exposition import Format
 from gateway.kept import Kept
 from gateway.keys import TENANT
 from gateway.metrics import Reading, page
@@ -117,9 +118,10 @@ def metrics(live: Live, rollout: Callable[[], Mapping[str, Any] | None]) -> ASGI
 
     async def app(scope: Scope, _receive: Receive, send: Send) -> None:
         accept = dict(scope["headers"]).get(b"accept", b"").decode("latin-1")
-        body, kind = page(Reading(live, rollout(), time.time()), accept)
+        form = Format.of(accept)
+        body = await page(Reading(live, rollout(), time.time()), form)
         reply = Reply(send, request_id(scope["headers"]))
-        await reply.whole(200, [(b"content-type", kind)], body)
+        await reply.whole(200, [(b"content-type", form.content_type)], body)
 
     return app
 

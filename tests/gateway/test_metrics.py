@@ -9,6 +9,7 @@ from pathlib import Path
 from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
+from gateway.exposition import Format
 from gateway.meters import MODELS_MAX, OTHER, Meters
 from gateway.metrics import COUNTERS, GAUGES, HISTOGRAMS, OF_ANSWERS, Reading, page
 from policies.enabling import Gated
@@ -159,6 +160,27 @@ async def test_buckets_name_a_trace_for_who_can_read_it() -> None:
 
 
 @on_loop
+async def test_streams_go_on_while_a_page_is_made() -> None:
+    """Others on the loop get turns between its pieces: a scrape of many series stops no stream."""
+    turns = 0
+
+    async def turning() -> None:
+        nonlocal turns
+        while True:
+            await asyncio.sleep(0)
+            turns += 1
+
+    async with upstream() as fake, gateway(fake) as edge:
+        duration_s = edge.live.edge.meters.duration_s
+        for number in range(4000):
+            duration_s.observe(("standard", f"m{number}", "baseline"), 0.05)
+        other = asyncio.ensure_future(turning())
+        await page(Reading(edge.live, None, 1000.0), Format(openmetrics=True))
+        other.cancel()
+    assert turns > 1
+
+
+@on_loop
 async def test_every_metric_is_described_as_it_is() -> None:
     """docs/metrics.md has a row of each metric: its name, its labels, what it means."""
     described = PAGE.read_text()
@@ -201,7 +223,7 @@ async def test_optimizations_and_a_rollout_show_their_state() -> None:
                "suspended": False}  # fmt: skip
     async with upstream() as fake, gateway(fake) as edge:
         edge.live.gated = Gated(PAGE, edge.live.edge.policy, (stale,))
-        body, _ = page(Reading(edge.live, rollout, 1000.0))
+        body = await page(Reading(edge.live, rollout, 1000.0), Format(openmetrics=False))
     found = values(body.decode())
     assert found["headgate_optimization_state kv-int8 stale"] == 1
     assert found["headgate_optimization_state kv-int8 on"] == 0
