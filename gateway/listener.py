@@ -31,6 +31,7 @@ IDLE_CONNECTION_S = 60  # a kept-alive connection without a request is closed af
 BACKLOG = 2048
 OUTGOING = "headgate.outgoing"  # an extension of the scope: reply.Outgoing
 BEGAN = "headgate.began"  # another one: when the request's first byte came, monotonic seconds
+REFUSED_LINGER_S = 0.5  # likewise for what comes behind a request that cannot be read
 LINGER_S = 2.0  # the rest of a refused body is read away for so long before its connection closes
 
 
@@ -47,6 +48,7 @@ class ClientConnection(HttpToolsProtocol):
         self._began = 0.0
         self._deadline: asyncio.TimerHandle | None = None
         self._lingering: asyncio.TimerHandle | None = None
+        self._refused = False  # answered below ASGI; whatever comes now is read away
         self._unread: asyncio.TimerHandle | None = None
         self.go_on: Callable[[], None] | None = None  # of a stream that waits for its client
         self.attended: dict[_Outgoing, Callable[[], None]] = {}  # what to call when the client goes
@@ -68,8 +70,10 @@ class ClientConnection(HttpToolsProtocol):
                 leave()
 
     def data_received(self, data: bytes) -> None:
+        if self._refused:
+            return
         super().data_received(data)
-        if self.transport.is_closing():
+        if self._refused or self.transport.is_closing():
             self._disarm()
         elif self._in_headers:
             self._header_bytes += len(data)
@@ -146,16 +150,26 @@ class ClientConnection(HttpToolsProtocol):
 
     def _refuse(self, problem: Problem) -> None:
         """Answers and closes; inside another answer it only closes, for that would corrupt it."""
-        if not self.transport.is_closing():
+        if not self._refused and not self.transport.is_closing():
             if self._broken_body():
                 self.cycle.disconnected = True  # what is at work on it may stop, and say nothing
                 self.cycle.message_event.set()
-                self.transport.write(plain_answer(problem, self._began))
+                self._answer_last(plain_answer(problem, self._began))
             elif not self._answering():
                 began = self._began if self._in_headers else time.monotonic()
-                self.transport.write(plain_answer(problem, began))
-            self.transport.close()
+                self._answer_last(plain_answer(problem, began))
+            else:
+                self.transport.close()
         self._disarm()
+
+    def _answer_last(self, answer: bytes) -> None:
+        """Says it, and closes once the client has heard it or had its time: a byte that comes at
+        the same moment would make a reset of it."""
+        self._refused = True
+        self.transport.write(answer)
+        self.transport.write_eof()
+        if self._lingering is None:
+            self._lingering = self.loop.call_later(REFUSED_LINGER_S, self.transport.close)
 
     def _broken_body(self) -> bool:
         """Whether what came last belongs to a request that nothing has been answered yet."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -136,6 +137,8 @@ async def test_a_deadline_counts_while_a_request_waits_and_the_replica_gets_what
         headers = {"x-slo-deadline-ms": "60000", "x-slo-ttft-ms": "50000"}
         second = asyncio.create_task(edge.post(HELLO, headers=headers))
         await until(lambda: waiting(edge)() == 1)
+        began = time.monotonic()
+        await until(lambda: time.monotonic() > began + 0.005)  # it waits for longer than a tick
         await gate.open()
         await until(lambda: len(fake.requests) == 2)
         await gate.open()
