@@ -166,6 +166,14 @@ def _by_replica(r: Reading) -> Values:
     }
 
 
+def _goodput(r: Reading) -> Values:
+    """With zeros before the first: a share of misses, and its rate, are numbers from the start."""
+    counted = r.edge.meters.goodput
+    arms = dict.fromkeys([(tier, "baseline") for tier in r.edge.admission.tiers])
+    arms |= dict.fromkeys((tier, arm) for tier, arm, _ in list(counted))
+    return {(*arm, met): counted[*arm, met] for arm in arms for met in ("true", "false")}
+
+
 def _optimizations(r: Reading) -> Values:
     return {
         (one.hypothesis, state): float(one.state == state)
@@ -340,7 +348,7 @@ COUNTERS = (
     Family(
         PREFIX + "goodput_requests",
         "Answers, by whether they kept all that their tier promises; what failed has not.",
-        lambda r: r.edge.meters.goodput,
+        _goodput,
         ("tier", "arm", "met"),
     ),
     Family(

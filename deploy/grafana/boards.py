@@ -51,7 +51,7 @@ SERVICE_LEVELS = Dashboard(
                 "percentunit", at_most=1,
             ),
             Panel(
-                "Error budget burn", "1 misses exactly 1 % of the answers; 14.4 calls somebody.",
+                "Error budget burn", "1 misses exactly 1 % of the answers; 14.4 is an alert.",
                 [Query("headgate:slo_missed:ratio_rate5m / 0.01", "{{tier}}, 5 min"),
                  Query("headgate:slo_missed:ratio_rate1h / 0.01", "{{tier}}, 1 h")],
                 warns_at=14.4,

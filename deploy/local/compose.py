@@ -16,7 +16,7 @@ from ruamel.yaml.error import YAMLError
 
 _NAME = r"[A-Za-z_][A-Za-z0-9_]*"
 _REFERENCE = re.compile(
-    rf"\$(?:(?P<escaped>\$)|(?P<bare>{_NAME})|\{{(?P<name>{_NAME})(?P<rule>:?[-?]|(?=\}})))"
+    rf"\$(?:(?P<escaped>\$)|(?P<bare>{_NAME})|\{{(?P<name>{_NAME})(?P<rule>:?[-+?]|(?=\}})))"
 )
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h)")
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
@@ -140,8 +140,8 @@ def _filled(value: Any, environ: Mapping[str, str]) -> Any:
 
 
 def interpolate(text: str, environ: Mapping[str, str]) -> str:
-    """Text with `$NAME`, `${NAME}`, `${NAME:-default}`, `${NAME:?why}` and `$$` filled in, as the
-    specification has it. Raises ComposeError for a variable that has to be set."""
+    """Text with `$NAME`, `${NAME}`, `${NAME:-default}`, `${NAME:+instead}`, `${NAME:?why}`, `$$`
+    filled in, as the specification has it. Raises ComposeError where one has to be set."""
     parts, at = [], 0
     while found := _REFERENCE.search(text, at):
         parts.append(text[at : found.start()])
@@ -170,6 +170,8 @@ def _closing(text: str, at: int) -> int:
 def _value(name: str, rule: str, rest: str, environ: Mapping[str, str]) -> str:
     value = environ.get(name)
     missing = value is None or (value == "" and rule.startswith(":"))
+    if rule.endswith("+"):
+        return "" if missing else interpolate(rest, environ)
     if not missing or not rule:
         return value or ""
     if rule.endswith("?"):

@@ -187,6 +187,7 @@ def test_each_address_in_what_is_mounted_is_a_service_s() -> None:
         ("${NONE:-${ALSO:-${A}}}", "one"),
         ('--json={"a":{"b":"${A}"}}', '--json={"a":{"b":"one"}}'),
         ("${NONE}", ""),
+        ("a${A:+-${A}}b${NONE:+-c}d${EMPTY:+-e}${EMPTY+f}", "a-onebdf"),
     ],
 )
 def test_variables_are_filled_in_as_the_specification_has_it(text: str, value: str) -> None:

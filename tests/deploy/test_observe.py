@@ -17,6 +17,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from deploy.grafana.__main__ import FOLDER, files
+from deploy.local.compose import interpolate
 from tests.deploy.promql import wanted
 
 ROOT = Path(__file__).parents[2]
@@ -185,6 +186,82 @@ def test_prometheus_itself_reads_the_files_and_its_alerts_go_off(tmp_path: Path)
     ):
         done = subprocess.run([PROMTOOL, *command], capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stdout + done.stderr
+
+
+# ---- whom alerts tell ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("url", [None, "https://example.com/hook"])
+def test_alerts_tell_nobody_until_a_webhook_is_named(url: str | None) -> None:
+    """The variable picks the folder that Grafana reads: one that provisions nothing, or one with a
+    contact point at that address, to which everything is sent."""
+    grafana = YAML(typ="safe").load((ROOT / "compose.yaml").read_text())["services"]["grafana"]
+    environ = {"HEADGATE_ALERT_WEBHOOK": url} if url else {}
+    (source,) = [
+        interpolate(volume, environ).split(":")[0]
+        for volume in grafana["volumes"]
+        if ":/etc/grafana/provisioning/alerting:" in volume
+    ]
+    told: dict[str, Any] = {}
+    for file in (ROOT / source).iterdir():
+        told |= YAML(typ="safe").load(file.read_text())
+    if url is None:
+        assert told == {"apiVersion": 1}
+        return
+    (point,) = told["contactPoints"]
+    (receiver,) = point["receivers"]
+    assert (receiver["type"], receiver["settings"]) == (
+        "webhook",
+        {"url": "$HEADGATE_ALERT_WEBHOOK"},
+    )
+    assert interpolate(grafana["environment"]["HEADGATE_ALERT_WEBHOOK"], environ) == url
+    (policy,) = told["policies"]
+    assert policy["receiver"] == point["name"]
+    (group,) = told["groups"]
+    (rule,) = group["rules"]
+    queries = {one["refId"]: one for one in rule["data"]}
+    assert queries[rule["condition"]]["model"]["expression"] in queries
+    sources = yaml("grafana/provisioning/datasources/headgate.yaml")["datasources"]
+    asked = {one["datasourceUid"] for one in rule["data"]}
+    assert asked <= {"__expr__", *(one["uid"] for one in sources)}
+
+
+@pytest.mark.skipif(PROMTOOL is None, reason="no promtool: apt-get install prometheus")
+def test_what_grafana_asks_prometheus_for_is_each_alert_by_its_name(tmp_path: Path) -> None:
+    """By Prometheus itself: nothing while all is well, then one series for each alert, with the
+    labels that it has, and none called `alertname`, which is Grafana's."""
+    (group,) = yaml("grafana/alerting-webhook/webhook.yaml")["groups"]
+    expr = group["rules"][0]["data"][0]["model"]["expr"]
+    assert "$" not in expr, "Grafana would read it as a variable"
+    series = 'headgate_gateway_goodput_requests_total{tier="standard",arm="baseline",met="%s"}'
+    firing = [
+        {"labels": f'{{alert="{name}",severity="page",tier="standard"}}', "value": 1}
+        for name in ("HeadgateSloBurnFast", "HeadgateSloBurnSlow")
+    ]
+    asked = {
+        "rule_files": [str(DEPLOY / "prometheus/rules.yaml")],
+        "evaluation_interval": "1m",
+        "tests": [
+            {
+                "interval": "1m",
+                "input_series": [
+                    {"series": series % "true", "values": "0+100x30 3000+50x30"},
+                    {"series": series % "false", "values": "0+0x30 0+50x30"},
+                ],
+                "promql_expr_test": [
+                    {"expr": expr, "eval_time": "25m", "exp_samples": []},
+                    {"expr": expr, "eval_time": "55m", "exp_samples": firing},
+                ],
+            }
+        ],
+    }
+    file = tmp_path / "asked.yaml"
+    file.write_text(json.dumps(asked))
+    assert PROMTOOL is not None
+    done = subprocess.run(
+        [PROMTOOL, "test", "rules", str(file)], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_each_service_with_metrics_is_scraped_where_it_listens() -> None:

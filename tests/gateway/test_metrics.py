@@ -92,6 +92,24 @@ async def test_a_stream_is_counted_by_tier_model_and_arm() -> None:
 
 
 @on_loop
+async def test_a_tier_that_has_missed_nothing_says_so() -> None:
+    """Kept and missed are there before the first answer: alerts divide the one by both, and the
+    rate of a series that begins with its first miss does not know that miss."""
+
+    async def answer(peer: Peer) -> None:
+        await peer.stream(said("a"), usage(), DONE)
+
+    async with upstream(answer) as fake, gateway(fake) as edge:
+        for kept in (0, 1):
+            found = await scraped(edge)
+            for tier in ("interactive", "standard", "batch"):
+                name = "headgate_gateway_goodput_requests_total baseline"
+                assert found[f"{name} false {tier}"] == 0
+                assert found[f"{name} true {tier}"] == (kept if tier == "standard" else 0)
+            await edge.post(STREAMED)
+
+
+@on_loop
 async def test_traffic_adds_no_series() -> None:
     """Sessions, users, salts, request ids and models that nobody serves, each of them new: the page
     has the series that it had, and no word of theirs."""
