@@ -104,11 +104,11 @@ class Kept:
 
     async def _of_workers(self, trail: Trail) -> list[Any]:
         """The spans that workers of ours keep of it; nothing of those that are gone."""
-        replicas = {hop.replica.url: hop.replica for hop in trail.hops if hop.replica.own}
+        replicas = {hop.replica.url: hop.replica for hop in trail.asked_of if hop.replica.own}
         path = f"/traces/{trail.trace_id}"
         pool = self._live.edge.pool
         answers = await asyncio.gather(*(pool.ask(one, path) for one in replicas.values()))
-        own = {hop.span_id for hop in trail.hops}  # a trace may hold other requests, too
+        own = {hop.span_id for hop in trail.asked_of}  # a trace may hold other requests, too
         spans = [span for answer in answers if answer for span in answer.get("spans", ())]
         return [span for span in spans if span.get("root") in own]
 

@@ -19,6 +19,7 @@ from gateway.observe import Watch, failed, observation
 from gateway.relay import Silence, relay
 from gateway.reply import Reply
 from gateway.tiers import Service
+from gateway.usage import usage_of
 from runtime.wire import Problem
 from telemetry import Observation
 
@@ -71,6 +72,9 @@ class Shadows:
         clock = asyncio.get_running_loop().time
         watch = reply.through(lambda send, out: Watch(send, out, clock))
         unseen = replace(asked, reply=reply, outgoing=away)
+        of = asked.reply.trail
+        if of is not None and of.trace_id:
+            reply.trail = of.beside()
         problem: Problem | None = None
         self._edge.state.begin()
         try:
@@ -86,6 +90,8 @@ class Shadows:
             problem = Problem(500, "a mirrored request failed inside the gateway", code="internal")
         finally:
             self._edge.pool.leave()
+            if of is not None and reply.trail is not None:
+                self._edge.tracer.end_shadow(of, self._edge.pool.ask)
         seen = observation(self._edge, unseen, watch, "candidate", cluster, time.time())
         seen = (
             replace(seen, source="shadow")
@@ -115,6 +121,7 @@ class Shadows:
         call, _ = await edge.shortener.trim(call, tenant.name, service.tier)
         prompt = await edge.prompts.read(call)
         trip = edge.routing.trip(call, prompt, service.tier, tenant.name)
+        trip.trail = reply.trail
         reply.more.append((b"x-headgate-receipt", trip.receipt.id.encode()))
         silence = Silence(edge.settings, reply, stream=False, clock=clock)
         place = edge.admission.place(call, ANYONE, service, prompt.tokens)
@@ -125,6 +132,8 @@ class Shadows:
             silence.watch()
             try:
                 await relay(answer, reply, silence, stream=call.stream)
+                if trip.trail is not None:
+                    trip.trail.usage = usage_of(reply.recent)
             finally:
                 silence.end()
 

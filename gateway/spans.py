@@ -3,6 +3,7 @@
     SERVER   POST /v1/chat/completions   from the request's first byte to the answer's last
       INTERNAL gateway.trim, gateway.prompt, gateway.admit, gateway.route
       CLIENT   chat MODEL                each request to a replica; its spans join there
+      CLIENT   chat MODEL                a shadow's, `headgate.arm` says so; it may outlive the root
 
 What GenAI's conventions have a name for, telemetry/genai.py names; ours is `headgate.*`.
 """
@@ -17,7 +18,7 @@ from gateway.call import CHAT_PATH
 from gateway.phases import phases
 from gateway.trail import Hop, Interval, Trail
 from telemetry.genai import CHAT, LEAVES, TEXT, counted, requested
-from telemetry.trace import Event, Kind, Span, Status
+from telemetry.trace import Context, Event, Kind, Span, Status
 
 SERVICE = "headgate-gateway"
 WELL = frozenset(("200", "left"))  # outcomes of an attempt that are no failure of its replica
@@ -36,6 +37,19 @@ def spans_of(trail: Trail) -> list[Span]:
     for number, one in enumerate(inside, start=1):
         one.span_id = f"{(int(trail.span_id, 16) + number) % 2**64:016x}"
     return [root, *inside, *(_client(trail, hop) for hop in trail.hops)]
+
+
+def shadow_spans(trail: Trail) -> list[Span]:
+    """What a candidate was asked beside the request, once it has answered. A span that outlives the
+    root is linked to it as well: not all that shows traces stretches a parent."""
+    shadow = trail.shadow
+    if shadow is None or not shadow.ended:
+        return []
+    spans = [_client(shadow, hop) for hop in shadow.hops]
+    for one in spans:
+        if one.end_s > trail.at_s(trail.ended):
+            one.links.append(Context(trail.trace_id, trail.span_id, trail.flags))
+    return spans
 
 
 def _inside(trail: Trail) -> Iterator[Span]:
@@ -95,6 +109,8 @@ def _client(trail: Trail, hop: Hop) -> Span:
         "headgate.attempt": trail.hops.index(hop) + 1,
         "headgate.outcome": hop.outcome,
     }
+    if trail.arm == "shadow":
+        told["headgate.arm"] = trail.arm
     if hop.replica.fingerprint:
         told["headgate.config.fingerprint"] = hop.replica.fingerprint
     status: Status = "UNSET"

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
-from gateway.spans import spans_of
+from gateway.spans import shadow_spans, spans_of
 from gateway.trail import Trail
 
 
@@ -71,5 +71,5 @@ def told(trail: Trail) -> dict[str, Any]:
         "e2e_s": trail.e2e_s,
         "ttft_s": trail.ttft_s,
         "keep": trail.keep,
-        "spans": [span.payload() for span in spans_of(trail)],
+        "spans": [span.payload() for span in (*spans_of(trail), *shadow_spans(trail))],
     }

@@ -7,23 +7,23 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Literal
 
 from gateway.call import ClientGone, RawHeaders
 from gateway.phases import spent
 from gateway.replica import Replica
 from gateway.reply import Reply
-from gateway.spans import spans_of
+from gateway.spans import shadow_spans, spans_of
 from gateway.tallies import Tallies
 from gateway.tiers import Service
 from gateway.trace_ring import Ring
-from gateway.trail import Trail, now
+from gateway.trail import Hop, Trail, now
 from policies.tracing import Always, Tracing
 from runtime.wire import Problem
 from telemetry.genai import LEAVES
 from telemetry.otlp import Exporter
-from telemetry.trace import SAMPLED, TRACEPARENT, begun, joined, new_span_id
+from telemetry.trace import SAMPLED, TRACEPARENT, Span, begun, joined, new_span_id
 
 log = logging.getLogger("headgate.gateway")
 
@@ -107,13 +107,33 @@ class Tracer:
         trail.close()
         trail.keep = self._worth(trail)
         self.ring.keep(trail)
-        if self.exporter is None or not (trail.keep or trail.flags & SAMPLED):
-            return
-        if not trail.flags & SAMPLED and len(self._asking) < ASKING_MAX:
-            task = asyncio.create_task(_want(trail, ask))
+        if self._is_sent(trail):
+            self._send(trail, spans_of, trail.asked_of, ask)
+            if trail.shadow is not None and trail.shadow.ended:
+                self._send(trail, shadow_spans, (), ask)
+
+    def end_shadow(self, trail: Trail, ask: Ask) -> None:
+        """What went beside this request has ended, before it or after it."""
+        shadow = trail.shadow
+        assert shadow is not None, "it went beside a request"
+        shadow.close()
+        shadow.ended = now()
+        if trail.ended and self._is_sent(trail):
+            self._send(trail, shadow_spans, shadow.hops, ask)
+
+    def _is_sent(self, trail: Trail) -> bool:
+        return self.exporter is not None and bool(trail.keep or trail.flags & SAMPLED)
+
+    def _send(
+        self, trail: Trail, make: Callable[[Trail], list[Span]], hops: Sequence[Hop], ask: Ask
+    ) -> None:
+        """These spans of it, and of what workers know where they would send nothing themselves."""
+        assert self.exporter is not None, "it is sent"
+        if hops and not trail.flags & SAMPLED and len(self._asking) < ASKING_MAX:
+            task = asyncio.create_task(_want(trail.trace_id, hops, ask))
             self._asking.add(task)
             task.add_done_callback(self._asking.discard)
-        self.exporter.put(lambda: spans_of(trail))
+        self.exporter.put(lambda: make(trail))
 
     def _worth(self, trail: Trail) -> Always | Literal[""]:
         """Why its trace is wanted whether it was sampled or not."""
@@ -137,11 +157,11 @@ def _late(trail: Trail, service: Service) -> bool:
     return tpot_s is not None and service.tpot_ms is not None and 1000 * tpot_s > service.tpot_ms
 
 
-async def _want(trail: Trail, ask: Ask) -> None:
+async def _want(trace_id: str, hops: Sequence[Hop], ask: Ask) -> None:
     """Workers of ours send their spans of a trace that turned out to be worth it."""
-    for replica in {hop.replica.url: hop.replica for hop in trail.hops}.values():
+    for replica in {hop.replica.url: hop.replica for hop in hops}.values():
         if replica.kind == "headgate":
-            await ask(replica, f"/traces/{trail.trace_id}", "POST")
+            await ask(replica, f"/traces/{trace_id}", "POST")
 
 
 def _failure(trail: Trail) -> str:

@@ -94,8 +94,8 @@ class Trail:
     __slots__ = (
         "admit", "arm", "asked", "at", "began", "done", "ended", "error", "flags", "head", "hops",
         "keep", "last", "model", "parent_id", "path", "prompt", "queue", "receipt", "request_id",
-        "service", "span_id", "spoke", "status", "stream", "tenant", "trace_id", "tracestate",
-        "trim", "trimmed", "usage",
+        "service", "shadow", "span_id", "spoke", "status", "stream", "tenant", "trace_id",
+        "tracestate", "trim", "trimmed", "usage",
     )  # fmt: skip
 
     def __init__(self, request_id: str, path: str, began: float) -> None:
@@ -130,6 +130,7 @@ class Trail:
         self.error = ""
         self.usage: Usage | None = None
         self.keep = ""  # why its trace is sent whether sampled or not
+        self.shadow: Trail | None = None  # the same request, as a candidate answered it for nobody
 
     # ---- noted on the way -----------------------------------------------------------------------
 
@@ -147,6 +148,15 @@ class Trail:
         asked = self.asked
         self.asked = {name: asked[name] for name in REQUEST if type(asked.get(name)) in _NUMBERS}
         self.model = self.model[:MODEL_CHARS]
+
+    def beside(self) -> Trail:
+        """Of the same request, asked once more beside it: its hops are spans below this root."""
+        shadow = self.shadow = Trail(self.request_id, self.path, now())
+        shadow.trace_id, shadow.span_id = self.trace_id, self.span_id
+        shadow.flags, shadow.tracestate = self.flags, self.tracestate
+        shadow.model, shadow.stream, shadow.asked = self.model, self.stream, self.asked
+        shadow.arm = "shadow"
+        return shadow
 
     def hop(self, replica: Replica, receipt: Receipt) -> Hop:
         """It is being sent there."""
@@ -177,6 +187,11 @@ class Trail:
         if hops and hops[0].began < admitted:
             return [one for one in hops if one.began >= admitted]
         return hops
+
+    @property
+    def asked_of(self) -> Sequence[Hop]:
+        """Every request to a replica, those that a candidate answered for nobody counted in."""
+        return self.hops if self.shadow is None else [*self.hops, *self.shadow.hops]
 
     @property
     def answered(self) -> Hop | None:

@@ -12,7 +12,7 @@ from functools import lru_cache
 from struct import Struct
 from typing import Any
 
-from telemetry.trace import EVENTS_MAX, Event, Span
+from telemetry.trace import EVENTS_MAX, Context, Event, Span
 
 KINDS = {"INTERNAL": b"\x30\x01", "SERVER": b"\x30\x02", "CLIENT": b"\x30\x03"}
 ERROR = b"\x18\x02"
@@ -49,6 +49,7 @@ def span(one: Span) -> bytes:
     if one.tracestate:
         parts.append(_part(b"\x1a", one.tracestate.encode()))
     parts += [_part(b"\x5a", _event(event)) for event in one.events[:EVENTS_MAX]]
+    parts += [_part(b"\x6a", _link(link)) for link in one.links]
     if len(one.events) > EVENTS_MAX:
         parts.append(b"\x60" + _varint(len(one.events) - EVENTS_MAX))
     if one.status != "UNSET" or one.message:
@@ -60,6 +61,11 @@ def span(one: Span) -> bytes:
 def _event(event: Event) -> bytes:
     at, name = b"\x09" + _u64(round(event.at_s * 1e9)), _part(b"\x12", event.name.encode())
     return at + name + attributes(b"\x1a", event.attributes)
+
+
+def _link(link: Context) -> bytes:
+    ids = b"\x0a\x10" + bytes.fromhex(link.trace_id) + b"\x12\x08" + bytes.fromhex(link.span_id)
+    return ids + b"\x35" + _u32(link.flags & 0xFF)
 
 
 def attributes(tag: bytes, given: Mapping[str, Any]) -> bytes:

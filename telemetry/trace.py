@@ -100,12 +100,15 @@ class Span:
     flags: int = 0
     tracestate: str = ""
     message: str = ""  # why it failed
+    links: list[Context] = field(default_factory=list)  # spans that it has to do with besides
 
     def payload(self) -> dict[str, Any]:
         """As JSON, without what all spans of a trace share."""
         told = asdict(self)
         for name in ("trace_id", "flags", "tracestate", "message"):
             del told[name]
+        if not self.links:
+            del told["links"]
         if self.message:
             told["message"] = self.message
         return told

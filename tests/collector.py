@@ -30,6 +30,7 @@ class Received:
     attributes: dict[str, Any]
     events: list[str] = field(default_factory=list)
     event_attributes: list[dict[str, Any]] = field(default_factory=list)
+    links: list[str] = field(default_factory=list)  # ids of spans
 
     @property
     def s(self) -> float:
@@ -66,6 +67,7 @@ def received(service: str, span: Any) -> Received:
         span.kind, span.start_time_unix_nano, span.end_time_unix_nano, span.flags,
         span.status.code == 2, attributes(span.attributes), [one.name for one in span.events],
         [attributes(one.attributes) for one in span.events],
+        [one.span_id.hex() for one in span.links],
     )  # fmt: skip
 
 
