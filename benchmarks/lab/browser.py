@@ -111,7 +111,9 @@ class Page:
         await self.call("Input.insertText", text=text)
 
     async def picture(self, file: Path) -> None:
-        """All of the page, not only what is in sight, as a PNG."""
+        """All of the page, not only what is in sight, as a PNG as wide as the window."""
+        # No bar is drawn here, and so no place is to be kept for one.
+        await self.value("document.documentElement.style.scrollbarGutter = 'auto'")
         told = await self.call("Page.getLayoutMetrics")
         area = told["cssContentSize"]
         clip = {"x": 0, "y": 0, "width": area["width"], "height": area["height"], "scale": 1}

@@ -78,7 +78,7 @@ function tiers() {
   const made = panel("tiers", "Tiers");
   const grid = table("Tiers against their targets", [
     ["Tier", "name"], ["First token", "num two"], ["In time", "bar"], ["Each further", "num two"], ["In pace", "bar"],
-    ["Running", "num"], ["Waiting", "num"], ["Turned away", "num"], ["Requests/s", "num"], ["Last 5 min", "spark"],
+    ["Running", "num"], ["Waiting", "num"], ["Turned away", "num"], ["Requests/s", "num"], ["Last 5 min", "spark spare"],
   ]);
   made.node.append(h("div", { class: "scroll" }, grid.node));
   const rows = keyed(grid.body, (one) => one.name, (one) => tierRow(grid, one.name));
@@ -157,7 +157,7 @@ function replicas() {
   const made = panel("replicas", "Replicas");
   const grid = table("Replicas with load, cache and rates", [
     ["Replica", "name"], ["State", ""], ["In flight", "num"], ["Busy", "bar"], ["Cache in use", "bar"],
-    ["Prefill tok/s", "num"], ["First token", "num"], ["Foreseen", "num"], ["Serves", "names"],
+    ["Prefill tok/s", "num"], ["First token", "num"], ["Foreseen", "num spare"], ["Serves", "names spare"],
   ]);
   made.node.append(h("div", { class: "scroll" }, grid.node));
   const rows = keyed(grid.body, (one) => one.url, (one) => {
