@@ -5,7 +5,7 @@ Longer than files should be: it is one table, whose rows are read beside each ot
 
 from __future__ import annotations
 
-from deploy.grafana.panels import Dashboard, Panel, Query, Row
+from deploy.grafana.panels import Dashboard, Panel, Query, Row, Variable
 
 _GOOD = "headgate_gateway_goodput_requests_total"
 _TTFT = "gen_ai_server_time_to_first_token_seconds"
@@ -115,12 +115,12 @@ WATERFALL = Dashboard(
                 "s", width=12, stacked=True,
             ),
             Panel(
-                "Seconds of a mean request", "The same, divided by the requests of the tier.",
+                "Seconds of a mean request", "The same, by the requests of the tiers chosen.",
                 [Query(
                     'sum by (phase) '
-                    '(rate(headgate_gateway_phase_seconds_total{tier="standard"}[$W]))'
+                    '(rate(headgate_gateway_phase_seconds_total{tier=~"$tier"}[$W]))'
                     ' / on () group_left () '
-                    'sum(rate(headgate_gateway_requests_total{tier="standard"}[$W]))',
+                    'sum(rate(headgate_gateway_requests_total{tier=~"$tier"}[$W]))',
                     "{{phase}}",
                 )],
                 "s", width=12, stacked=True,
@@ -160,7 +160,18 @@ WATERFALL = Dashboard(
                 [Query(rate("headgate_preemptions_total", "instance"), "{{instance}}")],
             ),
         ]),
+        Row("Processes", [
+            Panel(
+                "Processors", "How many each process keeps busy; a gateway's limit is one.",
+                [Query("rate(process_cpu_seconds_total[$W])", "{{instance}}")], width=12,
+            ),
+            Panel(
+                "Memory", "Resident. What climbs for hours is a leak, or a cache without a bound.",
+                [Query("process_resident_memory_bytes", "{{instance}}")], "bytes", width=12,
+            ),
+        ]),
     ],
+    (Variable("tier", "headgate_gateway_requests_total"),),
 )  # fmt: skip
 
 CACHE = Dashboard(

@@ -45,11 +45,20 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
+class Variable:
+    """What a reader chooses, one or several values of a label, or all; `{label=~"$label"}`."""
+
+    label: str
+    metric: str  # whose series have the values
+
+
+@dataclass(frozen=True, slots=True)
 class Dashboard:
     uid: str
     title: str
     what: str
     rows: Sequence[Row]
+    variables: Sequence[Variable] = ()
 
     def json(self) -> dict[str, Any]:
         """As Grafana imports it."""
@@ -72,7 +81,7 @@ class Dashboard:
                     "asDropdown": True,
                 }
             ],
-            "templating": {"list": []},
+            "templating": {"list": [_variable(one) for one in self.variables]},
             "annotations": {"list": []},
             "panels": list(self._placed()),
         }
@@ -93,6 +102,24 @@ class Dashboard:
                 yield {"id": number, "gridPos": place, **_body(panel)}
                 number, left = number + 1, left + panel.width
             top += HEIGHT
+
+
+def _variable(one: Variable) -> dict[str, Any]:
+    asked = f"label_values({one.metric}, {one.label})"
+    return {
+        "name": one.label,
+        "label": one.label.capitalize(),
+        "type": "query",
+        "datasource": PROMETHEUS,
+        "definition": asked,
+        "query": {"query": asked, "refId": "values"},
+        "refresh": 2,  # as the time range changes
+        "sort": 1,
+        "multi": True,
+        "includeAll": True,
+        "allValue": ".*",
+        "current": {"text": ["All"], "value": ["$__all"]},
+    }
 
 
 def _body(panel: Panel) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 import promql_parser
 
 WINDOW = "$__rate_interval"  # Grafana fills it in
+CHOSEN = re.compile(r'"\$(\w+)"')  # a variable of the dashboard, of which all may be chosen
 
 # By operator, whether a label's value is one that is asked for.
 MATCHES: Mapping[str, Callable[[str, str], bool]] = {
@@ -35,7 +36,8 @@ class Wanted:
 
 def wanted(expr: str) -> list[Wanted]:
     """Raises ValueError for what no Prometheus would read."""
-    return list(_below(promql_parser.parse(expr.replace(WINDOW, "5m")), frozenset()))
+    filled = CHOSEN.sub('".*"', expr.replace(WINDOW, "5m"))
+    return list(_below(promql_parser.parse(filled), frozenset()))
 
 
 def _below(expr: Any, grouped: frozenset[str]) -> Iterator[Wanted]:

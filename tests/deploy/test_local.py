@@ -32,7 +32,7 @@ from policies.devices import devices
 from policies.ledger import Decision, Ledger
 from policies.load import load_hypothesis
 from tests.deploy.promql import wanted
-from tests.deploy.test_observe import panels, rules
+from tests.deploy.test_observe import panels, rules, variables
 from tests.docs.pages import missing, steps
 from tests.docs.typed import complaint
 from tests.policies.gated_world import HYPOTHESIS, verdict_on
@@ -450,6 +450,7 @@ def test_every_metric_of_a_dashboard_or_an_alert_is_there(busy: Series) -> None:
     """Name, labels, and values that are asked for; what rules record is theirs."""
     asked = [target["expr"] for panel in panels() for target in panel.get("targets", ())]
     asked += [rule["expr"] for rule in rules()]
+    asked += [f"sum by ({label}) ({metric})" for _, label, metric in variables()]
     lost = [
         str(one)
         for one in {one for expr in asked for one in wanted(expr)}

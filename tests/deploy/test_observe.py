@@ -19,6 +19,7 @@ from ruamel.yaml import YAML
 from deploy.grafana.__main__ import FOLDER, files
 from deploy.local.compose import interpolate
 from tests.deploy.promql import wanted
+from tests.deploy.promql import CHOSEN, wanted
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
@@ -110,6 +111,32 @@ def test_every_question_is_promql_and_its_legend_names_labels_that_it_keeps() ->
             named = set(re.findall(r"\{\{(\w+)\}\}", target["legendFormat"]))
             # a bare series keeps its target's labels, too, and recorded ones what they are by
             assert named <= labels | {"instance", "tier"}, target["expr"]
+
+
+def variables() -> Iterator[tuple[str, str, str]]:
+    """Of each dashboard: its file, a variable's name, and the metric whose label it offers."""
+    for file in sorted(FOLDER.glob("*.json")):
+        for one in json.loads(file.read_text())["templating"]["list"]:
+            found = re.fullmatch(r"label_values\((\w+), (\w+)\)", one["query"]["query"])
+            assert found is not None
+            assert found[2] == one["name"]
+            yield file.name, one["name"], found[1]
+
+
+def test_a_tier_is_chosen_and_not_written_down() -> None:
+    """The bug: a panel asked for `standard` alone, which a policy need not have. What is asked by a
+    variable is a regular expression, as Grafana writes several choices, of one that is there."""
+    there = {(file, name) for file, name, _ in variables()}
+    used = set()
+    for file in sorted(FOLDER.glob("*.json")):
+        for panel in json.loads(file.read_text())["panels"]:
+            for target in panel.get("targets", ()):
+                for one in wanted(target["expr"]):
+                    assert ("tier", "MatchOp.Equal") not in {found[:2] for found in one.values}
+                names = CHOSEN.findall(target["expr"])
+                assert all(f'{name}=~"${name}"' in target["expr"] for name in names)
+                used |= {(file.name, name) for name in names}
+    assert used == there != set()
 
 
 def test_what_is_provisioned_refers_to_what_is_there() -> None:
