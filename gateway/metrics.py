@@ -12,8 +12,12 @@ import asyncio
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from platform import python_version
 from typing import TYPE_CHECKING, Any
 
+from gateway import process
 from gateway.edge import Edge, Live
 from gateway.exposition import Format
 from gateway.histogram import Histogram
@@ -228,7 +232,36 @@ def _outages(r: Reading) -> Values:
     return {} if far is None else far.outages
 
 
+@cache
+def _version() -> str:
+    try:
+        return version("headgate")
+    except PackageNotFoundError:  # it runs from a folder that was never installed
+        return "0"
+
+
 GAUGES = (
+    Family(
+        PREFIX + "info",
+        "1, with what serves as labels.",
+        lambda _: {(_version(), python_version()): 1.0},
+        ("version", "python"),
+    ),
+    Family(
+        "process_resident_memory_bytes",
+        "Memory of this process that is really there.",
+        lambda _: process.resident_bytes(),
+    ),
+    Family(
+        "process_start_time_seconds",
+        "When this process began, in seconds since 1970.",
+        lambda _: process.started_at(),
+    ),
+    Family(
+        "process_open_fds",
+        "Files and connections that it has open.",
+        lambda _: process.open_files(),
+    ),
     Family(
         PREFIX + "requests_in_flight",
         "Requests, waiting ones included.",
@@ -339,6 +372,11 @@ GAUGES = (
 )
 
 COUNTERS = (
+    Family(
+        "process_cpu_seconds",
+        "Seconds of processors that this process took.",
+        lambda _: process.cpu_s(),
+    ),
     Family(
         PREFIX + "requests",
         "Answers by how they ended.",

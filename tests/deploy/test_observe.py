@@ -18,7 +18,6 @@ from ruamel.yaml import YAML
 
 from deploy.grafana.__main__ import FOLDER, files
 from deploy.local.compose import interpolate
-from tests.deploy.promql import wanted
 from tests.deploy.promql import CHOSEN, wanted
 
 ROOT = Path(__file__).parents[2]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import platform
+import time
 from pathlib import Path
 
 from prometheus_client.openmetrics import parser as openmetrics
@@ -66,6 +68,23 @@ async def test_requests_are_counted_by_tier() -> None:
         assert found["headgate_gateway_first_token_in_time_total interactive"] == 1
         assert found["headgate_gateway_requests_running batch"] == 0
         assert found["headgate_gateway_replicas_ready"] == 1
+
+
+@on_loop
+async def test_a_gateway_tells_what_it_is_and_what_its_process_takes() -> None:
+    """Also as OpenMetrics, where a counter's name is told without its end."""
+    async with upstream() as fake, gateway(fake) as edge:
+        found = await scraped(edge)
+        assert found["process_resident_memory_bytes"] > 2**20
+        assert found["process_cpu_seconds_total"] > 0
+        assert found["process_start_time_seconds"] <= time.time()
+        (name,) = [name for name in found if name.startswith("headgate_gateway_info ")]
+        assert found[name] == 1
+        assert platform.python_version() in name
+        asked = {"accept": "application/openmetrics-text"}
+        told = (await edge.client.get("/metrics", headers=asked)).text
+        families = {one.name for one in openmetrics.text_string_to_metric_families(told)}
+        assert {"process_cpu_seconds", "process_resident_memory_bytes"} <= families
 
 
 @on_loop
@@ -209,7 +228,11 @@ async def test_every_metric_is_described_as_it_is() -> None:
         names = ", ".join(f"`{label}`" for label in labels) or "—"
         assert f"| `{name}` | {names} | {text} |" in described, name
     rows = [line for line in described.split("## The gateway's")[1].splitlines() if "_" in line]
-    names = {line.split("`")[1] for line in rows if line.startswith(("| `headgate_", "| `gen_ai_"))}
+    names = {
+        line.split("`")[1]
+        for line in rows
+        if line.startswith(("| `headgate_", "| `gen_ai_", "| `process_"))
+    }
     assert names == {name for name, _, _ in families}
 
 
