@@ -25,7 +25,7 @@ FOLDERS = ("runtime", "vllm", "example")
 MARGIN_S = 10.0  # between the end of a drain and SIGKILL
 DNS_S = 5.0  # for which CoreDNS lets answers for headless services be kept
 # Kinds of others, which Kubernetes' schemas do not have; their rules are below.
-FOREIGN = {"HTTPRoute", "PodMonitor", "ScaledObject"}
+FOREIGN = {"HTTPRoute", "PodMonitor", "PrometheusRule", "ScaledObject"}
 
 Object = Mapping[str, Any]
 
@@ -168,6 +168,70 @@ def test_keda_asks_for_the_same_numbers_as_the_autoscaler_that_it_replaces(
     for trigger in spec["triggers"]:
         assert set(trigger) == {"type", "metricType", "metadata"}
         assert trigger["metricType"] == "AverageValue"
+
+
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> list[Object]:
+    """All of it under other names in another namespace, as docs/fleet.md tells."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    page = (ROOT / "docs" / "fleet.md").read_text()
+    lines = re.findall(r"^replacements:\n.*?(?=^```)", page, flags=re.MULTILINE | re.DOTALL)
+    base = os.path.relpath(DEPLOY, folder.resolve())
+    components = ", ".join(f"{base}/{name}" for name in ("route", "monitoring", "keda", "tracing"))
+    (folder / "kustomization.yaml").write_text(
+        f"namespace: mine\nnamePrefix: blue-\nresources: [{base}/runtime]\n"
+        f"components: [{components}]\n{lines[0]}"
+    )
+    return rendered(folder)
+
+
+def test_names_and_namespaces_of_one_s_own_reach_what_names_them(elsewhere: list[Object]) -> None:
+    """Kustomize knows only where Kubernetes' own kinds name each other: KEDA would scale what is
+    not there, by the series of another namespace, and the route would lead nowhere."""
+    (scaled,) = of_kind(elsewhere, "ScaledObject")
+    assert scaled["spec"]["scaleTargetRef"]["name"] == "blue-headgate-engine"
+    for trigger in scaled["spec"]["triggers"]:
+        assert trigger["metadata"]["query"].endswith('{namespace="mine"})')
+    (route,) = of_kind(elsewhere, "HTTPRoute")
+    named = {name_of(one) for one in of_kind(elsewhere, "Service")}
+    assert {one["name"] for one in route["spec"]["rules"][0]["backendRefs"]} <= named
+    assert {one["metadata"].get("namespace") for one in elsewhere} == {"mine"}
+
+
+def test_spans_have_a_way_out_to_where_they_are_sent(elsewhere: list[Object]) -> None:
+    """Of gateways and engines; without the component neither sends any, nor may."""
+    plain = rendered(DEPLOY / "runtime")
+    assert "4318" not in str(plain)
+    ports = []
+    for _, _, container in containers(elsewhere):
+        told = {one["name"]: one.get("value") for one in container["env"]}
+        found = re.fullmatch(r"http://[\w-]+\.(\w+):(\d+)", told["OTEL_EXPORTER_OTLP_ENDPOINT"])
+        assert found is not None
+        ports.append(found.groups())
+    rules = [one["spec"]["egress"][-1] for one in of_kind(elsewhere, "NetworkPolicy")]
+    assert [
+        (rule["to"][0]["namespaceSelector"]["matchLabels"]["kubernetes.io/metadata.name"],
+         str(rule["ports"][0]["port"]))
+        for rule in rules
+    ] == ports  # fmt: skip
+    assert len(ports) == 2
+    ours = [one for one in elsewhere if one["kind"] not in FOREIGN]
+    assert not [problem for one in ours if (problem := schema_problems(one))]
+
+
+def test_alerts_are_those_of_the_stack_and_their_targets_are_called_as_there(
+    elsewhere: list[Object],
+) -> None:
+    (rule,) = of_kind(elsewhere, "PrometheusRule")
+    (stack,) = documents((ROOT / "deploy" / "prometheus" / "rules.yaml").read_text())
+    assert rule["apiVersion"] == "monitoring.coreos.com/v1"
+    assert rule["spec"] == stack
+    jobs = [
+        {one["targetLabel"]: one["replacement"] for one in endpoint["relabelings"]}["job"]
+        for monitor in of_kind(elsewhere, "PodMonitor")
+        for endpoint in monitor["spec"]["podMetricsEndpoints"]
+    ]
+    assert set(re.findall(r'job="(\w+)"', str(stack))) <= set(jobs) == {"gateway", "runtime"}
 
 
 # ---- names that meet ----------------------------------------------------------------------------
