@@ -10,7 +10,7 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -178,18 +178,31 @@ class Controller:
         """Takes room: in the emptiest domain that has it, else wherever and whenever there is some,
         so that a cluster that can grow sees what is missing."""
         strict = self._settings.spread == "strict"
-        taken = [one.domain for one in self.units if one.domain is not None]
-        shunned = {domain for domain, until in self._shunned.items() if self._now() < until}
-        for domain in preferences(await self._cluster.domains(), taken, shunned, strict=strict):
-            unit.domain = domain  # others see at once that it is taken
-            try:
-                unit.domain = await self._cluster.place(unit.name, domain, (), PLACE_S)
-            except NoRoom:
-                continue
-            return
+        untried = list(await self._cluster.domains())
+        while order := self._order(unit, untried):
+            unit.domain = order[0]  # others see at once that it is taken
+            untried.remove(order[0])
+            with contextlib.suppress(NoRoom):
+                unit.domain = await self._cluster.place(unit.name, unit.domain, (), PLACE_S)
+                return
         unit.domain = None
         log.info("%s waits for room on the cluster", unit.name)
-        unit.domain = await self._cluster.place(unit.name, None, taken if strict else (), None)
+        while unit.domain is None:
+            avoid = self._taken(unit) if strict else ()
+            domain = await self._cluster.place(unit.name, None, avoid, None)
+            if strict and domain in self._taken(unit):  # another one that waited is there by now
+                await self._cluster.release(unit.name)
+                continue
+            unit.domain = domain
+
+    def _order(self, unit: Unit, domains: Sequence[str]) -> list[str]:
+        """Of the domains, by where all others are at this moment."""
+        shunned = {domain for domain, until in self._shunned.items() if self._now() < until}
+        strict = self._settings.spread == "strict"
+        return preferences(domains, self._taken(unit), shunned, strict=strict)
+
+    def _taken(self, unit: Unit) -> list[str]:
+        return [one.domain for one in self.units if one is not unit and one.domain is not None]
 
     async def _start(self, unit: Unit, hosted: Hosted) -> None:
         looking = asyncio.create_task(self._renew(hosted))

@@ -68,6 +68,7 @@ class Nodes:
     count: int = 0
 
     async def domains(self) -> Sequence[str]:
+        await asyncio.sleep(0)  # as a question to a cluster, which lets others go on
         return list(self.places)
 
     async def place(
@@ -188,6 +189,28 @@ async def test_replicas_are_spread_and_told_to_the_gateways_once_ready(tmp_path:
         assert {row["domain"] for row in body["fleet"]} == {"zone-0", "zone-1"}
         stopping = list(nodes.replicas.values())
     assert all(one.stopped for one in stopping)
+
+
+@on_loop
+async def test_replicas_that_begin_together_do_not_choose_the_same_domain(tmp_path: Path) -> None:
+    """Both asked which domains there are before either had chosen, and went to the first one."""
+    nodes = Nodes({"zone-0": 2, "zone-1": 2})
+    async with running(tmp_path, nodes, replicas_min=2, spread="strict") as world:
+        await until(lambda: world.ready(2))
+        assert nodes.domains_taken() == ["zone-0", "zone-1"]
+
+
+@on_loop
+async def test_replicas_that_wait_together_do_not_end_in_the_same_domain(tmp_path: Path) -> None:
+    """A new domain with room for both takes one of them; the other goes on waiting."""
+    nodes = spread(1)
+    async with running(tmp_path, nodes, replicas_min=3, spread="strict") as world:
+        await until(lambda: nodes.asked.count(None) == 2)
+        nodes.places["zone-1"] = 2
+        await until(lambda: nodes.asked.count(None) == 3 and world.ready(2))
+        assert nodes.domains_taken() == ["zone-0", "zone-1"]
+        nodes.places["zone-2"] = 1
+        await until(lambda: world.ready(3))
 
 
 @pytest.mark.parametrize(
