@@ -23,7 +23,7 @@ def main() -> None:
     nodes = []
     for number in range(int(sys.argv[1])):
         node = cluster.add_node(
-            num_cpus=1,
+            num_cpus=2,  # so that nothing but a decision keeps two replicas apart
             include_dashboard=False,
             object_store_memory=STORE_BYTES,
             labels={"zone": f"zone-{number}"},

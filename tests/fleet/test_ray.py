@@ -1,4 +1,5 @@
-"""`headgate serve --on ray` on a real cluster of three nodes, one of which dies under load."""
+"""`headgate serve --on ray` on a real cluster of three nodes: one more replica under load and one
+less after it, an edited policy, and a node that dies."""
 
 from __future__ import annotations
 
@@ -34,6 +35,13 @@ gateway: {drain_s: 5, resume: auto, tenants: {clients: {key_env: CLIENT_KEY}}}
 runtime: {model: pocket, kv_tokens: 4096, threads: 1}
 fleet: {replicas_min: 2, replicas_max: 2, spread: strict, domain: zone}
 """
+SCALED = """\
+version: 1
+gateway: {drain_s: 5, resume: auto, tenants: {clients: {key_env: CLIENT_KEY}}}
+runtime: {model: pocket, kv_tokens: 4096, threads: 1}
+fleet:
+  {replicas_min: 1, replicas_max: 2, running: 1, up_after_s: 2, down_after_s: 5, domain: zone}
+"""
 KEY = {"authorization": "Bearer of a client"}
 LONG = {
     "model": "pocket",
@@ -61,7 +69,7 @@ class Node:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[tuple[str, list[Node]]]:
-    """Three nodes with a CPU each, of which the first one has the control plane."""
+    """Three nodes with room for two replicas each, the first one with the control plane."""
     program = [sys.executable, str(Path(__file__).with_name("ray_nodes.py")), "3"]
     process = subprocess.Popen(
         program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
@@ -90,6 +98,7 @@ class Served:
     """A running `headgate serve`, and what it said."""
 
     process: subprocess.Popen[str]
+    policy: Path
     lines: list[str] = field(default_factory=list)
 
     def read(self) -> None:
@@ -108,9 +117,11 @@ class Served:
 
 
 @pytest.fixture
-def served(cluster: tuple[str, list[Node]], tmp_path: Path) -> Iterator[Served]:
+def served(
+    cluster: tuple[str, list[Node]], tmp_path: Path, request: pytest.FixtureRequest
+) -> Iterator[Served]:
     file = tmp_path / "policy.yaml"
-    file.write_text(POLICY)
+    file.write_text(request.param)
     address, _ = cluster
     process = subprocess.Popen(
         [sys.executable, "-P", "-m", "headgate", "serve", "--on", "ray",
@@ -121,7 +132,7 @@ def served(cluster: tuple[str, list[Node]], tmp_path: Path) -> Iterator[Served]:
         text=True,
         env=os.environ | ENVIRONMENT | {"HEADGATE_PORT": "0", "CLIENT_KEY": "of a client"},
     )  # fmt: skip
-    run = Served(process)
+    run = Served(process, file)
     reading = threading.Thread(target=run.read)
     reading.start()
     try:
@@ -134,6 +145,38 @@ def served(cluster: tuple[str, list[Node]], tmp_path: Path) -> Iterator[Served]:
         process.stdout.close()
 
 
+@pytest.mark.parametrize("served", [SCALED], indirect=True)
+def test_a_replica_comes_under_load_in_another_domain_and_goes_after_it(
+    cluster: tuple[str, list[Node]], served: Served
+) -> None:
+    """Also after a hot edit of the policy, which had ended restarts and scaling for good; no stream
+    is lost, and no replica."""
+    nodes = cluster[1]
+    served.until("ready in")
+    (line,) = served.until(r"gateway +http")
+    with httpx.Client(base_url=line.split()[1], timeout=60, headers=KEY) as client:
+        until(lambda: list(replicas(client).values()) == [True])
+        assert sum(len(workers_of(node)) for node in nodes) == 1
+        edited = SCALED.replace("drain_s: 5,", "drain_s: 5, tiers: {interactive: {ttft_ms: 300}},")
+        served.policy.write_text(edited)
+        served.until("the policy was reloaded")
+        with asking(client, 3) as answers:
+            served.until("is ready at", 2)
+            until(lambda: list(replicas(client).values()) == [True, True])
+            assert sorted(len(workers_of(node)) for node in nodes) == [0, 1, 1]
+            so_far = len(answers)
+            until(lambda: len(answers) >= so_far + 6)
+        assert len(set(answers)) == 1
+        served.until("is not wanted any more: it drains")
+        until(lambda: len(replicas(client)) == 1)
+        until(lambda: sum(len(workers_of(node)) for node in nodes) == 1)
+        assert whole(client.post(CHAT, json=LONG)) == answers[0]
+    assert not [line for line in served.lines if "is lost" in line]
+    served.process.send_signal(signal.SIGINT)
+    assert served.process.wait(STOP_S + 20) == 0, "".join(served.lines)
+
+
+@pytest.mark.parametrize("served", [POLICY], indirect=True)
 def test_a_node_dies_under_load_and_no_client_notices(
     cluster: tuple[str, list[Node]], served: Served
 ) -> None:
@@ -146,6 +189,7 @@ def test_a_node_dies_under_load_and_no_client_notices(
     with httpx.Client(base_url=line.split()[1], timeout=60, headers=KEY) as client:
         until(lambda: list(replicas(client).values()) == [True, True])
         before = replicas(client)
+        assert sorted(len(workers_of(node)) for node in nodes) == [0, 1, 1]  # a domain each
         for url in before:
             assert httpx.get(f"{url}/v1/models").status_code == 401
         expected = whole(client.post(CHAT, json=LONG))
@@ -157,8 +201,8 @@ def test_a_node_dies_under_load_and_no_client_notices(
         assert set(answers) == {expected}  # to the letter, whoever gave which part
         assert len(replicas(client).keys() - before.keys()) == 1
 
+    assert sorted(len(workers_of(node)) for node in nodes) == [0, 1, 1]
     workers = [worker for node in nodes for worker in workers_of(node)]
-    assert len(workers) == 2
     served.process.send_signal(signal.SIGINT)
     assert served.process.wait(STOP_S + 20) == 0, "".join(served.lines)
     _, alive = psutil.wait_procs(workers, timeout=STOP_S)
