@@ -19,6 +19,7 @@ _REFERENCE = re.compile(
     rf"\$(?:(?P<escaped>\$)|(?P<bare>{_NAME})|\{{(?P<name>{_NAME})(?P<rule>:?[-+?]|(?=\}})))"
 )
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h)")
+_PORT_MAX = 65535
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 
@@ -102,8 +103,11 @@ def _service(name: str, told: Mapping[str, Any], running: Mapping[str, Any]) -> 
 
 
 def _published(port: str) -> tuple[int, int]:
-    """`127.0.0.1:8080:80` -> 80, 8080."""
+    """`127.0.0.1:8080:80` -> 80, 8080. Raises ComposeError."""
     *_, ours, theirs = port.split(":")
+    for one in (ours, theirs):
+        if not (one.isdecimal() and one.isascii() and int(one) <= _PORT_MAX):
+            raise ComposeError(f"ports: {port}: expected a port from 0 to {_PORT_MAX}, got {one!r}")
     return int(theirs), int(ours)
 
 

@@ -103,9 +103,17 @@ class Places:
                 raise ComposeError(f"{service.name} mounts {source}, which does not exist")
             there.parent.mkdir(parents=True, exist_ok=True)
             if source.is_file() and source.stat().st_size <= _TEXT_BYTES_MAX:
-                there.write_text(put(source.read_text(encoding="utf-8")), encoding="utf-8")
+                there.write_text(put(_text(source, service)), encoding="utf-8")
             else:
                 there.symlink_to(source)
+
+
+def _text(file: Path, service: Service) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not text in UTF-8"
+        raise ComposeError(f"{service.name} mounts {file}, which cannot be read: {why}") from None
 
 
 def _either(words: Mapping[str, str] | map[str]) -> str:

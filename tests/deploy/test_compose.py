@@ -274,6 +274,29 @@ def test_words_of_a_container_become_this_machine_s(tmp_path: Path) -> None:
     assert places.argv(services["gateway-0"], ["--port", "8080"]) == ("--port", str(own))
 
 
+@pytest.mark.parametrize("port", ["abc", "99999", "-1", "8080/tcp", "\u0662"])
+def test_a_port_that_is_none_is_told_where_it_stands(port: str) -> None:
+    """HEADGATE_PORT=abc ended with a traceback."""
+    with pytest.raises(ComposeError, match=r"expected a port from 0 to 65535, got '") as told:
+        read(FILE, ENVIRON | {"HEADGATE_PORT": port})
+    assert port in str(told.value)
+
+
+def test_a_policy_that_is_no_text_is_told_by_its_name(tmp_path: Path) -> None:
+    """Bytes, or nothing at all, under HEADGATE_POLICY: what, whose, and why, and no traceback."""
+    for name, content, why in (
+        ("binary.yaml", b"\xff\xfe\x00", "it is not text in UTF-8"),
+        ("lost.yaml", None, "which does not exist"),
+    ):
+        file = tmp_path / name
+        if content is not None:
+            file.write_bytes(content)
+        services = read(FILE, ENVIRON | {"HEADGATE_POLICY": str(file)})
+        (gateway,) = [one for one in services if one.name == "gateway-0"]
+        with pytest.raises(ComposeError, match=f"gateway-0 mounts {file}.* {why}"):
+            Places.of(services, tmp_path / "places").settle(gateway, ROOT)
+
+
 # ---- health checks ------------------------------------------------------------------------------
 
 
