@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 from command.lazy import LazyGroup
 
@@ -103,6 +104,10 @@ def serve(policy: Path | None, where: str, ray_address: str) -> None:
       2    the policy is wrong; each problem is printed as file:line:col
       130  ended at once by a second Ctrl-C
     """
+    typed = click.get_current_context().get_parameter_source("ray_address")
+    if where == "here" and typed is ParameterSource.COMMANDLINE:  # the variable is Ray's own
+        wrong = f"{ray_address}: replicas run here, on no Ray cluster; add --on ray"
+        raise click.BadParameter(wrong, param_hint="--ray-address")
     from command.screen import Screen
     from command.serve import StartError, serve as run
     from policies.load import PolicyError

@@ -175,6 +175,16 @@ def test_what_ray_cannot_serve_is_told_at_once(tmp_path: Path, text: str, told: 
     assert told in done.stderr
 
 
+def test_an_address_of_ray_without_ray_is_refused(tmp_path: Path) -> None:
+    """It was ignored; the variable, which Ray's own nodes have set, still is."""
+    file = str(write(tmp_path, "version: 1\nruntime: {model: ./gone}\n"))
+    typed = headgate("serve", "--ray-address", "head:6379", file)
+    assert (typed.returncode, typed.stdout) == (2, "")
+    assert "head:6379: replicas run here, on no Ray cluster; add --on ray" in typed.stderr
+    found = headgate("serve", file, RAY_ADDRESS="head:6379")
+    assert "runtime.model  no such folder" in found.stderr
+
+
 def test_what_runs_where_and_what_to_paste_are_printed(tmp_path: Path) -> None:
     model_folder(tmp_path / "tiny")
     plan = a_plan(tmp_path, TWO)
