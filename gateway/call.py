@@ -38,14 +38,16 @@ FORWARDED = frozenset(
 # garbage collector has nothing of it to walk; the bytes go on whole.
 READ = (
     "add_generation_prompt", "audio", "begun_token_ids", "best_of", "cache_salt",
-    "chat_template_kwargs", "continue_final_message", "documents", "echo", "functions",
-    "guided_choice", "guided_grammar", "guided_json", "guided_regex", "logprobs",
-    "max_completion_tokens", "max_tokens", "messages", "n", "priority", "prompt",
-    "prompt_cache_key", "response_format", "seed", "service_tier", "stream_options",
-    "structured_outputs", "temperature", "tool_choice", "tools", "top_k", "top_logprobs",
-    "top_p", "user",
+    "chat_template_kwargs", "continue_final_message", "documents", "echo", "frequency_penalty",
+    "functions", "guided_choice", "guided_grammar", "guided_json", "guided_regex", "logprobs",
+    "max_completion_tokens", "max_tokens", "messages", "n", "presence_penalty", "priority",
+    "prompt", "prompt_cache_key", "response_format", "seed", "service_tier", "stop",
+    "stream_options", "structured_outputs", "temperature", "tool_choice", "tools", "top_k",
+    "top_logprobs", "top_p", "user",
 )  # fmt: skip
 SESSION_HEADERS = ("x-session-id", "x-session-affinity")
+# Several of them are one list (W3C); of two `traceparent` it makes one that is not valid.
+LISTS = frozenset((b"traceparent", b"tracestate", b"baggage"))
 FORWARDED_PREFIX = b"x-slo-"
 FORWARDED_MAX = 32  # headers
 HEADER_VALUE_MAX_BYTES = 4096
@@ -153,7 +155,7 @@ def _parse(path: str, body: bytes, headers: RawHeaders, request_id: str) -> Call
             ):  # not in silence: it is a promise
                 raise problems.wrong_value(name.decode("latin-1"), "milliseconds", "other bytes")
             if text is not None and len(forwarded) < FORWARDED_MAX:
-                forwarded[name.decode("latin-1")] = text
+                _forward(forwarded, name, text)
     return Call(
         path,
         model,
@@ -163,6 +165,15 @@ def _parse(path: str, body: bytes, headers: RawHeaders, request_id: str) -> Call
         authorization,
         {name: data[name] for name in READ if name in data},
     )
+
+
+def _forward(forwarded: dict[str, str], name: bytes, text: str) -> None:
+    key = name.decode("latin-1")
+    before = forwarded.get(key) if name in LISTS else None
+    if before is None:
+        forwarded[key] = text
+    elif len(before) + len(text) < HEADER_VALUE_MAX_BYTES:
+        forwarded[key] = f"{before},{text}"
 
 
 def request_id(headers: RawHeaders) -> str:

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 from gateway.call import CHAT_PATH
 from gateway.phases import phases
 from gateway.trail import Hop, Interval, Trail
-from telemetry.genai import CHAT, LEAVES, TEXT, counted, requested
+from telemetry.genai import CHAT, LEAVES, TEXT, about, counted, responded
 from telemetry.trace import Context, Event, Kind, Span, Status
 
 SERVICE = "headgate-gateway"
@@ -98,11 +98,7 @@ def _client(trail: Trail, hop: Hop) -> Span:
     operation = CHAT if trail.path == CHAT_PATH else TEXT
     where = urlsplit(hop.replica.url)
     told: dict[str, Any] = {
-        "gen_ai.operation.name": operation,
-        "gen_ai.provider.name": hop.replica.kind,
-        "gen_ai.request.model": trail.model,
-        "gen_ai.request.stream": trail.stream,
-        **requested(trail.asked),
+        **about(operation, hop.replica.kind, trail.model, trail.asked, stream=trail.stream),
         "server.address": where.hostname or "",
         "server.port": where.port or (443 if where.scheme == "https" else 80),
         "headgate.replica": hop.replica.url,
@@ -119,13 +115,11 @@ def _client(trail: Trail, hop: Hop) -> Span:
         status = "UNSET" if hop.outcome.startswith("4") else "ERROR"
     elif hop.first is None or (trail.error == LEAVES and hop is trail.hops[-1]):
         told["error.type"] = LEAVES
-    if hop.first is not None and trail.stream:
-        told["gen_ai.response.time_to_first_chunk"] = round(hop.first - hop.began, 6)
-    if hop is trail.hops[-1]:
-        if trail.answer_id:
-            told["gen_ai.response.id"] = trail.answer_id
-        if (usage := trail.usage) is not None:
-            told |= counted(usage.prompt_tokens, usage.answer_tokens, usage.cached_tokens)
+    first_s = hop.first - hop.began if hop.first is not None and trail.stream else None
+    is_last = hop is trail.hops[-1]
+    told |= responded(trail.answer_id if is_last else "", first_s)
+    if is_last and (usage := trail.usage) is not None:
+        told |= counted(usage.prompt_tokens, usage.answer_tokens, usage.cached_tokens)
     ended = trail.ended if hop.ended is None else min(hop.ended, trail.ended)
     span = _span(trail, f"{operation} {trail.model}", "CLIENT", hop.began, ended, told)
     span.span_id, span.status = hop.span_id, status

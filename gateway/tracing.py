@@ -23,11 +23,9 @@ from policies.tracing import Always, Tracing
 from runtime.wire import Problem
 from telemetry.genai import LEAVES
 from telemetry.otlp import Exporter
-from telemetry.trace import SAMPLED, TRACEPARENT, Span, begun, joined, new_span_id
+from telemetry.trace import SAMPLED, Span, begun, carried, new_span_id
 
 log = logging.getLogger("headgate.gateway")
-
-_TRACEPARENT = TRACEPARENT.encode()
 
 ASKING_MAX = 32  # traces at once that workers are asked to send after all
 
@@ -71,11 +69,7 @@ class Tracer:
 
     def _join(self, trail: Trail, headers: RawHeaders) -> None:
         """The client's trace goes on, or a new one begins."""
-        parent = None
-        for name, value in headers:
-            if name == _TRACEPARENT:
-                parent = joined(value.decode("latin-1"))
-                break
+        parent, trail.tracestate = carried(headers)
         if parent is None:
             parent = begun(self.settings.share)
         trail.trace_id, trail.parent_id = parent.trace_id, parent.span_id

@@ -12,9 +12,9 @@ from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from telemetry.genai import REQUEST
+from telemetry.genai import REQUEST, stops_of
 from telemetry.phases import Phases
-from telemetry.trace import RANDOM, TRACEPARENT, new_span_id, traceparent
+from telemetry.trace import RANDOM, TRACEPARENT, TRACESTATE, new_span_id, traceparent
 
 if TYPE_CHECKING:
     from gateway.call import Call
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from gateway.usage import Usage
 
 HEAD_BYTES = 256  # of an answer, in which its id stands
+STOPS, STOP_CHARS = 4, 64  # sequences, of each
 MODEL_CHARS = 256  # of a name that a client asks for
 _ID = re.compile(rb'"id" ?: ?"([^"\\]{1,128})"')
 _NUMBERS = (int, float)
@@ -56,6 +57,10 @@ class Hop:
         trail = self.trail
         if trail.trace_id:
             headers[TRACEPARENT] = traceparent(trail.trace_id, self.span_id, trail.flags)
+            if trail.tracestate:
+                headers[TRACESTATE] = trail.tracestate
+            else:
+                headers.pop(TRACESTATE, None)
 
     def answered(self, told: Phases | None, head: bytes) -> None:
         """The answer has begun."""
@@ -140,13 +145,15 @@ class Trail:
         self.stream = call.stream
         self.tenant = tenant
         self.asked = call.data
-        self.tracestate = call.headers.get("tracestate", "")
 
     def close(self) -> None:
-        """It is over; nothing is kept of what was asked but how to answer, as numbers: no text, and
-        nothing that is as large as a client likes."""
+        """It is over; nothing is kept of what was asked but how to answer, as numbers and where to
+        stop: no other text, and nothing that is as large as a client likes."""
         asked = self.asked
-        self.asked = {name: asked[name] for name in REQUEST if type(asked.get(name)) in _NUMBERS}
+        kept = {name: asked[name] for name in REQUEST if type(asked.get(name)) in _NUMBERS}
+        if stops := stops_of(asked.get("stop")):
+            kept["stop"] = [one[:STOP_CHARS] for one in stops[:STOPS]]
+        self.asked = kept
         self.model = self.model[:MODEL_CHARS]
 
     def beside(self) -> Trail:

@@ -13,27 +13,25 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence as Many
+from collections.abc import Iterator, Sequence as Many
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from policies.tracing import Tracing
 from runtime.inbox import Order
 from runtime.wire import Problem
-from telemetry.genai import LEAVES, counted, latencies
+from telemetry.genai import LEAVES, asked_of, counted, latencies
 from telemetry.otlp import Exporter
 from telemetry.phases import TIMING_HEADER, Phases
 from telemetry.trace import (
     EVENTS_MAX,
     SAMPLED,
-    TRACEPARENT,
-    TRACESTATE,
     Context,
     Event,
     Kind,
     Span,
     begun,
-    joined,
+    carried,
     new_span_id,
 )
 
@@ -42,7 +40,7 @@ if TYPE_CHECKING:
 
 SERVICE = "headgate-runtime"
 WANTED_MAX = 256  # traces whose spans are to be sent once they have ended
-_READ = {one.encode() for one in (TRACEPARENT, TRACESTATE, TIMING_HEADER, "x-request-id")}
+_READ = {one.encode() for one in (TIMING_HEADER, "x-request-id")}
 now = time.monotonic
 
 
@@ -89,14 +87,14 @@ class Visit:
         "span_id", "status", "tells", "told", "tracestate", "tracks",
     )  # fmt: skip
 
-    def __init__(self, context: Context, given: dict[bytes, bytes]) -> None:
+    def __init__(self, context: Context, given: dict[bytes, bytes], tracestate: str) -> None:
         self.began = now()
         self.at = time.time()
         self.context = context
         self.span_id = new_span_id()
         self.tells = TIMING_HEADER.encode() in given
         self.request_id = given.get(b"x-request-id", b"").decode("latin-1")
-        self.tracestate = given.get(TRACESTATE.encode(), b"").decode("latin-1")
+        self.tracestate = tracestate
         self.model = self.fingerprint = ""
         self.tracks: list[Track] = []
         self.told: list[Told] = []
@@ -160,12 +158,11 @@ class Tracer:
         self._kept: deque[Visit] = deque(maxlen=settings.keep)
         self._wanted: deque[str] = deque(maxlen=WANTED_MAX)
 
-    def begin(self, headers: Iterable[tuple[bytes, bytes]]) -> Visit:
+    def begin(self, headers: Many[tuple[bytes, bytes]]) -> Visit:
         """A request has come."""
         given = {name: value for name, value in headers if name in _READ}
-        told = given.get(TRACEPARENT.encode())
-        context = joined(told.decode("latin-1")) if told is not None else None
-        return Visit(context or begun(self.settings.share), given)
+        context, state = carried(headers)
+        return Visit(context or begun(self.settings.share), given, state)
 
     def end(self, visit: Visit) -> None:
         """Its last byte is out, or there will be none."""
@@ -226,8 +223,7 @@ def spans_of(visit: Visit) -> list[Span]:
 
 def _facts(visit: Visit) -> dict[str, Any]:
     found: dict[str, Any] = {
-        "gen_ai.request.model": visit.model,
-        "gen_ai.request.id": visit.request_id,
+        **asked_of(visit.model, visit.request_id),
         "headgate.config.fingerprint": visit.fingerprint,
         "http.response.status_code": visit.status,
         "error.type": visit.error,

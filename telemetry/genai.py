@@ -35,9 +35,40 @@ def requested(body: Mapping[str, Any]) -> dict[str, Any]:
             value = float(value)
         if type(value) is kind and attribute not in found:
             found[attribute] = value
-    if (stop := body.get("stop")) is not None:
-        stops = [stop] if isinstance(stop, str) else stop
-        found["gen_ai.request.stop_sequences"] = [str(one) for one in stops]
+    if stops := stops_of(body.get("stop")):
+        found["gen_ai.request.stop_sequences"] = stops
+    return found
+
+
+def stops_of(stop: Any) -> list[str]:
+    """A body's `stop`; nothing of what is none."""
+    stops = [stop] if isinstance(stop, str) else stop
+    return [one for one in stops if isinstance(one, str)] if isinstance(stops, list) else []
+
+
+def about(
+    operation: str, provider: str, model: str, body: Mapping[str, Any], *, stream: bool
+) -> dict[str, Any]:
+    """One request to one server."""
+    return {
+        "gen_ai.operation.name": operation,
+        "gen_ai.provider.name": provider,
+        "gen_ai.request.model": model,
+        "gen_ai.request.stream": stream,
+        **requested(body),
+    }
+
+
+def asked_of(model: str, request_id: str) -> dict[str, str]:
+    """A request as a server knows it, by the names that vLLM gives it."""
+    return {"gen_ai.request.model": model, "gen_ai.request.id": request_id}
+
+
+def responded(answer_id: str, first_chunk_s: float | None) -> dict[str, Any]:
+    """Of an answer: what it calls itself, how long its first chunk took; what is known of it."""
+    found = {"gen_ai.response.id": answer_id} if answer_id else {}
+    if first_chunk_s is not None:
+        return found | {"gen_ai.response.time_to_first_chunk": round(first_chunk_s, 6)}
     return found
 
 

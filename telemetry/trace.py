@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
 from typing import Any, Literal
 
 SAMPLED, RANDOM = 0x01, 0x02  # bits of the flags; others may be set as well
 EVENTS_MAX = 128  # of one span, as OpenTelemetry's SDKs have it
+STATE_MAX_BYTES = 4096  # of `tracestate`; longer ones do not go on
 TRACEPARENT, TRACESTATE, BAGGAGE = "traceparent", "tracestate", "baggage"
 
 Kind = Literal["INTERNAL", "SERVER", "CLIENT"]
@@ -49,6 +50,26 @@ def joined(traceparent: str | None) -> Context | None:
     if version == "ff" or (more and version == "00") or trace_id == _NO_TRACE:
         return None
     return None if span_id == _NO_SPAN else Context(trace_id, span_id, int(flags, 16))
+
+
+def carried(headers: Iterable[tuple[bytes, bytes]]) -> tuple[Context | None, str]:
+    """What a request's headers say that it belongs to, and its `tracestate`, of which several are
+    one list. Two `traceparent` are none; without one the state is of nothing, and dropped."""
+    parents, states = [], []
+    for name, value in headers:
+        if name == b"traceparent":
+            parents.append(value)
+        elif name == b"tracestate":
+            states.append(value)
+    if len(parents) != 1:
+        return None, ""
+    context = joined(parents[0].decode("latin-1"))
+    state = b",".join(states) if context is not None else b""
+    return context, state.decode("ascii") if _is_plain(state) else ""
+
+
+def _is_plain(value: bytes) -> bool:
+    return len(value) <= STATE_MAX_BYTES and value.isascii() and value.decode("ascii").isprintable()
 
 
 def begun(share: float = 0.0) -> Context:

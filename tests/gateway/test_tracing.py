@@ -14,6 +14,7 @@ from gateway.account import Account
 from gateway.meters import Meters
 from gateway.phases import PHASES, phases
 from gateway.tallies import Tallies, Tally
+from policies.tracing import Tracing
 from telemetry.trace import begun, joined, traceparent
 from tests.gateway.world import (
     DONE,
@@ -70,6 +71,57 @@ async def test_a_request_leaves_one_tree_of_spans_that_its_replica_joins() -> No
     assert root["attributes"]["headgate.receipt"] == answer.headers["x-headgate-receipt"]
     phases = [root["attributes"][f"headgate.phase.{name}_s"] for name in PHASES]
     assert abs(sum(phases) - trace["e2e_s"]) < 1e-4
+
+
+@on_loop
+async def test_what_is_no_valid_trace_begins_a_new_one_and_takes_no_state_along() -> None:
+    """Two `traceparent` are none; `tracestate` belongs to one; several of it are one list."""
+    other = PARENT.replace("4bf9", "5bf9")
+    one, two = ("tracestate", "a=1"), ("tracestate", "b=2")
+    cases: list[tuple[list[tuple[str, str]], bool, str | None]] = [
+        ([("traceparent", PARENT), one, two], True, "a=1,b=2"),
+        ([("traceparent", PARENT)], True, None),
+        ([one], False, None),
+        ([("traceparent", "garbage"), one], False, None),
+        ([("traceparent", PARENT), ("traceparent", other), one], False, None),
+        ([("traceparent", f"{PARENT},{other}"), one], False, None),
+        ([("traceparent", PARENT), ("tracestate", "a=" + "x" * 5000)], True, None),
+    ]
+    async with upstream() as fake, gateway(fake) as front:
+        for headers, joins, state in cases:
+            await front.client.post("/v1/chat/completions", json=HELLO, headers=headers)
+            told = fake.requests[-1].headers
+            assert (told["traceparent"].split("-")[1] == PARENT.split("-")[1]) == joins, headers
+            assert told.get("tracestate") == state, headers
+        ring = front.live.edge.tracer.ring
+        await until(lambda: len(ring) == len(cases))
+        states = [trail.tracestate for trail in ring]
+    assert states == [state or "" for _, _, state in reversed(cases)]
+
+
+@on_loop
+async def test_where_nothing_is_traced_headers_go_on_as_lists() -> None:
+    """Two `traceparent` are one that is not valid then, by which a replica begins anew, too."""
+    both = [("traceparent", PARENT), ("traceparent", PARENT), ("tracestate", "a=1")]
+    async with upstream() as fake, gateway(fake, tracing=Tracing(keep=0)) as front:
+        more = [*both, ("tracestate", "b=2"), ("baggage", "c=3"), ("baggage", "d=4")]
+        await front.client.post("/v1/chat/completions", json=HELLO, headers=more)
+        told = fake.requests[-1].headers
+    assert told["traceparent"] == f"{PARENT},{PARENT}"
+    assert joined(told["traceparent"]) is None
+    assert (told["tracestate"], told["baggage"]) == ("a=1,b=2", "c=3,d=4")
+
+
+@on_loop
+async def test_how_to_answer_is_on_the_span_and_no_more_of_it_than_fits() -> None:
+    """Penalties and where to stop, too: the first four sequences, 64 characters of each."""
+    body = HELLO | {"frequency_penalty": 1, "presence_penalty": -0.5, "stop": ["x" * 9000] * 9}
+    async with upstream() as fake, gateway(fake) as front:
+        await front.post(body)
+        (span,) = named(await only(front), "chat m")
+    told = {name.rpartition(".")[2]: value for name, value in span["attributes"].items()}
+    assert (told["frequency_penalty"], told["presence_penalty"]) == (1.0, -0.5)
+    assert told["stop_sequences"] == ["x" * 64] * 4
 
 
 @on_loop
