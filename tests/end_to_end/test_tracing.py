@@ -5,10 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import subprocess
+import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
-from statistics import median
+from pathlib import Path
+from statistics import median, quantiles
 from typing import Any
 
 import pytest
@@ -126,6 +130,38 @@ def test_under_load_with_clients_that_leave_every_request_is_one_tree(stack: Sta
         else:
             assert root.attributes["error.type"] == "client_cancelled"
             assert not any(span.error for span in spans)
+
+
+def test_under_load_traces_last_as_long_as_a_client_in_its_own_process_waited(stack: Stack) -> None:
+    """Eight at once, half of which miss their deadline or leave in the middle. The usual trace is
+    within 2 ms of the client's clock, which is read before the request is sent and, by the kernel,
+    when the last byte has come to the socket. Of those that leave, the tree alone is compared."""
+    command = (sys.executable, str(Path(__file__).with_name("traced_client.py")))
+    told = subprocess.run(
+        [*command, str(stack.port), "8", "8"], capture_output=True, timeout=240, check=True
+    )
+    assert_idle(stack.worker)
+    before, after, apart, late = [list[float]() for _ in range(4)]
+    seen = Counter[str]()
+    for row in json.loads(told.stdout):
+        root = whole(arrived(stack, row["trace_id"], GATEWAY))
+        assert root.error == (row["what"] == "fault")
+        seen[row["what"]] += 1
+        if row["what"] == "leaves":
+            assert root.attributes["error.type"] == "client_cancelled"
+            continue
+        before.append(root.start_ns / 1e9 - row["began"])
+        after.append(row["reached"] - root.end_ns / 1e9)
+        apart.append(abs(row["reached"] - row["began"] - root.s))
+        late.append(row["ended"] - row["reached"])
+    for name, found in (
+        ("apart", apart), ("until the gateway read", before), ("after its last write", after),
+        ("until the client read", late),
+    ):  # fmt: skip
+        p95 = quantiles(found, n=20)[-1]
+        print(f"{name}: median {1000 * median(found):.2f}, p95 {1000 * p95:.2f} ms")
+    assert seen == {"whole": 32, "fault": 16, "leaves": 16}
+    assert median(apart) < 0.002
 
 
 def test_a_failed_request_is_sent_though_it_was_not_sampled(stack: Stack) -> None:

@@ -1,0 +1,107 @@
+"""A client in a process of its own: so many requests at once over raw sockets, each of a new trace;
+tells as JSON when each was sent and when its last byte came, by its own clock and the kernel's.
+
+python traced_client.py PORT AT_ONCE TURNS
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import selectors
+import socket
+import struct
+import sys
+import time
+from typing import Any
+
+TIMESTAMPS = 35  # SO_TIMESTAMPNS: Linux tells when what is read had come to the socket
+WHOLE, FAULT, LEAVES = "whole", "fault", "leaves"
+
+
+class Talk:
+    """One request on one connection."""
+
+    def __init__(self, port: int, what: str) -> None:
+        self.what = what
+        self.trace_id = secrets.token_hex(16)
+        self.heard = b""
+        self.ended = self.reached = 0.0
+        self.sock = socket.create_connection(("127.0.0.1", port), timeout=60)
+        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.sock.setsockopt(socket.SOL_SOCKET, TIMESTAMPS, 1)
+        sent = self._request()
+        self.began = time.time()
+        self.sock.sendall(sent)
+
+    def _request(self) -> bytes:
+        tokens = 8 if self.what == WHOLE else 2000
+        body = json.dumps(
+            {
+                "model": "pocket", "messages": [{"role": "user", "content": "hi"}],
+                "stream": self.what != FAULT, "max_tokens": tokens, "ignore_eos": True,
+                "temperature": 0,
+            }
+        ).encode()  # fmt: skip
+        deadline = "x-slo-deadline-ms: 300\r\n" if self.what == FAULT else ""
+        head = (
+            "POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\n"
+            f"content-length: {len(body)}\r\n{deadline}"
+            f"traceparent: 00-{self.trace_id}-{secrets.token_hex(8)}-03\r\n\r\n"
+        )
+        return head.encode() + body
+
+    def read(self) -> bool:
+        """Whether there is more to come."""
+        data, more, _, _ = self.sock.recvmsg(2**16, 256)
+        self.ended = self.reached = time.time()
+        for _, kind, stamp in more:
+            if kind == TIMESTAMPS:
+                seconds, ns = struct.unpack("qq", stamp[:16])
+                self.reached = seconds + ns / 1e9
+        assert data, self.heard
+        self.heard += data
+        if self.what == LEAVES and self.heard.count(b"data: ") > 2:
+            return False
+        return not self.heard.endswith(b"0\r\n\r\n") and not self._is_whole()
+
+    def _is_whole(self) -> bool:
+        """Of an answer that is no stream."""
+        head, _, body = self.heard.partition(b"\r\n\r\n")
+        for line in head.split(b"\r\n"):
+            if line.lower().startswith(b"content-length:"):
+                return len(body) >= int(line.split(b":")[1])
+        return False
+
+    def told(self) -> dict[str, Any]:
+        return {
+            "trace_id": self.trace_id, "what": self.what, "began": self.began,
+            "reached": self.reached, "ended": self.ended,
+        }  # fmt: skip
+
+
+def main(port: int, at_once: int, turns: int) -> None:
+    wanted = [(WHOLE, FAULT, WHOLE, LEAVES)[n % 4] for n in range(at_once * turns)]
+    rows = []
+    with selectors.DefaultSelector() as selector:
+
+        def begin() -> None:
+            if wanted:
+                talk = Talk(port, wanted.pop())
+                selector.register(talk.sock, selectors.EVENT_READ, talk)
+
+        for _ in range(at_once):
+            begin()
+        while selector.get_map():
+            for key, _ in selector.select(60):
+                talk = key.data
+                if not talk.read():
+                    selector.unregister(talk.sock)
+                    talk.sock.close()
+                    rows.append(talk.told())
+                    begin()
+    print(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main(*(int(one) for one in sys.argv[1:]))
