@@ -270,6 +270,15 @@ async def test_at_no_width_a_table_scrolls_sideways_and_pictures_are_as_wide_as_
                 found += [f"{width} {view}: {told}" for told in await page.value(SIDEWAYS)]
                 assert await page.value(wide) <= width, (view, width)
         assert not found, "\n".join(found)
+        # What goes from a narrow table is there again in the cards of a phone.
+        await it.turn("overview")
+        cell = (
+            "document.querySelector('.tiers tbody tr:not([data-idle]) td.spark').checkVisibility()"
+        )
+        await page.size(900, 900)
+        assert not await page.value(cell)
+        await page.size(390, 900)
+        assert await page.value(cell)
         for width in (1440, 768, 390):
             await page.size(width, 900)
             await page.picture(it.folder / "picture.png")
