@@ -39,12 +39,8 @@ class Tracer:
         self.settings = settings
         self.ring = Ring(settings.keep)
         self.exporter = exporter
+        self.on = settings.keep > 0 or exporter is not None  # whether anybody will want spans
         self._asking: set[asyncio.Task[None]] = set()
-
-    @property
-    def on(self) -> bool:
-        """Whether anybody will want spans."""
-        return self.settings.keep > 0 or self.exporter is not None
 
     def exemplar(self, trail: Trail) -> str:
         """The trace's id, where it will be found by it."""

@@ -36,15 +36,17 @@ class Hop:
     """One request to one replica."""
 
     __slots__ = (
-        "began", "decision", "ended", "first", "head", "outcome", "replica", "span_id", "told",
-        "trail",
+        "_flags", "_trace_id", "_tracestate", "began", "decision", "ended", "first", "head",
+        "outcome", "replica", "span_id", "told",
     )  # fmt: skip
 
     def __init__(self, trail: Trail, replica: Replica, decision: Decision) -> None:
-        self.trail = trail
+        # Not the trail itself, which has its hops: such a circle is left to the collector.
+        self._trace_id, self._flags = trail.trace_id, trail.flags
+        self._tracestate = trail.tracestate
         self.replica = replica
         self.decision = decision
-        self.span_id = new_span_id()
+        self.span_id = new_span_id() if trail.trace_id else ""
         self.began = now()
         self.first: float | None = None  # its first event, or the head of a whole answer
         self.ended: float | None = None
@@ -54,11 +56,10 @@ class Hop:
 
     def mark(self, headers: MutableMapping[str, str]) -> None:
         """Lets the replica's spans join this one."""
-        trail = self.trail
-        if trail.trace_id:
-            headers[TRACEPARENT] = traceparent(trail.trace_id, self.span_id, trail.flags)
-            if trail.tracestate:
-                headers[TRACESTATE] = trail.tracestate
+        if self._trace_id:
+            headers[TRACEPARENT] = traceparent(self._trace_id, self.span_id, self._flags)
+            if self._tracestate:
+                headers[TRACESTATE] = self._tracestate
             else:
                 headers.pop(TRACESTATE, None)
 
