@@ -16,7 +16,7 @@ KEY_BYTES = 32
 # What compose.yaml demands, and what it opens. No two of them are the same.
 NAMES: Mapping[str, str] = {
     "HEADGATE_KEY": "clients send it",
-    "HEADGATE_ADMIN_KEY": "opens /admin and the console: rollouts, everybody's receipts and traces",
+    "HEADGATE_ADMIN_KEY": "opens /admin, /metrics, the console: rollouts, all receipts and traces",
     "HEADGATE_WORKER_KEY": "gateways send it to the engines",
     "HEADGATE_SECRET": "what the gateways make the salts of tenants of",
     "HEADGATE_GRAFANA_PASSWORD": "of Grafana's user `admin`",

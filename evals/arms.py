@@ -52,6 +52,7 @@ class Arm:
     pages: tuple[str, ...] = ()
     fingerprints: tuple[str, ...] = ()
     broken: str = ""
+    scrape_key: str | None = None  # of its /metrics, where `key` does not open them
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +177,8 @@ async def _up(
         url = next(found[1] for line in said if (found := FRONT.match(line)))
         pages = [found[1] for line in said if (found := _PAGE.match(line))]
         arm = Arm(name, url, key, variant.model or "", (f"{url}/metrics", *pages))
-        return await _known(arm)
+        operator = configured.deployment.gateway.admin.key_env
+        return await _known(replace(arm, scrape_key=os.environ.get(operator) if operator else None))
     except NotServing as error:
         return Arm(name, "", broken=str(error))
     except (*_UNREACHABLE, orjson.JSONDecodeError, LookupError) as error:
@@ -250,7 +252,7 @@ async def _texts(arm: Arm) -> AsyncIterator[str]:
     """Of each page that answers."""
     if arm.broken:
         return
-    async with _session(arm.key) as session:
+    async with _session(arm.scrape_key or arm.key) as session:
         for page in arm.pages:
             with contextlib.suppress(*_UNREACHABLE):
                 async with session.get(page) as answer:

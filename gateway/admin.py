@@ -7,8 +7,6 @@ client's request.
 from __future__ import annotations
 
 import asyncio
-import hmac
-import os
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
@@ -21,10 +19,10 @@ from starlette.types import Receive, Scope, Send
 
 from gateway import problems
 from gateway.bodies import Ending, Pausing, Renewed, Wanted
-from gateway.call import ClientGone, RawHeaders, read_body, request_id
+from gateway.call import ClientGone, read_body, request_id
 from gateway.edge import Live
 from gateway.kept import Kept
-from gateway.keys import SCHEME
+from gateway.keys import refuse_stranger
 from gateway.listener import OUTGOING
 from gateway.orders import Orders
 from gateway.query import number, query
@@ -94,23 +92,6 @@ class Guarded:
         status, payload = await act(scope, body)
         headers = [(b"content-type", b"application/json")]
         await reply.whole(status, headers, orjson.dumps(payload))
-
-
-def refuse_stranger(headers: RawHeaders, key_env: str | None, *, keys: bool) -> None:
-    """Raises Problem 401 or 403. Where there are no keys at all, the doorway has seen to it that
-    this machine asks."""
-    if key_env is None:
-        if keys:
-            raise problems.admin_off()
-        return
-    given = [value for name, value in headers if name == b"authorization"]
-    if not given:
-        raise problems.key_missing()
-    key = os.environ.get(key_env, "").strip().encode("utf-8", "surrogateescape")
-    scheme, sent = given[0][: len(SCHEME)], given[0][len(SCHEME) :].strip()
-    right = hmac.compare_digest(sent, key)
-    if not (right and key) or len(given) > 1 or scheme.lower() != SCHEME:
-        raise problems.key_wrong()
 
 
 class Steering:

@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from gateway import problems
 from gateway.call import RawHeaders, request_id
 from gateway.edge import Edge, Live
-from gateway.keys import ANYONE, TENANT, Known
+from gateway.keys import ANYONE, TENANT, Known, refuse_stranger
 from gateway.listener import BEGAN
 from gateway.phases import SERVER_TIMING, whole_time
 from gateway.reply import Reply
@@ -20,7 +20,7 @@ from runtime.wire import Problem
 
 OPEN_PATH = "/health"  # for what watches over the gateway; without a key it tells less
 
-FLEET_PATH = "/metrics"  # for our own fleet, which has a key of its own
+METRICS_PATH = "/metrics"  # of all tenants together: the operator's, and our own fleet's
 
 STEERED = ("/admin/", "/gate/")  # have a check of their own (gateway/admin.py)
 PAGE = "/console"  # has nothing of the gateway in it: what it shows, it asks of /admin/ with a key
@@ -62,13 +62,17 @@ def visitor(scope: Scope, edge: Edge) -> Known | None:
     if not edge.keys.required:
         refuse_foreign(scope["headers"], edge.settings.host.lower())
         return ANYONE
+    if scope["path"] == METRICS_PATH and (admin := edge.settings.admin.key_env) is not None:
+        if not edge.keys.is_fleet(scope["headers"]):
+            refuse_stranger(scope["headers"], admin, keys=True)
+        return None
     try:
         return edge.keys.tenant(scope["headers"])
     except Problem:
         path = scope["path"]
         if path in (OPEN_PATH, PAGE) or path.startswith((*STEERED, f"{PAGE}/")):
             return None
-        if scope["path"] == FLEET_PATH and edge.keys.is_fleet(scope["headers"]):
+        if scope["path"] == METRICS_PATH and edge.keys.is_fleet(scope["headers"]):
             return None
         raise
 

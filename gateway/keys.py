@@ -87,6 +87,23 @@ class Keys:
         return self.tenants[name]
 
 
+def refuse_stranger(headers: RawHeaders, key_env: str | None, *, keys: bool) -> None:
+    """Raises Problem 401 or 403. Where there are no keys at all, the doorway has seen to it that
+    this machine asks."""
+    if key_env is None:
+        if keys:
+            raise problems.admin_off()
+        return
+    given = [value for name, value in headers if name == b"authorization"]
+    if not given:
+        raise problems.key_missing()
+    key = os.environ.get(key_env, "").strip().encode("utf-8", "surrogateescape")
+    scheme, sent = given[0][: len(SCHEME)], given[0][len(SCHEME) :].strip()
+    right = hmac.compare_digest(sent, key)
+    if not (right and key) or len(given) > 1 or scheme.lower() != SCHEME:
+        raise problems.key_wrong()
+
+
 def _given(tenant: Tenant, environ: Mapping[str, str]) -> list[str]:
     """The hash of the key that the environment has for a tenant."""
     key = environ.get(tenant.key_env, "").strip() if tenant.key_env else ""

@@ -17,8 +17,9 @@ class Admin(PolicyModel):
     key_env: str | None = Field(
         None,
         pattern=VARIABLE,
-        description="Environment variable with the key for `/admin` and `/gate`. Without one they "
-        "are there for this machine alone, and not at all where there are `tenants`.",
+        description="Environment variable with the key for `/admin` and `/gate`, and for "
+        "`/metrics` where there are `tenants`. Without one the former are there for this machine "
+        "alone, and not at all where there are `tenants`, whose keys then open the latter.",
     )
     candidate_keys: tuple[Variable, ...] = Field(
         (),

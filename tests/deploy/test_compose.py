@@ -219,7 +219,7 @@ def test_each_key_is_known_only_where_it_is_asked_for_or_sent() -> None:
         "gateway-0": gateways,
         "gateway-1": gateways,
         "judge": gateways,
-        "prometheus": {"HEADGATE_KEY", "HEADGATE_WORKER_KEY"},
+        "prometheus": {"HEADGATE_ADMIN_KEY", "HEADGATE_WORKER_KEY"},
         "grafana": {"HEADGATE_GRAFANA_PASSWORD"},
     } | {name: {"HEADGATE_WORKER_KEY"} for name in engines}
     password = SERVICES["grafana"]["environment"]["GF_SECURITY_ADMIN_PASSWORD"]

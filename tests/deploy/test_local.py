@@ -75,6 +75,9 @@ class Stack:
                 if set(words) <= set(one.cmdline()):
                     yield one
 
+    def metrics(self, gateway: str) -> str:
+        return self.client.get(f"{self.url(gateway)}/metrics", headers=STEERS).text
+
     def optimization(self, gateway: str, name: str) -> list[str]:
         """Its state in the gateway, or in each of the runtimes behind it, as whoever has a key
         sees it."""
@@ -304,6 +307,8 @@ def test_a_client_s_key_opens_no_other_door(stack: Stack) -> None:
         assert stack.client.get(page).status_code == 401, path
         assert stack.client.get(page, headers=STEERS).status_code != 401, path
     assert stack.client.get("models", headers=STEERS).status_code == 401
+    assert stack.client.get(f"{stack.url('gateway-0')}/metrics").status_code == 401
+    assert "requests_in_flight" in stack.metrics("gateway-0")
     for name in ("runtime-0", "runtime-1"):
         for headers in ({}, STEERS):
             answer = stack.client.get(f"{stack.url(name)}/v1/models", headers=headers)
@@ -315,10 +320,7 @@ def test_a_stream_comes_through_the_port_as_it_is_made(stack: Stack) -> None:
     with stack.client.stream("POST", "chat/completions", json=ASK) as answer:
         lines = answer.iter_lines()
         first = next(line for line in lines if '"content":"' in line and '"content":""' not in line)
-        running = [
-            stack.client.get(f"{stack.url(name)}/metrics").text
-            for name in ("gateway-0", "gateway-1")
-        ]
+        running = [stack.metrics(name) for name in ("gateway-0", "gateway-1")]
         assert any("requests_in_flight 1.0" in page for page in running), first
         content(lines)
 
@@ -328,8 +330,7 @@ def test_a_client_that_leaves_is_heard_behind_the_port(stack: Stack) -> None:
         next(answer.iter_lines())
     stack.until(
         lambda: all(
-            "requests_in_flight 0.0" in stack.client.get(f"{stack.url(name)}/metrics").text
-            for name in ("gateway-0", "gateway-1")
+            "requests_in_flight 0.0" in stack.metrics(name) for name in ("gateway-0", "gateway-1")
         )
     )
 
@@ -388,7 +389,7 @@ def scraped(stack: Stack) -> Series:
     """What Prometheus would have of this stack."""
     seen: Series = {"up": [({"job": "gateway", "instance": "gateway-0"}, 1.0)]}
     for name in ("gateway-0", "gateway-1", "runtime-0", "runtime-1"):
-        key = WORKER_KEY if name.startswith("runtime") else f"Bearer {KEY}"
+        key = WORKER_KEY if name.startswith("runtime") else STEERS["authorization"]
         page = stack.client.get(f"{stack.url(name)}/metrics", headers={"authorization": key})
         for family in text_string_to_metric_families(page.text):
             for one in family.samples:
@@ -482,7 +483,8 @@ def test_the_tour_works_line_by_line(stack: Stack) -> None:
     """docs/stack.md as a reader types it, on this stack's port; what needs containers is parsed."""
     port = str(stack.client.base_url.port)
     environ = os.environ | {
-        "HEADGATE_API_KEY": KEY, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "HEADGATE_API_KEY": KEY, "HEADGATE_ADMIN_KEY": KEYS["HEADGATE_ADMIN_KEY"],
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }  # fmt: skip
     ran = 0
     for step in steps(ROOT / "docs" / "stack.md"):

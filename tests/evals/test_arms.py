@@ -70,3 +70,26 @@ async def test_the_spoiled_arm_leaves_the_baselines_caches_alone(
                 assert answer.status == 200
             seen = (await counters(arms["baseline"])).get("headgate_gateway_requests_total", 0)
     assert (len(fake.requests), seen) == (1, float(cold_blocks))
+
+
+@on_loop
+async def test_counters_are_read_with_the_operators_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client's key does not open the metrics of a gateway that has an admin key."""
+    for name in ("CLIENTS", "OPERATOR"):
+        monkeypatch.setenv(name, f"hg-{name}")
+    async with upstream() as fake:
+        (tmp_path / "base.yaml").write_text(
+            "version: 1\ngateway: {tenants: {clients: {key_env: CLIENTS}}, "
+            f"admin: {{key_env: OPERATOR}}}}\nupstreams: [{{url: '{fake.url}'}}]\n"
+        )
+        file = tmp_path / "h.yaml"
+        keyed = HYPOTHESIS.replace("base.yaml}", "base.yaml, api_key_env: CLIENTS}")
+        keyed = keyed.replace("candidate: {", "candidate: {api_key_env: CLIENTS, ")
+        file.write_text(keyed + "design: {aa_control: false}\n")
+        asked = load_hypothesis(file)
+        async with started(Starting(asked, pair(file, asked), tmp_path / "arms")) as arms:
+            assert not arms["baseline"].broken
+            seen = await counters(arms["baseline"])
+    assert seen["headgate_gateway_replicas_ready"] == 1

@@ -15,6 +15,7 @@ from gateway.doorway import visitor
 from gateway.keys import ANYONE, Keys, Known, salt_secret
 from gateway.reload import fleet_source
 from gateway.replica import Replica
+from policies.admin import Admin
 from policies.load import FLEET_KEY_ENV
 from policies.schema import Discovery, Gateway, Tenant
 from policies.slo import key_hash
@@ -187,6 +188,23 @@ def test_our_own_fleet_reads_metrics_with_its_key_and_nothing_else() -> None:
         with pytest.raises(Problem):
             asked(path, headers)
     assert not Keys.of(policy, {}).is_fleet(right)
+
+
+@pytest.mark.parametrize("named", [False, True])
+@on_loop
+async def test_metrics_are_the_operators_where_there_is_one(
+    named: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They tell of all tenants together: the admin's key opens them, and a tenant's no more. Where
+    no such key is named, tenants read them."""
+    monkeypatch.setenv("OPERATOR", "hg-operator")
+    operator = {"authorization": "Bearer hg-operator"}
+    admin = {"admin": Admin(key_env="OPERATOR")} if named else {}
+    async with upstream() as fake, gateway(fake, tenants=tenants(), **admin) as edge:
+        for headers, opens in (({}, False), (operator, named), (ACME, not named)):
+            response = await edge.client.get("/metrics", headers=headers)
+            assert response.status_code == (200 if opens else 401), headers
+        assert (await edge.client.get("/v1/models", headers=operator)).status_code == 401
 
 
 def test_workers_of_our_own_fleet_must_prove_that_they_are(tmp_path: Path) -> None:
