@@ -122,7 +122,7 @@ class MemoryStore:
 
     async def read(self, key: str, after: str, limit: int) -> Entries:
         now = self._clock()
-        read = int(after or 0)
+        read = int(after.partition("-")[0] or 0)  # another store's cursor has two numbers
         fresh = [
             entry
             for entry in self._logs.get(key, now) or ()

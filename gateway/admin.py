@@ -25,7 +25,7 @@ from gateway.kept import Kept
 from gateway.keys import refuse_stranger
 from gateway.listener import OUTGOING
 from gateway.orders import Orders
-from gateway.query import number, query
+from gateway.query import cursor, number, query
 from gateway.reply import Reply
 from gateway.traces import TRACES_PATH, trace, traces
 from gateway.variants import Variants, check_key, patched
@@ -215,8 +215,8 @@ class Steering:
         """What was seen of live requests since a cursor, of all gateways that share the store."""
         asked = query(scope)
         limit = number(asked, "limit", READ_MAX, READ_MAX)
-        seen, cursor = await self._variants.observed(asked.get("after", ""), limit)
-        return 200, {"observations": seen, "cursor": cursor}
+        seen, rest = await self._variants.observed(cursor(asked, "after"), limit)
+        return 200, {"observations": seen, "cursor": rest}
 
     async def result(self, scope: Scope, _body: bytes) -> Answer:
         """As a web metric of Argo Rollouts reads it: `result` is pass, fail or inconclusive."""

@@ -43,8 +43,17 @@ def routes() -> list[Route]:
     parts = {one.name: Part(one) for one in sorted(FILES.iterdir()) if one.suffix in KINDS}
     return [
         Route("/console", parts[PAGE]),
+        Route("/console/", Aside()),
         *(Route(f"/console/{name}", part) for name, part in parts.items() if name != PAGE),
     ]
+
+
+class Aside:
+    """To the page, whose links are as seen from where it lies."""
+
+    async def __call__(self, scope: Scope, _receive: Receive, send: Send) -> None:
+        reply = Reply(send, request_id(scope["headers"]))
+        await reply.whole(308, [(b"location", b"../console")], b"")
 
 
 class Part:

@@ -21,18 +21,28 @@ const state = { told: null, seenAt: 0, frozen: false, view: null, process: null,
 const VIEWS = { overview: overviewView, requests: requestsView, request: requestView, playground: playgroundView };
 const kept = new Map(); // a view keeps what was typed into it
 
+// As it stands where it is no text that was encoded.
+function decoded(text) {
+  try {
+    return decodeURIComponent(text);
+  } catch {
+    return text;
+  }
+}
+
 function turn(moved) {
-  const [name, ...rest] = location.hash.slice(1).split("/");
-  const make = VIEWS[name] || overviewView;
-  const key = VIEWS[name] ? location.hash : "#overview";
+  const [asked, ...rest] = location.hash.slice(1).split("/");
+  const name = Object.hasOwn(VIEWS, asked) ? asked : "overview";
+  const make = VIEWS[name];
+  const key = name === asked ? location.hash : "#overview";
   if (!kept.has(key)) {
     if (name === "request") for (const old of [...kept.keys()]) if (old.startsWith("#request/")) kept.delete(old);
-    kept.set(key, make(decodeURIComponent(rest.join("/"))));
+    kept.set(key, make(decoded(rest.join("/"))));
   }
   state.view = kept.get(key);
   // Before anything is known nothing is said of it.
   byId("main").replaceChildren(state.told ? state.view.node : h("p", { class: "empty" }, "Nothing is known yet."));
-  const shown = name === "request" ? "requests" : VIEWS[name] ? name : "overview";
+  const shown = name === "request" ? "requests" : name;
   for (const link of document.querySelectorAll("nav a")) put(link, "aria-current", link.dataset.view === shown ? "page" : null);
   document.title = `${shown[0].toUpperCase()}${shown.slice(1)} · Headgate`;
   if (state.told) state.view.update(state.told, samples);

@@ -296,6 +296,17 @@ async def _press(page: Page, selector: str, name: str) -> None:
 
 
 @in_browser
+async def test_a_link_that_leads_nowhere_shows_the_overview(it: World) -> None:
+    """Whatever stands behind the #, and a slash too many before it."""
+    page = it.page
+    async with serving(it):
+        for link in ("#constructor", "#__proto__", "#request/%", "#toString/x"):
+            await page.open(f"{it.url}/{link}")
+            await it.sees(".health", "2 replicas ready")
+            assert "undefined" not in await page.value("document.body.innerText"), link
+
+
+@in_browser
 async def test_it_asks_for_the_key_and_tells_nothing_without(
     it: World, key: str = "steering", tenants_key: str = "hg-tenant"
 ) -> None:

@@ -403,6 +403,14 @@ async def test_who_may_steer(monkeypatch: pytest.MonkeyPatch) -> None:
                 )
                 assert answer.status_code == status
             assert (await front.client.get("/admin/observations")).status_code == 401
+            headers = {"authorization": "Bearer secret"}
+            for after in ("x", "-1", "1-2-3", "9" * 40, "%F0"):
+                url = f"/admin/observations?after={after}"
+                answer = await front.client.get(url, headers=headers)
+                assert (answer.status_code, answer.json()["error"]["param"]) == (400, "after")
+            for after in ("", "0", "1764000000000-3"):
+                url = f"/admin/observations?after={after}"
+                assert (await front.client.get(url, headers=headers)).status_code == 200
         async with gateway(old) as front:
             page = {"origin": "https://example.com"}
             assert (await front.client.get("/admin/variants", headers=page)).status_code == 403
