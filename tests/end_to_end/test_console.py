@@ -300,7 +300,7 @@ async def test_a_link_that_leads_nowhere_shows_the_overview(it: World) -> None:
     """Whatever stands behind the #, and a slash too many before it."""
     page = it.page
     async with serving(it):
-        for link in ("#constructor", "#__proto__", "#request/%", "#toString/x"):
+        for link in ("#constructor", "#__proto__", "#playground/%", "#toString/x"):
             await page.open(f"{it.url}/{link}")
             await it.sees(".health", "2 replicas ready")
             assert "undefined" not in await page.value("document.body.innerText"), link
