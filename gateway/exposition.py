@@ -19,15 +19,14 @@ ACCEPTED = "application/openmetrics-text"
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """One of the two, and the label that all samples of this process bear, if any."""
+    """One of the two."""
 
     openmetrics: bool
-    process: str = ""
 
     @classmethod
-    def of(cls, accept: str, process: str = "") -> Format:
+    def of(cls, accept: str) -> Format:
         """OpenMetrics for who asks for it."""
-        return cls(ACCEPTED in accept, process)
+        return cls(ACCEPTED in accept)
 
     @property
     def content_type(self) -> bytes:
@@ -47,7 +46,7 @@ class Format:
     def samples(self, name: str, labels: Sequence[str], by: Mapping[tuple[str, ...], float]) -> str:
         lines = []
         for values, value in by.items():
-            pairs = self._pairs(labels, values)
+            pairs = _pairs(labels, values)
             named = f"{name}{{{','.join(pairs)}}}" if pairs else name
             lines.append(f"{named} {number(value)}\n")
         return "".join(lines)
@@ -56,7 +55,7 @@ class Format:
         """A string for each series; what is counted between two of them is no harm."""
         bounds = [f',le="{float(bound)}"}} ' for bound in histogram.bounds] + [',le="+Inf"} ']
         for values, series in list(histogram.series.items()):
-            named = ",".join(self._pairs(labels, values))
+            named = ",".join(_pairs(labels, values))
             stem = f"{name}_bucket{{{named}"
             counts = list(accumulate(series.counts))
             if self.openmetrics:
@@ -72,10 +71,6 @@ class Format:
             lines.append(f"{name}_sum{{{named}}} {number(series.total)}\n")
             yield "".join(lines)
 
-    def _pairs(self, labels: Sequence[str], values: Sequence[str]) -> list[str]:
-        pairs = [f'{name}="{_escaped(text)}"' for name, text in zip(labels, values, strict=True)]
-        return [*pairs, f'process="{self.process}"'] if self.process else pairs
-
 
 def number(value: float) -> str:
     """As both formats spell it."""
@@ -87,6 +82,10 @@ def number(value: float) -> str:
 
 def _exemplar(seen: Exemplar) -> str:
     return f' # {{trace_id="{seen.trace_id}"}} {seen.value!r} {seen.at!r}'
+
+
+def _pairs(labels: Sequence[str], values: Sequence[str]) -> list[str]:
+    return [f'{name}="{_escaped(text)}"' for name, text in zip(labels, values, strict=True)]
 
 
 def _escaped(text: str) -> str:

@@ -89,14 +89,3 @@ def test_the_library_reads_what_it_would_have_written(
     reference: bytes = write(library(by, histogram))
     wanted = list(read(reference.decode()))
     assert list(read(ours(Format(openly), by, histogram))) == wanted
-
-
-def test_a_process_of_several_is_named_in_each_sample() -> None:
-    """So that two of them can stand on one page."""
-    form = Format(openmetrics=False, process="2")
-    assert form.samples("up", (), {(): 1}) == 'up{process="2"} 1.0\n'
-    histogram = Histogram((1.0,))
-    histogram.observe(("standard", "m"), 0.5)
-    lines = "".join(form.buckets("spread", LABELS, histogram)).splitlines()
-    assert len(lines) == 4
-    assert all(',process="2"' in line for line in lines)
