@@ -37,5 +37,5 @@ GATEWAY = (
     "headgate_gateway_tokens_in_time", "headgate_gateway_tokens_late",
     "headgate_gateway_trace_spans", "headgate_gateway_trimmed_tokens",
     "headgate_gateway_uncached_prompt_tokens", "headgate_token_ledger_requests",
-    "headgate_token_ledger_tokens", "headgate_token_ledger_violations",
+    "headgate_token_ledger_tokens", "headgate_token_ledger_violations", "process_cpu_seconds",
 )  # fmt: skip

@@ -35,7 +35,8 @@ def requested(body: Mapping[str, Any]) -> dict[str, Any]:
             value = float(value)
         if type(value) is kind and attribute not in found:
             found[attribute] = value
-    if stops := stops_of(body.get("stop")):
+    stop = body.get("stop")
+    if (stops := stops_of(stop)) or stop == []:
         found["gen_ai.request.stop_sequences"] = stops
     return found
 
