@@ -206,10 +206,10 @@ def needs(question: Question, supply: Supply, noise: Noise, stats: Stats, power:
 def _spread(question: Question, supply: Supply, noise: Noise) -> float:
     """Of answers, or of pairs of blocks; unmeasured, more where a time rests on few requests."""
     metric = question.metric
+    if metric.kind == "tokens":
+        return _answer_spread(noise)
     if noise.spread is not None:
         return noise.spread
-    if metric.kind == "tokens":
-        return TOKEN_SPREAD
     if metric.kind != "time" or not supply.crowd:
         return BLOCK_SPREAD
     q, one = metric.quantile, REQUEST_SPREAD / math.sqrt(supply.crowd)
@@ -217,6 +217,11 @@ def _spread(question: Question, supply: Supply, noise: Noise) -> float:
         density = math.exp(-(float(special.ndtri(q)) ** 2) / 2) / math.sqrt(2 * math.pi)
         one *= math.sqrt(q * (1 - q)) / density
     return math.hypot(BLOCK_SPREAD, one)
+
+
+def _answer_spread(noise: Noise) -> float:
+    """Of answers' tokens, from one to the next."""
+    return TOKEN_SPREAD if noise.spread is None else noise.spread
 
 
 def _correlated(question: Question, supply: Supply, noise: Noise) -> float:
@@ -238,7 +243,7 @@ def _pairs(question: Question, noise: Noise, bound: float, alpha: float, power: 
     if question.metric.kind == "tokens":
         tails = (1 - power) / 2 if question.test == "tost" else 1 - power
         z = float(-special.ndtri(alpha) - special.ndtri(tails))
-        spread = TOKEN_SPREAD if noise.spread is None else noise.spread
+        spread = _answer_spread(noise)
         return max(FEWEST_CLUSTERS, math.ceil((z * spread / math.log1p(bound)) ** 2))
     if question.test in _MEANS:
         return FEWEST_CLUSTERS

@@ -23,6 +23,9 @@ class Asked:
     asked: int
     of: int  # as far as this one knows of others
 
+    def payload(self) -> dict[str, int]:
+        return {"asked": self.asked, "of": self.of}
+
     def where(self) -> str:
         """For who did not find it."""
         if self.of == 1:

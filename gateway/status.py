@@ -179,8 +179,7 @@ def receipts(kept: Kept) -> ASGIApp:
 
     async def answer(scope: Scope) -> Answer:
         found, by = await kept.receipts(scope["extensions"][TENANT].name)
-        processes = {"asked": by.asked, "of": by.of}
-        return 200, {"object": "list", "data": found, "processes": processes}
+        return 200, {"object": "list", "data": found, "processes": by.payload()}
 
     return _as_json(answer)
 

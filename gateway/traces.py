@@ -30,7 +30,7 @@ def traces(kept: Kept) -> Act:
         asked = query(scope)
         limit = number(asked, "limit", USUAL, MOST)
         found, by = await kept.traces(limit, slow=asked.get("slow", "") in ("1", "true"))
-        return 200, {"traces": found, "processes": {"asked": by.asked, "of": by.of}}
+        return 200, {"traces": found, "processes": by.payload()}
 
     return act
 
