@@ -45,8 +45,7 @@ class OnRay:
     ) -> Program:
         """The program that keeps the fleet, in each of its lives by the policy as it is now. The
         list that gateways read is there before them."""
-        copy = self.folder / "policy.yaml"
-        copy.write_bytes(policy.read_bytes())
+        copy = as_started.copied(policy, self.folder)
         self.book.write_text(json.dumps({"replicas": []}) + "\n", encoding="utf-8")
         asked = [part for url in gateways for part in ("--gateway", url)]
         return Program(

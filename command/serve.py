@@ -15,7 +15,6 @@ import socket
 import sys
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,6 +24,7 @@ from command.on_ray import OnRay, why_not
 from command.processes import Health, Program, package_environment
 from command.screen import Screen, columns
 from command.supervisor import Supervisor
+from policies import as_started
 from policies.devices import asked
 from policies.enabling import Gated, for_children, gated, rows as told_of
 from policies.load import (
@@ -69,7 +69,7 @@ class Plan:
     gated: Gated | None = None  # what of the policy's optimizations may be served
     on_ray: OnRay | None = None  # where the workers run, if not here
     fleet_port: int = 0
-    together: Path | None = None  # where several gateway processes ask each other
+    folder: Path | None = None  # of this user alone, for as long as it serves
 
     @property
     def url(self) -> str:
@@ -144,14 +144,20 @@ def _another(port: int) -> int:
 
 
 def programs_of(plan: Plan) -> list[Program]:
-    """The workers, or what keeps them on Ray, then the gateway processes in front of them."""
+    """The workers, or what keeps them on Ray, then the gateway processes in front of them.
+
+    What starts later goes by the policy as it is now: a gateway reads the file first, and takes of
+    it what it would have taken while it ran.
+    """
     environment = _environment(plan.gated)
+    copy = None if plan.folder is None else as_started.copied(plan.policy, plan.folder)
     if plan.on_ray is None:
-        workers = _workers(plan, environment)
+        by_copy = as_started.environment(plan.policy, copy) if copy else {}
+        workers = _workers(plan, environment | by_copy)
         replicas = [part for worker in workers for part in ("--replica", worker.url)]
-        return [*workers, *_fronts(plan, environment, replicas)]
+        return [*workers, *_fronts(plan, environment, replicas, copy)]
     environment |= plan.on_ray.environment(plan.deployment)
-    fronts = _fronts(plan, environment, ["--fleet", str(plan.on_ray.book)])
+    fronts = _fronts(plan, environment, ["--fleet", str(plan.on_ray.book)], copy)
     urls = [front.url for front in fronts]
     fleet = plan.on_ray.program(plan.policy, plan.deployment, plan.fleet_port, urls, environment)
     return [fleet, *fronts]
@@ -185,12 +191,15 @@ def _workers(plan: Plan, environment: dict[str, str]) -> list[Program]:
     ]
 
 
-def _fronts(plan: Plan, environment: dict[str, str], replicas: list[str]) -> list[Program]:
+def _fronts(
+    plan: Plan, environment: dict[str, str], replicas: list[str], copy: Path | None
+) -> list[Program]:
     """The gateway, or several on the one port."""
     gateway = plan.deployment.gateway
+    started = () if copy is None else ("--started", str(copy))
     front = Program(
         "gateway",
-        (*_PYTHON, "gateway", str(plan.policy), "--port", str(plan.port), *replicas),
+        (*_PYTHON, "gateway", str(plan.policy), "--port", str(plan.port), *replicas, *started),
         gateway.host,
         plan.port,
         environment,
@@ -198,7 +207,7 @@ def _fronts(plan: Plan, environment: dict[str, str], replicas: list[str]) -> lis
         _GRACE_S,
         fact="replicas",
     )
-    together = () if plan.together is None else ("--siblings", str(plan.together))
+    together = () if plan.folder is None else ("--siblings", str(plan.folder))
     # Each is asked for its health at a port of its own: the shared one leads to any of them.
     return [
         replace(
@@ -227,15 +236,9 @@ def serve(policy: Path, screen: Screen, ray: str | None = None) -> int:
 
     `ray` is the address of a Ray cluster that the replicas run on.
     """
-    with ExitStack() as folders:
-        on_ray = None
-        if ray is not None:
-            folder = folders.enter_context(TemporaryDirectory(prefix="headgate-"))
-            on_ray = OnRay(ray, Path(folder))
-        todo = plan(policy, on_ray)
-        if todo.gateway_ports:
-            folder = folders.enter_context(TemporaryDirectory(prefix="headgate-"))
-            todo = replace(todo, together=Path(folder))
+    with TemporaryDirectory(prefix="headgate-") as folder:
+        on_ray = None if ray is None else OnRay(ray, Path(folder))
+        todo = replace(plan(policy, on_ray), folder=Path(folder))
         programs = programs_of(todo)
         supervisor = Supervisor(programs, screen, fronts=max(1, len(todo.gateway_ports)))
         screen.say(*opening(todo, programs))

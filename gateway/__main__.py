@@ -15,7 +15,7 @@ from pathlib import Path
 from gateway.app import create_app
 from gateway.edge import Live, build
 from gateway.listener import BACKLOG, Server, adopt, configure
-from gateway.reload import Origin, Reload
+from gateway.reload import Origin, Reload, begin
 from gateway.siblings import NotPrivate, Siblings
 from gateway.state import open_state
 from policies.enabling import news
@@ -38,8 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.policy, options.replica, alone=options.private is None, fleet=options.fleet
     )
     try:
-        found = origin.gated()
-        policy, replicas = origin.read(found)
+        first = begin(origin, options.started)
+        policy, replicas = first.policy, first.replicas
         state = open_state(policy.gateway, os.environ, options.policy.absolute().parent)
     except PolicyError as error:
         print(error, file=sys.stderr)
@@ -56,8 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 2
         state = replace(state, siblings=siblings)
     live = Live(build(policy, replicas, state=state))
-    live.gated = found
-    for row in news(found):
+    live.gated, live.refused = first.gated, first.refused
+    if first.refused is not None:
+        log.warning("begins by the policy as it was when all were started: %s", first.refused)
+    for row in news(first.gated):
         log.warning("%s: %s  %s", *row)
     port = settings.port if options.port is None else options.port
     reload = Reload(origin, live, lambda adopted: adopt(config, adopted))
@@ -104,6 +106,13 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
         type=Path,
         metavar="FOLDER",
         help="of this user alone, in which several gateways ask each other for traces and receipts",
+    )
+    parser.add_argument(
+        "--started",
+        type=Path,
+        metavar="FILE",
+        help="copy of the policy that the workers run by, and this one where POLICY, edited since, "
+        "takes a restart of all",
     )
     parser.add_argument(
         "--replica",

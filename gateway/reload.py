@@ -20,6 +20,7 @@ from typing import Any
 
 from gateway.edge import Edge, Live, build
 from gateway.replica import Replica, replicas_of
+from policies.as_started import reading
 from policies.enabling import Gated, gated, rows
 from policies.load import (
     FLEET_KEY_ENV,
@@ -91,6 +92,39 @@ def fleet_source(file: Path, tokenizer: Path | None) -> Discovery:
 
 class Refused(Exception):
     """A policy that is valid and yet cannot take the place of the one that serves."""
+
+
+@dataclass(frozen=True, slots=True)
+class Beginning:
+    """What a gateway process begins by."""
+
+    gated: Gated
+    policy: Deployment
+    replicas: Sequence[Replica]
+    refused: str | None = None  # why it is not the file that it was given
+
+
+def begin(origin: Origin, started: Path | None = None) -> Beginning:
+    """The file as it is; of a run whose file has been edited since into what only a restart of all
+    can change, or into nothing valid, the copy of what that run was `started` with.
+
+    Raises PolicyError.
+    """
+    if started is None:
+        return _as_it_is(origin)
+    with reading(origin.file, started):
+        first = _as_it_is(origin)
+    try:
+        now = _as_it_is(origin)
+        refuse_fixed(first.policy, now.policy)
+    except (PolicyError, Refused) as error:
+        return replace(first, refused=str(error))
+    return now
+
+
+def _as_it_is(origin: Origin) -> Beginning:
+    found = origin.gated()
+    return Beginning(found, *origin.read(found))
 
 
 class Reload:

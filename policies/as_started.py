@@ -8,10 +8,18 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 AS_STARTED = "HEADGATE_POLICY_AS_STARTED"  # JSON: absolute path of a policy -> path of its copy
+
+
+def copied(file: Path, folder: Path) -> Path:
+    """A copy of what the file says now, in the folder of a run."""
+    copy = folder / "policy.yaml"
+    copy.write_bytes(file.read_bytes())
+    return copy
 
 
 def environment(file: Path, copy: str | Path) -> dict[str, str]:
@@ -23,3 +31,16 @@ def place_of(file: str | Path, environ: Mapping[str, str] = os.environ) -> Path:
     """Where the file's text is to be read."""
     copies = json.loads(environ.get(AS_STARTED) or "{}")
     return Path(copies.get(str(Path(file).absolute()), file))
+
+
+@contextmanager
+def reading(file: Path, copy: str | Path) -> Iterator[None]:
+    """Meanwhile, in this program, too: for its beginning, before anything else runs."""
+    before = os.environ.get(AS_STARTED)
+    os.environ.update(environment(file, copy))
+    try:
+        yield
+    finally:
+        del os.environ[AS_STARTED]
+        if before is not None:
+            os.environ[AS_STARTED] = before

@@ -135,6 +135,28 @@ def test_workers_come_before_the_gateway_that_knows_them_all(tmp_path: Path) -> 
     assert token not in str(programs_of(plan)[0].environment)  # each run has its own
 
 
+def test_a_worker_that_is_started_again_goes_by_the_policy_of_the_others(tmp_path: Path) -> None:
+    """It read an edited file, and replicas of two models stood beside one another."""
+    model_folder(tmp_path / "tiny")
+    run = tmp_path / "run"
+    run.mkdir()
+    plan = replace(a_plan(tmp_path, TWO), folder=run)
+    worker, _, front = programs_of(plan)
+    plan.policy.write_text("version: 1\nruntime: {model: another, kv: int8}\n")
+    asked = "import sys; from policies.load import load; print(load(sys.argv[1]).runtime.model)"
+    for program, model in ((worker, "tiny"), (front, "another")):  # a gateway reads it again
+        told = subprocess.run(
+            [sys.executable, "-c", asked, str(plan.policy)],
+            env=os.environ | program.environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert told.stdout == f"{model}\n"
+    copy = Path(front.argv[front.argv.index("--started") + 1])
+    assert copy.read_text() == TWO
+
+
 def test_upstreams_alone_need_no_worker(tmp_path: Path) -> None:
     plan = a_plan(tmp_path, "version: 1\nupstreams: [{url: http://127.0.0.1:8000/v1}]\n")
     (front,) = programs_of(plan)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -13,7 +14,8 @@ import httpx
 import pytest
 
 from gateway.edge import Live, build
-from gateway.reload import Origin, Refused, Reload, refuse_fixed
+from gateway.reload import Origin, Refused, Reload, begin, refuse_fixed
+from policies.as_started import AS_STARTED
 from policies.load import load
 from tests.gateway.test_process import process
 from tests.gateway.world import (
@@ -88,6 +90,34 @@ async def test_what_is_under_way_ends_by_the_old_policy(tmp_path: Path) -> None:
         assert before.pool.in_flight == 0
         health = (await it.front.client.get("/health")).json()
         assert health["policy"] == {"reloads": 1, "edges": 1, "refused": None}
+
+
+@pytest.mark.parametrize(
+    ("text", "told", "limit"),
+    [
+        ("version: 1\ngateway: {max_in_flight: 9}\nupstreams: [{url: 'http://x'}]\n", None, 9),
+        ("version: 1\ngateway: {max_in_flight: 9, port: 9}\nupstreams: [{url: 'http://x'}]\n",
+         "gateway.port cannot change while it runs", 7),
+        ("version: 1\ngateway: {max_in_flight: 9}\nruntime: {model: pocket, kv: int8}\n",
+         "runtime cannot change while it runs", 7),
+        ("version: [1\n", "not valid YAML", 7),
+        (None, "no such file", 7),
+    ],
+    ids=["a limit", "the port", "the runtime", "a slip", "gone"],
+)  # fmt: skip
+def test_a_gateway_that_is_started_again_takes_what_it_would_have_taken(
+    tmp_path: Path, text: str | None, told: str | None, limit: int
+) -> None:
+    """Of an edited file; it took a runtime that no worker had, and did not start by a slip."""
+    file, copy = tmp_path / "policy.yaml", tmp_path / "copy.yaml"
+    write(copy, "http://x", max_in_flight=7)
+    if text is not None:
+        file.write_text(text)
+    first = begin(Origin(file, environ={}), copy)
+    assert first.policy.gateway.max_in_flight == limit
+    assert (first.refused is None) == (told is None)
+    assert (told or "") in (first.refused or "")
+    assert AS_STARTED not in os.environ
 
 
 @on_loop
