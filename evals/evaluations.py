@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
 from telemetry import Observation
-from telemetry.genai import counted, evaluated
+from telemetry.genai import JUDGED, counted, evaluated
 from telemetry.otlp import Collector, Exporter
 from telemetry.trace import SAMPLED, Context, Event, Span, named, traceparent
 
@@ -81,9 +81,6 @@ def span_of(seen: Observation, context: Context, began_s: float) -> Span:
         end_s,
         "UNSET" if seen.ok else "ERROR",
         told,
-        [
-            Event("gen_ai.evaluation.result", time.time(), evaluated(name, score))
-            for name, score in seen.scores.items()
-        ],
+        [Event(JUDGED, time.time(), evaluated(name, score)) for name, score in seen.scores.items()],
         SAMPLED,
     )

@@ -13,22 +13,23 @@ from typing import Any
 
 import orjson
 
-CHATS = ("chat", "generate", "text_completion", "generate_content")
-FAILED = (2, "2", "ERROR", "STATUS_CODE_ERROR")
+from telemetry.genai import (
+    CHAT,
+    CONVERSATION,
+    FIELDS,
+    FIRST_CHUNK,
+    INPUT,
+    INPUT_TOKENS,
+    OPERATION,
+    OUTPUT,
+    OUTPUT_TOKENS,
+    SYSTEM,
+    TEXT,
+    TOOLS,
+)
 
-# attribute -> the field of a request's body
-REQUEST = {
-    "gen_ai.request.model": "model",
-    "gen_ai.request.max_tokens": "max_tokens",
-    "gen_ai.request.temperature": "temperature",
-    "gen_ai.request.top_p": "top_p",
-    "gen_ai.request.top_k": "top_k",
-    "gen_ai.request.seed": "seed",
-    "gen_ai.request.stop_sequences": "stop",
-    "gen_ai.request.frequency_penalty": "frequency_penalty",
-    "gen_ai.request.presence_penalty": "presence_penalty",
-    "gen_ai.request.choice.count": "n",
-}
+CHATS = (CHAT, "generate", TEXT, "generate_content")
+FAILED = (2, "2", "ERROR", "STATUS_CODE_ERROR")
 
 
 class NoSpan(Exception):
@@ -59,10 +60,8 @@ def requests_of(line: Mapping[str, Any]) -> Iterator[Recorded]:
     spans = list(_spans(line))
     for span in spans:
         attributes = _attributes(span)
-        operation = attributes.get("gen_ai.operation.name")
-        is_chat = operation in CHATS or (
-            operation is None and "gen_ai.input.messages" in attributes
-        )
+        operation = attributes.get(OPERATION)
+        is_chat = operation in CHATS or (operation is None and INPUT in attributes)
         failed = (span.get("status") or {}).get("code") in FAILED
         if is_chat and not failed:
             yield _recorded(span, attributes, in_session=len(spans) > 1)
@@ -71,16 +70,13 @@ def requests_of(line: Mapping[str, Any]) -> Iterator[Recorded]:
 def _recorded(
     span: Mapping[str, Any], attributes: Mapping[str, Any], *, in_session: bool
 ) -> Recorded:
-    tokens = [attributes.get(f"gen_ai.usage.{one}_tokens") for one in ("input", "output")]
-    without_text = "gen_ai.input.messages" not in attributes and all(tokens)
+    tokens = [attributes.get(name) for name in (INPUT_TOKENS, OUTPUT_TOKENS)]
+    without_text = INPUT not in attributes and all(tokens)
     body = None if without_text else _body(attributes)
     name = str(span.get("span_id") or span.get("spanId") or "")
     trace = str(span.get("trace_id") or span.get("traceId") or "")
-    session = attributes.get("gen_ai.conversation.id")
-    said = [
-        _message(one)[0].get("content")
-        for one in _decoded(attributes, "gen_ai.output.messages") or ()
-    ]
+    session = attributes.get(CONVERSATION)
+    said = [_message(one)[0].get("content") for one in _decoded(attributes, OUTPUT) or ()]
     meta = {ours: attributes[theirs] for theirs, ours in _META.items() if theirs in attributes}
     return Recorded(
         start_s=_moment(span.get("start_time") or span.get("startTimeUnixNano")),
@@ -96,11 +92,11 @@ def _recorded(
 
 
 _META = {
-    "gen_ai.conversation.id": "session",
+    CONVERSATION: "session",
     "headgate.tenant": "tenant",
-    "gen_ai.usage.input_tokens": "prompt_tokens",
-    "gen_ai.usage.output_tokens": "completion_tokens",
-    "gen_ai.response.time_to_first_chunk": "ttft_s",
+    INPUT_TOKENS: "prompt_tokens",
+    OUTPUT_TOKENS: "completion_tokens",
+    FIRST_CHUNK: "ttft_s",
 }
 
 
@@ -109,21 +105,21 @@ _META = {
 
 def _body(attributes: Mapping[str, Any]) -> dict[str, Any]:
     body: dict[str, Any] = dict(_decoded(attributes, "headgate.request.other") or {})
-    for name, ours in REQUEST.items():
+    for name, ours in FIELDS.items():
         if name in attributes:
             body[ours] = attributes[name]
-    if (tools := _decoded(attributes, "gen_ai.tool.definitions")) is not None:
+    if (tools := _decoded(attributes, TOOLS)) is not None:
         body["tools"] = tools
     if "prompt" in body:  # of a text completion, as token ids or as a list
         return body
-    told = _decoded(attributes, "gen_ai.input.messages")
+    told = _decoded(attributes, INPUT)
     if not isinstance(told, list) or not told:
-        raise NoSpan("gen_ai.input.messages: expected a list of messages; was content recorded?")
-    system = _decoded(attributes, "gen_ai.system_instructions")
+        raise NoSpan(f"{INPUT}: expected a list of messages; was content recorded?")
+    system = _decoded(attributes, SYSTEM)
     messages = _message({"role": "system", "parts": system}) if system else []
     for one in told:
         messages += _message(one)
-    if attributes.get("gen_ai.operation.name") == "text_completion":
+    if attributes.get(OPERATION) == TEXT:
         body["prompt"] = messages[-1].get("content") or ""
     else:
         body["messages"] = messages

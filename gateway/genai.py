@@ -15,7 +15,27 @@ from typing import Any
 import orjson
 
 from gateway.redact import Blot, blotted
-from telemetry.genai import CHAT, LEAVES, REQUEST, TEXT, counted, requested
+from telemetry.genai import (
+    ANSWER_ID,
+    ANSWER_MODEL,
+    CHAT,
+    CONVERSATION,
+    FINISH_REASONS,
+    FIRST_CHUNK,
+    INPUT,
+    INPUT_TOKENS,
+    LEAVES,
+    OPERATION,
+    OUTPUT,
+    OUTPUT_TOKENS,
+    PROVIDER,
+    REQUEST,
+    STREAM,
+    TEXT,
+    TOOLS,
+    counted,
+    requested,
+)
 
 # Says who asked, or how the answer was sent: neither is part of what was asked.
 LEFT_OUT = frozenset(
@@ -95,16 +115,16 @@ def span_of(
     heard = read_answer(answer)
     operation = CHAT if "messages" in body else TEXT
     attributes = {
-        "gen_ai.operation.name": operation,
-        "gen_ai.provider.name": "headgate",
-        "gen_ai.request.stream": body.get("stream") is True,
+        OPERATION: operation,
+        PROVIDER: "headgate",
+        STREAM: body.get("stream") is True,
         **requested(body),
         **_response(heard),
         **_usage(heard, exchange),
         **_facts(exchange),
     }
     if exchange.conversation:
-        attributes["gen_ai.conversation.id"] = exchange.trace_id
+        attributes[CONVERSATION] = exchange.trace_id
     if content:
         attributes |= _content(body, heard, operation, blot)
     return {
@@ -132,17 +152,17 @@ def _usage(heard: Answer, exchange: Exchange) -> dict[str, Any]:
     if exchange.prompt_tokens is None or not heard.pieces:
         return {}
     return {
-        "gen_ai.usage.input_tokens": exchange.prompt_tokens,
-        "gen_ai.usage.output_tokens": heard.pieces,
+        INPUT_TOKENS: exchange.prompt_tokens,
+        OUTPUT_TOKENS: heard.pieces,
         "headgate.usage.estimated": True,
     }
 
 
 def _response(heard: Answer) -> dict[str, Any]:
     found = {
-        "gen_ai.response.id": heard.head.get("id"),
-        "gen_ai.response.model": heard.head.get("model"),
-        "gen_ai.response.finish_reasons": [heard.finish] if heard.finish else None,
+        ANSWER_ID: heard.head.get("id"),
+        ANSWER_MODEL: heard.head.get("model"),
+        FINISH_REASONS: [heard.finish] if heard.finish else None,
         "headgate.config.fingerprint": heard.head.get("system_fingerprint"),
     }
     return {name: value for name, value in found.items() if value is not None}
@@ -150,7 +170,7 @@ def _response(heard: Answer) -> dict[str, Any]:
 
 def _facts(exchange: Exchange) -> dict[str, Any]:
     found = {
-        "gen_ai.response.time_to_first_chunk": exchange.ttft_s,
+        FIRST_CHUNK: exchange.ttft_s,
         "headgate.tenant": exchange.tenant,
         "headgate.slo.tier": exchange.tier,
         "headgate.consent": exchange.consent,
@@ -179,13 +199,13 @@ def _content(body: Mapping[str, Any], heard: Answer, operation: str, blot: Blot)
         messages = []
     found: dict[str, Any] = {}
     if messages:
-        found["gen_ai.input.messages"] = messages
+        found[INPUT] = messages
     if body.get("tools"):
-        found["gen_ai.tool.definitions"] = body["tools"]
+        found[TOOLS] = body["tools"]
     if other:
         found["headgate.request.other"] = other
     if (said := heard.message())["parts"]:
-        found["gen_ai.output.messages"] = [said]
+        found[OUTPUT] = [said]
     return {name: orjson.dumps(blotted(value, blot)).decode() for name, value in found.items()}
 
 

@@ -10,6 +10,16 @@ from collections.abc import Mapping
 from typing import Any
 
 CHAT, TEXT = "chat", "text_completion"
+OPERATION, PROVIDER = "gen_ai.operation.name", "gen_ai.provider.name"
+STREAM, STOPS = "gen_ai.request.stream", "gen_ai.request.stop_sequences"
+CONVERSATION = "gen_ai.conversation.id"
+INPUT, OUTPUT = "gen_ai.input.messages", "gen_ai.output.messages"
+SYSTEM, TOOLS = "gen_ai.system_instructions", "gen_ai.tool.definitions"
+ANSWER_ID, ANSWER_MODEL = "gen_ai.response.id", "gen_ai.response.model"
+FINISH_REASONS = "gen_ai.response.finish_reasons"
+FIRST_CHUNK = "gen_ai.response.time_to_first_chunk"
+INPUT_TOKENS, OUTPUT_TOKENS = "gen_ai.usage.input_tokens", "gen_ai.usage.output_tokens"
+JUDGED = "gen_ai.evaluation.result"  # an event's name
 # field of a body -> attribute, and its type
 REQUEST: Mapping[str, tuple[str, type]] = {
     "model": ("gen_ai.request.model", str),
@@ -22,6 +32,11 @@ REQUEST: Mapping[str, tuple[str, type]] = {
     "n": ("gen_ai.request.choice.count", int),
     "frequency_penalty": ("gen_ai.request.frequency_penalty", float),
     "presence_penalty": ("gen_ai.request.presence_penalty", float),
+}
+# attribute -> field of a body: the way back
+FIELDS: Mapping[str, str] = {
+    **{attribute: name for name, (attribute, _) in REQUEST.items()},
+    STOPS: "stop",
 }
 LEAVES = "client_cancelled"  # an `error.type` that is nobody's failure
 
@@ -37,7 +52,7 @@ def requested(body: Mapping[str, Any]) -> dict[str, Any]:
             found[attribute] = value
     stop = body.get("stop")
     if (stops := stops_of(stop)) or stop == []:
-        found["gen_ai.request.stop_sequences"] = stops
+        found[STOPS] = stops
     return found
 
 
@@ -52,10 +67,10 @@ def about(
 ) -> dict[str, Any]:
     """One request to one server."""
     return {
-        "gen_ai.operation.name": operation,
-        "gen_ai.provider.name": provider,
+        OPERATION: operation,
+        PROVIDER: provider,
         "gen_ai.request.model": model,
-        "gen_ai.request.stream": stream,
+        STREAM: stream,
         **requested(body),
     }
 
@@ -67,17 +82,17 @@ def asked_of(model: str, request_id: str) -> dict[str, str]:
 
 def responded(answer_id: str, first_chunk_s: float | None) -> dict[str, Any]:
     """Of an answer: what it calls itself, how long its first chunk took; what is known of it."""
-    found = {"gen_ai.response.id": answer_id} if answer_id else {}
+    found = {ANSWER_ID: answer_id} if answer_id else {}
     if first_chunk_s is not None:
-        return found | {"gen_ai.response.time_to_first_chunk": round(first_chunk_s, 6)}
+        return found | {FIRST_CHUNK: round(first_chunk_s, 6)}
     return found
 
 
 def counted(prompt: Any, answer: Any, cached: Any) -> dict[str, int]:
     """Tokens as a server counts them; what is no count is left out."""
     found = {
-        "gen_ai.usage.input_tokens": prompt,
-        "gen_ai.usage.output_tokens": answer,
+        INPUT_TOKENS: prompt,
+        OUTPUT_TOKENS: answer,
         "gen_ai.usage.cache_read.input_tokens": cached,
     }
     return {name: value for name, value in found.items() if type(value) is int}

@@ -97,6 +97,27 @@ def test_each_heavy_dependency_has_one_importer() -> None:
     assert not wrong, "\n".join(wrong)
 
 
+def test_attributes_of_the_genai_conventions_stand_behind_one_mapping() -> None:
+    """What writes spans and what reads them know no name of theirs by themselves."""
+    docs = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    wrong = []
+    for _, file, tree in sources(*PACKAGED, "headgate", "benchmarks"):
+        texts = {id(one.body[0]) for one in ast.walk(tree) if isinstance(one, docs) and one.body}
+        said = {
+            id(one.value)
+            for one in ast.walk(tree)
+            if isinstance(one, ast.Expr) and id(one) in texts
+        }
+        wrong += [
+            f"{at(file, node.lineno)}  {node.value!r}: name it in telemetry/genai.py"
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Constant) and isinstance(node.value, str)
+            and "gen_ai." in node.value and id(node) not in said
+            and file != ROOT / "telemetry" / "genai.py"
+        ]  # fmt: skip
+    assert not wrong, "\n".join(wrong)
+
+
 def test_what_serves_without_a_model_never_names_torch() -> None:
     wrong = [
         f"{at(file, line)}  imports {name}"
