@@ -69,12 +69,13 @@ class Completions:
         try:
             headers = scope["headers"]
             tenant: Known = scope["extensions"][TENANT]
+            assert reply.trail is not None, "a request's trail begins before it is read"
+            reply.trail.tenant = tenant.name
             outgoing = scope["extensions"][OUTGOING]
             waits = not outgoing.asked
             body = await read_body(headers, receive, edge.settings, waits=waits)
             call = parse_call(self.path, body, headers, reply.request_id)
-            assert reply.trail is not None, "a request's trail begins before it is read"
-            reply.trail.parsed(call, tenant.name)
+            reply.trail.parsed(call)
             asked = Asked(call, tenant, reply, outgoing, asyncio.get_running_loop().time())
             beside = self.live.beside
             with edge.recording(asked, headers):

@@ -6,14 +6,15 @@ Who may read them is known to those who ask. Nothing here is on a request's way.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from gateway.edge import Edge, Live
 from gateway.siblings import Question
+from gateway.sieve import Sieve, sift
 from gateway.trace_ring import told
-from gateway.trail import Trail
+from gateway.trail import Trail, now
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +72,14 @@ class Kept:
         lists, asked = await self._all({"what": "receipts", "tenant": tenant})
         return sorted((one for some in lists for one in some), key=lambda one: one["at"]), asked
 
+    async def sifted(self, asked: Mapping[str, str]) -> tuple[list[dict[str, Any]], Asked]:
+        """By what stands in a query: what each process has of it."""
+        return await self._all({"what": "requests", "asked": asked})
+
+    async def tenants(self) -> tuple[list[dict[str, Any]], Asked]:
+        """What each process counted of them."""
+        return await self._all({"what": "tenants"})
+
     # ---- of this process ------------------------------------------------------------------------
 
     async def _own(self, question: Question) -> Any:
@@ -86,6 +95,10 @@ class Kept:
                     kept = edge.routing.receipts.get(name)
                     if kept is not None and tenant in (None, kept.tenant):
                         return kept.payload()
+            case {"what": "requests", "asked": asked}:
+                return sift(self._live.edge.tracer.ring, Sieve.of(asked))
+            case {"what": "tenants"}:
+                return self._live.edge.admission.tallies.tenants.told(now())
             case {"what": "receipts", "tenant": tenant}:
                 latest = {
                     one.id: one

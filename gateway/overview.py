@@ -26,14 +26,17 @@ from gateway.arms import Arms, median_and_tail
 from gateway.edge import Edge, Live
 from gateway.history import History, tiers
 from gateway.kept import Kept
+from gateway.lookups import routes as lookup_routes
 from gateway.query import query
 from gateway.replica import Replica
+from gateway.sieve import row
+from gateway.tallies import PHASES
 from gateway.trail import Trail
 from gateway.variants import Variants
 
 OVERVIEW_PATH = "/admin/overview"
 RECEIPT_PATH = "/admin/receipts/{id}"
-RECENT = 50  # requests in one answer
+RECENT = 50  # requests in one answer; lookups.py has the others
 LATE_S = 60.0  # of the requests whose quantiles are told
 
 
@@ -43,6 +46,7 @@ def routes(live: Live, variants: Variants, history: History, kept: Kept) -> list
     return [
         Route(OVERVIEW_PATH, Guarded(live, {"GET": overview.told})),
         Route(RECEIPT_PATH, Guarded(live, {"GET": overview.receipt})),
+        *lookup_routes(live, kept),
     ]
 
 
@@ -91,6 +95,7 @@ class Overview:
                 "enforce": gated.deployment.gate.enforce if gated else None,
                 "ungated": list(gated.ungated) if gated else [],
             },
+            "phases": PHASES,
             "models": sorted({name for one in edge.pool.replicas for name in one.models}),
             "tiers": _tiers(edge, self._clock()),
             "replicas": list(_replicas(edge)),
@@ -107,7 +112,7 @@ class Overview:
                 "checked": edge.meters.checked,
                 "violations": {k: v for k, v in edge.meters.violations.items() if v},
             },
-            "requests": [_row(one) for one in islice(edge.tracer.ring, RECENT)],
+            "requests": [row(one) for one in islice(edge.tracer.ring, RECENT)],
             "kept_traces": edge.tracer.settings.keep,
             "samples": self._history.since(_moment(scope)),
         }
@@ -149,6 +154,7 @@ def _tiers(edge: Edge, now: float) -> list[dict[str, Any]]:
             "queue_max": rule.queue_max,
             "now": asked.get(name),
             "ttft_s": median_and_tail([s for one in latest[name] if (s := one.ttft_s) is not None]),
+            "slowest": _slowest(latest[name]),
             "tpot_s": median_and_tail([s for one in latest[name] if (s := one.tpot_s) is not None]),
         }
         for name, rule in rules
@@ -164,6 +170,12 @@ def _latest(edge: Edge, now: float) -> Mapping[str, list[Trail]]:
         if one.service is not None:
             found[one.service.tier].append(one)
     return found
+
+
+def _slowest(some: list[Trail]) -> str | None:
+    """Whose first token took longest: it has a trace."""
+    spoke = [(s, one.request_id) for one in some if (s := one.ttft_s) is not None]
+    return max(spoke)[1] if spoke else None
 
 
 def _replicas(edge: Edge) -> Iterator[dict[str, Any]]:
@@ -204,31 +216,6 @@ def _state(one: Replica, now: float) -> str:
         return "down" if one.tried else "starting"
     circuit = one.circuit.state(now)
     return "ready" if circuit == "closed" else circuit
-
-
-def _row(one: Trail) -> dict[str, Any]:
-    """One line of a list."""
-    receipt, usage = one.receipt, one.usage
-    return {
-        "id": one.request_id,
-        "receipt": receipt.id if receipt else None,
-        "at": one.at,
-        "tenant": one.tenant,
-        "model": one.model,
-        "tier": one.service.tier if one.service else "",
-        "arm": one.arm,
-        "replica": one.hops[-1].replica.url if one.hops else None,
-        "attempts": len(one.hops),
-        "status": one.status,
-        "error": one.error,
-        "prompt_tokens": usage.prompt_tokens if usage else None,
-        "cached_tokens": usage.cached_tokens if usage else None,
-        "answer_tokens": usage.answer_tokens if usage else None,
-        "foreseen_ttft_s": receipt.foreseen_ttft_s if receipt else None,
-        "ttft_s": one.ttft_s,
-        "e2e_s": one.e2e_s,
-        "keep": one.keep,
-    }
 
 
 def _version() -> str | None:

@@ -1,9 +1,11 @@
-"""What became of the requests of each tier, counted."""
+"""What became of the requests of each tier, and of each tenant, counted."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+
+from gateway.tenants import Tenants
 
 # Where the time of requests goes (gateway/phases.py), in the order in which they pass.
 PHASES = (
@@ -34,9 +36,10 @@ class Tally:
 
 @dataclass(slots=True)
 class Tallies:
-    """Of all tiers. There are as many as policies named, and they are few."""
+    """Of all tiers, of which there are as many as policies named, and of tenants."""
 
     tiers: dict[str, Tally] = field(default_factory=dict)
+    tenants: Tenants = field(default_factory=Tenants)
 
     def of(self, tier: str) -> Tally:
         found = self.tiers.get(tier)

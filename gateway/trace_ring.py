@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
+from gateway.phases import phases
 from gateway.spans import shadow_spans, spans_of
 from gateway.trail import Trail
 
@@ -71,5 +72,6 @@ def told(trail: Trail) -> dict[str, Any]:
         "e2e_s": trail.e2e_s,
         "ttft_s": trail.ttft_s,
         "keep": trail.keep,
+        "phases": phases(trail),
         "spans": [span.payload() for span in (*spans_of(trail), *shadow_spans(trail))],
     }

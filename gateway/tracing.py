@@ -11,12 +11,12 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Literal
 
 from gateway.call import ClientGone, RawHeaders
+from gateway.fate import late
 from gateway.phases import spent
 from gateway.replica import Replica
 from gateway.reply import Reply
 from gateway.spans import shadow_spans, spans_of
 from gateway.tallies import Tallies
-from gateway.tiers import Service
 from gateway.trace_ring import Ring
 from gateway.trail import Hop, Trail, now
 from policies.tracing import Always, Tracing
@@ -92,6 +92,7 @@ class Tracer:
         trail.error = error_of(error, reply.status) or _failure(trail)
         if trail.service is not None:
             tallies.of(trail.service.tier).spend(spent(trail))
+        tallies.tenants.ended(trail)
         if not self.on:
             return
         trail.close()
@@ -127,24 +128,16 @@ class Tracer:
 
     def _worth(self, trail: Trail) -> Always | Literal[""]:
         """Why its trace is wanted whether it was sampled or not."""
-        settings, service = self.settings, trail.service
+        settings = self.settings
         always = settings.always
         if trail.arm and trail.arm != "baseline" and "canary" in always:
             return "canary"
         failed = trail.status >= 500 or (trail.error and trail.error != LEAVES)
         if failed and not 400 <= trail.status < 500 and "error" in always:
             return "error"
-        if service is not None and "late" in always and _late(trail, service):
+        if "late" in always and late(trail):
             return "late"
         return "slow" if trail.e2e_s > settings.slow_s and "slow" in always else ""
-
-
-def _late(trail: Trail, service: Service) -> bool:
-    """Whether it missed a target of its tier."""
-    ttft_s, tpot_s = trail.ttft_s, trail.tpot_s
-    if ttft_s is not None and service.ttft_ms is not None and 1000 * ttft_s > service.ttft_ms:
-        return True
-    return tpot_s is not None and service.tpot_ms is not None and 1000 * tpot_s > service.tpot_ms
 
 
 async def _want(trace_id: str, hops: Sequence[Hop], ask: Ask) -> None:

@@ -140,11 +140,10 @@ class Trail:
 
     # ---- noted on the way -----------------------------------------------------------------------
 
-    def parsed(self, call: Call, tenant: str) -> None:
+    def parsed(self, call: Call) -> None:
         """What is asked for is known."""
         self.model = call.model
         self.stream = call.stream
-        self.tenant = tenant
         self.asked = call.data
 
     def close(self) -> None:

@@ -1,0 +1,156 @@
+"""What each tenant asked for, got and was refused: of the last minutes, and since the start.
+
+Knows tenants by their names and counts alone. Bounded: what more than MOST tenants do is counted
+together. What several processes counted is added up by `together`.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from gateway.fate import FATES, JUDGED, MISSED, fate_of
+
+if TYPE_CHECKING:
+    from gateway.trail import Trail
+
+MOST = 512  # tenants that are counted each by itself
+SLOT_S = 20.0
+SLOTS = 15
+WINDOW_S = SLOT_S * SLOTS
+OTHERS = "\0others"  # no tenant has such a name
+TOKENS = ("prompt_tokens", "cached_tokens", "answer_tokens", "billed_tokens")
+COUNTS = (*FATES, *TOKENS)
+ORDERS = ("computed", "requests", "missed", "limited")
+_AT = {fate: at for at, fate in enumerate(FATES)}
+_PROMPT = len(FATES)
+
+Counts = dict[str, list[int]]  # by tier, in the order of COUNTS
+Told = dict[str, Any]
+
+
+@dataclass(slots=True)
+class Spent:
+    """Of one tenant."""
+
+    ever: Counts = field(default_factory=dict)
+    slots: deque[tuple[int, Counts]] = field(default_factory=lambda: deque(maxlen=SLOTS))
+
+    def now(self, slot: int) -> Counts:
+        """Of the slots that are not over for longer than the window."""
+        return summed(one for at, one in self.slots if at > slot - SLOTS)
+
+
+class Tenants:
+    """Of one gateway process. Outlives policies."""
+
+    def __init__(self) -> None:
+        self._spent: dict[str, Spent] = {}
+
+    def ended(self, trail: Trail) -> None:
+        """One request; every one comes through here."""
+        name = trail.tenant
+        spent = self._spent.get(name)
+        if spent is None:
+            if len(self._spent) >= MOST and name:
+                name = OTHERS
+            spent = self._spent.setdefault(name, Spent())
+        slot = int(trail.ended // SLOT_S)
+        if not spent.slots or spent.slots[-1][0] != slot:
+            spent.slots.append((slot, {}))
+        tier = trail.service.tier if trail.service is not None else ""
+        at, usage = _AT[fate_of(trail)], trail.usage
+        for counts in (spent.ever, spent.slots[-1][1]):
+            row = counts.get(tier)
+            if row is None:
+                row = counts[tier] = [0] * len(COUNTS)
+            row[at] += 1
+            if usage is not None:
+                row[_PROMPT] += usage.prompt_tokens
+                row[_PROMPT + 1] += usage.cached_tokens or 0
+                row[_PROMPT + 2] += usage.answer_tokens
+                row[_PROMPT + 3] += usage.prompt_tokens + usage.answer_tokens
+
+    def told(self, now: float) -> dict[str, list[Counts]]:
+        """Of each by its name: of the window, and since the start. `now` as `Trail.ended`."""
+        slot = int(now // SLOT_S)
+        return {name: [one.now(slot), one.ever] for name, one in self._spent.items()}
+
+
+def summed(several: Iterable[Mapping[str, list[int]]]) -> Counts:
+    """Count by count."""
+    found: Counts = {}
+    for counts in several:
+        for tier, row in counts.items():
+            before = found.get(tier)
+            found[tier] = list(row) if before is None else list(map(int.__add__, before, row))
+    return found
+
+
+def together(
+    several: Iterable[Mapping[str, list[Counts]]], known: Iterable[str], by: str, top: int
+) -> Told:
+    """What processes told as one, the first `top` by one of ORDERS each by itself; those of the
+    policy that asked for nothing come last. The rest is one more line."""
+    names: dict[str, list[list[Counts]]] = {}
+    for told in several:
+        for name, pair in told.items():
+            names.setdefault(name, []).append(pair)
+    rows = {
+        name: {
+            "now": shaped(summed(now for now, _ in pairs)),
+            "ever": shaped(summed(ever for _, ever in pairs)),
+        }
+        for name, pairs in names.items()
+    }
+    beyond = rows.pop(OTHERS, None)
+    for name in known:
+        rows.setdefault(name, {"now": shaped({}), "ever": shaped({})})
+
+    def rank(name: str) -> tuple[Any, ...]:
+        row = rows[name]
+        return (-row["now"][by], -row["ever"][by], -row["ever"]["requests"], name)
+
+    ordered = sorted(rows, key=rank)
+    rest = [rows[name] for name in islice(ordered, top, None)]
+    rest += [beyond] if beyond is not None else []
+    whole = [*rows.values(), *([beyond] if beyond is not None else [])]
+    return {
+        "window_s": WINDOW_S,
+        "by": by,
+        "tenants": [{"name": name, **rows[name]} for name in ordered[:top]],
+        "others": {"tenants": len(rest), **_added(rest)} if rest else None,
+        "all": _added(whole),
+    }
+
+
+def shaped(counts: Counts) -> Told:
+    """By name, over all tiers; and what each tier's requests were billed."""
+    row = [sum(column) for column in zip(*counts.values(), strict=True)] or [0] * len(COUNTS)
+    found: Told = dict(zip(COUNTS, row, strict=True))
+    found["requests"] = sum(found[fate] for fate in FATES)
+    found["judged"] = sum(found[fate] for fate in JUDGED)
+    found["missed"] = sum(found[fate] for fate in MISSED)
+    # What engines had to do for it: what was cached cost them next to nothing.
+    found["computed"] = found["billed_tokens"] - found["cached_tokens"]
+    found["tiers"] = {tier: row[-1] for tier, row in sorted(counts.items()) if row[-1]}
+    return found
+
+
+def _added(rows: list[Told]) -> Told:
+    return {span: _sum([row[span] for row in rows]) for span in ("now", "ever")}
+
+
+def _sum(several: list[Told]) -> Told:
+    found = shaped({})
+    for one in several:
+        for name, value in one.items():
+            if name == "tiers":
+                for tier, tokens in value.items():
+                    found["tiers"][tier] = found["tiers"].get(tier, 0) + tokens
+            else:
+                found[name] += value
+    return found
