@@ -213,7 +213,7 @@ def _fronts(
         replace(
             front,
             name=f"gateway {index}",
-            argv=(*front.argv, "--private", str(port), *together),
+            argv=(*front.argv, "--private", str(port), "--process", str(index), *together),
             host=_WORKER_HOST,
             port=port,
         )

@@ -6,6 +6,7 @@ ask a server about itself; knows no requests and no judgement.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import re
@@ -32,7 +33,10 @@ EDGE_START_S = 30.0  # a gateway alone: what it waits for then are servers that 
 ASK_S = 10.0
 FRONT = re.compile(r"^\s+(http://\S+)/v1$")  # `headgate serve` says it once it is ready
 _PAGE = re.compile(r"^\s+metrics\s+(http://\S+/metrics)$")
-_SAMPLE = re.compile(r"^([a-zA-Z_:][\w:]*)(?:\{[^}]*\})?\s+(\S+)", re.MULTILINE)
+_SAMPLE = re.compile(r"^([a-zA-Z_:][\w:]*)(\{[^}]*\})?\s+(\S+)", re.MULTILINE)
+# Of several gateway processes one that did not answer when their common page was made.
+_UNTOLD = re.compile(r"^headgate_gateway_process_told\{[^}]*\} 0", re.MULTILINE)
+_LOOKS, _LOOK_S = 5, 0.5  # at such a page, and between two of them: it may be starting anew
 _TYPE = re.compile(r"^# TYPE ([a-zA-Z_:][\w:]*)", re.MULTILINE)
 # Of a server that starts, for another one that does not load, but is not there.
 _WAITS = re.compile(r"still waiting for (?!.*\bloading\b)")
@@ -228,36 +232,66 @@ def _fingerprints(told: Mapping[str, Any]) -> Iterable[str]:
             yield from _fingerprints(entry["fingerprint"])
 
 
-async def counters(arm: Arm) -> dict[str, float]:
-    """Every sample at the arm's /metrics, summed over labels and pages. A page that does not
-    answer counts nothing.
-    """
-    found: dict[str, float] = {}
-    async for text in _texts(arm):
-        for name, value in _SAMPLE.findall(text):
+Series = tuple[str, str, str]  # page, name, labels
+
+
+async def series(arm: Arm) -> dict[Series, float]:
+    """Every sample at the arm's /metrics. A page that does not answer has none."""
+    found: dict[Series, float] = {}
+    async for page, text in _texts(arm):
+        for name, labels, value in _SAMPLE.findall(text):
             with contextlib.suppress(ValueError):
-                found[name] = found.get(name, 0.0) + float(value)
+                found[page, name, labels] = float(value)
     return found
+
+
+def summed(found: Mapping[Series, float]) -> dict[str, float]:
+    """By name, over labels and pages."""
+    sums: dict[str, float] = {}
+    for (_, name, _), value in found.items():
+        sums[name] = sums.get(name, 0.0) + value
+    return sums
+
+
+def risen(before: Mapping[Series, float], after: Mapping[Series, float]) -> dict[str, float]:
+    """By how much counters have grown, by name. A series that fell began again, with its process:
+    of a sum of several it could not be told by how much."""
+    grown = {}
+    for one, value in after.items():
+        first = before.get(one, 0.0)
+        growth = value - first if value >= first else value
+        if growth > 0:
+            grown[one] = growth
+    return summed(grown)
 
 
 async def counted(arm: Arm) -> frozenset[str]:
     """What the arm's /metrics tell by name, also what has no sample yet."""
     names: set[str] = set()
-    async for text in _texts(arm):
-        names.update(_TYPE.findall(text), (name for name, _ in _SAMPLE.findall(text)))
+    async for _, text in _texts(arm):
+        names.update(_TYPE.findall(text), (name for name, _, _ in _SAMPLE.findall(text)))
     return frozenset(names)
 
 
-async def _texts(arm: Arm) -> AsyncIterator[str]:
-    """Of each page that answers."""
+async def _texts(arm: Arm) -> AsyncIterator[tuple[str, str]]:
+    """Of each page that answers, whole if it becomes so."""
     if arm.broken:
         return
     async with _session(arm.scrape_key or arm.key) as session:
         for page in arm.pages:
             with contextlib.suppress(*_UNREACHABLE):
-                async with session.get(page) as answer:
-                    text = await answer.text() if answer.status == 200 else ""
-                yield text
+                text = await _text(session, page)
+                for _ in range(_LOOKS - 1):
+                    if not _UNTOLD.search(text):
+                        break
+                    await asyncio.sleep(_LOOK_S)
+                    text = await _text(session, page)
+                yield page, text
+
+
+async def _text(session: aiohttp.ClientSession, page: str) -> str:
+    async with session.get(page) as answer:
+        return await answer.text() if answer.status == 200 else ""
 
 
 def targets(configured: Configured | None) -> dict[str, Targets]:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from evals.arms import Arm, Starting, counters, started
+from evals.arms import Arm, Starting, series, started, summed
 from evals.client import Client
 from evals.execute import Prepared
 from evals.item import Item
@@ -56,4 +56,4 @@ async def _resident(arm: Arm) -> int:
         await asyncio.gather(
             *(client.ask(item, arm.name, "memory", now=time.monotonic) for item in items)
         )
-    return int((await counters(arm)).get(_METRIC, 0))
+    return int(summed(await series(arm)).get(_METRIC, 0))

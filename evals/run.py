@@ -17,7 +17,7 @@ from typing import Any
 import orjson
 
 from evals.activation import refuse_missing
-from evals.arms import Arm, counted, counters
+from evals.arms import Arm, counted, risen, series
 from evals.client import Client, Targets
 from evals.dataset import Suite
 from evals.design import Block, Session, Step
@@ -80,12 +80,12 @@ async def run(bench: Bench, steps: Sequence[Step], journal: Journal, after: Afte
         why = None
         for step, following in zip(left, [*left[1:], None], strict=True):
             arm = await crew.arm(step.arm)
-            before = await counters(arm) if step.arm == CANDIDATE else {}
+            before = await series(arm) if step.arm == CANDIDATE else {}
             done = await _step(bench, await crew.client(arm), arm, step, now)
             if told is not None:
                 told.tell(done.observations, time.time() - now())
             if step.arm == CANDIDATE:
-                done = replace(done, counters=_risen(before, await counters(arm)))
+                done = replace(done, counters=risen(before, await series(arm)))
             journal.add(done)
             why = why or after(step, done) or _why_to_stop(arm, done)
             # A block is ended in all its arms: half a block would be read as failures.
@@ -277,14 +277,3 @@ def _why_to_stop(arm: Arm, done: Done) -> str | None:
         why = done.observations[0].problem.partition("\n")[0]
         return f"the {done.arm} arm answered no request of a whole block: {why}"
     return None
-
-
-def _risen(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:
-    """What has grown; a counter that fell began again, with its server."""
-    risen = {}
-    for name, value in after.items():
-        first = before.get(name, 0.0)
-        growth = value - first if value >= first else value
-        if growth > 0:
-            risen[name] = growth
-    return risen

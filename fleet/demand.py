@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import aiohttp
 
@@ -11,6 +10,7 @@ from fleet.scaling import Demand
 
 QUEUED = "headgate_gateway_queued_uncached_tokens"
 RUNNING = "headgate_gateway_requests_running"
+TOLD = "headgate_gateway_process_told"  # of several processes, whether a page tells of one
 _ASK_S = 2.0
 
 
@@ -32,14 +32,24 @@ class Demands:
             await self._session.close()
 
     async def __call__(self) -> Demand | None:
-        """The sum over all gateways; None while any of them does not answer."""
+        """The sum over all gateways; None while it is not known of any of them.
+
+        The page of one usually tells of all processes behind its port; else each is asked.
+        """
         assert self._session is not None, "it is used outside of its `async with`"
-        session = self._session
-        try:
-            pages = await asyncio.gather(*(self._page(session, page) for page in self._pages))
-        except (aiohttp.ClientError, TimeoutError):
-            return None
-        return read("\n".join(pages))
+        found: dict[str, float] = {}
+        missing = False
+        for page in self._pages:
+            try:
+                told = samples(await self._page(self._session, page))
+            except (aiohttp.ClientError, TimeoutError):
+                missing = True
+                continue
+            found |= told
+            processes = [value for series, value in told.items() if series.startswith(TOLD)]
+            if processes and all(processes):
+                return demand(found)
+        return None if missing else demand(found)
 
     async def _page(self, session: aiohttp.ClientSession, url: str) -> str:
         async with session.get(url) as response:
@@ -47,11 +57,17 @@ class Demands:
             return await response.text()
 
 
-def read(page: str) -> Demand:
-    """Of Prometheus text, whatever labels the samples have."""
-    return Demand(_sum(page, QUEUED), _sum(page, RUNNING))
+def samples(page: str) -> dict[str, float]:
+    """Of Prometheus text what counts here, by name and labels."""
+    wanted = tuple(f"{name}{end}" for name in (QUEUED, RUNNING, TOLD) for end in " {")
+    lines = (line.rpartition(" ") for line in page.splitlines() if line.startswith(wanted))
+    return {series: float(value) for series, _, value in lines}
 
 
-def _sum(page: str, name: str) -> float:
-    samples = [line for line in page.splitlines() if line.startswith((f"{name} ", f"{name}{{"))]
-    return sum(float(line.rpartition(" ")[2]) for line in samples)
+def demand(found: Mapping[str, float]) -> Demand:
+    """By samples, whatever labels they have."""
+    return Demand(_sum(found, QUEUED), _sum(found, RUNNING))
+
+
+def _sum(found: Mapping[str, float], name: str) -> float:
+    return sum(value for series, value in found.items() if series.partition("{")[0] == name)

@@ -50,7 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings = policy.gateway
     if options.siblings is not None:
         try:
-            siblings = Siblings(options.siblings, str(options.private or os.getpid()))
+            name = options.process if options.process is not None else os.getpid()
+            siblings = Siblings(options.siblings, str(name))
         except (NotPrivate, OSError) as error:
             print(f"--siblings: {error}", file=sys.stderr)
             return 2
@@ -105,7 +106,15 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--siblings",
         type=Path,
         metavar="FOLDER",
-        help="of this user alone, in which several gateways ask each other for traces and receipts",
+        help="of this user alone, in which several gateways ask each other for traces, receipts "
+        "and metrics",
+    )
+    parser.add_argument(
+        "--process",
+        type=int,
+        metavar="NUMBER",
+        help="of this one among its siblings, from 0: a label of its metrics, the same after a "
+        "restart; without it, its process id",
     )
     parser.add_argument(
         "--started",

@@ -21,11 +21,11 @@ from gateway.history import History
 from gateway.kept import Kept
 from gateway.overview import routes as overview_routes
 from gateway.reload import Reload
+from gateway.scrape import Scrape
 from gateway.status import (
     Allowed,
     fingerprints,
     health,
-    metrics,
     model,
     models,
     openapi,
@@ -56,7 +56,7 @@ def create_app(
         Route(COMPLETIONS_PATH, Allowed("POST", Completions(COMPLETIONS_PATH, live))),
         Route("/health", Allowed("GET", health(live))),
         Route("/openapi.json", Allowed("GET", openapi(live))),
-        Route("/metrics", Allowed("GET", metrics(live, variants.told))),
+        Route("/metrics", Allowed("GET", Scrape(live, variants.told))),
         Route("/v1/fingerprint", Allowed("GET", fingerprints(live))),
         Route("/v1/receipts", Allowed("GET", receipts(kept))),
         Route("/v1/receipts/{id}", Allowed("GET", receipt(live, kept))),

@@ -19,14 +19,15 @@ ACCEPTED = "application/openmetrics-text"
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """One of the two."""
+    """One of the two. `process`: the label of that name on every sample, "" for none."""
 
     openmetrics: bool
+    process: str = ""
 
     @classmethod
-    def of(cls, accept: str) -> Format:
+    def of(cls, accept: str, process: str = "") -> Format:
         """OpenMetrics for who asks for it."""
-        return cls(ACCEPTED in accept)
+        return cls(ACCEPTED in accept, process)
 
     @property
     def content_type(self) -> bytes:
@@ -45,8 +46,9 @@ class Format:
 
     def samples(self, name: str, labels: Sequence[str], by: Mapping[tuple[str, ...], float]) -> str:
         lines = []
+        labels, always = self._with_process(labels)
         for values, value in by.items():
-            pairs = _pairs(labels, values)
+            pairs = _pairs(labels, (*values, *always))
             named = f"{name}{{{','.join(pairs)}}}" if pairs else name
             lines.append(f"{named} {number(value)}\n")
         return "".join(lines)
@@ -54,8 +56,9 @@ class Format:
     def buckets(self, name: str, labels: Sequence[str], histogram: Histogram) -> Iterator[str]:
         """A string for each series; what is counted between two of them is no harm."""
         bounds = [f',le="{float(bound)}"}} ' for bound in histogram.bounds] + [',le="+Inf"} ']
+        labels, always = self._with_process(labels)
         for values, series in list(histogram.series.items()):
-            named = ",".join(_pairs(labels, values))
+            named = ",".join(_pairs(labels, (*values, *always)))
             stem = f"{name}_bucket{{{named}"
             counts = list(accumulate(series.counts))
             if self.openmetrics:
@@ -70,6 +73,10 @@ class Format:
             lines.append(f"{name}_count{{{named}}} {counts[-1]}\n")
             lines.append(f"{name}_sum{{{named}}} {number(series.total)}\n")
             yield "".join(lines)
+
+    def _with_process(self, labels: Sequence[str]) -> tuple[Sequence[str], tuple[str, ...]]:
+        """All labels, and the values of those that every sample has."""
+        return ((*labels, "process"), (self.process,)) if self.process else (labels, ())
 
 
 def number(value: float) -> str:

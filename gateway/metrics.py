@@ -8,8 +8,6 @@ describes every metric; the file is long because it is a table.
 
 from __future__ import annotations
 
-import asyncio
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -30,7 +28,6 @@ if TYPE_CHECKING:
 PREFIX = "headgate_gateway_"
 STATES = ("on", "off", "stale", "quarantined")  # of an optimization
 STAGES = ("live", "suspended", "lapsed", "ended")  # of a rollout
-PIECE_S = 0.001  # of a page; streams wait as long
 
 Values = float | Mapping[tuple[str, ...], float]
 
@@ -554,14 +551,28 @@ HISTOGRAMS: tuple[tuple[str, str, Callable[[Reading], Histogram]], ...] = (
 )
 
 
-def families(reading: Reading, form: Format) -> Iterator[tuple[str, Iterator[str]]]:
-    """The head of each metric and its samples in pieces, the same metrics in the same order
-    wherever it is called."""
+# Of several processes behind one port, which one page tells of (gateway/scrape.py).
+TOLD = Family(
+    PREFIX + "process_told",
+    "1 for each process behind this port whose samples are on this page, 0 for one that has not "
+    "answered; absent where there is one process.",
+    lambda _: {},
+    ("process",),
+)
+
+
+def families(reading: Reading, form: Format) -> Iterator[tuple[str, str, Iterator[str]]]:
+    """The name of each metric, its head, and its samples in pieces."""
     for kind, found in (("gauge", GAUGES), ("counter", COUNTERS)):
         for family in found:
-            yield form.head(family.name, kind, family.text), _samples(family, kind, reading, form)
+            head = form.head(family.name, kind, family.text)
+            yield family.name, head, _samples(family, kind, reading, form)
     for name, text, read in HISTOGRAMS:
-        yield form.head(name, "histogram", text), form.buckets(name, OF_ANSWERS, read(reading))
+        yield (
+            name,
+            form.head(name, "histogram", text),
+            form.buckets(name, OF_ANSWERS, read(reading)),
+        )
 
 
 def _samples(family: Family, kind: str, reading: Reading, form: Format) -> Iterator[str]:
@@ -570,27 +581,3 @@ def _samples(family: Family, kind: str, reading: Reading, form: Format) -> Itera
     by = values if isinstance(values, Mapping) else {(): values}
     name = family.name + ("_total" if kind == "counter" else "")
     yield form.samples(name, family.labels, by)
-
-
-async def page(reading: Reading, form: Format) -> bytes:
-    """The whole of it, written in pieces between which streams go on."""
-    parts: list[str] = []
-    pause = Pause()
-    for head, pieces in families(reading, form):
-        parts.append(head)
-        for piece in pieces:
-            parts.append(piece)
-            await pause()
-    return "".join((*parts, form.end)).encode()
-
-
-class Pause:
-    """Awaited between pieces of work, it gives the loop to others after PIECE_S of it."""
-
-    def __init__(self) -> None:
-        self._since = time.perf_counter()
-
-    async def __call__(self) -> None:
-        if time.perf_counter() - self._since > PIECE_S:
-            await asyncio.sleep(0)
-            self._since = time.perf_counter()

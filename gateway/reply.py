@@ -142,6 +142,14 @@ class Reply:
         await self._start(status, [*headers, (b"content-length", b"%d" % len(body))])
         await self._finish(body)
 
+    async def in_pieces(self, status: int, headers: Headers, pieces: Sequence[bytes]) -> None:
+        """The same for a body of which a slow client gets a piece at a time."""
+        size = b"%d" % sum(map(len, pieces))
+        await self._start(status, [*headers, (b"content-length", size)])
+        for piece in pieces:
+            await self._send({"type": "http.response.body", "body": piece, "more_body": True})
+        await self._finish(b"")
+
     async def fail(self, problem: Problem) -> None:
         """The problem as this answer's status and body, or in band once a stream has begun."""
         if self.streaming:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
@@ -14,10 +13,8 @@ from gateway import problems
 from gateway.call import request_id
 from gateway.doorway import refuse
 from gateway.edge import Live
-from gateway.exposition import Format
 from gateway.kept import Kept
 from gateway.keys import TENANT
-from gateway.metrics import Reading, page
 from gateway.openapi import document
 from gateway.replica import Replica
 from gateway.reply import Reply
@@ -111,19 +108,6 @@ def _state(replica: Replica, now: float) -> dict[str, Any]:
         "in_flight": replica.in_flight,
         "error": replica.error,
     }
-
-
-def metrics(live: Live, rollout: Callable[[], Mapping[str, Any] | None]) -> ASGIApp:
-    """What a Prometheus server reads."""
-
-    async def app(scope: Scope, _receive: Receive, send: Send) -> None:
-        accept = dict(scope["headers"]).get(b"accept", b"").decode("latin-1")
-        form = Format.of(accept)
-        body = await page(Reading(live, rollout(), time.time()), form)
-        reply = Reply(send, request_id(scope["headers"]))
-        await reply.whole(200, [(b"content-type", form.content_type)], body)
-
-    return app
 
 
 def openapi(live: Live) -> ASGIApp:

@@ -163,11 +163,13 @@ WATERFALL = Dashboard(
         Row("Processes", [
             Panel(
                 "Processors", "How many each process keeps busy; a gateway's limit is one.",
-                [Query("rate(process_cpu_seconds_total[$W])", "{{instance}}")], width=12,
+                [Query("rate(process_cpu_seconds_total[$W])", "{{instance}} {{process}}")],
+                width=12,
             ),
             Panel(
                 "Memory", "Resident. What climbs for hours is a leak, or a cache without a bound.",
-                [Query("process_resident_memory_bytes", "{{instance}}")], "bytes", width=12,
+                [Query("process_resident_memory_bytes", "{{instance}} {{process}}")],
+                "bytes", width=12,
             ),
         ]),
     ],

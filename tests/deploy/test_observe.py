@@ -108,8 +108,9 @@ def test_every_question_is_promql_and_its_legend_names_labels_that_it_keeps() ->
         for target in panel.get("targets", ()):
             labels = {label for one in wanted(target["expr"]) for label in one.labels}
             named = set(re.findall(r"\{\{(\w+)\}\}", target["legendFormat"]))
-            # a bare series keeps its target's labels, too, and recorded ones what they are by
-            assert named <= labels | {"instance", "tier"}, target["expr"]
+            # a bare series keeps its target's labels, and that of one of several processes, too,
+            # and recorded ones what they are by
+            assert named <= labels | {"instance", "process", "tier"}, target["expr"]
 
 
 def variables() -> Iterator[tuple[str, str, str]]:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import aiohttp
 import pytest
+from aiohttp import web
 
-from evals.arms import Starting, counters, started
+from evals.arms import Arm, Starting, risen, series, started, summed
 from policies.binding import pair
 from policies.hypothesis import Hypothesis
 from policies.load import load_hypothesis
@@ -68,7 +69,7 @@ async def test_the_spoiled_arm_leaves_the_baselines_caches_alone(
             url = f"{arms['sabotage'].url}/v1/chat/completions"
             async with session.post(url, json=HELLO) as answer:
                 assert answer.status == 200
-            seen = (await counters(arms["baseline"])).get("headgate_gateway_requests_total", 0)
+            seen = summed(await series(arms["baseline"])).get("headgate_gateway_requests_total", 0)
     assert (len(fake.requests), seen) == (1, float(cold_blocks))
 
 
@@ -91,5 +92,40 @@ async def test_counters_are_read_with_the_operators_key(
         asked = load_hypothesis(file)
         async with started(Starting(asked, pair(file, asked), tmp_path / "arms")) as arms:
             assert not arms["baseline"].broken
-            seen = await counters(arms["baseline"])
+            seen = summed(await series(arms["baseline"]))
     assert seen["headgate_gateway_replicas_ready"] == 1
+
+
+def test_a_process_that_starts_anew_takes_nothing_from_what_the_others_counted() -> None:
+    """Of two processes one has lost its 90 and counted 5 since, the other has gone on by 3."""
+    before = {("page", "n", '{process="0"}'): 90.0, ("page", "n", '{process="1"}'): 10.0}
+    after = {("page", "n", '{process="0"}'): 5.0, ("page", "n", '{process="1"}'): 13.0}
+    assert risen(before, after) == {"n": 8}
+    assert risen(after, after) == {}
+    assert summed(after) == {"n": 18}
+
+
+@on_loop
+async def test_a_page_that_lacks_a_process_is_looked_at_again() -> None:
+    """It is starting anew; what it counts next would else be missing, and later be too much."""
+    looks = 0
+
+    async def metrics(_request: web.Request) -> web.Response:
+        nonlocal looks
+        looks += 1
+        told = f'headgate_gateway_process_told{{process="1"}} {float(looks > 1)}\n'
+        return web.Response(text='n_total{process="0"} 2\n' + told)
+
+    app = web.Application()
+    app.router.add_get("/metrics", metrics)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    try:
+        page = f"http://127.0.0.1:{runner.addresses[0][1]}/metrics"
+        found = await series(Arm("baseline", "", pages=(page,)))
+    finally:
+        await runner.cleanup()
+    assert looks == 2
+    assert found[page, "n_total", '{process="0"}'] == 2
+    assert found[page, "headgate_gateway_process_told", '{process="1"}'] == 1

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
 import pytest
+from aiohttp import web
 from hypothesis import given, strategies as st
 from pydantic import ValidationError
 
-from fleet.demand import read
+from fleet.demand import Demands, demand, samples
 from fleet.placing import leaver, preferences
 from fleet.scaling import Demand, Scale
 from policies.fleet import Fleet
@@ -18,8 +22,8 @@ IDLE = Demand(0, 0)
 
 
 def after(scale: Scale, size: int, *moments: tuple[float, Demand | None]) -> int:
-    for now, demand in moments:
-        size = scale.decide(now, size, demand)
+    for now, found in moments:
+        size = scale.decide(now, size, found)
     return size
 
 
@@ -90,8 +94,63 @@ def test_the_gateways_page_is_read_whatever_its_labels() -> None:
         'headgate_gateway_requests_running{tier="batch"} 3\n'
         'headgate_gateway_requests_running{tier="standard"} 4\n'
     )
-    assert read(page) == Demand(1234, 7)
-    assert read("") == IDLE
+    assert demand(samples(page)) == Demand(1234, 7)
+    assert demand(samples("")) == IDLE
+
+
+def page_of(*processes: int, of: int) -> str:
+    """What a gateway of several processes answers that knows of these."""
+    told = [
+        f'headgate_gateway_process_told{{process="{at}"}} {float(at in processes)}'
+        for at in range(of)
+    ]
+    runs = [f'headgate_gateway_requests_running{{process="{at}"}} {at + 1}' for at in processes]
+    return "\n".join([*told, *runs])
+
+
+@pytest.mark.parametrize(
+    ("pages", "running", "asked"),
+    [
+        ([page_of(0, 1, of=2), page_of(0, 1, of=2)], 3, 1),
+        ([page_of(0, of=2), page_of(1, of=2)], 3, 2),
+        ([None, page_of(0, 1, of=2)], 3, 2),
+        ([None, page_of(1, of=2)], None, 2),
+        (["headgate_gateway_requests_running 4"], 4, 1),
+        ([None], None, 1),
+    ],
+)
+def test_each_gateway_process_counts_once_whoever_tells_of_it(
+    pages: list[str | None], running: float | None, asked: int
+) -> None:
+    """A page of all is enough; where one does not answer and nobody tells of it, nothing is
+    known."""
+    looks = 0
+
+    async def found() -> Demand | None:
+        nonlocal looks
+
+        def answering(page: str | None) -> Callable[[web.Request], Awaitable[web.Response]]:
+            async def answer(_request: web.Request) -> web.Response:
+                nonlocal looks
+                looks += 1
+                return web.Response(status=503) if page is None else web.Response(text=page)
+
+            return answer
+
+        async with AsyncExitStack() as stack:
+            urls = []
+            for page in pages:
+                app = web.Application()
+                app.router.add_get("/metrics", answering(page))
+                runner = web.AppRunner(app)
+                await runner.setup()
+                stack.push_async_callback(runner.cleanup)
+                await web.TCPSite(runner, "127.0.0.1", 0).start()
+                urls.append(f"http://127.0.0.1:{runner.addresses[0][1]}")
+            return await (await stack.enter_async_context(Demands(urls, "key")))()
+
+    assert asyncio.run(found()) == (None if running is None else Demand(0, running))
+    assert looks == asked
 
 
 # ---- places -------------------------------------------------------------------------------------

@@ -6,14 +6,17 @@ import asyncio
 import json
 import platform
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
 from gateway.exposition import Format
 from gateway.meters import MODELS_MAX, OTHER, Meters
-from gateway.metrics import COUNTERS, GAUGES, HISTOGRAMS, OF_ANSWERS, Reading, page
+from gateway.metrics import COUNTERS, GAUGES, HISTOGRAMS, OF_ANSWERS, TOLD, Reading
+from gateway.scrape import told
 from policies.enabling import Gated
 from policies.standing import Standing
 from tests.gateway.world import (
@@ -39,6 +42,11 @@ def said(text: str) -> bytes:
 def usage(**more: object) -> bytes:
     counts = {"prompt_tokens": 9, "completion_tokens": 3, "total_tokens": 12, **more}
     return b'data: {"choices":[],"usage":%s}\n\n' % json.dumps(counts).encode()
+
+
+async def page(edge: Front, rollout: Mapping[str, Any] | None, form: Format) -> str:
+    reading = Reading(edge.live, rollout, 1000.0)
+    return "".join([head + samples.decode() async for _, head, samples in told(reading, form)])
 
 
 async def scraped(edge: Front) -> dict[str, float]:
@@ -212,7 +220,7 @@ async def test_streams_go_on_while_a_page_is_made() -> None:
         for number in range(4000):
             duration_s.observe(("standard", f"m{number}", "baseline"), 0.05)
         other = asyncio.ensure_future(turning())
-        await page(Reading(edge.live, None, 1000.0), Format(openmetrics=True))
+        await page(edge, None, Format(openmetrics=True))
         other.cancel()
     assert turns > 1
 
@@ -221,7 +229,7 @@ async def test_streams_go_on_while_a_page_is_made() -> None:
 async def test_every_metric_is_described_as_it_is() -> None:
     """docs/metrics.md has a row of each metric: its name, its labels, what it means."""
     described = PAGE.read_text()
-    families = [(one.name, one.labels, one.text) for one in GAUGES]
+    families = [(one.name, one.labels, one.text) for one in (*GAUGES, TOLD)]
     families += [(f"{one.name}_total", one.labels, one.text) for one in COUNTERS]
     families += [(name, OF_ANSWERS, text) for name, text, _ in HISTOGRAMS]
     for name, labels, text in families:
@@ -264,8 +272,7 @@ async def test_optimizations_and_a_rollout_show_their_state() -> None:
                "suspended": False}  # fmt: skip
     async with upstream() as fake, gateway(fake) as edge:
         edge.live.gated = Gated(PAGE, edge.live.edge.policy, (stale,))
-        body = await page(Reading(edge.live, rollout, 1000.0), Format(openmetrics=False))
-    found = values(body.decode())
+        found = values(await page(edge, rollout, Format(openmetrics=False)))
     assert found["headgate_optimization_state kv-int8 stale"] == 1
     assert found["headgate_optimization_state kv-int8 on"] == 0
     assert found["headgate_optimization_enabled kv-int8"] == 0

@@ -135,6 +135,46 @@ async def test_any_process_tells_what_another_keeps(tmp_path: Path) -> None:
         assert await served.process.wait() == 0
 
 
+@on_loop
+async def test_scrapes_of_several_processes_are_one_story(tmp_path: Path) -> None:
+    """Whichever process a scrape comes to: no counter goes back, and all requests are in the sum;
+    one that is killed begins its own series again, under its own number."""
+    async with (
+        upstream(models=("m",)) as fake,
+        serve(tmp_path, fake, "{port: 0, processes: 3}") as served,
+    ):
+        before: dict[str, float] = {}
+        for sent in range(20):
+            async with httpx.AsyncClient(base_url=served.url, timeout=30) as client:
+                assert (await client.post("/v1/chat/completions", json=HELLO)).status_code == 200
+            async with httpx.AsyncClient(base_url=served.url, timeout=30) as client:
+                now = counters((await client.get("/metrics")).text)
+            assert all(now[name] >= value for name, value in before.items())
+            assert admitted(now) == sent + 1
+            before = now
+        processes = served.gateways()
+        port, victim = next(iter(processes.items()))
+        number = victim.cmdline()[victim.cmdline().index("--process") + 1]
+        victim.kill()
+        await served.until(r"gateway \d is ready again")
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
+            after = counters((await client.get("/metrics")).text)
+        fell = {name for name, value in before.items() if after.get(name, 0) < value}
+        assert all(f'process="{number}"' in name for name in fell)
+        served.process.send_signal(signal.SIGINT)
+        assert await served.process.wait() == 0
+
+
+def counters(text: str) -> dict[str, float]:
+    """By name and labels; of those that begin with the process, all are there from the start."""
+    found = (line.rpartition(" ") for line in text.splitlines() if "_total{" in line)
+    return {name: float(value) for name, _, value in found}
+
+
+def admitted(found: dict[str, float]) -> float:
+    return sum(v for name, v in found.items() if name.startswith("headgate_gateway_admitted_total"))
+
+
 async def stream_of(client: httpx.AsyncClient) -> bytes:
     return (await client.post("/v1/chat/completions", json=STREAMED)).content
 

@@ -1,0 +1,133 @@
+"""One page of metrics of all gateway processes behind one port, whichever of them is asked.
+
+Each writes its own samples, under a label of its own, and the one that is asked puts them together
+by metric. Nothing is added up: a process that starts anew begins its own series again, and of a sum
+that has gone back nobody knows why. Knows no metric.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from typing import Any
+
+from starlette.types import Receive, Scope, Send
+
+from gateway.call import request_id
+from gateway.edge import Live
+from gateway.exposition import Format
+from gateway.metrics import TOLD, Reading, families
+from gateway.reply import Reply
+from gateway.siblings import Part, Question
+
+WHAT = "metrics"
+PIECE_S = 0.001  # of work on a page; streams wait as long
+PIECE_BYTES = 2**18  # sent at once
+
+
+class Scrape:
+    """`GET /metrics`, as ASGI application."""
+
+    def __init__(self, live: Live, rollout: Callable[[], Mapping[str, Any] | None]) -> None:
+        """`rollout`: the one that this process goes by."""
+        self._live = live
+        self._rollout = rollout
+        self._siblings = live.edge.state.siblings
+        if self._siblings is not None:
+            self._siblings.parts[WHAT] = self._for_others
+
+    async def __call__(self, scope: Scope, _receive: Receive, send: Send) -> None:
+        accept = dict(scope["headers"]).get(b"accept", b"").decode("latin-1")
+        form = Format.of(accept, self._siblings.name if self._siblings is not None else "")
+        page = await self.page(form)
+        reply = Reply(send, request_id(scope["headers"]))
+        await reply.in_pieces(200, [(b"content-type", form.content_type)], page)
+
+    async def page(self, form: Format) -> list[bytes]:
+        """In pieces, as it is sent."""
+        question = {"what": WHAT, "openmetrics": form.openmetrics}
+        if self._siblings is None:
+            parts: dict[str, list[Part] | None] = {"": await self._own(form)}
+        else:
+            own, others = await asyncio.gather(self._own(form), self._siblings.ask_parts(question))
+            parts = self._expected() | {form.process: own} | others
+        pages = [one for one in parts.values() if one is not None]
+        page = _together(pages)
+        if self._siblings is not None:
+            up: dict[tuple[str, ...], float] = {
+                (name,): float(one is not None) for name, one in sorted(parts.items())
+            }
+            samples = Format(form.openmetrics).samples(TOLD.name, TOLD.labels, up)
+            page.append((form.head(TOLD.name, "gauge", TOLD.text) + samples).encode())
+        page.append(form.end.encode())
+        return await _pieces(page)
+
+    def _expected(self) -> dict[str, list[Part] | None]:
+        """The processes that there should be; they are numbered where `headgate serve` starts
+        them."""
+        assert self._siblings is not None
+        numbers = [str(at) for at in range(self._live.edge.settings.processes)]
+        return dict.fromkeys(numbers) if self._siblings.name in numbers else {}
+
+    async def _own(self, form: Format) -> list[Part]:
+        reading = Reading(self._live, self._rollout(), time.time())
+        return [((name, head), samples) async for name, head, samples in told(reading, form)]
+
+    async def _for_others(self, question: Question) -> AsyncIterator[Part]:
+        assert self._siblings is not None
+        form = Format(question["openmetrics"] is True, self._siblings.name)
+        reading = Reading(self._live, self._rollout(), time.time())
+        async for name, head, samples in told(reading, form):
+            yield (name, head), samples
+
+
+async def told(reading: Reading, form: Format) -> AsyncIterator[tuple[str, str, bytes]]:
+    """Name, head and samples of each metric, written in pieces between which streams go on."""
+    pause = Pause()
+    for name, head, pieces in families(reading, form):
+        written: list[str] = []
+        for piece in pieces:
+            written.append(piece)
+            await pause()
+        yield name, head, "".join(written).encode()
+
+
+class Pause:
+    """Awaited between pieces of work, it gives the loop to others after PIECE_S of it."""
+
+    def __init__(self) -> None:
+        self._since = time.perf_counter()
+
+    async def __call__(self) -> None:
+        if time.perf_counter() - self._since > PIECE_S:
+            await asyncio.sleep(0)
+            self._since = time.perf_counter()
+
+
+def _together(pages: list[list[Part]]) -> list[bytes]:
+    """Each metric under one head. The processes are usually of one version, but while an upgrade
+    lies on the disk one that was started anew may know other metrics."""
+    found: dict[str, list[bytes]] = {}
+    for page in pages:
+        for (name, head), samples in page:
+            found.setdefault(name, [head.encode()]).append(samples)
+    return [piece for pieces in found.values() for piece in pieces]
+
+
+async def _pieces(page: Iterable[bytes]) -> list[bytes]:
+    """As few as can be, each of so many bytes at most."""
+    pause = Pause()
+    pieces: list[bytes] = []
+    gathered: list[bytes] = []
+    size = 0
+    for one in page:
+        for at in range(0, len(one), PIECE_BYTES):
+            part = one[at : at + PIECE_BYTES]
+            if size + len(part) > PIECE_BYTES:
+                pieces.append(b"".join(gathered))
+                gathered, size = [], 0
+                await pause()
+            gathered.append(part)
+            size += len(part)
+    return [*pieces, b"".join(gathered)]
