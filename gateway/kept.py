@@ -16,8 +16,6 @@ from gateway.sieve import Sieve, sift
 from gateway.trace_ring import told
 from gateway.trail import Trail, now
 
-WHAT = ("trace", "traces", "receipt", "receipts")  # others ask for
-
 
 @dataclass(frozen=True, slots=True)
 class Asked:
@@ -51,7 +49,7 @@ class Kept:
         self._live = live
         self._beside = beside
         if live.edge.state.siblings is not None:
-            live.edge.state.siblings.answers |= dict.fromkeys(WHAT, self._own)
+            live.edge.state.siblings.answer = self._own
 
     async def trace(self, name: str) -> tuple[dict[str, Any] | None, Asked]:
         """By the id of trace, request, receipt or answer; with what our workers remember of it."""

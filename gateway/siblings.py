@@ -39,9 +39,13 @@ class NotPrivate(Exception):
     """Others than this user could listen in the folder, or ask."""
 
 
+async def _nothing(_question: Question) -> None:
+    return None
+
+
 class Siblings:
-    """As one process sees them. `answers` and `parts`: by what is asked, how it is told to the
-    others; None, or no part, where nothing is known."""
+    """As one process sees them. `answer`: what it tells the others, None where it knows nothing;
+    `parts`: by what is asked, how long answers are told in its place."""
 
     def __init__(self, folder: Path, name: str) -> None:
         """`name`: of this process, among those of the folder. Raises NotPrivate, OSError."""
@@ -51,7 +55,7 @@ class Siblings:
         self.name = name
         self._folder = folder
         self._own = folder / f"{name}{SUFFIX}"
-        self.answers: dict[str, Answer] = {}
+        self.answer: Answer = _nothing
         self.parts: dict[str, Parts] = {}
 
     @asynccontextmanager
@@ -90,9 +94,7 @@ class Siblings:
                 await writer.drain()
             writer.write(END)
         else:
-            answer = self.answers.get(what)
-            told = await answer(question) if answer is not None else None
-            writer.write(orjson.dumps({"told": told}))
+            writer.write(orjson.dumps({"told": await self.answer(question)}))
         await writer.drain()
 
     def _others(self) -> list[Path]:
