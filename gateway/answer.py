@@ -127,6 +127,7 @@ class Answer:
         elif self.status >= 400:
             await self._collect()
             self.meaning = meaning(self.status, self.headers, b"".join(self._read))
+            self.told = of_header(self.headers.get("server-timing", ""))
         elif timing := self.headers.get("server-timing"):
             self.told = of_header(timing)
 

@@ -12,6 +12,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from policies.loopback import foreign_header
+from runtime.tracing import server_timing
 from runtime.wire import Problem
 
 OPEN_PATH = "/health"  # for what watches over the worker; without the key it tells less
@@ -33,9 +34,8 @@ class Doorway:
         if problem is None:
             await self._app(scope, receive, send)
             return
-        answer = Response(
-            problem.body(), problem.status, problem.headers, media_type="application/json"
-        )
+        headers = {**problem.headers, **server_timing(scope)}
+        answer = Response(problem.body(), problem.status, headers, media_type="application/json")
         await answer(scope, receive, send)
 
     def _refusal(self, scope: Scope) -> Problem | None:

@@ -40,7 +40,7 @@ from runtime.orders import (
 from runtime.shapes import Piece
 from runtime.streams import ClientGone, Stream, Streams
 from runtime.tool_request import ToolUse
-from runtime.tracing import Visit
+from runtime.tracing import VISIT, Visit, server_timing
 from runtime.wire import ChatRequest, Problem
 from runtime.worker import Served, Worker
 
@@ -129,7 +129,7 @@ class _Completions:
         self._chat = chat
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        visit = self._worker.tracer.begin(scope["headers"])
+        visit = scope[VISIT] = self._worker.tracer.begin(scope["headers"])
         began, status = monotonic(), 200
         try:
             body = await _read_body(scope, receive, self._worker.max_body_bytes)
@@ -141,7 +141,7 @@ class _Completions:
         except Problem as problem:
             visit.failed(problem)
             status = problem.status
-            await _problem_response(problem)(scope, receive, send)
+            await _problem_response(problem, scope)(scope, receive, send)
         except (ClientGone, ClientDisconnect):
             visit.left()
         except Exception as error:  # is answered, and logged, above (`_answer_unforeseen`)
@@ -265,6 +265,7 @@ async def _send_stream(
         (b"content-type", b"text/event-stream; charset=utf-8"),
         (b"cache-control", b"no-cache"),
         (b"x-accel-buffering", b"no"),
+        (b"server-timing", visit.phases().header().encode()),
     ]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
     told = visit.comment  # before the first event, and before the end
@@ -357,14 +358,14 @@ def _json(body: dict[str, Any], status: int = 200) -> Response:
     return Response(orjson.dumps(body), status, media_type="application/json")
 
 
-def _problem_response(problem: Problem) -> Response:
-    headers = problem.headers
+def _problem_response(problem: Problem, scope: Scope) -> Response:
+    headers = {**problem.headers, **server_timing(scope)}
     return Response(problem.body(), problem.status, headers, media_type="application/json")
 
 
-async def _answer_problem(_: Request, error: Exception) -> Response:
+async def _answer_problem(request: Request, error: Exception) -> Response:
     assert isinstance(error, Problem)
-    return _problem_response(error)
+    return _problem_response(error, request.scope)
 
 
 async def _answer_http_error(request: Request, error: Exception) -> Response:
@@ -373,7 +374,8 @@ async def _answer_http_error(request: Request, error: Exception) -> Response:
     message = f"{request.method} {request.url.path}: {error.detail}"
     headers = dict(error.headers or {})
     code = "method_not_allowed" if error.status_code == 405 else "not_found"
-    return _problem_response(Problem(error.status_code, message, code=code, headers=headers))
+    problem = Problem(error.status_code, message, code=code, headers=headers)
+    return _problem_response(problem, request.scope)
 
 
 async def _answer_unforeseen(request: Request, error: Exception) -> Response:
@@ -383,4 +385,5 @@ async def _answer_unforeseen(request: Request, error: Exception) -> Response:
     """
     message = f"{request.method} {request.url.path} failed in the worker: {type(error).__name__}"
     headers = {"connection": "close"}
-    return _problem_response(Problem(500, message, code="internal_error", headers=headers))
+    problem = Problem(500, message, code="internal_error", headers=headers)
+    return _problem_response(problem, request.scope)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence as Many
+from collections.abc import Iterator, Mapping, Sequence as Many
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 SERVICE = "headgate-runtime"
 WANTED_MAX = 256  # traces whose spans are to be sent once they have ended
 _READ = {one.encode() for one in (TIMING_HEADER, "x-request-id")}
+ASKED = ("/v1/chat/completions", "/v1/completions")  # what asks for an answer of the model
+VISIT = "headgate.visit"  # of a request that has come to its endpoint, in its scope
 now = time.monotonic
 
 
@@ -117,14 +119,15 @@ class Visit:
         self.error = LEAVES
 
     def phases(self) -> Phases:
-        """Of the first sequence, as far as it has come."""
+        """Of the first sequence, as far as it has come; until now where it has not come on."""
         sequence = self.tracks[0].sequence if self.tracks else None
-        if sequence is None or sequence.times.admitted is None:
-            return Phases()
-        times = sequence.times
-        admitted = times.admitted or self.began
-        first = times.first_token or admitted
-        last = times.last_token or first
+        admitted = sequence.times.admitted if sequence else None
+        if sequence is None or admitted is None:
+            return Phases(now() - self.began)
+        first = sequence.times.first_token
+        if first is None:
+            return Phases(admitted - self.began, now() - admitted)
+        last = sequence.times.last_token or first
         return Phases(admitted - self.began, first - admitted, last - first)
 
     def comment(self) -> bytes:
@@ -147,6 +150,14 @@ def _told(track: Track) -> Told:
         sequence.prompt_tokens, sequence.cached, sequence.answer_tokens, sequence.preemptions,
         track.chunks, track.guesses,
     )  # fmt: skip
+
+
+def server_timing(scope: Mapping[str, Any]) -> dict[str, str]:
+    """The header, of a refusal to what asks the model, wherever it was refused."""
+    if scope["path"] not in ASKED:
+        return {}
+    visit: Visit | None = scope.get(VISIT)
+    return {"server-timing": (visit.phases() if visit else Phases()).header()}
 
 
 class Tracer:

@@ -1,7 +1,8 @@
 """What a worker tells a gateway of its own share of a request's time, beside the answer.
 
-A whole answer has it as `Server-Timing`; in a stream it is an SSE comment before the first event,
-and one before the end. Only who asks for it by a header gets the comments.
+A whole answer has it as `Server-Timing`, and so has a refusal; in a stream, whose header goes
+before anything has run, it is an SSE comment before the first event, and one before the end. Only
+who asks for it by a header gets the comments.
 """
 
 from __future__ import annotations

@@ -34,6 +34,7 @@ from runtime.streams import Streams
 from runtime.swap import Swap
 from runtime.tally import Tally
 from runtime.worker import Served, Worker
+from telemetry.phases import Phases, of_header
 from tests.runtime.tiny_models import FAMILIES, REFUSED, write_model
 
 ROOT = Path(__file__).parents[2]
@@ -326,6 +327,53 @@ def test_a_body_over_the_limit_is_413_with_and_without_a_length(folder: Path) ->
             assert response.status_code == 413
             assert response.json()["error"]["code"] == "body_too_large"
         assert world.post().status_code == 200
+
+
+def timing(response: httpx.Response) -> Phases:
+    """What its one `Server-Timing` says."""
+    (said,) = response.headers.get_list("server-timing")
+    told = of_header(said)
+    assert told is not None, said
+    return told
+
+
+def test_every_answer_says_how_long_it_took_refusals_too(folder: Path) -> None:
+    """A refusal had no `Server-Timing`; what never came to a choice has waited all the time."""
+    with serving(folder, max_sequences=1, max_waiting=1) as world, ThreadPoolExecutor(2) as pool:
+        post, origin = world.client.post, {"origin": "https://evil.example"}
+        refused = [
+            (400, post(CHAT, content=b"{")),
+            (403, post(CHAT, json=HELLO, headers=origin)),
+            (404, world.post(model="another")),
+            (405, world.client.get(CHAT)),
+            (413, post(CHAT, content=b"x" * 100_000)),
+        ]
+        served = world.worker.require()
+        world.worker.served = replace(served, tokenizer=None)  # type: ignore[arg-type]
+        refused.append((500, world.post()))
+        world.worker.served = served
+        world.model.gate.clear()
+        running = pool.submit(world.post)
+        world.until(lambda: world.health()["running"] == 1)
+        late = {"x-slo-deadline-ms": "300"}
+        waiting = pool.submit(post, CHAT, json=HELLO, headers=late)
+        world.until(lambda: world.health()["waiting"] == 1)
+        refused.append((503, world.post()))
+        world.until(lambda: waiting.running() and world.client.get("/health").is_success)
+        began = time.monotonic()
+        world.until(lambda: time.monotonic() - began > 0.3)  # its deadline has passed
+        world.model.gate.set()
+        too_late, answered = waiting.result(), running.result()
+        for status, response in refused:
+            assert response.status_code == status
+            told = timing(response)
+            assert 0 <= told.queue_s < LIMIT_S
+            assert (told.prefill_s, told.decode_s) == (0, 0)
+        assert (too_late.status_code, timing(too_late).queue_s >= 0.3) == (504, True)
+        assert timing(answered).prefill_s >= 0.3  # the gate held its first step
+        assert timing(world.post(stream=True)).prefill_s == 0  # its head goes before that
+        for path in ("/health", "/v1/models", "/nothing"):
+            assert "server-timing" not in world.client.get(path).headers
 
 
 def test_more_sequences_than_the_pool_holds_all_end(folder: Path) -> None:
