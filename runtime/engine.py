@@ -395,7 +395,8 @@ class Engine:
         if wanted is not None:
             tops = sample.top_logprobs(logits[said.rows], said.tokens, [wanted] * len(said.tokens))
         assert self.speculation is not None
-        self.speculation.settle(sequence, work.draft, len(said.path))
+        assert work.draft is not None
+        proposer = self.speculation.settle(sequence, work.draft, len(said.path))
         self._straighten(sequence, said.path)
         sequence.computed += 1
         counts = sequence.counts
@@ -414,6 +415,7 @@ class Engine:
             if output.finish_reason:
                 break
         accepted, guessed = min(len(outputs), len(said.path)), work.guesses
+        self.speculation.count(proposer, guessed, accepted)
         for listener in self._listeners:
             listener.guessed(guessed, accepted, len(outputs))
         if sequence.track is not None:

@@ -402,18 +402,18 @@ COUNTERS = (
     ),
     Family(
         ("vllm:spec_decode_num_accepted_tokens",),
-        "Of these, tokens that were right; the others were computed in vain.",
+        "Of these, tokens that were right and said; the others were computed in vain.",
         _guessed(lambda counts: counts.accepted),
     ),
     Family(
         ("vllm:spec_decode_num_accepted_tokens_per_pos", "headgate_accepted_draft_tokens_at"),
-        "The right ones by their place in what was guessed, from 0.",
+        "The accepted ones by their place in what was guessed, from 0.",
         _guessed(_by_place),
         ("position",),
     ),
     Family(
         ("headgate_draft_tokens",),
-        "Guessed tokens by who guessed them, and whether they were right.",
+        "Guessed tokens by who guessed them, and whether they became tokens of an answer.",
         _guessed(_by_proposer),
         ("proposer", "fate"),
     ),

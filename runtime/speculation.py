@@ -76,7 +76,8 @@ class _Choice(NamedTuple):
 
 @dataclass(slots=True)
 class Counts:
-    """What was guessed so far; `accepted_at` counts the accepted ones by their place."""
+    """What was guessed so far; `accepted_at` counts the accepted ones, which were right and became
+    tokens of an answer, by their place."""
 
     drafts: int = 0
     guessed: int = 0
@@ -281,15 +282,20 @@ class Speculation:
 
     # ---- behind a step ---------------------------------------------------------------------------
 
-    def settle(self, sequence: Sequence, draft: Draft | None, accepted: int) -> None:
-        """So many guesses of a sequence are right; its tokens are about to get them."""
-        assert draft is not None
+    def settle(self, sequence: Sequence, draft: Draft, accepted: int) -> str:
+        """So many guesses of a sequence are right, and its tokens are about to get them: who
+        guessed."""
         guessed = len(draft.ids)
         number, kind = self._kinds.pop(sequence.key)
         proposer = self.proposers[number]
         proposer.settle(sequence, accepted)
         deep = guessed if draft.parents is None else max(draft.depths) + 1
         self.history.observe(kind, sequence.key, _groups(sequence), deep, accepted)
+        return proposer.name
+
+    def count(self, proposer: str, guessed: int, accepted: int) -> None:
+        """So many guesses have become tokens of an answer: fewer than were right, where it ended
+        among them."""
         counts = self.counts
         counts.drafts += 1
         counts.guessed += guessed
@@ -297,7 +303,7 @@ class Speculation:
         for place in range(accepted):
             counts.accepted_at[place] += 1
         for what, tokens in (("accepted", accepted), ("rejected", guessed - accepted)):
-            label = (proposer.name, what)
+            label = (proposer, what)
             counts.by_proposer[label] = counts.by_proposer.get(label, 0) + tokens
 
     def end(self, sequence: Sequence) -> None:

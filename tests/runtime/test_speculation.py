@@ -24,6 +24,7 @@ from runtime.proposers import open_speculation
 from runtime.scheduler import Scheduler
 from runtime.sequence import Sampling, Service
 from runtime.speculation import Mode, Modes, Speculation
+from runtime.tally import Tally
 from runtime.vocabulary import VocabulariesDiffer, vocabulary_of
 from spec_decode.draft import Answer, Draft, Outlook, Proposer
 from spec_decode.draft_model import DraftModel
@@ -110,6 +111,23 @@ def test_a_stop_string_inside_accepted_guesses_ends_the_answer_there(world):
     for most in (2, 5, 15):
         engine = world.engine(always(draft_model(world, 0.0), most))
         assert text_of(engine, Order(world.encode(LOOP), one)) == expected
+
+
+@pytest.mark.parametrize("most", [2, 5, 15])
+def test_guesses_that_nobody_got_count_alike_everywhere(world, most):
+    """Right ones behind the end of an answer were accepted in the counters of speculation, by place
+    too, and rejected in usage and ledger."""
+    plain, _, _ = text_of(world.engine(), Order(world.encode(LOOP), GREEDY))
+    one = Sampling(temperature=0, max_tokens=24, stop=(plain[5:8],))
+    speculation, tally = always(draft_model(world, 0.0), most), Tally(4096)
+    answers(world.engine(speculation, listeners=[tally]), [world.encode(LOOP)] * 3, [one] * 3)
+    counts, stages = speculation.counts, tally.stages
+    assert not any(tally.violations.values())
+    assert (counts.guessed, counts.accepted) == (stages["drafted"], stages["accepted"])
+    assert sum(counts.accepted_at) == counts.accepted > 0
+    name = speculation.proposers[0].name
+    wrong = counts.guessed - counts.accepted
+    assert counts.by_proposer == {(name, "accepted"): counts.accepted, (name, "rejected"): wrong}
 
 
 def test_an_end_token_inside_accepted_guesses_ends_the_answer_there(world):
