@@ -16,7 +16,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from cache.memory_store import Expiring, MemoryStore
@@ -112,7 +112,7 @@ class FailoverStore:
             await near.restore([self._remembered(want) for want in wants])
             taken = await near.take(wants)
         if taken.allowed:
-            self._owe([replace(want, amount=-want.amount) for want in wants])
+            self._owe([want._replace(amount=-want.amount) for want in wants])
         return taken
 
     async def settle(self, changes: Sequence[Want]) -> None:
@@ -143,7 +143,7 @@ class FailoverStore:
 
     def _remembered(self, want: Want) -> Want:
         """What one of the peers may still give of a rule: its share of what was left."""
-        return replace(want, amount=self._left(want) / self.peers)
+        return want._replace(amount=self._left(want) / self.peers)
 
     # ---- values, counters -----------------------------------------------------------------------
 

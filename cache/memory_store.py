@@ -10,9 +10,9 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import count
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 from cache.store import BUCKET_KEPT_S, QUOTA_KEPT_S, Bucket, Entries, Rule, Taken, Want
 
@@ -75,7 +75,7 @@ class MemoryStore:
     def _shares(self, wants: Sequence[Want]) -> Sequence[Want]:
         if self._among == 1:
             return wants
-        return [replace(want, rule=want.rule.share(self._among)) for want in wants]
+        return [want._replace(rule=want.rule.share(self._among)) for want in wants]
 
     def _level(self, want: Want, now: float) -> Level:
         level = self._levels.get(want.key, now)
@@ -146,8 +146,7 @@ class MemoryStore:
         """Nothing to end."""
 
 
-@dataclass(frozen=True, slots=True)
-class Level:
+class Level(NamedTuple):
     """What was left of a rule at a moment."""
 
     left: float
@@ -155,9 +154,12 @@ class Level:
 
     def later(self, rule: Rule, now: float) -> Level:
         """A clock that goes backwards refills nothing twice."""
-        at = max(self.at, now)
-        refilled = (at - self.at) * rule.per_s if isinstance(rule, Bucket) else 0.0
-        return Level(min(full(rule), self.left + refilled), at)
+        left, at = self
+        if now > at:
+            if isinstance(rule, Bucket):
+                left += (now - at) * rule.per_s
+            at = now
+        return Level(min(full(rule), left), at)
 
     def wait_s(self, rule: Rule, amount: float, now: float) -> float:
         """Seconds until the amount fits; 0 when it does."""

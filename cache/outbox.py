@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from cache.store import Store, StoreDown, Want
 
@@ -35,7 +35,7 @@ class Outbox:
     def settle(self, change: Want) -> None:
         known = self.changes.get(change.key)
         if known is not None:
-            change = replace(change, amount=known.amount + change.amount)
+            change = change._replace(amount=known.amount + change.amount)
         if self._has_room(self.changes, change.key):
             self.changes[change.key] = change
 

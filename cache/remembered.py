@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 from cache.memory_store import Expiring, Level, full
 from cache.store import Taken, Want
@@ -53,7 +52,7 @@ class Remembered:
         """Each rule with what is left of it as its amount."""
         now = self._clock()
         known = self._rules.items_at(now).values()
-        return [replace(want, amount=level.later(want.rule, now).left) for want, level in known]
+        return [want._replace(amount=level.later(want.rule, now).left) for want, level in known]
 
     def _set(self, want: Want, left: float) -> None:
         now = self._clock()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 QUOTA_KEPT_S = 3600.0  # a quota's sum outlives its end this long, for settlements that come late
 BUCKET_KEPT_S = 60.0  # a bucket is forgotten so long after it is full again
@@ -55,8 +55,7 @@ class Quota:
 Rule = Bucket | Quota
 
 
-@dataclass(frozen=True, slots=True)
-class Want:
+class Want(NamedTuple):
     """An amount of what the key's rule limits."""
 
     key: str
@@ -64,8 +63,7 @@ class Want:
     amount: float = 1.0
 
 
-@dataclass(frozen=True, slots=True)
-class Taken:
+class Taken(NamedTuple):
     """The answer to a `take`: all wants or none.
 
     `left` is what each want's rule has left, after the taking or without it; a bucket in debt has

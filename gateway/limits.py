@@ -7,18 +7,23 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
-from cache.store import Bucket, Quota, Store, StoreDown, Taken, Want, key
+from cache.store import Bucket, Quota, Rule, Store, StoreDown, Taken, Want, key
 from gateway import problems
 from gateway.keys import Known
+from policies.schema import Tenant
 
 MINUTE_S = 60.0
 DAY_S = 86400.0
+# Of a limit by the minute: the limit, what is left of it, and when it is whole again.
+HEADERS = {
+    name: tuple(f"x-ratelimit-{part}-{name}".encode() for part in ("limit", "remaining", "reset"))
+    for name in ("requests", "tokens")
+}
 
 
-@dataclass(frozen=True, slots=True)
-class Allowance:
+class Allowance(NamedTuple):
     """What one request has taken of its tenant's limits. `wants` are those limits, in the order
     requests, tokens, budget, as far as the tenant has them."""
 
@@ -27,17 +32,17 @@ class Allowance:
     names: tuple[str, ...]
 
     def headers(self) -> list[tuple[bytes, bytes]]:
-        """OpenAI's `x-ratelimit-*`: the limit, what is left of it, and when it is whole again."""
-        found = []
+        """OpenAI's `x-ratelimit-*`."""
+        found: list[tuple[bytes, bytes]] = []
         for name, want, left in zip(self.names, self.wants, self.taken.left, strict=True):
-            if isinstance(want.rule, Bucket):
-                missing = want.rule.capacity - left
-                for part, value in (
-                    ("limit", f"{want.rule.capacity:.0f}"),
-                    ("remaining", f"{max(left, 0):.0f}"),
-                    ("reset", span(missing / want.rule.per_s)),
-                ):
-                    found.append((f"x-ratelimit-{part}-{name}".encode(), value.encode()))
+            rule = want.rule
+            if isinstance(rule, Bucket):
+                limit, remaining, reset = HEADERS[name]
+                found += (
+                    (limit, b"%.0f" % rule.capacity),
+                    (remaining, b"%.0f" % max(left, 0)),
+                    (reset, span((rule.capacity - left) / rule.per_s).encode()),
+                )
         return found
 
 
@@ -47,12 +52,13 @@ class Limits:
     def __init__(self, store: Store, wall: Callable[[], float]) -> None:
         self._store = store
         self._wall = wall  # seconds since the epoch: minutes and days are those of all gateways
+        self._rules: dict[str, Rules] = {}  # by tenant
 
     async def take(self, tenant: Known, tokens: int | None) -> Allowance | None:
         """Takes one request and `tokens` (None: for an answer that takes none, whatever is left of
         them); None for a tenant without limits. Raises Problem 429, and 503 where the policy wants
         the store and it is away."""
-        wants, names = wants_of(tenant, tokens, self._wall())
+        wants, names = self._rules_of(tenant).wants(tokens)
         if not wants:
             return None
         try:
@@ -72,37 +78,59 @@ class Limits:
     async def settle(self, allowance: Allowance, tokens: int) -> None:
         """Gives back what was taken too much, and takes what was too little."""
         changes = [
-            replace(want, amount=want.amount - tokens)
+            Want(want.key, want.rule, want.amount - tokens)
             for name, want in zip(allowance.names, allowance.wants, strict=True)
             if name != "requests" and want.amount != tokens
         ]
         if changes:
             await self._store.settle(changes)
 
-
-def wants_of(
-    tenant: Known, tokens: int | None, now: float
-) -> tuple[tuple[Want, ...], tuple[str, ...]]:
-    """What a request takes of each limit that its tenant has, and the limits' names."""
-    rights = tenant.rights
-    if rights is None:
-        return (), ()
-    found: list[tuple[str, Want]] = []
-    if rights.requests_per_minute is not None:
-        found.append(("requests", _minutely(tenant, "requests", rights.requests_per_minute, 1)))
-    if rights.tokens_per_minute is not None and tokens is not None:
-        found.append(("tokens", _minutely(tenant, "tokens", rights.tokens_per_minute, tokens)))
-    if rights.tokens_per_day is not None and tokens is not None:
-        day = datetime.datetime.fromtimestamp(now, datetime.UTC).date().isoformat()
-        ends_at = (now // DAY_S + 1) * DAY_S
-        quota = Quota(float(rights.tokens_per_day), ends_at)
-        found.append(("budget", Want(key("budget", tenant.name, day), quota, float(tokens))))
-    return tuple(want for _, want in found), tuple(name for name, _ in found)
+    def _rules_of(self, tenant: Known) -> Rules:
+        now = self._wall()
+        rules = self._rules.get(tenant.name)
+        if rules is None or rules.ends_at != _day_ends_at(now) or rules.rights is not tenant.rights:
+            rules = self._rules[tenant.name] = rules_of(tenant, now)
+        return rules
 
 
-def _minutely(tenant: Known, what: str, limit: int, amount: int) -> Want:
-    bucket = Bucket(float(limit), limit / MINUTE_S)
-    return Want(key(what, tenant.name), bucket, float(amount))
+class Rules(NamedTuple):
+    """The limits of one tenant on one day, in the order requests, tokens, budget."""
+
+    rights: Tenant | None
+    ends_at: float
+    names: tuple[str, ...]
+    rules: tuple[tuple[str, Rule], ...]  # with their keys in the store
+
+    def wants(self, tokens: int | None) -> tuple[tuple[Want, ...], tuple[str, ...]]:
+        """What a request takes of each limit, and the limits' names."""
+        if tokens is None:  # of an answer that takes none
+            own = tuple(name for name in self.names if name == "requests")
+            return tuple(Want(*rule) for rule in self.rules[: len(own)]), own
+        wants = [
+            Want(where, rule, 1.0 if name == "requests" else float(tokens))
+            for name, (where, rule) in zip(self.names, self.rules, strict=True)
+        ]
+        return tuple(wants), self.names
+
+
+def rules_of(tenant: Known, now: float) -> Rules:
+    """Of the day that it is."""
+    rights, ends_at = tenant.rights, _day_ends_at(now)
+    found: dict[str, tuple[str, Rule]] = {}
+    if rights is not None:
+        by_minute = {"requests": rights.requests_per_minute, "tokens": rights.tokens_per_minute}
+        for name, limit in by_minute.items():
+            if limit is not None:
+                found[name] = key(name, tenant.name), Bucket(float(limit), limit / MINUTE_S)
+        if rights.tokens_per_day is not None:
+            day = datetime.datetime.fromtimestamp(now, datetime.UTC).date().isoformat()
+            quota = Quota(float(rights.tokens_per_day), ends_at)
+            found["budget"] = key("budget", tenant.name, day), quota
+    return Rules(rights, ends_at, tuple(found), tuple(found.values()))
+
+
+def _day_ends_at(now: float) -> float:
+    return (now // DAY_S + 1) * DAY_S
 
 
 def span(seconds: float) -> str:

@@ -12,7 +12,7 @@ import pytest
 
 from cache.memory_store import MemoryStore
 from gateway.keys import Known
-from gateway.limits import Limits, span, wants_of
+from gateway.limits import Limits, rules_of, span
 from gateway.replica import Replica
 from policies.schema import Tenant, Tier
 from policies.slo import key_hash
@@ -224,7 +224,7 @@ async def test_a_tenants_limits_are_told_and_kept() -> None:
         assert refused.headers["x-ratelimit-remaining-requests"] == "0"
         assert (await post("r")).status_code == 200
         left = await edge.live.edge.state.store.take(
-            wants_of(Known("acme", tenants["acme"]), 0, 0.0)[0][1:]
+            rules_of(Known("acme", tenants["acme"]), 0.0).wants(0)[0][1:]
         )
         assert left.left[0] == pytest.approx(100_000 - 60, abs=60)  # as used, not as estimated
 
@@ -254,8 +254,8 @@ def test_a_budget_is_spent_by_what_was_used_and_comes_back_at_midnight() -> None
 
 
 def test_a_tenant_without_limits_costs_the_store_nothing() -> None:
-    assert wants_of(tenant(), 10, 0.0) == ((), ())
-    assert wants_of(Known(""), 10, 0.0) == ((), ())
+    assert rules_of(tenant(), 0.0).wants(10) == ((), ())
+    assert rules_of(Known(""), 0.0).wants(10) == ((), ())
 
 
 def test_spans_are_written_as_openai_writes_them() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from gateway.admission import ANSWER_TOKENS
 from gateway.keys import Known
-from gateway.limits import wants_of
+from gateway.limits import rules_of
 from policies.slo import Tenant, key_hash
 from tests.gateway.world import DONE, HELLO, Peer, gateway, on_loop, upstream
 
@@ -56,7 +56,7 @@ async def test_an_answer_that_is_given_again_counts_as_a_request_and_takes_no_to
         gateway(one, response_cache=CACHE, tenants={"acme": rights}) as edge,
     ):
         asked = [await edge.post(GREEDY, headers={"authorization": "Bearer a"}) for _ in range(4)]
-        budget = wants_of(Known("acme", rights), 0, time.time())[0][1:]
+        budget = rules_of(Known("acme", rights), time.time()).wants(0)[0][1:]
         assert [answer.status_code for answer in asked] == [200, 200, 200, 429]
         assert [answer.headers.get("x-headgate-cache") for answer in asked[:2]] == [None, "hit"]
         left = [answer.headers["x-ratelimit-remaining-requests"] for answer in asked]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from cache.failover import FailoverStore
@@ -108,7 +108,7 @@ class World:
         await until(lambda: not any(store._outbox or store._sender for store in self.stores))
         rules = self.stores[0]._rules.all_left()
         (want,) = (rule for rule in rules if rule.key.startswith("budget:"))
-        taken = await self.stores[0]._far.take([replace(want, amount=0)])
+        taken = await self.stores[0]._far.take([want._replace(amount=0)])
         return BUDGET - taken.left[0]
 
 
