@@ -228,9 +228,10 @@ class Admitted:
         limit = service.rules.prompt_tokens
         if limit is not None and self.tokens > limit:
             raise problems.prompt_beyond_tier(self.tokens, service.tier, limit)
+        expected = self._expected()
         with self.admit:
             if self._tenant.rights is not None:
-                tokens = self.tokens + self._expected()
+                tokens = self.tokens + expected
                 self._allowance = await admission.allow(self._tenant, service.tier, tokens)
         now = admission.clock()
         tally = admission.tallies.of(service.tier)
@@ -238,7 +239,7 @@ class Admitted:
         if front is None:  # the pool says why, and knows whether another moment would help
             self._sent = now
             return self
-        ticket = self._ticket = self._make_ticket(front, now)
+        ticket = self._ticket = self._make_ticket(front, now, expected)
         if front.queue.offer(ticket, front.room, now):
             if ticket.reading:
                 front.capacity.reading(now)
@@ -274,14 +275,14 @@ class Admitted:
         one = min(most, usual) if isinstance(most, int) and most > 0 else usual
         return round(one * (copies if isinstance(copies, int) and 0 < copies <= 128 else 1))
 
-    def _make_ticket(self, front: Front, now: float) -> Ticket:
+    def _make_ticket(self, front: Front, now: float, answer_tokens: int) -> Ticket:
         service, rights = self._service, self._tenant.rights
         ticket = Ticket(
             service.tier,
             self._tenant.name,
             rights.weight if rights is not None else 1.0,
             self.tokens,
-            self._expected(),
+            answer_tokens,
             now,
             streams=self._call.stream,
         )

@@ -156,7 +156,9 @@ class Answer:
         """The next bytes, b"" at the end. Raises Cut, and the Problem of `interrupt`."""
         if self._read:
             return self._read.pop(0)
-        return b"" if self._ended else await self._next()
+        if self._ended:
+            return b""
+        return await (self._response.readany() if self._response.ready else self._next())
 
     async def flow(self, sink: Callable[[bytes], bool]) -> None:
         """Gives what comes to `sink` in the moment it comes, until it has enough (True) or the end.

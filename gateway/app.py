@@ -52,8 +52,6 @@ def create_app(
             yield
 
     routes = [
-        Route(CHAT_PATH, Allowed("POST", Completions(CHAT_PATH, live))),
-        Route(COMPLETIONS_PATH, Allowed("POST", Completions(COMPLETIONS_PATH, live))),
         Route("/health", Allowed("GET", health(live))),
         Route("/openapi.json", Allowed("GET", openapi(live))),
         Route("/metrics", Allowed("GET", Scrape(live, variants.told))),
@@ -67,4 +65,7 @@ def create_app(
         *console_routes(),
     ]
     router = Router(routes, default=unknown_path, redirect_slashes=False, lifespan=lifespan)
-    return Doorway(router, live)
+    busiest = {
+        path: Allowed("POST", Completions(path, live)) for path in (CHAT_PATH, COMPLETIONS_PATH)
+    }
+    return Doorway(router, live, busiest)

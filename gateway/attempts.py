@@ -241,7 +241,10 @@ class Attempts:
 
     def _header_s(self, name: str) -> float | None:
         """A header's milliseconds; None without one, or for one that the replica will refuse."""
+        text = self.call.headers.get(name)
+        if text is None:
+            return None
         try:
-            return float(self.call.headers[name]) / 1000
-        except (KeyError, ValueError):
+            return float(text) / 1000
+        except ValueError:
             return None

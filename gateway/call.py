@@ -7,7 +7,6 @@ is the replica's to judge.
 from __future__ import annotations
 
 import asyncio
-import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,8 +14,9 @@ from typing import Any
 from starlette.types import Receive
 
 from gateway import problems
+from gateway.ids import ids
 from policies.schema import Gateway
-from runtime.wire import collector_off, parse_object
+from runtime.wire import LARGE_BODY_BYTES, collector_off, parse_object
 
 CHAT_PATH = "/v1/chat/completions"
 COMPLETIONS_PATH = "/v1/completions"
@@ -36,7 +36,7 @@ FORWARDED = frozenset(
 )
 # What the gateway itself reads of a body. The rest of the tree is given up at once, so that the
 # garbage collector has nothing of it to walk; the bytes go on whole.
-READ = (
+READ = frozenset((
     "add_generation_prompt", "audio", "begun_token_ids", "best_of", "cache_salt",
     "chat_template_kwargs", "continue_final_message", "documents", "echo", "frequency_penalty",
     "functions", "guided_choice", "guided_grammar", "guided_json", "guided_regex", "logprobs",
@@ -44,7 +44,7 @@ READ = (
     "prompt", "prompt_cache_key", "response_format", "seed", "service_tier", "stop",
     "stream_options", "structured_outputs", "temperature", "tool_choice", "tools", "top_k",
     "top_logprobs", "top_p", "user",
-)  # fmt: skip
+))  # fmt: skip
 SESSION_HEADERS = ("x-session-id", "x-session-affinity")
 # Several of them are one list (W3C); of two `traceparent` it makes one that is not valid.
 LISTS = frozenset((b"traceparent", b"tracestate", b"baggage"))
@@ -53,6 +53,8 @@ FORWARDED_MAX = 32  # headers
 HEADER_VALUE_MAX_BYTES = 4096
 REQUEST_ID_MAX_BYTES = 128
 
+_ids = ids(12)
+
 RawHeaders = Sequence[tuple[bytes, bytes]]
 
 
@@ -60,7 +62,7 @@ class ClientGone(Exception):
     """The client closed its connection before its request was complete: nobody waits for us."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Call:
     """A request that can be routed. `headers` are those that go on to a replica."""
 
@@ -131,6 +133,8 @@ def parse_call(path: str, body: bytes, headers: RawHeaders, request_id: str) -> 
     A long body is not parsed in a thread: orjson keeps the interpreter's lock, so that the loop
     would wait all the same.
     """
+    if len(body) <= LARGE_BODY_BYTES:
+        return _parse(path, body, headers, request_id)
     with collector_off(body):
         return _parse(path, body, headers, request_id)
 
@@ -163,7 +167,7 @@ def _parse(path: str, body: bytes, headers: RawHeaders, request_id: str) -> Call
         body,
         forwarded,
         authorization,
-        {name: data[name] for name in READ if name in data},
+        {name: value for name, value in data.items() if name in READ},
     )
 
 
@@ -183,7 +187,7 @@ def request_id(headers: RawHeaders) -> str:
             text = _plain(value)
             if text is not None:
                 return text
-    return f"req_{secrets.token_hex(12)}"
+    return f"req_{next(_ids)}"
 
 
 def _plain(value: bytes) -> str | None:

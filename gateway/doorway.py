@@ -6,6 +6,8 @@ this machine, by the rule of `policies.loopback`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway import problems
@@ -29,8 +31,10 @@ PAGE = "/console"  # has nothing of the gateway in it: what it shows, it asks of
 class Doorway:
     """An application behind the check; it wraps no `send`, so that a stream pays nothing for it."""
 
-    def __init__(self, app: ASGIApp, live: Live) -> None:
+    def __init__(self, app: ASGIApp, live: Live, paths: Mapping[str, ASGIApp]) -> None:
+        """What `paths` have goes there at once, past the application and its routes."""
         self._app = app
+        self._paths = paths
         self._live = live
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -42,7 +46,9 @@ class Doorway:
                 return
             # Who reads it awaits nothing before, and so goes by the same edge.
             scope["extensions"][TENANT] = tenant
-        await self._app(scope, receive, send)
+            await self._paths.get(scope["path"], self._app)(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
 
 
 async def refuse(scope: Scope, send: Send, problem: Problem) -> None:

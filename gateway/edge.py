@@ -185,7 +185,7 @@ def _answers(settings: ResponseCache | None, before: Answers | None) -> Answers 
     return before if before and before.settings == settings else Answers(settings)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Asked:
     """A request that was read, and the ways back to its client."""
 

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from cache.blocks import BLOCK_TOKENS
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Foreseen:
     """One request at its dispatch, in tokens."""
 
@@ -37,15 +37,17 @@ def foresee(
 ) -> Foreseen:
     """`matches`: leading blocks by replica, as the index has them; `taking`: replicas that could
     have been chosen."""
-
-    def most(blocks: int) -> int:
-        # The last token is computed in any case, since an answer begins from it, and so its block.
-        return min(blocks, max(0, prompt_tokens - 1) // BLOCK_TOKENS) * BLOCK_TOKENS
-
-    anywhere = most(max(matches.values(), default=0))
-    available = most(max((n for name, n in matches.items() if name in taking), default=0))
-    captured = most(matches.get(chosen, 0))
-    return Foreseen(prompt_tokens, anywhere, max(available, captured), captured)
+    # The last token is computed in any case, since an answer begins from it, and so its block.
+    most = max(0, prompt_tokens - 1) // BLOCK_TOKENS
+    captured = min(matches.get(chosen, 0), most)
+    anywhere, available = 0, captured
+    for name, blocks in matches.items():
+        anywhere = max(anywhere, min(blocks, most))
+        if name in taking:
+            available = max(available, min(blocks, most))
+    return Foreseen(
+        prompt_tokens, anywhere * BLOCK_TOKENS, available * BLOCK_TOKENS, captured * BLOCK_TOKENS
+    )
 
 
 @dataclass(slots=True)

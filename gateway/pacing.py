@@ -10,7 +10,7 @@ import asyncio
 import re
 from collections import deque
 from collections.abc import AsyncIterator, Callable, MutableMapping
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from typing import Any
 
 from starlette.types import Send
@@ -187,13 +187,17 @@ class Paced:
         self._timer = self._loop.call_soon(self._tick)
 
 
-@asynccontextmanager
-async def paced(reply: Reply, per_s: float | None, silence: Silence) -> AsyncIterator[None]:
+def paced(reply: Reply, per_s: float | None, silence: Silence) -> AbstractAsyncContextManager[None]:
     """Inside, what `reply` streams is held to so many events a second; leaving waits for the rest.
     The replica's place is best left inside: it has said everything by then."""
-    if per_s is None:
-        yield
-        return
+    return UNPACED if per_s is None else _paced(reply, per_s, silence)
+
+
+UNPACED = nullcontext()
+
+
+@asynccontextmanager
+async def _paced(reply: Reply, per_s: float, silence: Silence) -> AsyncIterator[None]:
     loop = asyncio.get_running_loop()
     pace = Pace(per_s)
     way = reply.through(lambda send, outgoing: Paced(send, outgoing, pace, loop))

@@ -43,7 +43,7 @@ KEPT_CHARS = 256  # a last piece that is shorter is not worth keeping
 _LINK_BYTES, _HASH_BYTES = 400, 72  # what they take in memory, by sys.getsizeof
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Prompt:
     """`hashes` are those of full blocks, each over all that came before."""
 
@@ -67,7 +67,7 @@ def root(model: str, adapter: str | None, salt: str | None) -> bytes:
     return root_hash(model=model, adapter=adapter, salt=salt)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Link:
     """A prompt's beginning up to the end of one piece."""
 
@@ -204,6 +204,9 @@ class Prompts:
     ) -> Prompt:
         """What is known of the pieces, and what is not computed anew."""
         pieces = list(pieces)
+        if len(pieces) == 1 and len(pieces[0]) < KEPT_CHARS:  # quicker read than looked up
+            (link,) = extend(Link(0, (), stem, b""), pieces, encode)
+            return Prompt(link.size_bytes // TOKEN_BYTES, link.hashes, exact)
         keys = _keys(stem + kind, pieces)
         known = self._memory.follow(keys)
         last = known[-1] if known else Link(0, (), stem, b"")

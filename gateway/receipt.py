@@ -6,18 +6,18 @@ JSON, from which explain.py decides again.
 
 from __future__ import annotations
 
-import secrets
 from collections import OrderedDict
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from gateway.ids import ids
 from gateway.ladder import Foreseen
 from gateway.route import Ask, Choice, Option
 
-ID_BYTES = 8
+_ids = ids(8)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Tried:
     """One attempt, as it ended."""
 
@@ -26,7 +26,7 @@ class Tried:
     after_s: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Decision:
     """One choice among replicas."""
 
@@ -84,4 +84,4 @@ class Receipts:
 
 
 def new_id() -> str:
-    return f"rcpt_{secrets.token_hex(ID_BYTES)}"
+    return f"rcpt_{next(_ids)}"

@@ -74,6 +74,11 @@ class Response:
 
     # ---- whoever reads --------------------------------------------------------------------------
 
+    @property
+    def ready(self) -> bool:
+        """Whether `readany` waits for nothing."""
+        return self._transport is None or bool(self._pieces)
+
     async def readany(self) -> bytes:
         """All that has come, or the next that comes; b"" at the end. Raises Cut."""
         while not self._pieces:

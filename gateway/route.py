@@ -40,7 +40,7 @@ def eligible(replicas: Iterable[C], model: str) -> list[C]:
     return [replica for replica in replicas if replica.healthy and model in replica.models]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Option:
     """One replica as it stands when a request is to be sent."""
 
@@ -54,7 +54,7 @@ class Option:
     weight: float = 1.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Ask:
     """What is asked for, and how a replica is to be chosen."""
 
@@ -68,7 +68,7 @@ class Ask:
     hint: str | None = None  # where the session was last
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Terms:
     """Why an option costs what it costs, in seconds."""
 
@@ -78,7 +78,7 @@ class Terms:
     cost_s: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Choice:
     at: int  # of the options
     terms: tuple[Terms, ...]
@@ -86,7 +86,9 @@ class Choice:
 
 def decide(options: Sequence[Option], ask: Ask) -> Choice:
     """The option to take; there must be one."""
-    terms = tuple(price(option, ask) for option in options)
+    terms = tuple([price(option, ask) for option in options])
+    if len(options) == 1:
+        return Choice(0, terms)
     if ask.policy == "round_robin":
         return Choice(ask.turn % len(options), terms)
     if ask.policy == "p2c":

@@ -11,7 +11,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import fmean, median
+from statistics import median
 
 from cache.blocks import BLOCK_TOKENS
 from cache.prefix_index import CAPACITY_BLOCKS, Mode, PrefixIndex
@@ -173,7 +173,7 @@ class Trip:
             prompt_tokens=prompt.tokens,
             common_tokens=routing.common(model).depth(prompt.hashes) * BLOCK_TOKENS,
             alpha=routing.policy.alpha_of(self.receipt.tier),
-            delayed=delayed(fmean(option.busy for option in options)),
+            delayed=delayed(sum([option.busy for option in options]) / len(options)),
             policy=routing.way(able),
             draw=routing.rng.random(),
             turn=routing.turns,

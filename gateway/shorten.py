@@ -66,6 +66,7 @@ class Shortener:
     def __init__(self, settings: Trim, count: Count, store: Store, arm: str = "") -> None:
         """Arms of an experiment, which cut in different ways, keep their cuts apart."""
         self.settings = settings
+        self._off = settings.off
         self._kind = f"cut{arm}"
         self.totals = Totals()
         self._count = count
@@ -74,7 +75,7 @@ class Shortener:
 
     async def trim(self, call: Call, tenant: str, tier: str) -> tuple[Call, Trimmed | None]:
         """The call as it goes on, and what was cut of it, if anything."""
-        if self.settings.off:
+        if self._off:
             return call, None
         messages = _readable(call.data.get("messages"))
         if messages is None:

@@ -9,7 +9,7 @@ import hashlib
 import hmac
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import orjson
 
@@ -28,7 +28,7 @@ TARGET_MS_MAX = 86_400_000
 DEADLINE_GRACE_S = 0.25  # in which a worker says by itself that the deadline is over
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Service:
     """What one request is promised. Milliseconds; None where nothing is."""
 
@@ -107,7 +107,7 @@ class Tiers:
         body, data = amended(call, more) if more else (call.body, call.data)
         headers = _headers(call, service, ranked="priority" in call.data and rights is None)
         authorization = call.authorization if rights is None else None
-        return replace(call, body=body, data=data, headers=headers, authorization=authorization)
+        return Call(call.path, call.model, call.stream, body, headers, authorization, data)
 
     def salt(self, tenant: str, own: object = None) -> str:
         """The salt of a tenant's prompts; within it, the tenant may keep its own users apart by the

@@ -150,7 +150,11 @@ class Trail:
         """It is over; nothing is kept of what was asked but how to answer, as numbers and where to
         stop: no other text, and nothing that is as large as a client likes."""
         asked = self.asked
-        kept = {name: asked[name] for name in REQUEST if type(asked.get(name)) in _NUMBERS}
+        kept: dict[str, Any] = {
+            name: value
+            for name, value in asked.items()
+            if name in REQUEST and type(value) in _NUMBERS
+        }
         if stops := stops_of(asked.get("stop")):
             kept["stop"] = [one[:STOP_CHARS] for one in stops[:STOPS]]
         self.asked = kept

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -112,32 +112,25 @@ class Pool:
         while self.in_flight:
             await self._empty.wait()
 
-    @asynccontextmanager
-    async def open(self, call: Call, trip: Trip) -> AsyncIterator[Opened]:
-        """The answer to the call, from its first event or its headers on; closed on the way out.
+    def open(self, call: Call, trip: Trip) -> Opening:
+        """`async with` it, the answer to the call, from its first event or its headers on; closed
+        on the way out.
 
-        Replicas are tried by the rules of attempts.py. Raises Problem.
+        Replicas are tried by the rules of attempts.py. Entering raises Problem.
         """
+        return Opening(self, call, trip)
+
+    async def answer(self, call: Call, trip: Trip) -> Opened:
+        """For whoever closes it."""
         now = asyncio.get_running_loop().time()
         self._budget.request(now)
         if self.settings.hedge is not None:
             self._duplicates.request(now, len(call.body))
         first = await self._attempts(trip, call, lambda: self.replicas).answer()
-        answer: Opened = first
         if self._resumes(call) and first.status == 200 and first.is_stream:
             rest = Rest(self._all, partial(self._attempts, trip), self._budget, now)
-            answer = Resumable(first, call, rest.open)
-        well: bool | None = None  # a client that leaves says nothing of the replica
-        try:
-            yield answer
-            well = answer.well
-        except Problem as problem:
-            if problem.code in problems.REPLICA_FAILED:
-                well = False
-                answer.attempt.replica.doubt.set()
-            raise
-        finally:
-            answer.close(well=well)
+            return Resumable(first, call, rest.open)
+        return first
 
     def _all(self) -> Sequence[Replica]:
         return (*self.replicas, *self.rescuers())
@@ -207,3 +200,31 @@ class Pool:
             replica.doubt.set()
             raise
         return Answer(response, attempt)
+
+
+class Opening:
+    """A call's answer, closed on the way out."""
+
+    __slots__ = ("_answer", "_call", "_pool", "_trip")
+
+    def __init__(self, pool: Pool, call: Call, trip: Trip) -> None:
+        self._pool, self._call, self._trip = pool, call, trip
+        self._answer: Opened | None = None
+
+    async def __aenter__(self) -> Opened:
+        answer = self._answer = await self._pool.answer(self._call, self._trip)
+        return answer
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        answer = self._answer
+        assert answer is not None, "it was entered"
+        well = answer.well if error is None else None  # who leaves says nothing of the replica
+        if isinstance(error, Problem) and error.code in problems.REPLICA_FAILED:
+            well = False
+            answer.attempt.replica.doubt.set()
+        answer.close(well=well)

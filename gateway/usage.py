@@ -11,7 +11,7 @@ _USAGE = re.compile(rb'"usage"\s*:\s*\{')
 _COUNT = re.compile(rb'"([a-z_]{1,40}_tokens)"\s*:\s*([0-9]{1,12})')
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Usage:
     """Tokens of one request, as its replica counted them."""
 
