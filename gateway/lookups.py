@@ -18,7 +18,7 @@ from gateway import problems
 from gateway.admin import Answer, Guarded
 from gateway.edge import Live
 from gateway.kept import Kept
-from gateway.limits import wants_of
+from gateway.limits import rules_of
 from gateway.query import number, query
 from gateway.sieve import Sieve, merged
 from gateway.tenants import ORDERS, together
@@ -86,8 +86,8 @@ class Lookups:
         wants = []
         for name in names:
             if (known := edge.keys.tenants.get(name)) is not None:
-                some, whats = wants_of(known, 0, time.time())
-                # Nothing is taken: what is left is told all the same. Of requests, wants_of has 1.
+                some, whats = rules_of(known, time.time()).wants(0)
+                # Nothing is taken: what is left is told all the same. Of requests, they are 1.
                 wants += [type(one)(one.key, one.rule, 0.0) for one in some]
                 found += [(name, what) for what in whats]
         if not wants:
