@@ -122,7 +122,7 @@ class Account:
         removed = trimmed.removed_tokens if trimmed is not None else 0
         received = trimmed.before_tokens if trimmed is not None else None
         if received is None and prompt is not None:
-            received = prompt.tokens
+            received = prompt.tokens + removed
         if usage is None:
             return Entry(received=received, trimmed=removed, counted=counted)
         return Entry(

@@ -18,6 +18,7 @@ from gateway.edge import Asked, Edge, Live
 from gateway.keys import TENANT, Known
 from gateway.listener import BEGAN, OUTGOING
 from gateway.pacing import paced
+from gateway.receipt import Left
 from gateway.relay import Silence, relay
 from gateway.reply import Outgoing, Reply
 from gateway.retries import Meaning
@@ -118,6 +119,8 @@ async def _serve(edge: Edge, asked: Asked, account: Account, *, strict: bool) ->
         prompt = account.prompt = await edge.prompts.read(call)
         trip = edge.routing.trip(call, prompt, service.tier, tenant.name)
     trip.trail = trail
+    if trimmed is not None:
+        trip.receipt.trimmed = Left.of(trimmed, prompt.tokens)
     reply.more.append((b"x-headgate-receipt", trip.receipt.id.encode()))
     place = edge.admission.place(call, tenant, service, prompt.tokens, trip.uncached)
     trail.admit, trail.queue = place.admit, place.queue

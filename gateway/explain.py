@@ -75,6 +75,8 @@ def table(receipt: Mapping[str, Any], decisions: Sequence[Again]) -> list[str]:
         f"{receipt['id']}  {receipt['model']}  tier {receipt['tier']}  "
         f"{receipt['prompt_tokens']} prompt tokens ({exact})"
     ]
+    if (left := receipt.get("trimmed")) is not None:
+        lines += _left_out(left)
     for number, one in enumerate(decisions, start=1):
         ask = one.ask
         lines += [
@@ -102,6 +104,24 @@ def table(receipt: Mapping[str, Any], decisions: Sequence[Again]) -> list[str]:
             + ("not told by the replica" if told is None else f"{told} found")
         )
     return lines
+
+
+def _left_out(left: Mapping[str, Any]) -> list[str]:
+    """What trimming did before anything was decided."""
+    cut = left["cut"]
+    spans = [(cut["start"], cut["end"]), (cut["inner_start"], cut["inner_end"])]
+    gone = " and ".join(f"{start} to {end - 1}" for start, end in spans if end > start)
+    rules = [
+        ("drop", left["round_tokens"], f" (messages {gone})" if gone else ""),
+        ("tool_output_chars", left["tool_output_tokens"], ""),
+        ("passages", left["passage_tokens"], ""),
+    ]
+    by = ", ".join(f"{tokens} by {name}{where}" for name, tokens, where in rules if tokens)
+    again = f"; {left['again_tokens']} prefilled again" if left["again_tokens"] else ""
+    return [
+        f"trimmed from {left['before_tokens']} to {left['after_tokens']} tokens: "
+        f"{by or 'nothing that counts'}{again}"
+    ]
 
 
 def _rows(one: Again) -> list[str]:

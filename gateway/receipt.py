@@ -13,6 +13,7 @@ from typing import Any
 from gateway.ids import ids
 from gateway.ladder import Foreseen
 from gateway.route import Ask, Choice, Option
+from gateway.trim import Cut, Trimmed
 
 _ids = ids(8)
 
@@ -35,6 +36,32 @@ class Decision:
     choice: Choice
 
 
+@dataclass(frozen=True, slots=True)
+class Left:
+    """What trimming left out of the prompt before it was routed, in tokens, by the rule that did.
+    Of a prompt that was cut into, messages [start, end) and [inner_start, inner_end) are gone."""
+
+    before_tokens: int
+    after_tokens: int
+    tool_output_tokens: int  # gateway.trim.tool_output_chars
+    passage_tokens: int  # gateway.trim.passages
+    round_tokens: int  # gateway.trim.drop
+    again_tokens: int  # of those that stayed, prefilled again since the cut moved
+    cut: Cut
+
+    @classmethod
+    def of(cls, trimmed: Trimmed, after_tokens: int) -> Left:
+        return cls(
+            after_tokens + trimmed.removed_tokens,
+            after_tokens,
+            trimmed.tool_output_tokens,
+            trimmed.passage_tokens,
+            trimmed.round_tokens,
+            trimmed.again_tokens,
+            trimmed.cut,
+        )
+
+
 @dataclass(slots=True)
 class Receipt:
     """One request. Filled while it goes on."""
@@ -46,6 +73,7 @@ class Receipt:
     tier: str
     prompt_tokens: int
     exact: bool
+    trimmed: Left | None = None
     decisions: list[Decision] = field(default_factory=list)
     attempts: list[Tried] = field(default_factory=list)
     foreseen: Foreseen | None = None

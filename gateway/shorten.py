@@ -8,8 +8,8 @@ by the model's own tokenizer, message by message.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from typing import Any
 
@@ -18,7 +18,7 @@ import orjson
 from cache.store import Store, StoreDown, key
 from gateway import passages
 from gateway.call import Call
-from gateway.trim import Cut, Message, Trimmed, apply, mask_tool_output, trim
+from gateway.trim import UNCUT, Cut, Message, Trimmed, apply, mask_tool_output, trim
 from policies.trimming import Cutting, Trim
 from runtime.wire import parse_object
 
@@ -28,6 +28,18 @@ COUNTS_MAX = 65_536  # messages whose size is remembered
 INLINE_CHARS = 2**16  # more text is counted off the event loop
 
 Count = Callable[[str, str], int]  # model, text -> tokens
+
+
+@dataclass(slots=True)
+class Shortened:
+    """Texts of which a part was left out, before and after, by what left it out."""
+
+    tool_outputs: list[tuple[str, str]] = field(default_factory=list)
+    passages: list[tuple[str, str]] = field(default_factory=list)
+
+    @property
+    def chars(self) -> int:
+        return sum(len(before) for before, _ in (*self.tool_outputs, *self.passages))
 
 
 @dataclass(slots=True)
@@ -74,34 +86,57 @@ class Shortener:
         self._sizes: dict[tuple[str, int, int], int] = {}
 
     async def trim(self, call: Call, tenant: str, tier: str) -> tuple[Call, Trimmed | None]:
-        """The call as it goes on, and what was cut of it, if anything."""
+        """The call as it goes on, and what was left out of it, if anything."""
         if self._off:
             return call, None
         messages = _readable(call.data.get("messages"))
         if messages is None:
             return call, None
-        kept, documents = self._shorten_each(messages, call.data.get("documents"))
+        kept, documents, shortened = self._shorten_each(messages, call.data.get("documents"))
         cutting = self.settings.cutting(call.model, tier)
         trimmed = None
         # A token has at least a byte: a body below the budget needs no counting.
         if cutting.drop != "off" and len(call.body) > cutting.budget_tokens:
             trimmed = await self._cut(call, tenant, cutting, kept)
             kept = apply(kept, trimmed.cut) if trimmed else kept
+        if shortened.chars:
+            if shortened.chars > INLINE_CHARS:
+                gone = await asyncio.to_thread(self._gone, call.model, shortened)
+            else:
+                gone = self._gone(call.model, shortened)
+            trimmed = (trimmed or UNCUT).shortened(*gone)
         self.totals.add(trimmed)
         return _with(call, messages, kept, documents), trimmed
 
     def _shorten_each(
         self, messages: Sequence[Message], documents: Any
-    ) -> tuple[Sequence[Message], Any]:
+    ) -> tuple[Sequence[Message], Any, Shortened]:
         """Tool outputs and passages: message by message, so that each is the same in every turn."""
         most, chosen = self.settings.tool_output_chars, self.settings.passages
+        done = Shortened()
         if most is not None:
-            messages = [mask_tool_output(message, most) for message in messages]
+            masked = [mask_tool_output(message, most) for message in messages]
+            done.tool_outputs += _changed(messages, masked)
+            messages = masked
         if chosen is None:
-            return messages, documents
+            return messages, documents, done
         if isinstance(documents, list) and all(isinstance(one, dict) for one in documents):
-            documents = passages.shorten_documents(documents, _question(messages), chosen)
-        return [_shorten_passages(message, chosen) for message in messages], documents
+            whole = documents
+            documents = passages.shorten_documents(whole, _question(messages), chosen)
+            if len(documents) < len(whole):
+                texts = orjson.dumps(whole).decode(), orjson.dumps(documents).decode()
+                done.passages.append(texts)
+        chosen_of = [_shorten_passages(message, chosen) for message in messages]
+        done.passages += _changed(messages, chosen_of)
+        return chosen_of, documents, done
+
+    def _gone(self, model: str, shortened: Shortened) -> tuple[int, int]:
+        """Tokens that were left out of tools' outputs, and of passages."""
+        outputs, chosen = (
+            sum(self._size(model, before) - self._size(model, after) for before, after in texts)
+            for texts in (shortened.tool_outputs, shortened.passages)
+        )
+        return max(0, outputs), max(0, chosen)  # what says that something is missing has tokens too
 
     async def _cut(
         self, call: Call, tenant: str, cutting: Cutting, messages: Sequence[Message]
@@ -156,6 +191,13 @@ class Shortener:
             await self._store.put(name, orjson.dumps(value), KEPT_S)
         except StoreDown:
             return  # it is found again from the conversation
+
+
+def _changed(before: Sequence[Message], after: Sequence[Message]) -> Iterator[tuple[str, str]]:
+    """The texts of messages that are not what they were."""
+    for was, now in zip(before, after, strict=True):
+        if now is not was:
+            yield _text(was), _text(now)
 
 
 def _readable(messages: Any) -> Sequence[Message] | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
@@ -43,13 +43,35 @@ NOTHING = Cut(0, 0)
 @dataclass(frozen=True, slots=True)
 class Trimmed:
     """What became of one prompt, in tokens. `again`: of what the last turn had sent, and so had
-    left in the cache, what stands behind a cut that moved and is prefilled again."""
+    left in the cache, what stands behind a cut that moved and is prefilled again. `before` is None
+    where nothing was cut, and so not all of the prompt was counted."""
 
     cut: Cut
     moved: bool
-    before_tokens: int
+    before_tokens: int | None
     removed_tokens: int
     again_tokens: int
+    tool_output_tokens: int = 0  # of those removed, from inside tools' long outputs
+    passage_tokens: int = 0  # the same, of passages
+
+    @property
+    def round_tokens(self) -> int:
+        """The same, of whole rounds."""
+        return self.removed_tokens - self.tool_output_tokens - self.passage_tokens
+
+    def shortened(self, tool_output_tokens: int, passage_tokens: int) -> Trimmed:
+        """With what had been left out of messages before they were cut."""
+        gone = tool_output_tokens + passage_tokens
+        return replace(
+            self,
+            before_tokens=None if self.before_tokens is None else self.before_tokens + gone,
+            removed_tokens=self.removed_tokens + gone,
+            tool_output_tokens=tool_output_tokens,
+            passage_tokens=passage_tokens,
+        )
+
+
+UNCUT = Trimmed(NOTHING, moved=False, before_tokens=None, removed_tokens=0, again_tokens=0)
 
 
 def trim(

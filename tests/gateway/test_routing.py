@@ -20,7 +20,7 @@ from gateway.replica import Replica
 from gateway.routing import Routing, session_of
 from gateway.usage import Usage
 from policies.routing import Routing as Policy
-from tests.gateway.world import DONE, Peer, gateway, on_loop, until, upstream
+from tests.gateway.world import DONE, STREAMED, Peer, gateway, on_loop, until, upstream
 
 ROOT = Path(__file__).parents[2]
 
@@ -113,6 +113,46 @@ def decides_again(file: Path) -> None:
     whole["data"][0]["decisions"][0]["options"][0]["in_flight"] += 1000
     file.write_text(json.dumps(whole))
     assert subprocess.run(command, cwd=ROOT, capture_output=True, timeout=60).returncode == 1
+
+
+@on_loop
+async def test_a_receipt_tells_what_was_trimmed_and_by_which_rule(tmp_path: Path) -> None:
+    """Before it went anywhere; `headgate explain` says it. Of tools' outputs and passages neither
+    the answer's header nor a counter told anything."""
+    rounds = [{"role": "user", "content": "one " * 300}, {"role": "assistant", "content": "yes"}]
+    output = {"role": "tool", "tool_call_id": "1", "content": "word " * 300}
+    short = STREAMED | {"messages": [output, {"role": "user", "content": "and?"}]}
+    long = STREAMED | {"messages": [*rounds, output, {"role": "user", "content": "and?"}]}
+    trim = {"tool_output_chars": 500, "drop": "oldest", "budget_tokens": 300}
+    async with upstream(counting) as one, gateway(one, trim=trim) as edge:
+        answers = [await edge.post(STREAMED), await edge.post(short), await edge.post(long)]
+        everything = await edge.client.get("/v1/receipts")
+        page = (await edge.client.get("/metrics")).text
+    plain, masked, cut = (receipt["trimmed"] for receipt in everything.json()["data"])
+    assert plain is None
+    assert masked["tool_output_tokens"] > 200
+    assert (masked["round_tokens"], masked["cut"]["end"]) == (0, 0)
+    assert (cut["cut"]["start"], cut["cut"]["end"]) == (0, 3)
+    assert cut["round_tokens"] > 300
+    removed = [left["before_tokens"] - left["after_tokens"] for left in (masked, cut)]
+    told = [answer.headers.get("x-headgate-trimmed-tokens") for answer in answers]
+    assert told == [None, *map(str, removed)]
+    assert f'headgate_gateway_trimmed_tokens_total{{what="removed"}} {sum(removed)}.0' in page
+    assert f'stage="trimmed"}} {sum(removed)}.0' in page
+    file = tmp_path / "receipts.json"
+    file.write_bytes(everything.content)
+    command = [sys.executable, "-m", "headgate", "explain", str(file)]
+    done = await asyncio.to_thread(
+        subprocess.run, command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+    )
+    said = [line for line in done.stdout.splitlines() if line.startswith("trimmed")]
+    assert said == [
+        f"trimmed from {masked['before_tokens']} to {masked['after_tokens']} tokens: "
+        f"{removed[0]} by tool_output_chars",
+        f"trimmed from {cut['before_tokens']} to {cut['after_tokens']} tokens: "
+        f"{cut['round_tokens']} by drop (messages 0 to 2), "
+        f"{cut['tool_output_tokens']} by tool_output_chars",
+    ]
 
 
 @on_loop

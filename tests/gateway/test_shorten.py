@@ -9,7 +9,8 @@ from typing import Any
 from cache.memory_store import MemoryStore
 from cache.store import StoreDown
 from gateway.call import CHAT_PATH, Call, parse_call
-from gateway.shorten import Shortener
+from gateway.shorten import TURN_TOKENS, Shortener
+from gateway.trim import NOTHING
 from policies.trimming import Cutting, Passages, Trim
 
 BATCH = Trim(drop="oldest", budget_tokens=200, keep_share=0.5)
@@ -115,6 +116,33 @@ def test_outputs_and_passages_are_shortened_before_they_are_sent() -> None:
     assert len(sent["messages"][2]["content"]) < 160
     assert sent["messages"][1] == messages[1]
     assert sent["documents"] == documents[1:]
+
+
+def test_what_was_left_out_is_told_by_what_left_it_out() -> None:
+    """Tokens inside outputs and passages were counted nowhere; those of a round that is cut as well
+    count once, and what says that characters are missing may be longer than they were."""
+    output = {"role": "tool", "tool_call_id": "1", "content": "word " * 300}
+    passages = "[1] The tide is high at noon.\n\n[2] Bread is sold at six.\n\nWhen is it high?"
+    asked = [{"role": "user", "content": passages}, output]
+    each = {"tool_output_chars": 500, "passages": Passages(keep=1)}
+    about = trimmed(Shortener(Trim(**each), words, MemoryStore()), ask(0, messages=asked))[1]
+    assert (about.before_tokens, about.cut, about.moved) == (None, NOTHING, False)
+    assert about.passage_tokens == len(["[2]", "Bread", "is", "sold", "at", "six."])
+    assert 190 < about.tool_output_tokens < 200
+    assert about.removed_tokens == about.passage_tokens + about.tool_output_tokens
+
+    rounds = ask(40).data["messages"]
+    both = Trim(drop="oldest", budget_tokens=200, **each)
+    whole = [rounds[0], *asked, *rounds[1:]]
+    about = trimmed(Shortener(both, words, MemoryStore()), ask(0, messages=whole))[1]
+    assert about.round_tokens > 0
+    assert about.removed_tokens == about.round_tokens + about.tool_output_tokens + 6
+    sizes = sum(words("", str(one["content"])) + TURN_TOKENS for one in whole)
+    assert about.before_tokens == sizes + TURN_TOKENS
+
+    barely = [{"role": "tool", "content": "a " * 250 + "b"}]
+    about = trimmed(Shortener(Trim(**each), words, MemoryStore()), ask(0, messages=barely))[1]
+    assert about.removed_tokens == 0
 
 
 def test_messages_that_are_wrong_are_the_replicas_to_refuse() -> None:
