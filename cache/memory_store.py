@@ -52,12 +52,12 @@ class MemoryStore:
         short = tuple(index for index, wait_s in enumerate(waits) if wait_s > 0)
         if short:
             left = tuple(level.left for level in levels)
-            return Taken(allowed=False, left=left, retry_after_s=max(waits), short=short)
+            return Taken(False, left, max(waits), short, self._among)
         taken = []
         for level, want in zip(levels, wants, strict=True):
             taken.append(level.left - want.amount)
             self._keep(want, Level(taken[-1], level.at), now)
-        return Taken(allowed=True, left=tuple(taken))
+        return Taken(True, tuple(taken), among=self._among)
 
     async def settle(self, changes: Sequence[Want]) -> None:
         now = self._clock()

@@ -69,12 +69,14 @@ class Taken(NamedTuple):
     `left` is what each want's rule has left, after the taking or without it; a bucket in debt has
     less than 0. When refused, `short` are the indexes of the wants that did not fit, and after
     `retry_after_s` all would, if nobody else took meanwhile; infinite where a quota is too small.
+    A store that cannot ask the others answers by its share of each rule, `among` so many.
     """
 
     allowed: bool
     left: tuple[float, ...]
     retry_after_s: float = 0.0
     short: tuple[int, ...] = ()
+    among: int = 1
 
 
 @dataclass(frozen=True, slots=True)

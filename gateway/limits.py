@@ -32,18 +32,22 @@ class Allowance(NamedTuple):
     names: tuple[str, ...]
 
     def headers(self) -> list[tuple[bytes, bytes]]:
-        """OpenAI's `x-ratelimit-*`."""
+        """OpenAI's `x-ratelimit-*`; of this process's share, where it gives one."""
         found: list[tuple[bytes, bytes]] = []
         for name, want, left in zip(self.names, self.wants, self.taken.left, strict=True):
-            rule = want.rule
+            rule = self.ruled(want)
             if isinstance(rule, Bucket):
                 limit, remaining, reset = HEADERS[name]
                 found += (
-                    (limit, b"%.0f" % rule.capacity),
-                    (remaining, b"%.0f" % max(left, 0)),
+                    (limit, b"%d" % rule.capacity),
+                    (remaining, b"%d" % max(left, 0)),
                     (reset, span((rule.capacity - left) / rule.per_s).encode()),
                 )
         return found
+
+    def ruled(self, want: Want) -> Rule:
+        """What it was taken of."""
+        return want.rule if self.taken.among == 1 else want.rule.share(self.taken.among)
 
 
 class Limits:
@@ -68,11 +72,11 @@ class Limits:
         allowance = Allowance(wants, taken, names)
         if not taken.allowed:
             what = names[taken.short[0]]
-            rule = wants[taken.short[0]].rule
+            rule = allowance.ruled(wants[taken.short[0]])
             limit = rule.limit if isinstance(rule, Quota) else rule.capacity
             headers = dict(allowance.headers())
             told = {name.decode(): value.decode() for name, value in headers.items()}
-            raise problems.limit_reached(what, limit, taken.retry_after_s, told)
+            raise problems.limit_reached(what, limit, taken.retry_after_s, told, taken.among)
         return allowance
 
     async def settle(self, allowance: Allowance, tokens: int) -> None:

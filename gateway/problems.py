@@ -259,13 +259,18 @@ def _after(seconds: float) -> str:
     return str(max(1, math.ceil(min(seconds, RETRY_AFTER_MAX_S))))
 
 
-def limit_reached(what: str, limit: float, wait_s: float, headers: Mapping[str, str]) -> Problem:
-    """429; `what` is requests, tokens or budget. A wait without an end is a request too large."""
+def limit_reached(
+    what: str, limit: float, wait_s: float, headers: Mapping[str, str], among: int
+) -> Problem:
+    """429; `what` is requests, tokens or budget. A wait without an end is a request too large. Of
+    several gateways that cannot ask each other, `limit` is one's share."""
     named = {
         "requests": f"{limit:.0f} requests per minute",
         "tokens": f"{limit:.0f} tokens per minute",
         "budget": f"{limit:.0f} tokens per day",
     }[what]
+    if among > 1:
+        named += f" (the share of one of {among} gateway processes without a common store)"
     after = _after(wait_s)
     message = f"this tenant's limit of {named} is reached; try again in {after} s"
     if math.isinf(wait_s):

@@ -229,6 +229,30 @@ async def test_a_tenants_limits_are_told_and_kept() -> None:
         assert left.left[0] == pytest.approx(100_000 - 60, abs=60)  # as used, not as estimated
 
 
+def test_the_headers_of_one_of_several_gateways_tell_its_share() -> None:
+    """Without a store each gives a fourth; the headers had the whole limit beside what is left of
+    the fourth, and a reset for the difference, of a process that had just begun."""
+
+    async def run() -> None:
+        limits = Limits(MemoryStore(lambda: 0.0, among=4), lambda: 0.0)
+        acme = tenant(requests_per_minute=10, tokens_per_day=1000)
+        told = []
+        for _ in range(2):
+            allowance = await limits.take(acme, 10)
+            assert allowance is not None
+            told.append({name.decode()[12:]: value for name, value in allowance.headers()})
+        assert told == [
+            {"limit-requests": b"2", "remaining-requests": b"1", "reset-requests": b"24s"},
+            {"limit-requests": b"2", "remaining-requests": b"0", "reset-requests": b"48s"},
+        ]
+        with pytest.raises(Problem) as caught:
+            await limits.take(acme, 10)
+        assert "limit of 2 requests per minute (the share of one of 4" in caught.value.message
+        assert caught.value.headers["x-ratelimit-limit-requests"] == "2"
+
+    asyncio.run(run())
+
+
 def test_a_budget_is_spent_by_what_was_used_and_comes_back_at_midnight() -> None:
     async def run() -> None:
         now = 86400.0 * 20_000 + 86000  # 400 s before midnight
