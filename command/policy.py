@@ -15,6 +15,7 @@ from policies.load import (
     PORT_VARIABLE,
     PolicyError,
     admin_problems,
+    guess_problems,
     load,
     package_problems,
     port_of,
@@ -41,7 +42,12 @@ def check_files(files: Sequence[Path]) -> int:
                 resolve_model(file, deployment.runtime)
                 resolve_adapters(file, deployment.runtime)
                 resolve_draft(file, deployment.runtime)
-            problems = [*package_problems(file, deployment), *admin_problems(file, deployment)]
+            guesses = guess_problems(file, deployment.runtime) if deployment.runtime else []
+            problems = [
+                *guesses,
+                *package_problems(file, deployment),
+                *admin_problems(file, deployment),
+            ]
             if problems:
                 raise PolicyError(*problems)
             resolve_tokenizers(file, deployment)

@@ -29,6 +29,7 @@ from policies.devices import asked
 from policies.enabling import Gated, for_children, gated, rows as told_of
 from policies.load import (
     PolicyError,
+    guess_problems,
     key_problems,
     load,
     package_problems,
@@ -104,6 +105,8 @@ def plan(policy: Path, on_ray: OnRay | None = None) -> Plan:
     if runtime:
         resolve_adapters(policy, runtime)
         resolve_draft(policy, runtime)
+        if problems := guess_problems(policy, runtime):
+            raise PolicyError(*problems)
     if on_ray is not None and (why := why_not(deployment)):
         raise StartError(why)
     here = runtime if on_ray is None else None  # on Ray it is installed where it runs

@@ -16,8 +16,14 @@ from pydantic import BaseModel, ValidationError
 
 from policies.as_started import place_of
 from policies.discovery import Members
-from policies.model_folder import ModelError, find_draft, find_model, refuse_large_draft
-from policies.problems import Places, PolicyError, Problem, dotted, explain
+from policies.model_folder import (
+    ModelError,
+    find_draft,
+    find_model,
+    refuse_large_draft,
+    served_name,
+)
+from policies.problems import Places, PolicyError, Problem, closest, dotted, explain
 from policies.schema import Deployment, Runtime
 from policies.slo import ADMIN_IS_CLIENT, tenants_with
 from policies.yaml_tree import parse
@@ -30,6 +36,7 @@ __all__ = [
     "PolicyError",
     "Problem",
     "admin_problems",
+    "guess_problems",
     "key_problems",
     "load",
     "load_hypothesis",
@@ -129,6 +136,23 @@ def resolve_draft(policy: str | Path, runtime: Runtime) -> Path | str | None:
         wrong = [(("runtime", "speculation", "draft"), str(error))]
         raise PolicyError(*at_fields(policy, wrong, error.suggestion)) from None
     return draft
+
+
+def guess_problems(policy: str | Path, runtime: Runtime) -> list[Problem]:
+    """Models under `runtime.speculation.models` that are not served, each at its line."""
+    named = runtime.speculation.models
+    if not named:
+        return []
+    adapters = resolve_adapters(policy, runtime)
+    served = [served_name(runtime, resolve_model(policy, runtime))]
+    served += sorted(one.name for one in adapters.iterdir() if one.is_dir()) if adapters else []
+    problems = []
+    for name in named:
+        if name not in served:
+            wrong = f"there is no model {name!r}; served: {', '.join(map(repr, served))}"
+            path = ("runtime", "speculation", "models", name)
+            problems += at_fields(policy, [(path, wrong)], closest(name, served))
+    return problems
 
 
 def resolve_folders(policy: str | Path, deployment: Deployment) -> Deployment:

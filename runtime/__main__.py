@@ -72,6 +72,8 @@ def main(argv: list[str] | None = None) -> None:
         source = policy_file.resolve_model(args.policy, policy.runtime)
         adapters = policy_file.resolve_adapters(args.policy, policy.runtime)
         draft = policy_file.resolve_draft(args.policy, policy.runtime)
+        if problems := policy_file.guess_problems(args.policy, policy.runtime):
+            raise policy_file.PolicyError(*problems)
         door = Door(args.host, args.port, policy_file.worker_key(policy.runtime))
     except policy_file.PolicyError as error:
         print(error, file=sys.stderr)

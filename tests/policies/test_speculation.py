@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from policies.load import PolicyError, load, resolve_draft
+from command.policy import check_files
+from policies.load import PolicyError, guess_problems, load, resolve_draft
 from policies.model_folder import pocket_folder
 from policies.schema import Guesses, Runtime, Speculation
 
@@ -128,3 +129,22 @@ def test_a_draft_is_measured_by_its_weights_and_not_by_their_bytes(tmp_path: Pat
         b"\2" + bytes(7) + b"[]",
     ):
         assert resolved(broken)
+
+
+def test_a_model_that_is_not_served_is_told_where_it_is_named(tmp_path: Path) -> None:
+    """It was taken, and guessed for nobody; adapters are models of their own."""
+    (tmp_path / "adapters" / "polite").mkdir(parents=True)
+    for served in ("", "  adapters: ./adapters"):
+        file = write(tmp_path, "  speculation:", "    models: {polit: off, pocket: off}", served)
+        runtime = load(file).runtime
+        assert runtime is not None
+        (problem,) = guess_problems(file, runtime)
+        near = "; did you mean 'polite'?" if served else ""
+        names = "'pocket', 'polite'" if served else "'pocket'"
+        assert str(problem) == (
+            f"{file}:5:21  runtime.speculation.models.polit  there is no model 'polit'; served: "
+            f"{names}{near}"
+        )
+        assert check_files([file]) == 2
+    file.write_text(file.read_text().replace("polit:", "polite:"))
+    assert check_files([file]) == 0
