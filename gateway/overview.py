@@ -1,4 +1,4 @@
-"""`GET /admin/overview`: everything that the console shows of one gateway process, as one object.
+"""`GET /admin/overview`: everything that the console shows, of all gateway processes behind a port.
 
 Puts together what other modules know, and computes next to nothing; no text of a prompt or of an
 answer is in it. Receipts are told to whoever may steer, of all tenants.
@@ -12,7 +12,7 @@ import os
 import secrets
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from typing import Any
@@ -22,13 +22,16 @@ from starlette.types import Scope
 
 from gateway import problems
 from gateway.admin import Answer, Guarded
-from gateway.arms import Arms, median_and_tail
+from gateway.arms import Arms
 from gateway.edge import Edge, Live
 from gateway.history import History, tiers
 from gateway.kept import Kept
 from gateway.lookups import routes as lookup_routes
+from gateway.overviews import OVERLAP_S, history, together
+from gateway.pause import Pause
 from gateway.query import query
 from gateway.replica import Replica
+from gateway.siblings import Part, Question
 from gateway.sieve import row
 from gateway.tallies import PHASES
 from gateway.trail import Trail
@@ -36,6 +39,8 @@ from gateway.variants import Variants
 
 OVERVIEW_PATH = "/admin/overview"
 RECEIPT_PATH = "/admin/receipts/{id}"
+WHAT = "overview"
+AT_ONCE = 20  # samples
 RECENT = 50  # requests in one answer; lookups.py has the others
 LATE_S = 60.0  # of the requests whose quantiles are told
 
@@ -51,7 +56,7 @@ def routes(live: Live, variants: Variants, history: History, kept: Kept) -> list
 
 
 class Overview:
-    """One process, as whoever asks sees it."""
+    """As one process sees it, which asks the others."""
 
     def __init__(
         self,
@@ -67,6 +72,9 @@ class Overview:
         self._kept = kept
         self._clock = clock
         self._arms = Arms(variants)
+        self._siblings = live.edge.state.siblings
+        if self._siblings is not None:
+            self._siblings.parts[WHAT] = self._for_others
         self._process = {
             "id": secrets.token_hex(8),  # another one: the process has been started anew
             "pid": os.getpid(),
@@ -76,12 +84,45 @@ class Overview:
 
     async def told(self, scope: Scope, _body: bytes) -> Answer:
         """All of it; with `since=`, samples after that moment alone."""
-        live, edge = self._live, self._live.edge
+        since = _moment(scope)
         rollout = self._variants.told() or self._variants.last
         if rollout is not None:
             rollout = {**rollout, "arms": await self._arms.told(rollout)}
+        own = self._own()
+        others = await self._others(since - OVERLAP_S)
+        if not others:
+            found, samples = [own], self._history.since(since)
+        else:
+            found = [own, *(one for one, _ in others)]
+            kept = [self._history.since(since - OVERLAP_S), *(samples for _, samples in others)]
+            samples = await history(kept, since)
+        return 200, {**together(found, RECENT), "rollout": rollout, "samples": samples}
+
+    async def _others(self, since: float) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
+        """What each sibling knows, and its samples; of those that speak of the same things."""
+        if self._siblings is None:
+            return []
+        told = await self._siblings.ask_parts({"what": WHAT, "since": since})
+        return [
+            (parts[0][0], [sample for samples, _ in parts[1:] for sample in samples])
+            for parts in told.values()
+            if parts and parts[0][0]["process"]["version"] == self._process["version"]
+        ]
+
+    async def _for_others(self, question: Question) -> AsyncIterator[Part]:
+        """What one process knows, then its samples, so many at a time."""
+        yield self._own(), b""
+        pause = Pause()
+        samples = self._history.since(question["since"])
+        for at in range(0, len(samples), AT_ONCE):
+            await pause()
+            yield samples[at : at + AT_ONCE], b""
+
+    def _own(self) -> dict[str, Any]:
+        """What this process knows, but for samples."""
+        live, edge = self._live, self._live.edge
         gated = live.gated
-        return 200, {
+        return {
             "at": self._clock(),
             "process": {**self._process, "of": edge.state.processes(edge.settings)},
             "in_flight": edge.pool.in_flight,
@@ -105,7 +146,6 @@ class Overview:
             "record": edge.recorder.told() if edge.recorder is not None else None,
             "state": edge.state.health(),
             "optimizations": gated.payload() if gated else [],
-            "rollout": rollout,
             "rollout_lost": self._variants.lost,
             "tokens": {
                 "stages": edge.meters.stages,
@@ -114,7 +154,6 @@ class Overview:
             },
             "requests": [row(one) for one in islice(edge.tracer.ring, RECENT)],
             "kept_traces": edge.tracer.settings.keep,
-            "samples": self._history.since(_moment(scope)),
         }
 
     async def receipt(self, scope: Scope, _body: bytes) -> Answer:
@@ -153,9 +192,9 @@ def _tiers(edge: Edge, now: float) -> list[dict[str, Any]]:
             "reserved_share": rule.reserved_share,
             "queue_max": rule.queue_max,
             "now": asked.get(name),
-            "ttft_s": median_and_tail([s for one in latest[name] if (s := one.ttft_s) is not None]),
+            "ttft_s": [s for one in latest[name] if (s := one.ttft_s) is not None],
             "slowest": _slowest(latest[name]),
-            "tpot_s": median_and_tail([s for one in latest[name] if (s := one.tpot_s) is not None]),
+            "tpot_s": [s for one in latest[name] if (s := one.tpot_s) is not None],
         }
         for name, rule in rules
     ]
@@ -172,10 +211,10 @@ def _latest(edge: Edge, now: float) -> Mapping[str, list[Trail]]:
     return found
 
 
-def _slowest(some: list[Trail]) -> str | None:
+def _slowest(some: list[Trail]) -> tuple[float, str] | None:
     """Whose first token took longest: it has a trace."""
     spoke = [(s, one.request_id) for one in some if (s := one.ttft_s) is not None]
-    return max(spoke)[1] if spoke else None
+    return max(spoke, default=None)
 
 
 def _replicas(edge: Edge) -> Iterator[dict[str, Any]]:

@@ -18,11 +18,11 @@ from gateway.call import request_id
 from gateway.edge import Live
 from gateway.exposition import Format
 from gateway.metrics import TOLD, Reading, families
+from gateway.pause import Pause
 from gateway.reply import Reply
 from gateway.siblings import Part, Question
 
 WHAT = "metrics"
-PIECE_S = 0.001  # of work on a page; streams wait as long
 PIECE_BYTES = 2**18  # sent at once
 
 
@@ -91,18 +91,6 @@ async def told(reading: Reading, form: Format) -> AsyncIterator[tuple[str, str, 
             written.append(piece)
             await pause()
         yield name, head, "".join(written).encode()
-
-
-class Pause:
-    """Awaited between pieces of work, it gives the loop to others after PIECE_S of it."""
-
-    def __init__(self) -> None:
-        self._since = time.perf_counter()
-
-    async def __call__(self) -> None:
-        if time.perf_counter() - self._since > PIECE_S:
-            await asyncio.sleep(0)
-            self._since = time.perf_counter()
 
 
 def _together(pages: list[list[Part]]) -> list[bytes]:

@@ -129,10 +129,11 @@ function notice(text, tone) {
 }
 
 function foot(told) {
-  const { version, pid, started_at, of } = told.process;
+  const { version, pid, started_at, of, told: answered } = told.process;
+  const processes = answered >= of ? `all ${of} processes` : answered > 1 ? `${answered} of ${of} processes` : `process ${pid}, one of ${of}: totals are this one's`;
   const parts = [
     version ? `headgate ${version}` : "headgate",
-    `process ${pid}${of > 1 ? `, one of ${of}: totals are this one's` : ""}`,
+    of > 1 ? processes : `process ${pid}`,
     `up ${span(told.at - started_at)}`,
     told.policy.file ? `policy ${told.policy.file}, read again ${told.policy.reloads}×` : null,
     `store ${told.state.store}`,

@@ -69,8 +69,9 @@ export function requestsView() {
   return {
     node: h("div", { class: "view" }, h("h1", { class: "unseen" }, "Requests"), made.node),
     update(told) {
-      const { pid, of } = told.process;
-      say(made.note, of > 1 ? `the latest first, of process ${pid} alone; ids are looked for in all of ${of} that can be asked` : "the latest first");
+      const { pid, of, told: answered } = told.process;
+      const whose = answered > 1 ? `${answered} of ${of} processes` : `process ${pid} alone`;
+      say(made.note, of > answered ? `the latest first, of ${whose}; ids are looked for in all of ${of} that can be asked` : "the latest first");
       list.update(told.requests, told);
     },
   };

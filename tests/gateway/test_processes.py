@@ -10,6 +10,7 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -153,6 +154,8 @@ async def test_scrapes_of_several_processes_are_one_story(tmp_path: Path) -> Non
             assert admitted(now) == sent + 1
             before = now
         processes = served.gateways()
+        for port in processes:
+            assert await history_of(port) == 20
         port, victim = next(iter(processes.items()))
         number = victim.cmdline()[victim.cmdline().index("--process") + 1]
         victim.kill()
@@ -163,6 +166,26 @@ async def test_scrapes_of_several_processes_are_one_story(tmp_path: Path) -> Non
         assert all(f'process="{number}"' in name for name in fell)
         served.process.send_signal(signal.SIGINT)
         assert await served.process.wait() == 0
+
+
+async def history_of(port: str) -> float:
+    """The last count of the console's samples, once it is that of its totals: each second once, and
+    who asks again gets what has come since."""
+    samples: list[dict[str, Any]] = []
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
+        while True:
+            since = samples[-1]["at"] if samples else 0
+            told = (await client.get("/admin/overview", params={"since": since})).json()
+            assert (told["process"]["told"], told["process"]["of"]) == (3, 3)
+            for sample in told["samples"]:
+                assert not samples or sample["at"] == samples[-1]["at"] + 1
+                samples.append(sample)
+            (standard,) = (one["now"] for one in told["tiers"] if one["name"] == "standard")
+            if samples and samples[-1]["tiers"].get("standard") == standard:
+                counts = [one["tiers"].get("standard", {}).get("admitted", 0) for one in samples]
+                assert counts == sorted(counts)
+                return float(standard["admitted"])
+            await asyncio.sleep(0.1)
 
 
 def counters(text: str) -> dict[str, float]:
