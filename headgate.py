@@ -31,6 +31,10 @@ _LAZY: dict[str, tuple[str, str]] = {
         "evals.commands.rollout:rollout",
         "Bring a candidate that has passed to live traffic, step by step.",
     ),
+    "replicas": (
+        "command.replicas:replicas",
+        "Take a replica out of traffic by hand, and back.",
+    ),
     "menu": (
         "evals.commands.menu:menu",
         "Measure techniques and their combinations on your own workload.",
@@ -64,6 +68,7 @@ def main() -> None:
     headgate menu      what optimizations bring and take, on your workload
     headgate rollout   how it goes live, and back
     headgate replay    play recorded traffic
+    headgate replicas  take a replica out of traffic, and back
     """
 
 

@@ -1,7 +1,8 @@
-"""The paths by which a rollout is steered and watched, for who may: `/admin/...`.
+"""The paths by which a rollout is steered and watched, and replicas are drained, for who may:
+`/admin/...`.
 
-Knows bodies and who may send them; what follows is variants.py's. Nothing here is on the way of a
-client's request.
+Knows bodies and who may send them; what follows is that of variants.py and by_hand.py. Nothing here
+is on the way of a client's request.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from starlette.types import Receive, Scope, Send
 
 from gateway import problems
 from gateway.bodies import Ending, Pausing, Renewed, Wanted
+from gateway.by_hand import ByHand
 from gateway.call import ClientGone, read_body, request_id
+from gateway.drains import Drains
 from gateway.edge import Live
 from gateway.kept import Kept
 from gateway.keys import refuse_stranger
@@ -41,9 +44,10 @@ Answer = tuple[int, Mapping[str, Any]]
 Act = Callable[[Scope, bytes], Awaitable[Answer]]
 
 
-def routes(live: Live, variants: Variants, kept: Kept) -> list[Route]:
+def routes(live: Live, variants: Variants, kept: Kept, drains: Drains) -> list[Route]:
     """The endpoints, each behind the check."""
     steering = Steering(live, variants)
+    draining = ByHand(drains)
     acts: Mapping[str, Mapping[str, Act]] = {
         "/admin/variants": {"GET": steering.told},
         VARIANT_PATH: {
@@ -52,6 +56,9 @@ def routes(live: Live, variants: Variants, kept: Kept) -> list[Route]:
         f"{VARIANT_PATH}/pause": {"POST": steering.pause},
         f"{VARIANT_PATH}/resume": {"POST": steering.resume},
         f"{VARIANT_PATH}/rollback": {"POST": steering.roll_back},
+        "/admin/replicas": {"GET": draining.told},
+        "/admin/replicas/drain": {"POST": draining.drain},
+        "/admin/replicas/resume": {"POST": draining.resume},
         "/admin/observations": {"GET": steering.observations},
         TRACES_PATH: {"GET": traces(kept)},
         f"{TRACES_PATH}/{{id}}": {"GET": trace(live, kept)},

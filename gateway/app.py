@@ -16,6 +16,7 @@ from gateway.call import CHAT_PATH, COMPLETIONS_PATH
 from gateway.chat import Completions
 from gateway.console import routes as console_routes
 from gateway.doorway import Doorway
+from gateway.drains import Drains
 from gateway.edge import Live
 from gateway.history import History
 from gateway.kept import Kept
@@ -37,18 +38,28 @@ from gateway.variants import Variants
 
 
 def create_app(
-    live: Live, reload: Reload | None = None, variants: Variants | None = None
+    live: Live,
+    reload: Reload | None = None,
+    variants: Variants | None = None,
+    drains: Drains | None = None,
 ) -> ASGIApp:
     """Serves by the edge that is current; its probes and connections live as long as the app, and
     so does what replaces it."""
     variants = variants or Variants(live)
     history = History(live, variants.told)
     kept = Kept(live, lambda: variants.edge)
+    drains = drains or Drains(live, lambda: variants.edge)
 
     @asynccontextmanager
     async def lifespan(_app: Router) -> AsyncIterator[None]:
         watching = reload.running() if reload else nullcontext()
-        async with live.running(), watching, variants.following(), history.sampling():
+        async with (
+            live.running(),
+            drains.following(),
+            watching,
+            variants.following(),
+            history.sampling(),
+        ):
             yield
 
     routes = [
@@ -60,7 +71,7 @@ def create_app(
         Route("/v1/receipts/{id}", Allowed("GET", receipt(live, kept))),
         Route("/v1/models", Allowed("GET", models(live))),
         Route("/v1/models/{model:path}", Allowed("GET", model(live))),
-        *admin_routes(live, variants, kept),
+        *admin_routes(live, variants, kept, drains),
         *overview_routes(live, variants, history, kept),
         *console_routes(),
     ]

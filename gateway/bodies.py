@@ -1,13 +1,14 @@
-"""What is sent to steer a rollout, as it has to be. What is done then, admin.py knows."""
+"""What is sent to steer a rollout, or to drain a replica, as it has to be. What is done then, those
+know who take it."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from policies.discovery import Upstream
-from policies.fields import PolicyModel
+from policies.fields import PolicyModel, base_url
 
 LEASE_MAX_S = 3600.0
 
@@ -74,3 +75,10 @@ class Ending(PolicyModel):
     id: str = Field(min_length=1, max_length=200)
     why: str = Field(min_length=1, max_length=2000)
     blamed: bool = True  # the candidate: it may not come back under this name either way
+
+
+class Draining(PolicyModel):
+    """A replica that is to take nothing new, or to take requests again."""
+
+    url: Annotated[str, AfterValidator(base_url)] = Field(max_length=2000)
+    why: str = Field("", max_length=2000)

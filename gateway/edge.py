@@ -249,6 +249,11 @@ class Live:
         self.retire(old)
 
     @property
+    def edges(self) -> Sequence[Edge]:
+        """That have not ended."""
+        return tuple(self._runs)
+
+    @property
     def count(self) -> int:
         """Edges that have not ended: 1, and more while requests go on by an earlier policy."""
         return len(self._runs)

@@ -295,6 +295,12 @@ GAUGES = (
         ("replica",),
     ),
     Family(
+        PREFIX + "replica_draining",
+        "1 while it takes nothing new: by hand, by the policy, or since its source left it out.",
+        _replicas(lambda _, one: float(one.spared)),
+        ("replica",),
+    ),
+    Family(
         PREFIX + "replica_in_flight",
         "Requests that it works on for this gateway.",
         _replicas(lambda _, one: one.in_flight),

@@ -93,6 +93,18 @@ class Others:
         if fresh and len(self._placed) < PLACED_MAX:
             self._placed.append((replica, fresh))
 
+    async def under_way(self) -> tuple[dict[str, int], int]:
+        """Requests of the other processes, by replica, and how many processes those are."""
+        sums: dict[str, int] = {}
+        notes = await self.store.notes(PENDING)
+        others = [note for process, note in notes.items() if process != self.process]
+        for note in others:
+            for name, load in orjson.loads(note).items():
+                url = self._names.get(bytes.fromhex(name))
+                if url is not None:
+                    sums[url] = sums.get(url, 0) + int(load[0])
+        return sums, len(others)
+
     def _processes(self) -> int:
         """Gateways that share the store, this one included."""
         oldest = self.monotonic() - PEER_S

@@ -227,6 +227,7 @@ def _replicas(edge: Edge) -> Iterator[dict[str, Any]]:
             "kind": one.kind,
             "own": one.own,
             "state": _state(one, now),
+            "held": one.held,
             "error": one.error,
             "models": list(one.models),
             "fingerprint": one.fingerprint,
@@ -249,7 +250,7 @@ def _replicas(edge: Edge) -> Iterator[dict[str, Any]]:
 
 
 def _state(one: Replica, now: float) -> str:
-    if one.draining or one.gone:
+    if one.spared or one.gone:
         return "draining"
     if not one.healthy:
         return "down" if one.tried else "starting"

@@ -133,6 +133,11 @@ def no_rollout(name: str) -> Problem:
     return Problem(404, message, code="rollout_not_found")
 
 
+def no_such_replica(url: str, known: Sequence[str]) -> Problem:
+    message = f"there is no replica {quote(url)}; there are {listing(known) or 'none'}"
+    return Problem(404, message, param="url", code="replica_not_found")
+
+
 def rollout_runs(name: str) -> Problem:
     message = f"the rollout {quote(name)} is running; end it first: one candidate at a time"
     return Problem(409, message, code="rollout_runs")

@@ -186,11 +186,11 @@ class Reload:
         what the old policy says of them.
         """
         old = self.live.edge
-        serves = any(one.healthy and not one.draining for one in old.pool.replicas)
+        serves = any(one.healthy and not one.spared for one in old.pool.replicas)
         before = [(replica, replace(replica)) for replica in old.pool.replicas]
         edge = build(policy, replicas, old)
         after = [(replica, replace(replica)) for replica, _ in before]
-        drained = {replica for replica, wanted in after if wanted.draining}
+        drained = {replica for replica, wanted in after if wanted.spared}
         for replica, was in before:
             replica.adopt(was, old.settings.breaker)
 

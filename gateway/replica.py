@@ -44,6 +44,7 @@ class Replica:
     kind: Kind = "openai"
     weight: float = 1.0
     draining: bool = False  # takes nothing new
+    held: str = ""  # why it takes nothing new, where an operator has said so (gateway/drains.py)
     gone: bool = False  # not named by its source any more: it leaves when it is idle
     models: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     fingerprint: str | None = None  # what it said last of all that makes its answers
@@ -84,7 +85,12 @@ class Replica:
 
     def takes(self, now: float) -> bool:
         """Whether a request may be sent to it, as far as its failures go and it is not to rest."""
-        return not self.draining and self.circuit.allows(now)
+        return not self.spared and self.circuit.allows(now)
+
+    @property
+    def spared(self) -> bool:
+        """Whether it takes nothing new, by its policy or source, or by an operator's word."""
+        return self.draining or bool(self.held)
 
     def adopt(self, newer: Replica, breaker: Breaker) -> None:
         """Goes by what a new policy says of the same server."""
@@ -98,8 +104,8 @@ class Replica:
 
     def state(self) -> str:
         """For messages: where it is and how it is."""
-        if self.draining:
-            return f"{self.url} takes nothing new"
+        if self.spared:
+            return f"{self.url} takes nothing new" + (f" ({self.held})" if self.held else "")
         if self.healthy and self.circuit.trial_at is not None:
             return f"{self.url} is well by its health and failed its last requests"
         if self.healthy:

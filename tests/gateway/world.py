@@ -16,6 +16,7 @@ import uvloop
 from uvicorn.server import ServerState
 
 from gateway.app import create_app
+from gateway.drains import Drains
 from gateway.edge import Live, build
 from gateway.listener import configure
 from gateway.replica import Replica, replicas_of
@@ -275,9 +276,9 @@ async def gateway(
 async def listening(live: Live) -> AsyncIterator[Front]:
     """The gateway of an edge on a free port; all is served and gone at the end."""
     variants = Variants(live)
-    config = configure(
-        create_app(live, variants=variants), live.edge.settings, host="127.0.0.1", port=0
-    )
+    drains = Drains(live, lambda: variants.edge)
+    app = create_app(live, variants=variants, drains=drains)
+    config = configure(app, live.edge.settings, host="127.0.0.1", port=0)
     config.load()
     state = ServerState()
     loop = asyncio.get_running_loop()
@@ -288,6 +289,7 @@ async def listening(live: Live) -> AsyncIterator[Front]:
     try:
         async with (
             live.running(),
+            drains.following(),
             variants.following(),
             httpx.AsyncClient(base_url=url, timeout=LIMIT_S) as client,
         ):
