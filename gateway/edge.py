@@ -259,7 +259,9 @@ class Live:
         return len(self._runs)
 
     async def _end(self, edge: Edge) -> None:
-        run = self._runs[edge]
+        run = self._runs.get(edge)
+        if run is None:  # one before, whose last request has just left
+            return
         run.replaced.set()
         run.stopped.set()
         assert run.task is not None, "an edge runs in a task of its own"
