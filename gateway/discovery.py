@@ -124,7 +124,9 @@ class Source:
 
     def _replica(self, url: str, folder: Path | None) -> Replica:
         token = self.run_token
-        return Replica(url, self.own, self.api_key, token, tokenizer=folder)
+        events = self.policy.kv_events
+        publishes = events.at(url) if events is not None else None
+        return Replica(url, self.own, self.api_key, token, tokenizer=folder, publishes=publishes)
 
     def prune(self) -> list[Replica]:
         """Those that are gone and have nothing under way any more."""

@@ -101,7 +101,7 @@ class Edge:
     async def running(self) -> AsyncIterator[None]:
         """The parts that live over time: begun in this order, ended in reverse."""
         async with AsyncExitStack() as parts:
-            for part in (self.prompts, self.pool, self.events.following(self.pool, self.policy)):
+            for part in (self.prompts, self.pool, self.events.following(self.pool)):
                 await parts.enter_async_context(part)
             if self.recorder is not None:
                 await parts.enter_async_context(self.recorder)

@@ -18,7 +18,6 @@ from cache.blocks import BLOCK_TOKENS
 from cache.prefix_index import Mode, PrefixIndex
 from gateway.prompt import root
 from gateway.replica import Replica
-from policies.schema import Deployment
 
 if TYPE_CHECKING:
     import zmq
@@ -73,22 +72,22 @@ class KvEvents:
 
     def __init__(self, index: PrefixIndex) -> None:
         self.index = index
-        self._edges: list[tuple[Pool, Deployment]] = []  # the latest one last
+        self._pools: list[Pool] = []  # of edges, the latest one last
         self._followed: dict[str, Followed] = {}
         self._context: zmq.Context[zmq.Socket[bytes]] | None = None
         self._looks: asyncio.Task[None] | None = None
 
     @asynccontextmanager
-    async def following(self, pool: Pool, policy: Deployment) -> AsyncIterator[None]:
+    async def following(self, pool: Pool) -> AsyncIterator[None]:
         """For one edge's life; what was learned stays for the next."""
-        self._edges.append((pool, policy))
+        self._pools.append(pool)
         if self._looks is None:
             self._looks = asyncio.create_task(self._look())
         try:
             yield
         finally:
-            self._edges.remove((pool, policy))
-            if not self._edges:
+            self._pools.remove(pool)
+            if not self._pools:
                 await self._end()
 
     async def _end(self) -> None:
@@ -109,25 +108,25 @@ class KvEvents:
     async def _look(self) -> None:
         while True:
             there = {
-                replica.url: (replica, policy)
-                for pool, policy in self._edges  # one that is tried, and one that goes on, too
+                replica.url: replica
+                for pool in self._pools  # one that is tried, and one that goes on, too
                 for replica in pool.replicas
             }
             for url in {*self.index.replicas(), *self._followed}:
                 if url not in there:
                     self._leave(str(url))
-            for replica, policy in there.values():
-                self._look_at(replica, policy)
+            for replica in there.values():
+                self._look_at(replica)
             await asyncio.sleep(LOOK_S)
 
-    def _look_at(self, replica: Replica, policy: Deployment) -> None:
+    def _look_at(self, replica: Replica) -> None:
         """Begins and ends to follow a replica as it comes and goes."""
         if not replica.healthy:
             self._leave(replica.url)
             return
         if (blocks := _blocks(replica)) is not None:
             self.index.limit(replica.url, blocks)
-        published = published_by(replica, policy)
+        published = published_by(replica)
         followed = self._followed.get(replica.url)
         if published is None:
             if followed is not None:
@@ -210,7 +209,7 @@ def mode_of(modes: Sequence[Mode]) -> Mode:
     return Mode.DEGRADED
 
 
-def published_by(replica: Replica, policy: Deployment) -> tuple[Where, int] | None:
+def published_by(replica: Replica) -> tuple[Where, int] | None:
     """Where a replica publishes, and its ranks: an own worker tells it, else the policy.
 
     None, too, where prompts are not read exactly: what it tells of tokens says nothing of them.
@@ -222,10 +221,9 @@ def published_by(replica: Replica, policy: Deployment) -> tuple[Where, int] | No
         if not isinstance(told, dict) or not isinstance(told.get("endpoint"), str):
             return None
         return Where(told["endpoint"], told.get("replay_endpoint"), told.get("topic") or ""), 1
-    for upstream in policy.upstreams:
-        if upstream.url == replica.url and (at := upstream.kv_events) is not None:
-            return Where(at.endpoint, at.replay_endpoint, at.topic, at.bind), at.ranks
-    return None
+    if (at := replica.publishes) is None:
+        return None
+    return Where(at.endpoint, at.replay_endpoint, at.topic, at.bind), at.ranks
 
 
 def base_model(models: Mapping[str, Mapping[str, Any]]) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 from gateway.breaker import Circuit
 from gateway.problems import listing, quote
 from policies.discovery import Kind
+from policies.kv_following import FollowedEvents
 from policies.load import worker_key
 from policies.retrying import Breaker
 from policies.schema import Deployment
@@ -59,6 +60,7 @@ class Replica:
     ttft_s: float | None = None  # to first tokens of late, recent ones weighing more
     error: str | None = None
     tokenizer: Path | None = None  # a model folder
+    publishes: FollowedEvents | None = None  # KV-cache events, where its policy says so
     tried: bool = False  # an own worker that was ready once, a foreign server that was asked once
     doubt: asyncio.Event = field(default_factory=asyncio.Event, repr=False)
 
@@ -95,6 +97,7 @@ class Replica:
     def adopt(self, newer: Replica, breaker: Breaker) -> None:
         """Goes by what a new policy says of the same server."""
         self.kind, self.weight, self.draining = newer.kind, newer.weight, newer.draining
+        self.publishes = newer.publishes
         self.gone = False
         self.circuit.policy = breaker
 
@@ -152,6 +155,7 @@ def replicas_of(
                 weight=upstream.weight,
                 draining=upstream.drain,
                 tokenizer=Path(upstream.tokenizer) if upstream.tokenizer else None,
+                publishes=upstream.kv_events,
             )
         )
     return own + foreign

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from policies.fields import VARIABLE, PolicyModel, base_url
-from policies.kv_following import FollowedEvents
+from policies.kv_following import FollowedEvents, HostsEvents
 
 Kind = Literal["headgate", "vllm", "sglang", "openai"]
 
@@ -71,7 +71,18 @@ class Discovery(PolicyModel):
     )
     kind: Kind = Field("openai", description=KIND)
     weight: float = Field(1.0, gt=0, le=1000, description=WEIGHT)
+    kv_events: HostsEvents | None = Field(
+        None,
+        description="Where each of them tells what its KV cache holds; without, it is guessed. "
+        "Needs `tokenizer`.",
+    )
     tokenizer: str | None = Field(None, min_length=1, description=TOKENIZER)
+
+    @model_validator(mode="after")
+    def _events_mean_something(self) -> Discovery:
+        if self.kv_events is not None and self.tokenizer is None:
+            raise ValueError("`kv_events` tell of tokens: give `tokenizer`, too")
+        return self
 
     @model_validator(mode="after")
     def _one_source(self) -> Discovery:

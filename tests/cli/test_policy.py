@@ -47,6 +47,7 @@ upstreams:
 - {url: "https://example.org/base"}
 discovery:
 - {file: replicas.yaml}
+- {dns: engines, port: 8000, tokenizer: ../tiny, kv_events: {port: 5557}}
 optimizations:
 - {hypothesis: int8.yaml}
 gate: {enforce: warn, max_age: 30d}

@@ -8,11 +8,15 @@ import socket
 from pathlib import Path
 from typing import Any
 
+import pytest
+from pydantic import ValidationError
+
 from cache.prefix_index import Mode
 from gateway.edge import Edge, build
 from gateway.kv_events import CONTRADICTIONS_MAX, mode_of
 from gateway.replica import Replica
-from policies.schema import Upstream
+from policies.kv_following import HostsEvents
+from policies.schema import Discovery, Upstream
 from tests.gateway.publisher import Publisher
 from tests.gateway.publishing import sockets
 from tests.gateway.test_kv_follower import endpoints, work
@@ -79,6 +83,46 @@ async def test_a_foreign_server_is_followed_where_the_policy_says() -> None:
             work(publisher, 0)
             one.publish()
             await until(lambda: index_knows(edge.live.edge, fake, publisher))
+
+
+@on_loop
+async def test_replicas_that_are_discovered_are_followed_at_their_own_hosts(tmp_path: Path) -> None:
+    """Each at the ports that its source says; what came and went was known by guesses alone."""
+    live, replay = endpoints()
+    publisher = Publisher()
+    ports = [int(one.rpartition(":")[2]) for one in (live, replay)]
+    file = tmp_path / "replicas.yaml"
+    async with upstream(models=("m",)) as fake, sockets(publisher, live, replay) as one:
+        file.write_text(f"replicas: [{{url: '{fake.url}'}}]\n")
+        source = Discovery.model_validate(
+            {
+                "file": str(file), "every_s": 0.02, "tokenizer": str(POCKET),
+                "kv_events": {"port": ports[0], "replay_port": ports[1]},
+            }
+        )  # fmt: skip
+        async with gateway(discovery=[source]) as edge:
+            work(publisher, 0)
+            one.publish()
+            await until(lambda: index_knows(edge.live.edge, fake, publisher))
+            file.write_text("replicas: []\n")
+            await until(lambda: not edge.live.edge.index.told(fake.url))
+
+
+@pytest.mark.parametrize(
+    ("url", "endpoint"),
+    [
+        ("http://10.0.0.7:8000", "tcp://10.0.0.7:5557"),
+        ("http://[fd00::7]:8000", "tcp://[fd00::7]:5557"),
+        ("https://engine-0.engines/v1", "tcp://engine-0.engines:5557"),
+    ],
+)
+def test_a_discovered_replica_publishes_at_its_urls_host(url: str, endpoint: str) -> None:
+    events = HostsEvents(port=5557, ranks=2)
+    assert events.at(url).endpoint == endpoint
+    with pytest.raises(ValidationError, match="beyond 65535"):
+        HostsEvents(port=65535, ranks=2)
+    with pytest.raises(ValidationError, match="give `tokenizer`, too"):
+        Discovery(dns="engines", port=8000, kv_events=events)
 
 
 @on_loop
