@@ -20,6 +20,8 @@ SCOPE = b"\x0a\x0a\x0a\x08headgate"
 _u64 = Struct("<Q").pack
 _u32 = Struct("<I").pack
 _f64 = Struct("<d").pack
+REPEATED_CHARS = 64  # of a value that is worth remembering
+_REPEATED = frozenset((str, bool, int))
 _SMALL = [bytes((n,)) for n in range(128)]
 
 
@@ -72,15 +74,28 @@ def attributes(tag: bytes, given: Mapping[str, Any]) -> bytes:
     """Pairs of a name and a value, each behind the tag of the field that they stand in."""
     parts: list[bytes] = []
     for name, one in given.items():
-        value = _value(one)
-        pair = _name(name) + b"\x12" + _varint(len(value)) + value
-        parts += (tag, _varint(len(pair)), pair)
+        kind = type(one)
+        if kind is float:
+            parts += (_before_float(tag, name), _f64(one))
+        elif kind in _REPEATED and (kind is not str or len(one) <= REPEATED_CHARS):
+            parts.append(_known_pair(tag, name, one))
+        else:
+            parts.append(_pair(tag, name, one))
     return b"".join(parts)
 
 
+def _pair(tag: bytes, name: str, one: Any) -> bytes:
+    return _part(tag, _part(b"\x0a", name.encode()) + _part(b"\x12", _value(one)))
+
+
+# Most of what a span says, the one before said, too. 1 and True are equal, and not the same.
+_known_pair = lru_cache(2048, typed=True)(_pair)
+
+
 @lru_cache(1024)
-def _name(name: str) -> bytes:
-    return _part(b"\x0a", name.encode())
+def _before_float(tag: bytes, name: str) -> bytes:
+    """All but its eight bytes."""
+    return _pair(tag, name, 0.0)[:-8]
 
 
 def _value(given: Any) -> bytes:
