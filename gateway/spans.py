@@ -11,16 +11,19 @@ What GenAI's conventions have a name for, telemetry/genai.py names; ours is `hea
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from typing import Any
 from urllib.parse import urlsplit
 
 from gateway.call import CHAT_PATH
-from gateway.phases import phases
+from gateway.phases import spent
+from gateway.tallies import PHASES
 from gateway.trail import Hop, Interval, Trail
 from telemetry.genai import CHAT, LEAVES, TEXT, about, counted, responded
 from telemetry.trace import Context, Event, Kind, Span, Status
 
 SERVICE = "headgate-gateway"
+_PHASES = tuple(f"headgate.phase.{name}_s" for name in PHASES)
 WELL = frozenset(("200", "left"))  # outcomes of an attempt that are no failure of its replica
 
 
@@ -96,11 +99,11 @@ def _routed(hop: Hop) -> dict[str, Any]:
 def _client(trail: Trail, hop: Hop) -> Span:
     """One request to one replica."""
     operation = CHAT if trail.path == CHAT_PATH else TEXT
-    where = urlsplit(hop.replica.url)
+    host, port = _address(hop.replica.url)
     told: dict[str, Any] = {
         **about(operation, hop.replica.kind, trail.model, trail.asked, stream=trail.stream),
-        "server.address": where.hostname or "",
-        "server.port": where.port or (443 if where.scheme == "https" else 80),
+        "server.address": host,
+        "server.port": port,
         "headgate.replica": hop.replica.url,
         "headgate.attempt": trail.hops.index(hop) + 1,
         "headgate.outcome": hop.outcome,
@@ -128,6 +131,12 @@ def _client(trail: Trail, hop: Hop) -> Span:
     return span
 
 
+@lru_cache(256)
+def _address(url: str) -> tuple[str, int]:
+    where = urlsplit(url)
+    return where.hostname or "", where.port or (443 if where.scheme == "https" else 80)
+
+
 def _facts(trail: Trail) -> dict[str, Any]:
     """Of the request as a whole."""
     service, receipt = trail.service, trail.receipt
@@ -149,8 +158,8 @@ def _facts(trail: Trail) -> dict[str, Any]:
         ):  # fmt: skip
             if target_ms is not None and took_s is not None:
                 found[f"headgate.slo.{name}_met"] = took_s <= target_ms / 1000
-    for name, s in phases(trail).items():
-        found[f"headgate.phase.{name}_s"] = round(s, 6)
+    for name, s in zip(_PHASES, spent(trail), strict=True):
+        found[name] = round(s, 6)
     return {name: value for name, value in found.items() if value is not None}
 
 

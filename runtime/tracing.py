@@ -5,8 +5,8 @@
       INTERNAL engine.queue, engine.prefill, engine.decode     of each choice
 
 Moments are seconds of the engine's clock, which is the monotonic one. The engine's thread notes
-chunks and guesses of a sequence on its track; spans are made when somebody asks, or in the thread
-that sends them.
+chunks and guesses of a sequence on its track; spans are made when somebody asks, or when they are
+to be sent.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ LEAVES = "client_cancelled"  # an `error.type` that is nobody's failure
 def requested(body: Mapping[str, Any]) -> dict[str, Any]:
     """What a request's body says of how to answer."""
     found: dict[str, Any] = {}
-    for name, (attribute, kind) in REQUEST.items():
+    for name, (attribute, kind) in REQUEST.items() if body else ():
         value = body.get(name)
         if type(value) is int and kind is float:
             value = float(value)

@@ -1,7 +1,7 @@
 """Spans on their way to a collector: OTLP, protobuf over HTTP, from a thread of its own.
 
-Whoever hands spans over waits for nothing: a collector that is slow or dead loses spans, which are
-counted. Knows HTTP and when to try again; what is sent, others decide.
+Whoever hands spans over makes bytes of them and waits for nothing: a collector that is slow or dead
+loses spans, which are counted. Knows HTTP and when to try again; what is sent, others decide.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import time
 import urllib.error
 import urllib.request
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import unquote
@@ -35,7 +35,7 @@ AGAIN_STATUS = frozenset((429, 502, 503, 504))  # by the protocol, worth another
 COMPLAIN_S = 60.0  # between complaints in the log
 END_S = 2.0  # for what is left at the end
 
-Make = Callable[[], Iterable[Span]]  # spans are made in the thread, too
+Make = Callable[[], Iterable[Span]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +87,7 @@ class Exporter:
         self.collector = collector
         self.exported = self.lost = self.refused = 0  # spans; traces that found the queue full
         self._resource = resource or {}
-        self._waiting: deque[Make] = deque()
+        self._waiting: deque[tuple[int, protobuf.Written]] = deque()
         self._waiting_max = waiting_max
         self._wake = threading.Event()
         self._closing = False
@@ -96,11 +96,21 @@ class Exporter:
         self._thread.start()
 
     def put(self, make: Make) -> None:
-        """Takes the spans of one trace. Any thread; returns at once."""
+        """Takes the spans of one trace, as bytes at once: a thread that made them beside whoever
+        serves would cost both more than it takes here, since only one of them can run. Any thread.
+        """
         if len(self._waiting) >= self._waiting_max:
             self.refused += 1
             return
-        self._waiting.append(make)
+        spans: list[Span] = []
+        try:
+            spans += make()
+            told = protobuf.written(spans)
+        except Exception:  # one trace that cannot be told costs no other one
+            self.lost += len(spans) or 1
+            log.exception("a trace could not be made")
+        else:
+            self._waiting.append((len(spans), told))
 
     def told(self) -> dict[str, int]:
         """What became of them: spans, and `refused` traces."""
@@ -122,36 +132,29 @@ class Exporter:
 
     def _send_waiting(self) -> None:
         while self._waiting:
-            spans: list[Span] = []
-            for _ in range(min(BATCH_TRACES, len(self._waiting))):
-                try:
-                    spans += self._waiting.popleft()()
-                except Exception:  # one trace that cannot be told costs no other one
-                    log.exception("a trace could not be made")
-                time.sleep(0)  # whoever serves may go on after each
+            some = [self._waiting.popleft() for _ in range(min(BATCH_TRACES, len(self._waiting)))]
+            count = sum(spans for spans, _ in some)
             try:
-                if spans:
-                    self._deliver(spans)
-            except Exception:  # nor does a batch end the thread, after which nothing would be sent
-                self.lost += len(spans)
-                log.exception("%d spans could not be sent", len(spans))
+                self._deliver(count, protobuf.request([told for _, told in some], self._resource))
+            except Exception:  # a batch does not end the thread, after which nothing would be sent
+                self.lost += count
+                log.exception("%d spans could not be sent", count)
 
-    def _deliver(self, spans: Sequence[Span]) -> None:
-        body = protobuf.request(spans, self._resource)
+    def _deliver(self, count: int, body: bytes) -> None:
         why = ""
         for attempt in range(TRIES):
             if attempt and self._wake_after(AGAIN_S * attempt):
                 break
             why, again = self._post(body)
             if not why:
-                self.exported += len(spans)
+                self.exported += count
                 return
             if not again:
                 break
-        self.lost += len(spans)
+        self.lost += count
         if time.monotonic() - self._complained > COMPLAIN_S:
             self._complained = time.monotonic()
-            log.warning("%d spans were lost: %s: %s", len(spans), self.collector.url, why)
+            log.warning("%d spans were lost: %s: %s", count, self.collector.url, why)
 
     def _wake_after(self, pause_s: float) -> bool:
         """Waits, unless all is to end."""

@@ -12,11 +12,12 @@ from functools import lru_cache
 from struct import Struct
 from typing import Any
 
-from telemetry.trace import EVENTS_MAX, Context, Event, Span
+from telemetry.trace import EVENTS_MAX, Context, Event, Kind, Span
 
 KINDS = {"INTERNAL": b"\x30\x01", "SERVER": b"\x30\x02", "CLIENT": b"\x30\x03"}
 ERROR = b"\x18\x02"
 SCOPE = b"\x0a\x0a\x0a\x08headgate"
+_fixed = Struct("<2s16s2s8ssQsQ2sI").pack  # both ids, both moments, the flags
 _u64 = Struct("<Q").pack
 _u32 = Struct("<I").pack
 _f64 = Struct("<d").pack
@@ -24,40 +25,57 @@ REPEATED_CHARS = 64  # of a value that is worth remembering
 _REPEATED = frozenset((str, bool, int))
 _SMALL = [bytes((n,)) for n in range(128)]
 
+Written = list[tuple[str, bytes]]  # spans by the services that they are of
 
-def request(spans: Sequence[Span], resource: Mapping[str, Any]) -> bytes:
+
+def written(spans: Sequence[Span]) -> Written:
+    """Ready for a request."""
+    return [(one.service, _part(b"\x12", span(one))) for one in spans]
+
+
+def request(traces: Sequence[Written], resource: Mapping[str, Any]) -> bytes:
     """The body of an export; spans by service, each with its resource."""
     groups: dict[str, list[bytes]] = {}
-    for one in spans:
-        groups.setdefault(one.service, []).append(_part(b"\x12", span(one)))
+    for trace in traces:
+        for service, one in trace:
+            groups.setdefault(service, []).append(one)
     parts = []
-    for service, told in groups.items():
+    for service, of_it in groups.items():
         named = attributes(b"\x0a", {"service.name": service, **resource})
-        scope = SCOPE + b"".join(told)
+        scope = SCOPE + b"".join(of_it)
         parts.append(_part(b"\x0a", _part(b"\x0a", named) + _part(b"\x12", scope)))
     return b"".join(parts)
 
 
 def span(one: Span) -> bytes:
     parts = [
-        b"\x0a\x10", bytes.fromhex(one.trace_id), b"\x12\x08", bytes.fromhex(one.span_id),
-        _part(b"\x2a", one.name.encode()), KINDS[one.kind],
-        b"\x39", _u64(round(one.start_s * 1e9)), b"\x41", _u64(round(one.end_s * 1e9)),
+        _fixed(
+            b"\x0a\x10", bytes.fromhex(one.trace_id), b"\x12\x08", bytes.fromhex(one.span_id),
+            b"\x39", round(one.start_s * 1e9), b"\x41", round(one.end_s * 1e9),
+            b"\x85\x01", one.flags & 0xFF,
+        ),
+        _titled(one.name, one.kind),
         attributes(b"\x4a", one.attributes),
-        b"\x85\x01", _u32(one.flags & 0xFF),
     ]  # fmt: skip
     if one.parent_id:
         parts += (b"\x22\x08", bytes.fromhex(one.parent_id))
     if one.tracestate:
         parts.append(_part(b"\x1a", one.tracestate.encode()))
-    parts += [_part(b"\x5a", _event(event)) for event in one.events[:EVENTS_MAX]]
-    parts += [_part(b"\x6a", _link(link)) for link in one.links]
-    if len(one.events) > EVENTS_MAX:
-        parts.append(b"\x60" + _varint(len(one.events) - EVENTS_MAX))
+    if one.events:
+        parts += [_part(b"\x5a", _event(event)) for event in one.events[:EVENTS_MAX]]
+        if len(one.events) > EVENTS_MAX:
+            parts.append(b"\x60" + _varint(len(one.events) - EVENTS_MAX))
+    if one.links:
+        parts += [_part(b"\x6a", _link(link)) for link in one.links]
     if one.status != "UNSET" or one.message:
         code = ERROR if one.status == "ERROR" else b"\x18\x01" if one.status == "OK" else b""
         parts.append(_part(b"\x7a", _part(b"\x12", one.message.encode()) + code))
     return b"".join(parts)
+
+
+@lru_cache(1024)
+def _titled(name: str, kind: Kind) -> bytes:
+    return _part(b"\x2a", name.encode()) + KINDS[kind]
 
 
 def _event(event: Event) -> bytes:

@@ -13,7 +13,7 @@ from policies.tracing import Tracing
 from runtime.tracing import Tracer
 from telemetry.otlp import Collector as Endpoint, Exporter
 from telemetry.phases import Phases, cut, of_header
-from telemetry.protobuf import request
+from telemetry.protobuf import request, written
 from telemetry.trace import EVENTS_MAX, Event, Span
 from tests.collector import attributes, collecting, received
 
@@ -41,7 +41,7 @@ def test_opentelemetrys_own_classes_read_what_is_written(told, beside, text, sta
         SPAN, name=text, attributes=told, status=status, parent_id="ef" * 8, tracestate=text,
         message=text, events=[Event(text, 1.75, beside)],
     )  # fmt: skip
-    found = ExportTraceServiceRequest.FromString(request([one, SPAN], beside | {"a": 1}))
+    found = ExportTraceServiceRequest.FromString(request([written([one, SPAN])], beside | {"a": 1}))
     (group,) = found.resource_spans
     assert attributes(group.resource.attributes) == {
         "service.name": beside.get("service.name", SPAN.service), **beside, "a": 1,
@@ -61,7 +61,7 @@ def test_opentelemetrys_own_classes_read_what_is_written(told, beside, text, sta
 
 def test_events_beyond_the_most_are_counted() -> None:
     many = replace(SPAN, events=[Event("e", 1.0)] * (EVENTS_MAX + 200))
-    found = ExportTraceServiceRequest.FromString(request([many], {}))
+    found = ExportTraceServiceRequest.FromString(request([written([many])], {}))
     told = found.resource_spans[0].scope_spans[0].spans[0]
     assert (len(told.events), told.dropped_events_count) == (EVENTS_MAX, 200)
 
