@@ -15,7 +15,8 @@ KIND = "What runs there: `headgate`, `vllm`, `sglang`, or any OpenAI-compatible 
 WEIGHT = "Share of the traffic beside others of weight 1, as far as load alone decides."
 TOKENIZER = (
     "Folder (relative to the policy file) with the tokenizer.json and the chat template of the "
-    "model there, for exact prompts in routing; default: by bytes."
+    "model there, or its name on the hub where this machine has fetched it; for exact prompts in "
+    "routing; default: by bytes."
 )
 KEY = "Environment variable that holds the key sent to this server."
 

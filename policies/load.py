@@ -20,6 +20,8 @@ from policies.model_folder import (
     ModelError,
     find_draft,
     find_model,
+    hub_folder,
+    is_hub_name,
     refuse_large_draft,
     served_name,
 )
@@ -213,19 +215,28 @@ def resolve_tokenizers(policy: str | Path, deployment: Deployment) -> Deployment
 
 def _tokenizer_folder(policy: str | Path, name: str, path: _Path) -> Path:
     folder = Path(policy).absolute().parent / name
-    if (folder / "tokenizer.json").is_file():
-        return folder
+    for place in (folder, hub_folder(name)):
+        if place is not None and (place / "tokenizer.json").is_file():
+            return place
     message = f"there is no file {str(folder / 'tokenizer.json')!r}"
+    if is_hub_name(name):
+        message += (
+            f", and no tokenizer of {name!r} in this machine's cache of the hub: `hf download "
+            f"{name} --include '*.json' '*.jinja'` puts it there"
+        )
     raise PolicyError(*at_fields(policy, [(path, message)]))
 
 
 def own_tokenizer(policy: str | Path, deployment: Deployment) -> Path | None:
-    """The folder with our own workers' tokenizer; None where it is not in one yet. Raises
-    PolicyError."""
+    """The folder with our own workers' tokenizer; None where it is not in one yet: a model of the
+    hub that this machine has not fetched. Raises PolicyError."""
     if deployment.runtime is None:
         return None
     model = resolve_model(policy, deployment.runtime)
-    return model if isinstance(model, Path) else None
+    if isinstance(model, Path):
+        return model
+    folder = hub_folder(model, deployment.runtime.revision)
+    return folder if folder is not None and (folder / "tokenizer.json").is_file() else None
 
 
 # What a policy asks for -> the package that it takes, and the extra of ours that installs it.

@@ -8,7 +8,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from policies.schema import Runtime
@@ -63,13 +65,38 @@ def find_model(name: str, beside: Path) -> Path | str:
         return folder  # symlinks keep their names: clients send the last part
     if _looks_like_a_path(name, beside):
         raise ModelError(f"no such folder: {folder}", _nearby(folder, name))
-    if _HUB_NAME.fullmatch(name):
+    if is_hub_name(name):
         return name
     message = (
         f"{name[:60]!r} is neither `{POCKET}`, nor a folder beside the policy file, nor a hub name "
         "such as owner/name"
     )
     raise ModelError(message, _nearby(folder, name))
+
+
+def is_hub_name(name: str) -> bool:
+    return _HUB_NAME.fullmatch(name) is not None
+
+
+def hub_folder(
+    name: str, revision: str | None = None, environ: Mapping[str, str] = os.environ
+) -> Path | None:
+    """Where this machine has a model of the hub that it once fetched; None where it has not.
+
+    Layout and variables: huggingface_hub, "Understand caching".
+    """
+    if not is_hub_name(name):
+        return None
+    home = environ.get("HF_HOME") or "~/.cache/huggingface"
+    cache = Path(environ.get("HF_HUB_CACHE") or f"{home}/hub").expanduser()
+    kept = cache / f"models--{name.replace('/', '--')}"
+    wanted = revision or "main"
+    try:
+        commit = (kept / "refs" / wanted).read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        commit = wanted
+    folder = kept / "snapshots" / commit
+    return folder if folder.is_dir() else None
 
 
 def find_draft(name: str, beside: Path) -> Path | str:

@@ -7,8 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from policies.load import PolicyError, load, resolve_model
-from policies.model_folder import pocket_folder
+from policies.load import (
+    PolicyError,
+    load,
+    own_tokenizer,
+    resolve_model,
+    resolve_tokenizers,
+)
+from policies.model_folder import hub_folder, pocket_folder
 
 
 def make(folder: Path, *names: str) -> Path:
@@ -123,3 +129,42 @@ def test_a_file_or_broken_json_is_no_model_folder(tmp_path: Path) -> None:
     for text, told in [("{", "cannot be read"), ("[]", "JSON object"), ("[" * 10**5, "be read")]:
         (folder / "config.json").write_text(text)
         assert told in refusal(tmp_path, "broken")
+
+
+def cached(home: Path, name: str, commit: str = "c0ffee") -> Path:
+    """A model as the hub's own client keeps it."""
+    kept = home / "hub" / f"models--{name.replace('/', '--')}"
+    folder = kept / "snapshots" / commit
+    folder.mkdir(parents=True)
+    (kept / "refs").mkdir()
+    (kept / "refs" / "main").write_text(commit)
+    (folder / "tokenizer.json").write_text("{}")
+    return folder
+
+
+def test_a_tokenizer_is_found_by_a_name_of_the_hub_that_was_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For servers elsewhere and for own workers; one that was not is told with what fetches it,
+    and a folder of that name comes first."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    file = tmp_path / "policy.yaml"
+    file.write_text(
+        "version: 1\nruntime: {model: org/model}\n"
+        "upstreams: [{url: 'http://x', tokenizer: org/model}]\n"
+    )
+    assert own_tokenizer(file, load(file)) is None
+    with pytest.raises(PolicyError) as caught:
+        resolve_tokenizers(file, load(file))
+    assert ":3:42  upstreams[0].tokenizer" in str(caught.value)
+    assert "`hf download org/model --include" in str(caught.value)
+    folder = cached(tmp_path / "home", "org/model")
+    assert own_tokenizer(file, load(file)) == folder
+    assert resolve_tokenizers(file, load(file)).upstreams[0].tokenizer == str(folder)
+    assert hub_folder("org/model", "c0ffee") == folder
+    assert hub_folder("org/model", "another") is None
+    beside = tmp_path / "org" / "model"
+    beside.mkdir(parents=True)
+    (beside / "tokenizer.json").write_text("{}")
+    assert resolve_tokenizers(file, load(file)).upstreams[0].tokenizer == str(beside)
