@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
-import functools
 import json
 import os
 import signal
-import site
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from command.machine import address
-
-_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+from policies.children import dying_with
 
 Health = Mapping[str, Any]
 
@@ -71,7 +65,7 @@ async def spawn(program: Program) -> Life:
             stderr=asyncio.subprocess.STDOUT,
             env=os.environ | program.environment,
             start_new_session=True,
-            preexec_fn=_bound_to(os.getpid()) if sys.platform == "linux" else None,
+            preexec_fn=dying_with(os.getpid()),
         )
     except OSError:
         os.close(ours)
@@ -83,27 +77,6 @@ async def spawn(program: Program) -> Life:
         lambda: asyncio.StreamReaderProtocol(words), os.fdopen(ours, "rb")
     )
     return Life(process, words, pipe)
-
-
-def _bound_to(parent: int) -> Callable[[], None]:
-    """Runs in the child: the kernel kills it when its parent dies, even by SIGKILL (prctl(2))."""
-    return functools.partial(_die_with, ctypes.CDLL(None), parent)
-
-
-def _die_with(libc: ctypes.CDLL, parent: int) -> None:
-    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # it died before the line above
-        os._exit(1)
-
-
-def package_environment() -> dict[str, str]:
-    """With it a program finds our packages wherever it starts."""
-    root = str(Path(__file__).resolve().parent.parent)
-    environment = {"PYTHONUNBUFFERED": "1"}
-    if root not in (*site.getsitepackages(), site.getusersitepackages()):
-        paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment["PYTHONPATH"] = os.pathsep.join(paths)
-    return environment
 
 
 async def ask(program: Program) -> tuple[bool, Health]:

@@ -21,10 +21,11 @@ from tempfile import TemporaryDirectory
 
 from command.machine import PortError, address, bind, cores, free_ports, reserve
 from command.on_ray import OnRay, why_not
-from command.processes import Health, Program, package_environment
+from command.processes import Health, Program
 from command.screen import Screen, columns
 from command.supervisor import Supervisor
 from policies import as_started
+from policies.children import package_environment
 from policies.devices import asked
 from policies.enabling import Gated, for_children, gated, rows as told_of
 from policies.load import (

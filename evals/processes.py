@@ -7,16 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
-import functools
 import os
-import signal
-import sys
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 
-_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+from policies.children import dying_with, package_environment
+
 STOP_S = 30.0
 LAST_WORDS = 12  # lines of a program that ended
 
@@ -43,9 +40,9 @@ async def serving(
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
-            env={**os.environ, **_packages(), **environment},
+            env={**os.environ, **package_environment(), **environment},
             start_new_session=True,
-            preexec_fn=_bound_to(os.getpid()) if sys.platform == "linux" else None,
+            preexec_fn=dying_with(os.getpid()),
         )
         said: list[str] = []
         ready = asyncio.Event()
@@ -105,24 +102,3 @@ async def _end(process: asyncio.subprocess.Process) -> None:
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
             await process.wait()
-
-
-def _packages() -> dict[str, str]:
-    """Children find our packages wherever they start."""
-    root = str(Path(__file__).resolve().parent.parent)
-    known = os.environ.get("PYTHONPATH")
-    return {
-        "PYTHONPATH": os.pathsep.join(filter(None, [root, known])),
-        "PYTHONUNBUFFERED": "1",
-    }
-
-
-def _bound_to(parent: int) -> Callable[[], None]:
-    """Runs in the child: the kernel kills it when its parent dies, even by SIGKILL (prctl(2))."""
-    return functools.partial(_die_with, ctypes.CDLL(None), parent)
-
-
-def _die_with(libc: ctypes.CDLL, parent: int) -> None:
-    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # it died before the line above
-        os._exit(1)

@@ -10,7 +10,7 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,9 @@ from urllib.parse import urlsplit
 
 from command.processes import Health, ask_health
 from command.supervisor import Backoff
-from fleet.cluster import Cluster, Hosted, Job, Lost, NoRoom, Unheard
-from fleet.placing import leaver, preferences
+from fleet.cluster import Cluster, Hosted, Job, Lost, Unheard
+from fleet.places import Places
+from fleet.placing import leaver
 from fleet.scaling import Demand, Scale
 from fleet.unit import PREFIX, Unit
 from policies.fleet import Fleet
@@ -27,8 +28,6 @@ from policies.fleet import Fleet
 log = logging.getLogger("headgate.fleet")
 
 TICK_S = 0.5  # between looks at replicas and demand
-PLACE_S = 5.0  # for room in one domain, before the next one is tried
-SHUNNED_S = 30.0  # a domain that has lost a replica comes last for so long
 SILENT_S = 5.0  # neither worker nor cluster have said anything of a replica: it is lost
 HUNG_S = 60.0  # a worker whose process runs has not answered: it is of no use
 TOLD_S = 1.5  # until gateways have read the discovery file again
@@ -70,9 +69,9 @@ class Controller:
         self.served = False  # some replica has been ready
         self._numbers = 0
         self._scale = Scale(settings)
+        self._places = Places(cluster, now, strict=settings.spread == "strict")
         self._backoff = Backoff()
         self._pause_until = now()
-        self._shunned: dict[str, float] = {}  # domain -> until when
         self._failed: BaseException | None = None
         self._ending = asyncio.Event()
 
@@ -157,7 +156,7 @@ class Controller:
         """From its place to its end."""
         try:
             if hosted is None:
-                await self._place(unit)
+                await self._places.take(unit, self.units)
                 unit.state = "starting"
                 hosted = await self._cluster.host(
                     replace(self._job, name=unit.name, rank=unit.number)
@@ -173,36 +172,6 @@ class Controller:
             if hosted is not None and unit.leaving.is_set():
                 await hosted.stop()
             await self._cluster.release(unit.name)
-
-    async def _place(self, unit: Unit) -> None:
-        """Takes room: in the emptiest domain that has it, else wherever and whenever there is some,
-        so that a cluster that can grow sees what is missing."""
-        strict = self._settings.spread == "strict"
-        untried = list(await self._cluster.domains())
-        while order := self._order(unit, untried):
-            unit.domain = order[0]  # others see at once that it is taken
-            untried.remove(order[0])
-            with contextlib.suppress(NoRoom):
-                unit.domain = await self._cluster.place(unit.name, unit.domain, (), PLACE_S)
-                return
-        unit.domain = None
-        log.info("%s waits for room on the cluster", unit.name)
-        while unit.domain is None:
-            avoid = self._taken(unit) if strict else ()
-            domain = await self._cluster.place(unit.name, None, avoid, None)
-            if strict and domain in self._taken(unit):  # another one that waited is there by now
-                await self._cluster.release(unit.name)
-                continue
-            unit.domain = domain
-
-    def _order(self, unit: Unit, domains: Sequence[str]) -> list[str]:
-        """Of the domains, by where all others are at this moment."""
-        shunned = {domain for domain, until in self._shunned.items() if self._now() < until}
-        strict = self._settings.spread == "strict"
-        return preferences(domains, self._taken(unit), shunned, strict=strict)
-
-    def _taken(self, unit: Unit) -> list[str]:
-        return [one.domain for one in self.units if one is not unit and one.domain is not None]
 
     async def _start(self, unit: Unit, hosted: Hosted) -> None:
         looking = asyncio.create_task(self._renew(hosted))
@@ -291,7 +260,7 @@ class Controller:
             self._failed = Refused(f"{unit.name}: {lost}")
             return
         if unit.domain is not None:
-            self._shunned[unit.domain] = self._now() + SHUNNED_S
+            self._places.shun(unit.domain)
         pause_s = self._backoff.after(self._now() - unit.began_at)
         self._pause_until = self._now() + pause_s
         log.warning("%s is lost: %s; another one begins in %g s", unit.name, lost, pause_s)

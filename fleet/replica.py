@@ -19,12 +19,12 @@ from command.processes import (
     Program,
     ask_health,
     describe_exit,
-    package_environment,
     spawn,
 )
 from command.serve import version
 from fleet.cluster import Job, Look, Lost
 from policies.as_started import environment
+from policies.children import package_environment
 
 GRACE_S = 5.0  # after the drain, before SIGKILL
 _POLL_S = 0.2

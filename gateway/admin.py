@@ -22,6 +22,7 @@ from gateway import problems
 from gateway.bodies import Ending, Pausing, Renewed, Wanted
 from gateway.by_hand import ByHand
 from gateway.call import ClientGone, read_body, request_id
+from gateway.candidate import check_key, patched
 from gateway.drains import Drains
 from gateway.edge import Live
 from gateway.kept import Kept
@@ -31,7 +32,7 @@ from gateway.orders import Orders
 from gateway.query import cursor, number, query
 from gateway.reply import Reply
 from gateway.traces import TRACES_PATH, trace, traces
-from gateway.variants import Variants, check_key, patched
+from gateway.variants import Variants
 from gateway.verdicts import Verdicts, named_in
 from runtime.wire import Problem, parse_object, problem_of
 

@@ -1,34 +1,26 @@
-"""Baseline or candidate, by session: a second edge that takes the share that a controller leases.
+"""The rollout that gateways share, as one of them goes by it: a second edge for the share that a
+controller leases.
 
-Knows who goes where, and that whatever the candidate cannot answer the baseline answers; how shares
-are chosen is the controller's (evals/rollout.py). Without a rollout nothing of this is on a
-request's way.
+Knows the record and when it is followed; what becomes of a request variant.py knows, how shares are
+chosen the controller (evals/rollout.py). Without a rollout nothing of this is on a request's way.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
-from hashlib import blake2b
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
 from typing import Any
 
 import orjson
 
 from gateway import problems
-from gateway.call import CHAT_PATH, Call, ClientGone
-from gateway.edge import Asked, Edge, Live, Serve, build
-from gateway.lane import Lane
-from gateway.observe import LEFT, Watch, failed, observation
+from gateway.candidate import candidate
+from gateway.edge import Edge, Live
 from gateway.orders import OBSERVED, OBSERVED_S, Orders, change, current
-from gateway.replica import replicas_of
-from gateway.shadow import Shadows
-from gateway.upstream import Pool
-from policies.discovery import Upstream
-from policies.schema import Deployment, Gateway
+from gateway.variant import Variant
 from runtime.wire import Problem
 from telemetry import Observation
 
@@ -36,143 +28,6 @@ log = logging.getLogger("headgate.gateway")
 
 LOOK_S = 0.2  # between looks at the record: so late does another gateway's rollback come here
 LOST_S = 60.0  # at least, between two lines of the log about a record that cannot be followed
-SESSION_FIELDS = ("prompt_cache_key", "user")
-VARIANT_HEADER = b"x-headgate-variant"
-# Known to the listening socket, to the door, or to those who steer: no candidate's to change.
-NOT_PATCHED = frozenset(
-    ("host", "port", "processes", "store", "tenants", "secret_env", "admin", "drain_s", "reload",
-     "max_body_bytes", "body_timeout_s", "max_in_flight")
-)  # fmt: skip
-
-
-class Variant:
-    """The candidate's edge beside the baseline's."""
-
-    def __init__(
-        self,
-        orders: Orders,
-        edge: Edge,
-        tell: Callable[[Observation], None],
-        roll_back: Callable[[str], None],
-        clock: Callable[[], float] = time.time,
-    ) -> None:
-        """`tell`: who collects observations. `roll_back`: who tells the other gateways."""
-        admin = edge.settings.admin
-        self.orders = orders
-        self.edge = edge
-        self.shadows = Shadows(edge, admin.shadows, self._saw)
-        self._lane = Lane(admin.window_s, orders.fingerprints)
-        self._tell = tell
-        self._spread = roll_back
-        self._clock = clock
-        self.suspended = False  # while it cannot be known whether another gateway has rolled back
-
-    # ---- who goes where -------------------------------------------------------------------------
-
-    def ready(self) -> bool:
-        """Whether a replica of the candidate is well, and is the one that was ordered."""
-        wanted = self.orders.fingerprints
-        return any(
-            replica.healthy and (not wanted or replica.fingerprint in (None, *wanted))
-            for replica in self.edge.pool.replicas
-        )
-
-    def arm(self, session: bytes) -> str:
-        """`candidate`, `shadow` (the baseline answers, the candidate is asked too) or `baseline`.
-
-        Who is in a share is in every larger one, so that a session moves once at most."""
-        orders = self.orders
-        if not orders.live(self._clock()) or self.suspended or not self.ready():
-            return "baseline"
-        if drawn(session, orders.id) < orders.share:
-            return "candidate"
-        return "shadow" if drawn(session, f"shadow {orders.id}") < orders.shadow else "baseline"
-
-    def roll_back(self, why: str, *, blamed: bool = True) -> None:
-        """From now on nothing goes to the candidate; what is under way there ends there."""
-        if not self.orders.ended:
-            self.orders = self.orders.rolled_back(why, self._clock(), blamed=blamed)
-            log.warning("rollout %s is rolled back: %s", self.orders.id, why)
-            self._spread(why)
-
-    # ---- one request ----------------------------------------------------------------------------
-
-    async def serve(self, baseline: Edge, asked: Asked, serve: Serve) -> None:
-        """The answer by whoever is to give it; the baseline's where the candidate has none."""
-        session = session_of(asked.call, asked.tenant.name, asked.reply.request_id)
-        arm = self.arm(session)
-        if asked.reply.trail is not None:
-            asked.reply.trail.arm = "baseline" if arm == "shadow" else arm
-        if arm == "candidate" and await self._by_candidate(asked, serve, session):
-            return
-        rescued = arm == "candidate"
-        mirror = self.shadows.mirror(asked, session.hex()) if arm == "shadow" else None
-        if rescued:  # it was seen already, and what it took is not the baseline's
-            await serve(baseline, asked, False)
-            return
-        watch = asked.reply.through(lambda send, out: Watch(send, out, _loop_time()))
-        await self._watched(baseline, asked, serve, watch, session, "baseline")
-        if mirror is not None:
-            mirror.answered(watch.speech.digest)
-
-    async def _by_candidate(self, asked: Asked, serve: Serve, session: bytes) -> bool:
-        """False where the baseline has to answer, of which the client notices nothing."""
-        reply = asked.reply
-        own_headers = len(reply.more)
-        reply.more.append((VARIANT_HEADER, b"candidate"))
-        watch = reply.through(lambda send, out: Watch(send, out, _loop_time()))
-
-        async def in_time(edge: Edge, asked: Asked, strict: bool) -> None:
-            patience_s = edge.settings.admin.patience_s
-            try:
-                async with asyncio.timeout(patience_s) as limit:
-                    watch.when_relayed = lambda: limit.reschedule(None)
-                    await serve(edge, asked, strict)
-            except TimeoutError:
-                if not limit.expired():
-                    raise
-                raise problems.upstream_timeout(patience_s) from None
-            finally:
-                watch.when_relayed = lambda: None
-
-        try:
-            with entered(self.edge.pool):
-                await self._watched(self.edge, asked, in_time, watch, session, "candidate")
-        except Problem as problem:
-            if problem.status < 500 or watch.relayed:
-                raise
-        else:
-            return True
-        del reply.more[own_headers:]
-        return False
-
-    async def _watched(
-        self, edge: Edge, asked: Asked, serve: Serve, watch: Watch, session: bytes, arm: str
-    ) -> None:
-        """Serves, and notes how that went."""
-        problem: Problem | None = None
-        try:
-            await serve(edge, asked, arm == "candidate")
-        except Problem as error:
-            problem = error
-            raise
-        except (ClientGone, asyncio.CancelledError):
-            problem = Problem(LEFT, "the client left, or the gateway stops", code="client_left")
-            raise
-        except Exception:
-            problem = problems.internal()
-            raise
-        finally:
-            seen = observation(edge, asked, watch, arm, session.hex(), self._clock())
-            if problem is not None:
-                seen = failed(seen, problem)
-            self._saw(seen)
-
-    def _saw(self, seen: Observation) -> None:
-        self._tell(seen)
-        why = self._lane.saw(seen, self._clock())
-        if why is not None:
-            self.roll_back(why)
 
 
 class Variants:
@@ -391,107 +246,3 @@ def _same(one: Orders, other: Orders) -> bool:
     """Whether the same edge goes by both: a restarted controller may have other workers."""
     made_of = (other.id, other.patch, other.replicas, other.fingerprints)
     return (one.id, one.patch, one.replicas, one.fingerprints) == made_of
-
-
-# ---- a candidate's edge -------------------------------------------------------------------------
-
-
-def candidate(baseline: Edge, orders: Orders) -> Edge:
-    """The baseline's edge with what the candidate changes. Raises Problem 400."""
-    policy = patched(baseline.policy, orders.patch)
-    if not orders.replicas:
-        return build(policy, baseline.pool.replicas, baseline, arm=orders.id)
-    servers = tuple(Upstream.model_validate(one) for one in orders.replicas)
-    for name in {one.api_key_env for one in servers if one.api_key_env}:
-        check_key(baseline.policy, name)  # orders may come by the store, too
-    policy = policy.model_copy(update={"upstreams": servers, "discovery": ()})
-    replicas = replicas_of(policy, (), os.environ)
-    known = (one.tokenizer for one in baseline.pool.replicas if one.tokenizer is not None)
-    tokenizer = next(known, None)
-    for replica in replicas:
-        replica.own = replica.kind == "headgate"  # a worker of ours: it sees no client's key
-        replica.tokenizer = replica.tokenizer or tokenizer
-    edge = build(policy, replicas, baseline, arm=orders.id)
-    edge.pool.rescuers = lambda: baseline.pool.replicas
-    return edge
-
-
-def check_key(policy: Deployment, name: str) -> None:
-    """Who steers rollouts may not have any variable of ours sent anywhere: of those that the policy
-    means for replicas, one that is set. Raises Problem 400."""
-    known = {*policy.gateway.admin.candidate_keys}
-    known |= {one.api_key_env or "" for one in policy.upstreams}
-    known |= {one.api_key_env or "" for one in policy.discovery}
-    if policy.runtime is not None:
-        known.add(policy.runtime.key_env or "")
-    if name not in known:
-        expected = "variables of the policy's replicas or in gateway.admin.candidate_keys"
-        raise problems.wrong_value("replicas[].api_key_env", expected, name)
-    if not os.environ.get(name, "").strip():
-        set_here = "variables that are set where the gateway runs"
-        raise problems.wrong_value("replicas[].api_key_env", set_here, name)
-
-
-def patched(policy: Deployment, patch: Mapping[str, Any]) -> Deployment:
-    """The policy with other values at dotted paths below `gateway`. Raises Problem 400."""
-    whole = policy.gateway.model_dump()
-    for path, value in patch.items():
-        head, *names = path.split(".")
-        if head != "gateway" or not names or names[0] in NOT_PATCHED:
-            raise problems.wrong_value("patch", "fields of `gateway` that may differ", path)
-        *within, last = names
-        place = whole
-        for name in within:
-            if not isinstance(place.get(name), dict):
-                place[name] = {}
-            place = place[name]
-        place[last] = value
-    try:
-        gateway = Gateway.model_validate(whole)
-    except ValueError as error:
-        raise problems.wrong_value(
-            "patch", "a valid `gateway`", problems.quote(str(error))
-        ) from None
-    return policy.model_copy(update={"gateway": gateway})
-
-
-# ---- sessions -----------------------------------------------------------------------------------
-
-
-def session_of(call: Call, tenant: str, request_id: str) -> bytes:
-    """What a request belongs to, as a digest: by the client's own name for it, else by how the
-    conversation begins, which is the same in all its turns; a completion's prompt stands alone."""
-    named = call.session(SESSION_FIELDS)
-    begin: Any = named
-    if named is None and call.path == CHAT_PATH:
-        messages = call.data["messages"]
-        users = (at for at, one in enumerate(messages) if _role(one) == "user")
-        begin = messages[: next(users, 0) + 1]
-    elif named is None:
-        begin = call.data.get("prompt") or request_id
-    data = orjson.dumps([tenant, call.model, begin])
-    return blake2b(data, digest_size=12).digest()
-
-
-def _role(message: Any) -> Any:
-    return message.get("role") if isinstance(message, dict) else None
-
-
-def drawn(session: bytes, salt: str) -> float:
-    """In [0, 1), the same for the same session and rollout."""
-    digest = blake2b(session, digest_size=8, key=salt.encode()[:64]).digest()
-    return int.from_bytes(digest, "big") / 2**64
-
-
-@contextmanager
-def entered(pool: Pool) -> Iterator[None]:
-    """With a place of its own there. Raises Problem 503."""
-    pool.enter()
-    try:
-        yield
-    finally:
-        pool.leave()
-
-
-def _loop_time() -> Callable[[], float]:
-    return asyncio.get_running_loop().time

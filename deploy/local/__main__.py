@@ -19,12 +19,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from command.machine import PortError
-from command.processes import Program, package_environment
+from command.processes import Program
 from command.screen import Screen, columns
 from command.supervisor import Supervisor
 from deploy import keys
 from deploy.local.compose import ComposeError, Service, read
 from deploy.local.places import LOOPBACK, Places
+from policies.children import package_environment
 
 KEY = "HEADGATE_KEY"
 COMPOSE = Path(__file__).resolve().parents[2] / "compose.yaml"

@@ -18,7 +18,7 @@ from gateway.orders import RECORD, Orders, current
 from gateway.phases import spent
 from gateway.replica import Replica
 from gateway.state import State
-from gateway.variants import drawn
+from gateway.variant import drawn
 from policies.admin import Admin
 from policies.schema import Deployment, Gateway, Runtime
 from telemetry import Observation
