@@ -51,8 +51,8 @@ class Account:
         began: float,
         served: Callable[[], bool],
     ) -> None:
-        """`began`: when the request was there, by the event loop's clock. `served`: whether any
-        replica has named the model."""
+        """`began`: when the request came, monotonic seconds. `served`: whether any replica has
+        named the model."""
         self._meters = meters
         self.arm = arm
         self.call = call
@@ -84,7 +84,7 @@ class Account:
     ) -> None:
         self.rescued = self.strict and error is not None and not self.reply.started
         try:
-            self._meters.ended(self, self.outcome(error), asyncio.get_running_loop().time())
+            self._meters.ended(self, self.outcome(error), time.monotonic())
         except Exception:  # what became of the request is not for whoever counts to change
             log.exception("request %s could not be counted", self.reply.request_id)
 

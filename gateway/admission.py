@@ -194,7 +194,7 @@ class Admitted:
 
     __slots__ = (
         "_admission", "_allowance", "_began", "_call", "_front", "_sent", "_service", "_tenant",
-        "_ticket", "_uncached", "_usage", "admit", "charged", "queue", "tokens",
+        "_ticket", "_uncached", "_usage", "admit", "arrived", "charged", "queue", "tokens",
     )  # fmt: skip
 
     def __init__(
@@ -218,6 +218,7 @@ class Admitted:
         self._usage: Usage | None = None
         self._uncached = uncached
         self.tokens = tokens
+        self.arrived: float | None = None  # at the gateway, before it came here; monotonic seconds
         self.charged: int | None = None  # to the tenant's limits, at the end
         self.admit, self.queue = Interval(), Interval()
 
@@ -363,7 +364,7 @@ class Admitted:
         front.capacity.read(ticket.tokens, now, waiting=queue.waiting > 0, idle=not queue.reading)
         if self._service.ttft_ms is not None:
             tally = self._admission.tallies.of(self._service.tier)
-            in_time = now - ticket.came <= self._service.ttft_ms / 1000
+            in_time = now - (self.arrived or ticket.came) <= self._service.ttft_ms / 1000
             tally.in_time += in_time
             tally.late += not in_time
         self._admission.advance(front, now)

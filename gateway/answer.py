@@ -66,7 +66,7 @@ class Attempt:
             return
         self.ended = True
         if self.hop is not None:
-            self.hop.end()
+            self.hop.end(failed=well is False)
         self.booking.end()
         self.replica.in_flight -= 1
         circuit, now = self.replica.circuit, self._clock.time()

@@ -16,7 +16,7 @@ from gateway.answer import Answer
 from gateway.call import ClientGone, parse_call, read_body, request_id
 from gateway.edge import Asked, Edge, Live
 from gateway.keys import TENANT, Known
-from gateway.listener import BEGAN, OUTGOING
+from gateway.listener import BEGAN, OUTGOING, READ
 from gateway.pacing import paced
 from gateway.receipt import Left
 from gateway.relay import Silence, relay
@@ -37,11 +37,11 @@ class Completions:
         self.live = live
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        outgoing = scope["extensions"][OUTGOING]
-        reply = Reply(send, request_id(scope["headers"]), outgoing)
+        found = scope["extensions"]
+        reply = Reply(send, request_id(scope["headers"]), found[OUTGOING])
         edge = self.live.edge
         reply.trail = edge.tracer.begin(
-            reply.request_id, self.path, scope["headers"], scope["extensions"][BEGAN]
+            reply.request_id, self.path, scope["headers"], found[BEGAN], found[READ]
         )
         failure: BaseException | None = None
         try:
@@ -60,6 +60,8 @@ class Completions:
             log.exception("request %s failed inside the gateway", reply.request_id)
             await reply.fail(problems.internal())
         finally:
+            if found[OUTGOING].complete:
+                reply.trail.last = found[OUTGOING].wrote
             edge.tracer.end(reply.trail, reply, failure, edge.admission.tallies, edge.pool.ask)
 
     async def _answer(self, scope: Scope, receive: Receive, reply: Reply) -> None:
@@ -77,7 +79,7 @@ class Completions:
             body = await read_body(headers, receive, edge.settings, waits=waits)
             call = parse_call(self.path, body, headers, reply.request_id)
             reply.trail.parsed(call)
-            asked = Asked(call, tenant, reply, outgoing, asyncio.get_running_loop().time())
+            asked = Asked(call, tenant, reply, outgoing, reply.trail.began)
             beside = self.live.beside
             with edge.recording(asked, headers):
                 if beside is None:
@@ -124,6 +126,7 @@ async def _serve(edge: Edge, asked: Asked, account: Account, *, strict: bool) ->
     reply.more.append((b"x-headgate-receipt", trip.receipt.id.encode()))
     place = edge.admission.place(call, tenant, service, prompt.tokens, trip.uncached)
     trail.admit, trail.queue = place.admit, place.queue
+    place.arrived = trail.began
     forward = _forward(edge, trip, place, account, silence, strict=strict)
     work = attend(forward, outgoing, silence)
     await within(service.limit_s(edge.settings.total_timeout_s), work)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 import signal
+import socket
 import time
 from collections.abc import Callable
 from http import HTTPStatus
@@ -20,6 +21,7 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from gateway import problems
+from gateway.arrival import Arrivals, Reader, note_arrivals
 from gateway.call import request_id
 from gateway.edge import Live
 from gateway.phases import SERVER_TIMING, whole_time
@@ -30,7 +32,8 @@ HEADERS_MAX_BYTES = 2**16
 IDLE_CONNECTION_S = 60  # a kept-alive connection without a request is closed after this long
 BACKLOG = 2048
 OUTGOING = "headgate.outgoing"  # an extension of the scope: reply.Outgoing
-BEGAN = "headgate.began"  # another one: when the request's first byte came, monotonic seconds
+BEGAN = "headgate.began"  # others: when the request's first byte came, monotonic seconds,
+READ = "headgate.read"  # and when it was read
 REFUSED_LINGER_S = 0.5  # likewise for what comes behind a request that cannot be read
 LINGER_S = 2.0  # the rest of a refused body is read away for so long before its connection closes
 
@@ -39,13 +42,14 @@ class ClientConnection(HttpToolsProtocol):
     """One client's connection. `settings` is bound by `bind`."""
 
     settings: Gateway
+    arrivals: Arrivals
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._in_headers = False
         self._in_body = False
         self._header_bytes = 0
-        self._began = 0.0
+        self.arrived = self._began = self._read = 0.0
         self._deadline: asyncio.TimerHandle | None = None
         self._lingering: asyncio.TimerHandle | None = None
         self._refused = False  # answered below ASGI; whatever comes now is read away
@@ -57,6 +61,8 @@ class ClientConnection(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn
         super().connection_made(transport)
+        if self.scheme == "http":  # of what is encrypted, it is not the requests that lie there
+            transport.set_protocol(Reader(self, self.arrivals, transport))
         self._arm()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -69,10 +75,10 @@ class ClientConnection(HttpToolsProtocol):
             if not outgoing.complete:
                 leave()
 
-    def data_received(self, data: bytes) -> None:
+    def data_received(self, data: bytes | memoryview) -> None:
         if self._refused:
             return
-        super().data_received(data)
+        super().data_received(data)  # type: ignore[arg-type]  # its parser takes any buffer
         if self._refused or self.transport.is_closing():
             self._disarm()
         elif self._in_headers:
@@ -89,14 +95,16 @@ class ClientConnection(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         self._in_headers = True
         self._header_bytes = 0
-        self._began = time.monotonic()
+        self._read = time.monotonic()
+        self._began = min(self.arrived or self._read, self._read)
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
         self._in_headers = False
         super().on_headers_complete()
         outgoing = _Outgoing(self, self.cycle)
-        extensions = {OUTGOING: outgoing, BEGAN: self._began}  # none of ASGI's
+        # None of ASGI's.
+        extensions = {OUTGOING: outgoing, BEGAN: self._began, READ: self._read}
         self.cycle.scope["extensions"] = extensions  # type: ignore[typeddict-item]
         if self.parser.should_upgrade():
             # No upgrade is offered, and after such a request the parser reads nothing more.
@@ -121,6 +129,10 @@ class ClientConnection(HttpToolsProtocol):
             self.transport.close()
         elif self._lingering is None:
             self._lingering = self.loop.call_later(LINGER_S, self.transport.close)
+
+    @property
+    def amid(self) -> bool:
+        return self._in_headers or self._in_body
 
     def _answering(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
@@ -203,13 +215,14 @@ class _Outgoing:
     packet and one call of the system instead of two.
     """
 
-    __slots__ = ("_begun", "_connection", "_cycle", "_head", "_write", "is_closing")
+    __slots__ = ("_begun", "_connection", "_cycle", "_head", "_write", "is_closing", "wrote")
 
     def __init__(self, connection: ClientConnection, cycle: RequestResponseCycle) -> None:
         self._connection = connection
         self._cycle = cycle
         self._head = b""
         self._begun = False
+        self.wrote: float | None = None  # when the last bytes so far went, monotonic seconds
         self._write = connection.transport.write
         self.is_closing = connection.transport.is_closing
 
@@ -229,6 +242,8 @@ class _Outgoing:
             self._head = data
             self._connection.loop.call_soon(self._flush)
             return
+        # Before it: whoever waits for these bytes may be given the core at once.
+        self.wrote = time.monotonic()
         self._write(data)
 
     def _flush(self) -> None:
@@ -273,8 +288,10 @@ def plain_answer(problem: Problem, began: float) -> bytes:
 
 
 def bind(settings: Gateway) -> type[ClientConnection]:
-    """The connection class with this policy's deadlines; uvicorn makes the instances."""
-    return type("ClientConnection", (ClientConnection,), {"settings": settings})
+    """The connection class with this policy's deadlines, for one loop; uvicorn makes the
+    instances."""
+    bound = {"settings": settings, "arrivals": Arrivals()}
+    return type("ClientConnection", (ClientConnection,), bound)
 
 
 def adopt(config: uvicorn.Config, settings: Gateway) -> None:
@@ -311,6 +328,11 @@ class Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, live: Live) -> None:
         super().__init__(config)
         self._live = live
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for server in self.servers:
+            note_arrivals(server.sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002  # uvicorn's
         """Without uvicorn's replay of the signal: a drained gateway exits with 0."""

@@ -207,4 +207,3 @@ async def _paced(reply: Reply, per_s: float, silence: Silence) -> AsyncIterator[
         await way.drained()
     finally:
         await way.end()
-        reply.ended()

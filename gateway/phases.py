@@ -20,6 +20,7 @@ def phases(trail: Trail) -> dict[str, float]:
 
 def spent(trail: Trail) -> tuple[float, ...]:
     """The same in the order of PHASES."""
+    recv_queue = trail.read - trail.began
     admit, queue, trim = trail.admit.s, trail.queue.s, trail.trim.s
     route = trail.prompt.s
     network = replica_queue = prefill = decode = 0.0
@@ -35,9 +36,11 @@ def spent(trail: Trail) -> tuple[float, ...]:
         else:  # what attempts before the one that answered took counts as network
             network, replica_queue, prefill, decode = _answering(trail, hop, end)
             network += hop.began - hops[0].began
-    known = admit + queue + trim + route + network + replica_queue + prefill + decode
+    known = recv_queue + admit + queue + trim + route + network + replica_queue + prefill + decode
     gateway = max(0.0, trail.ended - trail.began - known)
-    return admit, queue, trim, route, network, replica_queue, prefill, decode, gateway
+    return (
+        recv_queue, admit, queue, trim, route, network, replica_queue, prefill, decode, gateway,
+    )  # fmt: skip
 
 
 def _answering(trail: Trail, hop: Hop, end: float) -> tuple[float, float, float, float]:
@@ -66,19 +69,27 @@ def whole_time(began: float) -> bytes:
 def server_timing(trail: Trail) -> bytes:
     """What is known when the head of the answer goes: of a stream up to its first token."""
     at = now()
+    recv_queue = trail.read - trail.began
     admit, queue, trim, route = trail.admit.s, trail.queue.s, trail.trim.s, trail.prompt.s
     hop = trail.answered
-    if hop is None or hop.first is None:
-        return b"admit;dur=%.3f, queue;dur=%.3f, trim;dur=%.3f, route;dur=%.3f, total;dur=%.3f" % (
-            1000 * admit, 1000 * queue, 1000 * trim, 1000 * route, 1000 * (at - trail.began),
-        )  # fmt: skip
-    began = trail.way[0].began
-    if trail.admit.ended:
-        route += began - (trail.queue.ended or trail.admit.ended)
-    wait, told = hop.first - began, hop.told
-    head = b"admit;dur=%.3f, queue;dur=%.3f, trim;dur=%.3f, route;dur=%.3f, " % (
-        1000 * admit, 1000 * queue, 1000 * trim, 1000 * route,
+    there = b""
+    if hop is not None and hop.first is not None:
+        began = trail.way[0].began
+        if trail.admit.ended:
+            route += began - (trail.queue.ended or trail.admit.ended)
+        there = _there(trail, hop, hop.first - began)
+    return (
+        b"recv_queue;dur=%.3f, admit;dur=%.3f, queue;dur=%.3f, trim;dur=%.3f, route;dur=%.3f, "
+        b"%btotal;dur=%.3f"
+    ) % (
+        1000 * recv_queue, 1000 * admit, 1000 * queue, 1000 * trim, 1000 * route,
+        there, 1000 * (at - trail.began),
     )  # fmt: skip
+
+
+def _there(trail: Trail, hop: Hop, wait: float) -> bytes:
+    """Of `Server-Timing`, the part of the replica that answered: so many seconds."""
+    told = hop.told
     if told is None:
         there = b"replica;dur=%.3f, " % (1000 * wait)
     else:
@@ -88,6 +99,6 @@ def server_timing(trail: Trail) -> bytes:
         )  # fmt: skip
         if told.decode_s:
             there += b"decode;dur=%.3f, " % (1000 * told.decode_s)
-    if trail.stream:
+    if trail.stream and hop.first is not None:
         there += b"first_token;dur=%.3f, " % (1000 * (hop.first - trail.began))
-    return head + there + b"total;dur=%.3f" % (1000 * (at - trail.began))
+    return there

@@ -12,7 +12,6 @@ from starlette.types import Message, Send
 
 from gateway.phases import SERVER_TIMING, server_timing
 from gateway.pulse import Pulse
-from gateway.trail import now
 from runtime.wire import DONE, KEEP_ALIVE, Problem, event
 from telemetry.phases import cut
 
@@ -238,12 +237,6 @@ class Reply:
     async def _finish(self, body: bytes) -> None:
         self.complete = True
         await self._send({"type": "http.response.body", "body": body, "more_body": False})
-        self.ended()
-
-    def ended(self) -> None:
-        """The last byte is out."""
-        if self.trail is not None:
-            self.trail.last = now()
 
 
 class Copy:

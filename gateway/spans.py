@@ -1,7 +1,7 @@
 """A request's trail as OpenTelemetry spans. Pure: the same trail gives the same spans.
 
     SERVER   POST /v1/chat/completions   from the request's first byte to the answer's last
-      INTERNAL gateway.trim, gateway.prompt, gateway.admit, gateway.route
+      INTERNAL gateway.recv_queue, gateway.trim, gateway.prompt, gateway.admit, gateway.route
       CLIENT   chat MODEL                each request to a replica; its spans join there
       CLIENT   chat MODEL                a shadow's, `headgate.arm` says so; it may outlive the root
 
@@ -18,12 +18,14 @@ from urllib.parse import urlsplit
 from gateway.call import CHAT_PATH
 from gateway.phases import spent
 from gateway.tallies import PHASES
-from gateway.trail import Hop, Interval, Trail
+from gateway.trail import Hop, Interval, Trail, is_refusal
 from telemetry.genai import CHAT, LEAVES, TEXT, about, counted, responded
 from telemetry.trace import Context, Event, Kind, Span, Status
 
 SERVICE = "headgate-gateway"
 _PHASES = tuple(f"headgate.phase.{name}_s" for name in PHASES)
+LAG_S = 0.001  # in the socket's receive queue; shorter waits are a phase, and no span
+CUT = "upstream_stream_cut"  # as gateway/problems.py has it
 WELL = frozenset(("200", "left"))  # outcomes of an attempt that are no failure of its replica
 
 
@@ -31,8 +33,7 @@ def spans_of(trail: Trail) -> list[Span]:
     """The root first."""
     root = _span(trail, f"POST {trail.path}", "SERVER", trail.began, trail.ended, _facts(trail))
     root.span_id, root.parent_id = trail.span_id, trail.parent_id
-    refused = 400 <= trail.status < 500  # the client's own doing
-    if trail.error and trail.error != LEAVES and not refused:
+    if trail.failed:
         root.status = "ERROR"
     if trail.stream and trail.spoke is not None:
         root.events.append(Event("first_token", trail.at_s(trail.spoke)))
@@ -58,6 +59,8 @@ def shadow_spans(trail: Trail) -> list[Span]:
 def _inside(trail: Trail) -> Iterator[Span]:
     """The gateway's own work."""
     told: dict[str, Any]
+    if trail.read - trail.began >= LAG_S:
+        yield _part(trail, "gateway.recv_queue", Interval(trail.began, trail.read), {})
     if trail.trim.ended and trail.trimmed is not None:
         trimmed = trail.trimmed
         told = {
@@ -113,11 +116,9 @@ def _client(trail: Trail, hop: Hop) -> Span:
     if hop.replica.fingerprint:
         told["headgate.config.fingerprint"] = hop.replica.fingerprint
     status: Status = "UNSET"
-    if hop.outcome not in WELL:
-        told["error.type"] = hop.outcome
-        status = "UNSET" if hop.outcome.startswith("4") else "ERROR"
-    elif hop.first is None or (trail.error == LEAVES and hop is trail.hops[-1]):
-        told["error.type"] = LEAVES
+    if why := _failure(trail, hop):
+        told["error.type"] = why
+        status = "UNSET" if why == LEAVES or is_refusal(why) else "ERROR"
     first_s = hop.first - hop.began if hop.first is not None and trail.stream else None
     is_last = hop is trail.hops[-1]
     told |= responded(trail.answer_id if is_last else "", first_s)
@@ -135,6 +136,18 @@ def _client(trail: Trail, hop: Hop) -> Span:
 def _address(url: str) -> tuple[str, int]:
     where = urlsplit(url)
     return where.hostname or "", where.port or (443 if where.scheme == "https" else 80)
+
+
+def _failure(trail: Trail, hop: Hop) -> str:
+    """Why an attempt has given the client no whole answer; "" for one that has, or went on."""
+    ended_by = trail.error if hop is trail.hops[-1] else ""
+    if hop.outcome not in WELL:
+        return hop.outcome
+    if hop.broke:  # another one has gone on with it, where the request did not fail by it
+        return ended_by or CUT
+    if hop.first is None:
+        return ended_by or LEAVES
+    return LEAVES if ended_by == LEAVES else ""
 
 
 def _facts(trail: Trail) -> dict[str, Any]:

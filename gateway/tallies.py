@@ -9,7 +9,8 @@ from gateway.tenants import Tenants
 
 # Where the time of requests goes (gateway/phases.py), in the order in which they pass.
 PHASES = (
-    "admit", "queue", "trim", "route", "network", "replica_queue", "prefill", "decode", "gateway",
+    "recv_queue", "admit", "queue", "trim", "route",
+    "network", "replica_queue", "prefill", "decode", "gateway",
 )  # fmt: skip
 
 

@@ -10,11 +10,15 @@ import logging
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Literal
 
+import orjson
+
+from gateway.account import BROKEN
 from gateway.call import ClientGone, RawHeaders
 from gateway.fate import late
 from gateway.phases import spent
 from gateway.replica import Replica
 from gateway.reply import Reply
+from gateway.retries import error_in_band
 from gateway.spans import shadow_spans, spans_of
 from gateway.tallies import Tallies
 from gateway.trace_ring import Ring
@@ -27,6 +31,7 @@ from telemetry.trace import SAMPLED, Span, begun, carried, new_span_id
 
 log = logging.getLogger("headgate.gateway")
 
+CODE_CHARS = 64  # of an error that a replica names
 ASKING_MAX = 32  # traces at once that workers are asked to send after all
 
 Ask = Callable[[Replica, str, str], Awaitable[object]]
@@ -56,9 +61,11 @@ class Tracer:
         if self.exporter is not None:
             self.exporter.close()
 
-    def begin(self, request_id: str, path: str, headers: RawHeaders, began: float) -> Trail:
-        """A request has come; `began`: its first byte, on the monotonic clock."""
-        trail = Trail(request_id, path, began)
+    def begin(
+        self, request_id: str, path: str, headers: RawHeaders, began: float, read: float
+    ) -> Trail:
+        """A request has come: its first byte, and that byte was read; monotonic seconds."""
+        trail = Trail(request_id, path, began, read)
         if self.on:
             self._join(trail, headers)
         return trail
@@ -89,7 +96,7 @@ class Tracer:
         trail.ended = now() if trail.last is None else trail.last
         trail.status = reply.status
         trail.spoke = reply.pulse.first_at
-        trail.error = error_of(error, reply.status) or _failure(trail)
+        trail.error = error_of(error, reply.status) or _failure(trail) or _told(trail, reply)
         if trail.service is not None:
             tallies.of(trail.service.tier).spend(spent(trail))
         tallies.tenants.ended(trail)
@@ -132,8 +139,7 @@ class Tracer:
         always = settings.always
         if trail.arm and trail.arm != "baseline" and "canary" in always:
             return "canary"
-        failed = trail.status >= 500 or (trail.error and trail.error != LEAVES)
-        if failed and not 400 <= trail.status < 500 and "error" in always:
+        if trail.failed and "error" in always:
             return "error"
         if "late" in always and late(trail):
             return "late"
@@ -151,6 +157,20 @@ def _failure(trail: Trail) -> str:
     """Of an answer that told one inside its stream."""
     outcome = trail.hops[-1].outcome if trail.hops else "200"
     return "" if outcome.isdigit() or outcome == "left" else outcome
+
+
+def _told(trail: Trail, reply: Reply) -> str:
+    """Of a stream that came to its end, and in it says that this is none: as a worker does when a
+    deadline passes after the first token."""
+    said = b"".join(reply.recent) if reply.streaming else b""
+    at = said.find(BROKEN)
+    found = error_in_band(said[at:]) if at >= 0 else None
+    if found is None:
+        return ""
+    error = orjson.loads(found[1])["error"]
+    if trail.hops:
+        trail.hops[-1].broke = True
+    return str(error.get("code") or error.get("type") or found[0])[:CODE_CHARS]
 
 
 def error_of(error: BaseException | None, status: int) -> str:

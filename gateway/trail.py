@@ -12,7 +12,7 @@ from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from telemetry.genai import REQUEST, stops_of
+from telemetry.genai import LEAVES, REQUEST, stops_of
 from telemetry.phases import Phases
 from telemetry.trace import RANDOM, TRACEPARENT, TRACESTATE, new_span_id, traceparent
 
@@ -36,8 +36,8 @@ class Hop:
     """One request to one replica."""
 
     __slots__ = (
-        "_flags", "_trace_id", "_tracestate", "began", "decision", "ended", "first", "head",
-        "outcome", "replica", "span_id", "told",
+        "_flags", "_trace_id", "_tracestate", "began", "broke", "decision", "ended", "first",
+        "head", "outcome", "replica", "span_id", "told",
     )  # fmt: skip
 
     def __init__(self, trail: Trail, replica: Replica, decision: Decision) -> None:
@@ -52,6 +52,7 @@ class Hop:
         self.ended: float | None = None
         self.head = b""  # of its answer
         self.outcome = "left"  # as `Tried` has it
+        self.broke = False  # its answer began, and the replica failed in the middle of it
         self.told: Phases | None = None  # by the replica, of its own share of the time
 
     def mark(self, headers: MutableMapping[str, str]) -> None:
@@ -70,9 +71,10 @@ class Hop:
             self.told = told
         self.head = head[:HEAD_BYTES]
 
-    def end(self) -> None:
-        """The request has left the replica; twice is once."""
+    def end(self, *, failed: bool = False) -> None:
+        """The request has left the replica, which failed, or did not; twice is once."""
         if self.ended is None:
+            self.broke = failed and self.first is not None
             self.ended = now()
 
 
@@ -99,15 +101,16 @@ class Trail:
 
     __slots__ = (
         "admit", "arm", "asked", "at", "began", "done", "ended", "error", "flags", "head", "hops",
-        "keep", "last", "model", "parent_id", "path", "prompt", "queue", "receipt", "request_id",
-        "service", "shadow", "span_id", "spoke", "status", "stream", "tenant", "trace_id",
-        "tracestate", "trim", "trimmed", "usage",
+        "keep", "last", "model", "parent_id", "path", "prompt", "queue", "read", "receipt",
+        "request_id", "service", "shadow", "span_id", "spoke", "status", "stream", "tenant",
+        "trace_id", "tracestate", "trim", "trimmed", "usage",
     )  # fmt: skip
 
-    def __init__(self, request_id: str, path: str, began: float) -> None:
+    def __init__(self, request_id: str, path: str, began: float, read: float) -> None:
         self.request_id = request_id
         self.path = path
-        self.began = began  # the first byte of the request
+        self.began = began  # the first byte of the request came to its socket
+        self.read = read  # and was read
         self.at = time.time() - (now() - began)  # the same, since 1970
         self.trace_id = ""  # "": nothing but phases is wanted of it
         self.parent_id = ""
@@ -162,7 +165,8 @@ class Trail:
 
     def beside(self) -> Trail:
         """Of the same request, asked once more beside it: its hops are spans below this root."""
-        shadow = self.shadow = Trail(self.request_id, self.path, now())
+        at = now()
+        shadow = self.shadow = Trail(self.request_id, self.path, at, at)
         shadow.trace_id, shadow.span_id = self.trace_id, self.span_id
         shadow.flags, shadow.tracestate = self.flags, self.tracestate
         shadow.model, shadow.stream, shadow.asked = self.model, self.stream, self.asked
@@ -217,6 +221,12 @@ class Trail:
         return last
 
     @property
+    def failed(self) -> bool:
+        """It is neither whole, nor given up by its client, nor refused for what the client did."""
+        refused = 400 <= self.status < 500 or is_refusal(self.error)
+        return bool(self.error) and self.error != LEAVES and not refused
+
+    @property
     def ttft_s(self) -> float | None:
         """Of a stream: until its first piece that says something was here."""
         return self.spoke - self.began if self.stream and self.spoke is not None else None
@@ -243,3 +253,8 @@ class Trail:
     def at_s(self, moment: float) -> float:
         """A moment in seconds since 1970."""
         return self.at + (moment - self.began)
+
+
+def is_refusal(why: str) -> bool:
+    """Whether a status says that the client was wrong."""
+    return why.startswith("4") and why.isdigit()

@@ -244,7 +244,7 @@ function ladder() {
 
 // ---- where the time goes ------------------------------------------------------------------------
 
-const PHASES = ["admit", "queue", "trim", "route", "network", "replica_queue", "prefill", "decode", "gateway"];
+const PHASES = ["recv_queue", "admit", "queue", "trim", "route", "network", "replica_queue", "prefill", "decode", "gateway"];
 
 function waterfall() {
   const made = panel("waterfall", "Where the time goes");

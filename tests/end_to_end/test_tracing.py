@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,14 +21,15 @@ from policies.tracing import Tracing
 from telemetry.trace import begun, new_span_id, traceparent
 from tests.collector import Received, whole
 from tests.end_to_end.stack import CHAT, DEFAULTS, Stack, assert_idle, until
+from tests.end_to_end.traced_client import receive, send
 from tests.gateway.world import Peer, Replica, gateway, on_loop, upstream
 
 GATEWAY, RUNTIME = "headgate-gateway", "headgate-runtime"
 INSIDE = {"engine.tokenize", "engine.queue", "engine.prefill", "engine.decode"}
 
 
-def asked(stack: Stack, body: dict[str, Any], more: str = "") -> tuple[socket.socket, str]:
-    """Sends a request of a new trace over a socket of its own; the trace's id."""
+def asked(stack: Stack, body: dict[str, Any], more: str = "") -> tuple[socket.socket, str, float]:
+    """Sends a request of a new trace over a socket of its own; the trace's id, and when it went."""
     context = begun(1.0)
     sent = json.dumps(DEFAULTS[CHAT] | body).encode()
     head = (
@@ -37,19 +37,18 @@ def asked(stack: Stack, body: dict[str, Any], more: str = "") -> tuple[socket.so
         f"traceparent: {traceparent(context.trace_id, new_span_id(), 3)}\r\n\r\n"
     )
     sock = socket.create_connection(("127.0.0.1", stack.port), timeout=30)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.sendall(head.encode() + sent)
-    return sock, context.trace_id
+    return sock, context.trace_id, send(sock, head.encode() + sent)
 
 
-def read_to_end(sock: socket.socket, *, stream: bool) -> bytes:
-    got = b""
+def read_to_end(sock: socket.socket, *, stream: bool) -> float:
+    """When the last byte of the answer had come."""
+    got, reached = b"", 0.0
     while not got.endswith(b"0\r\n\r\n" if stream else b"}"):
-        piece = sock.recv(2**16)
+        piece, reached = receive(sock)
         assert piece, got
         got += piece
     sock.close()
-    return got
+    return reached
 
 
 def arrived(stack: Stack, trace_id: str, *services: str) -> list[Received]:
@@ -67,14 +66,12 @@ def arrived(stack: Stack, trace_id: str, *services: str) -> list[Received]:
 def test_a_request_is_one_tree_that_lasts_as_long_as_the_client_waited(
     stack: Stack, stream: bool
 ) -> None:
-    """Of the SERVER span and of the phases in it; to 2 ms, for the usual one of nine: others use
-    the machine, and a client that is not run cannot look at its clock."""
+    """Of the SERVER span and of the phases in it; to 2 ms, by what the kernel notes of the client's
+    packets, for eight of nine."""
     apart, took = [], {}
     for _ in range(9):
-        began = time.monotonic()
-        sock, trace_id = asked(stack, {"stream": stream, "max_tokens": 6})
-        read_to_end(sock, stream=stream)
-        took[trace_id] = time.monotonic() - began
+        sock, trace_id, sent = asked(stack, {"stream": stream, "max_tokens": 6})
+        took[trace_id] = read_to_end(sock, stream=stream) - sent
     for trace_id, took_s in took.items():
         spans = arrived(stack, trace_id)
         root = whole(spans)
@@ -96,7 +93,7 @@ def test_a_request_is_one_tree_that_lasts_as_long_as_the_client_waited(
             assert above.start_ns - slack_ns <= span.start_ns
             assert span.end_ns <= above.end_ns + slack_ns
     print(f"apart from the client's clock: {[round(1000 * one, 2) for one in apart]} ms")
-    assert median(apart) < 0.002
+    assert sorted(apart)[-2] < 0.002
 
 
 def test_under_load_with_clients_that_leave_every_request_is_one_tree(stack: Stack) -> None:
@@ -106,7 +103,7 @@ def test_under_load_with_clients_that_leave_every_request_is_one_tree(stack: Sta
     def one(number: int) -> None:
         leaves = number % 3 == 0
         body = {"stream": True, "max_tokens": 200 if leaves else 8, "ignore_eos": True}
-        sock, trace_id = asked(stack, body)
+        sock, trace_id, _ = asked(stack, body)
         names[trace_id] = "left" if leaves else "whole"
         if not leaves:
             read_to_end(sock, stream=True)
@@ -133,15 +130,17 @@ def test_under_load_with_clients_that_leave_every_request_is_one_tree(stack: Sta
 
 
 def test_under_load_traces_last_as_long_as_a_client_in_its_own_process_waited(stack: Stack) -> None:
-    """Eight at once, half of which miss their deadline or leave in the middle. The usual trace is
-    within 2 ms of the client's clock, which is read before the request is sent and, by the kernel,
-    when the last byte has come to the socket. Of those that leave, the tree alone is compared."""
+    """Eight at once, half of which miss their deadline or leave in the middle; nineteen in twenty
+    traces are within 2 ms of the client's clock. That is the kernel's, from the request's packet on
+    its way out to the last byte in the client's socket: what a client's own process loses is not
+    the gateway's, and what lies unread at the gateway is. Of those that leave, the tree alone is
+    compared."""
     command = (sys.executable, str(Path(__file__).with_name("traced_client.py")))
     told = subprocess.run(
         [*command, str(stack.port), "8", "8"], capture_output=True, timeout=240, check=True
     )
     assert_idle(stack.worker)
-    before, after, apart, late = [list[float]() for _ in range(4)]
+    lost, before, queued, after, apart, late = [list[float]() for _ in range(6)]
     seen = Counter[str]()
     for row in json.loads(told.stdout):
         root = whole(arrived(stack, row["trace_id"], GATEWAY))
@@ -150,18 +149,21 @@ def test_under_load_traces_last_as_long_as_a_client_in_its_own_process_waited(st
         if row["what"] == "leaves":
             assert root.attributes["error.type"] == "client_cancelled"
             continue
-        before.append(root.start_ns / 1e9 - row["began"])
+        lost.append(row["sent"] - row["began"])
+        before.append(root.start_ns / 1e9 - row["sent"])
+        queued.append(root.attributes["headgate.phase.recv_queue_s"])
         after.append(row["reached"] - root.end_ns / 1e9)
-        apart.append(abs(row["reached"] - row["began"] - root.s))
+        apart.append(abs(row["reached"] - row["sent"] - root.s))
         late.append(row["ended"] - row["reached"])
     for name, found in (
-        ("apart", apart), ("until the gateway read", before), ("after its last write", after),
+        ("apart", apart), ("until the client sent", lost), ("until it came", before),
+        ("until the gateway read", queued), ("after its last write", after),
         ("until the client read", late),
     ):  # fmt: skip
         p95 = quantiles(found, n=20)[-1]
         print(f"{name}: median {1000 * median(found):.2f}, p95 {1000 * p95:.2f} ms")
     assert seen == {"whole": 32, "fault": 16, "leaves": 16}
-    assert median(apart) < 0.002
+    assert quantiles(apart, n=20)[-1] < 0.002
 
 
 def test_a_failed_request_is_sent_though_it_was_not_sampled(stack: Stack) -> None:

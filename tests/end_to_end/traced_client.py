@@ -1,5 +1,6 @@
 """A client in a process of its own: so many requests at once over raw sockets, each of a new trace;
-tells as JSON when each was sent and when its last byte came, by its own clock and the kernel's.
+tells as JSON when each was sent and when its last byte came, by its own clock and the kernel's,
+which knows what a process loses while it waits for a core.
 
 python traced_client.py PORT AT_ONCE TURNS
 """
@@ -15,7 +16,10 @@ import sys
 import time
 from typing import Any
 
-TIMESTAMPS = 35  # SO_TIMESTAMPNS: Linux tells when what is read had come to the socket
+# Linux tells when what is read had come to the socket (SO_TIMESTAMPNS), and when what was written
+# left it (SO_TIMESTAMPING: by software, of what is sent, without the packet).
+TIMESTAMPS, SENT = 35, 37
+OF_SENT = 1 << 1 | 1 << 4 | 1 << 11
 WHOLE, FAULT, LEAVES = "whole", "fault", "leaves"
 
 
@@ -28,11 +32,9 @@ class Talk:
         self.heard = b""
         self.ended = self.reached = 0.0
         self.sock = socket.create_connection(("127.0.0.1", port), timeout=60)
-        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.sock.setsockopt(socket.SOL_SOCKET, TIMESTAMPS, 1)
-        sent = self._request()
+        request = self._request()
         self.began = time.time()
-        self.sock.sendall(sent)
+        self.sent = send(self.sock, request)
 
     def _request(self) -> bytes:
         tokens = 8 if self.what == WHOLE else 2000
@@ -53,12 +55,8 @@ class Talk:
 
     def read(self) -> bool:
         """Whether there is more to come."""
-        data, more, _, _ = self.sock.recvmsg(2**16, 256)
-        self.ended = self.reached = time.time()
-        for _, kind, stamp in more:
-            if kind == TIMESTAMPS:
-                seconds, ns = struct.unpack("qq", stamp[:16])
-                self.reached = seconds + ns / 1e9
+        data, self.reached = receive(self.sock)
+        self.ended = time.time()
         assert data, self.heard
         self.heard += data
         if self.what == LEAVES and self.heard.count(b"data: ") > 2:
@@ -76,8 +74,32 @@ class Talk:
     def told(self) -> dict[str, Any]:
         return {
             "trace_id": self.trace_id, "what": self.what, "began": self.began,
-            "reached": self.reached, "ended": self.ended,
+            "sent": self.sent, "reached": self.reached, "ended": self.ended,
         }  # fmt: skip
+
+
+def send(sock: socket.socket, data: bytes) -> float:
+    """When it went, by the kernel; what comes back will have its time, too."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, TIMESTAMPS, 1)
+    sock.setsockopt(socket.SOL_SOCKET, SENT, OF_SENT)
+    sock.sendall(data)
+    return _stamp(sock.recvmsg(1, 512, socket.MSG_ERRQUEUE)[1], SENT)
+
+
+def receive(sock: socket.socket) -> tuple[bytes, float]:
+    """What has come, and when the last of it did, by the kernel; b"" where it has ended."""
+    data, notes, _, _ = sock.recvmsg(2**16, 256)
+    return data, _stamp(notes, TIMESTAMPS) if data else 0.0
+
+
+def _stamp(notes: list[tuple[int, int, bytes]], wanted: int) -> float:
+    """The kernel's own time among what it says of a read, or of a write."""
+    for _, kind, note in notes:
+        if kind == wanted:
+            seconds, ns = struct.unpack("qq", note[:16])
+            return float(seconds + ns / 1e9)
+    raise AssertionError(f"the kernel has noted no time: {notes}")
 
 
 def main(port: int, at_once: int, turns: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -11,7 +12,22 @@ from policies.tracing import Tracing
 from tests.collector import collecting, whole
 from tests.gateway.test_tracing import PARENT
 from tests.gateway.test_variants import broken, put
-from tests.gateway.world import STREAMED, Peer, gateway, held, on_loop, pong, until, upstream
+from tests.gateway.world import (
+    STREAMED,
+    Answer,
+    Peer,
+    Replica,
+    gateway,
+    held,
+    on_loop,
+    pong,
+    until,
+    upstream,
+)
+
+
+def shadows(spans: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [one for one in spans if one["attributes"].get("headgate.arm") == "shadow"]
 
 
 @pytest.mark.parametrize("parent", [PARENT, None], ids=["joined", "begun"])
@@ -44,7 +60,7 @@ def test_a_mirrored_request_is_a_span_below_the_one_root(
                 if outlives:
                     await asked
                     await until(lambda: len(tracer.ring) == 1)
-                    assert len(tracer.ring.recent(1)[0]["spans"]) == 5
+                    assert not shadows(tracer.ring.recent(1)[0]["spans"])
                 else:
                     await until(lambda: len(new.requests) == 1 and not new.running)
                 release.set()
@@ -54,9 +70,9 @@ def test_a_mirrored_request_is_a_span_below_the_one_root(
                 await until(lambda: trail.shadow is not None and trail.shadow.ended > 0)
                 kept: dict[str, Any] = tracer.ring.recent(1)[0]
                 told = new.requests[0].headers["traceparent"]
-                await until(lambda: len(collector.spans) == 6)
+                await until(lambda: len(collector.spans) == len(kept["spans"]))
         root, *below = kept["spans"]
-        (shadow,) = (one for one in below if one["attributes"].get("headgate.arm") == "shadow")
+        (shadow,) = shadows(below)
         assert {one["parent_id"] for one in below} == {root["span_id"]}
         assert told.split("-")[1:3] == [kept["trace_id"], shadow["span_id"]]
         assert (shadow["kind"], shadow["name"]) == ("CLIENT", "chat m")
@@ -69,6 +85,60 @@ def test_a_mirrored_request_is_a_span_below_the_one_root(
         )
 
     run()
+
+
+@pytest.mark.parametrize("outlives", [True, False], ids=["after", "before"])
+@on_loop
+async def test_of_a_request_that_is_sent_after_all_a_shadows_worker_is_asked_too(
+    outlives: bool,
+) -> None:
+    """It was not sampled, took too long, and so both workers are asked for their spans of it; one
+    that answers for nobody and is slower than the root, once more at its end."""
+    release, asked = asyncio.Event(), set[tuple[str, bool]]()
+    path = f"/traces/{PARENT.split('-')[1]}"
+
+    async def waits(peer: Peer) -> None:
+        await release.wait()
+        await pong(peer)
+
+    def spied(name: str, answer: Answer) -> Answer:
+        async def answers(peer: Peer) -> None:
+            if peer.request.path == path:
+                asked.add((name, release.is_set()))
+                await peer.json({"spans": []})
+            else:
+                await answer(peer)
+
+        return answers
+
+    with collecting() as collector:
+        tracing = Tracing(endpoint=collector.url, share=0.0, slow_s=1e-6)
+        async with (
+            upstream(spied("old", pong if outlives else waits)) as old,
+            upstream(spied("new", waits if outlives else pong)) as new,
+            gateway(Replica(old.url, own=True, kind="headgate"), tracing=tracing) as front,
+        ):
+            worker = {"url": new.url, "kind": "headgate"}
+            await put(front, replicas=[worker], share=0.0, shadow=1.0)
+            headers = {"traceparent": PARENT[:-2] + "00"}
+            post = asyncio.create_task(front.post(STREAMED, headers=headers))
+            await until(lambda: bool(old.requests and new.requests))
+            tracer = front.live.edge.tracer
+            if outlives:
+                await post
+            else:
+                await until(lambda: not new.running)
+            release.set()
+            await post
+            (trail,) = tracer.ring
+            await until(lambda: trail.shadow is not None and trail.shadow.ended > 0)
+            kept = tracer.ring.recent(1)[0]
+            await until(lambda: len(collector.spans) == len(kept["spans"]))
+            # That of the shadow once it has all of it.
+            await until(lambda: ("new", True) in asked and "old" in {name for name, _ in asked})
+    assert kept["keep"] == "slow"
+    assert len(shadows(kept["spans"])) == 1
+    assert whole(collector.spans).flags & 1 == 0
 
 
 @on_loop
@@ -99,10 +169,6 @@ async def test_a_shadow_that_is_left_in_the_middle_ends_its_span() -> None:
         await until(lambda: len(ring) == 1 and len(new.requests) == 1)
         variant: Any = front.live.beside
         await variant.shadows.end()
-        (shadow,) = (
-            one
-            for one in ring.recent(1)[0]["spans"]
-            if one["attributes"].get("headgate.arm") == "shadow"
-        )
+        (shadow,) = shadows(ring.recent(1)[0]["spans"])
     assert shadow["attributes"]["headgate.outcome"] == "left"
     assert shadow["status"] == "UNSET"

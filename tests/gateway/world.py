@@ -16,6 +16,7 @@ import uvloop
 from uvicorn.server import ServerState
 
 from gateway.app import create_app
+from gateway.arrival import note_arrivals
 from gateway.drains import Drains
 from gateway.edge import Live, build
 from gateway.listener import configure
@@ -284,6 +285,7 @@ async def listening(live: Live) -> AsyncIterator[Front]:
     loop = asyncio.get_running_loop()
     protocol = config.http_protocol_class
     server = await loop.create_server(lambda: protocol(config, state, {}), "127.0.0.1", 0)
+    note_arrivals(server.sockets)
     port = server.sockets[0].getsockname()[1]
     url = f"http://127.0.0.1:{port}"
     try:

@@ -1,0 +1,122 @@
+"""When what a connection reads had come to its socket, by the kernel's own note of it.
+
+A loop that is busy, or waits for a core, lets bytes lie in the socket's receive queue. Linux notes
+when each packet came (SO_TIMESTAMPNS); elsewhere nothing is known but when it is read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterable
+from struct import Struct
+from typing import Any, Protocol
+
+TIMESTAMPS = 35  # SO_TIMESTAMPNS, for which the socket module has no name
+READ_BYTES = 2**18  # each read is taken out of them before the next
+NOTES_BYTES = 64  # more than one time
+CLOCK_SET_S = 0.001  # the wall clock moved against the monotonic one: somebody has set it
+_PEEK = socket.MSG_PEEK | getattr(socket, "MSG_DONTWAIT", 0)
+_timespec = Struct("ll").unpack_from
+
+
+class Connection(Protocol):
+    """What reads are for: an asyncio.Protocol, but that it gets a view of bytes which is good for
+    the call alone."""
+
+    arrived: float  # when the first of the bytes that are being read came; 0: not known
+
+    @property
+    def amid(self) -> bool:
+        """Whether the next bytes belong to a request that has begun, so that nobody will ask."""
+
+    def data_received(self, data: memoryview, /) -> None: ...
+    def eof_received(self) -> None: ...
+    def connection_lost(self, exc: Exception | None, /) -> None: ...
+    def pause_writing(self) -> None: ...
+    def resume_writing(self) -> None: ...
+
+
+class Arrivals:
+    """Of all connections of one event loop: the clock, and the buffer into which they read."""
+
+    def __init__(
+        self, now: Callable[[], float] = time.monotonic, wall: Callable[[], float] = time.time
+    ) -> None:
+        self._now = now
+        self._wall = wall
+        self._apart = wall() - now()
+        self.buffer = memoryview(bytearray(READ_BYTES))
+
+    def moment(self, note: bytes) -> float:
+        """What the kernel noted, in monotonic seconds; 0 where the wall clock, by which it does,
+        was set since it was last looked at here."""
+        seconds, ns = _timespec(note)
+        apart = self._wall() - self._now()
+        was_set = abs(apart - self._apart) > CLOCK_SET_S
+        self._apart = apart
+        return 0.0 if was_set else seconds - apart + ns / 1e9
+
+
+class Borrowed(socket.socket):
+    """A socket that its transport will close."""
+
+    __slots__ = ()
+
+    def __del__(self) -> None:
+        self.detach()
+
+
+class Reader(asyncio.BufferedProtocol):
+    """Reads for a connection. Loops ask a buffered protocol for its buffer right before they read,
+    which is when the kernel can still be asked for the time. Every request pays for it: few calls.
+    """
+
+    def __init__(
+        self, connection: Connection, arrivals: Arrivals, transport: asyncio.Transport
+    ) -> None:
+        self._connection = connection
+        self._moment = arrivals.moment
+        self._buffer = arrivals.buffer
+        one = transport.get_extra_info("socket")
+        self._sock = Borrowed(one.family, one.type, one.proto, one.fileno())
+
+    def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002  # the loop's wish
+        connection = self._connection
+        arrived = 0.0
+        if not connection.amid:
+            try:
+                for _, kind, note in self._sock.recvmsg(1, NOTES_BYTES, _PEEK)[1]:
+                    if kind == TIMESTAMPS:
+                        arrived = self._moment(note)
+            except OSError:  # nothing is there, or nobody any more
+                arrived = 0.0
+        connection.arrived = arrived
+        return self._buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self._connection.data_received(self._buffer[:nbytes])
+
+    def eof_received(self) -> None:
+        self._connection.eof_received()
+
+    def pause_writing(self) -> None:
+        self._connection.pause_writing()
+
+    def resume_writing(self) -> None:
+        self._connection.resume_writing()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._sock.detach()
+        self._connection.connection_lost(exc)
+
+
+def note_arrivals(listening: Iterable[Any]) -> None:
+    """Of what these sockets accept from now on the kernel notes when it comes, where it does."""
+    if sys.platform == "linux":
+        for one in listening:
+            with contextlib.suppress(OSError):  # a kernel that knows no such option
+                one.setsockopt(socket.SOL_SOCKET, TIMESTAMPS, 1)

@@ -1,0 +1,204 @@
+"""A request begins when its first byte comes to its socket, however late that is read."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import re
+import socket
+import struct
+import sys
+import time
+from collections.abc import Callable
+
+import pytest
+import uvloop
+
+from gateway.arrival import Arrivals, Reader, note_arrivals
+from gateway.trail import Trail
+from tests.gateway.world import HELLO, Front, gateway, on_loop, until, upstream
+
+BODY = json.dumps(HELLO).encode()
+HEAD = (
+    f"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(BODY)}\r\n\r\n"
+)
+ASKED = HEAD.encode() + BODY
+BUSY_S = 0.03
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the kernel does not note it here")
+
+
+def busy(seconds: float = BUSY_S) -> None:
+    """The loop, in whose thread this runs, does nothing else meanwhile."""
+    until_s = time.monotonic() + seconds
+    while time.monotonic() < until_s:
+        pass
+
+
+class Client:
+    """Asks from the loop's own thread, which is what keeps the loop from reading."""
+
+    def __init__(self, front: Front) -> None:
+        self._front = front
+        self.sock = socket.create_connection(("127.0.0.1", front.port))
+        self.sock.setblocking(False)
+
+    def send(self, data: bytes) -> tuple[float, float]:
+        """Between which moments it came to the gateway's socket."""
+        before = time.monotonic()
+        self.sock.sendall(data)
+        return before, time.monotonic()
+
+    async def answered(self, count: int) -> list[Trail]:
+        """The trails so far, the latest last, once so many requests have ended."""
+        ring = self._front.live.edge.tracer.ring
+        await until(lambda: len(ring) == count)
+        loop, got = asyncio.get_running_loop(), b""
+        while not got.endswith(b"}"):
+            got += await loop.sock_recv(self.sock, 2**16)
+        return list(reversed(list(ring)))
+
+
+def is_between(moment: float, sent: tuple[float, float]) -> bool:
+    slack_s = 0.0005  # two clocks are read one after the other, and of one the kernel keeps more
+    return sent[0] - slack_s <= moment <= sent[1] + slack_s
+
+
+@pytest.mark.parametrize("loop", [uvloop.new_event_loop, asyncio.new_event_loop])
+def test_a_request_that_waits_for_the_loop_begins_when_it_came(
+    loop: Callable[[], asyncio.AbstractEventLoop],
+) -> None:
+    """On a new connection, and on one that has served and has been idle; the wait is a phase."""
+
+    async def run() -> None:
+        async with upstream() as fake, gateway(fake) as front:
+            client = Client(front)
+            for count in (1, 2):
+                sent = client.send(ASKED)
+                busy()
+                trail = (await client.answered(count))[-1]
+                assert is_between(trail.began, sent)
+                assert trail.read - trail.began >= BUSY_S - 0.001
+                busy()  # idle: what came long ago is no wait of the next request
+            client.sock.close()
+            answer = await front.post(HELLO)
+        assert "recv_queue;dur=" in answer.headers["server-timing"]
+
+    with asyncio.Runner(loop_factory=loop) as runner:
+        runner.run(run())
+
+
+@on_loop
+async def test_a_request_in_pieces_begins_with_its_first_and_pipelined_ones_with_theirs() -> None:
+    """Only until the first piece is read, a request waits to be read."""
+    async with upstream() as fake, gateway(fake) as front:
+        client = Client(front)
+        sent = client.send(ASKED[:20])
+        had = []
+        for piece in (ASKED[20:-5], ASKED[-5:]):
+            busy()
+            await front.client.get("/health")  # what came before it has been read now
+            had.append(time.monotonic())
+            client.send(piece)
+        (trail,) = await client.answered(1)
+        assert is_between(trail.began, sent)
+        assert trail.began + BUSY_S - 0.001 <= trail.read <= had[0]
+        sent = client.send(ASKED + ASKED)
+        busy()
+        _, second, third = await client.answered(3)
+        client.sock.close()
+    assert is_between(second.began, sent)
+    assert is_between(third.began, sent)
+
+
+@on_loop
+async def test_what_is_refused_below_http_took_its_wait_too() -> None:
+    async with upstream() as fake, gateway(fake) as front:
+        client = Client(front)
+        client.send(HEAD.encode().replace(b"content-length: ", b"content-length: x"))
+        busy()
+        await front.client.get("/health")
+        loop, got = asyncio.get_running_loop(), b""
+        while piece := await loop.sock_recv(client.sock, 2**16):
+            got += piece
+        client.sock.close()
+    assert got.startswith(b"HTTP/1.1 400")
+    (total,) = re.findall(rb"total;dur=([0-9.]+)", got)
+    assert float(total) >= 1000 * (BUSY_S - 0.001)
+
+
+def test_after_the_clock_was_set_the_next_wait_is_not_known_and_the_one_after_is() -> None:
+    """The kernel notes the wall clock's time. Of what came before it was set, and is read after,
+    nothing is known; a wait of an hour, or one that has not begun, would be told else."""
+    clocks = {"now": 100.0, "wall": 5_000.0}
+    arrivals = Arrivals(lambda: clocks["now"], lambda: clocks["wall"])
+
+    def noted(wall_s: float) -> bytes:
+        return struct.pack("ll", int(wall_s), round(1e9 * (wall_s % 1)))
+
+    clocks |= {"now": 100.5, "wall": 5_000.5}
+    assert arrivals.moment(noted(5_000.25)) == pytest.approx(100.25)
+    for step_s in (3600.0, -7200.0):
+        clocks["wall"] += step_s
+        assert arrivals.moment(noted(clocks["wall"] - step_s - 0.1)) == 0.0
+        assert arrivals.moment(noted(clocks["wall"] - 0.1)) == pytest.approx(100.4)
+
+
+class Connection:
+    """Keeps what it is told."""
+
+    arrived = -1.0
+
+    def __init__(self) -> None:
+        self.amid = False
+        self.got = b""
+
+    def data_received(self, data: memoryview) -> None:
+        self.got += bytes(data)
+
+    def eof_received(self) -> None:
+        self.got += b"."
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.got += b"!"
+
+    def pause_writing(self) -> None:
+        """It writes nothing."""
+
+    resume_writing = pause_writing
+
+
+@pytest.mark.parametrize("noted", [True, False])
+@on_loop
+async def test_where_the_kernel_notes_nothing_nothing_is_known_and_all_is_read(
+    noted: bool,
+) -> None:
+    """Nor of bytes in the middle of a request. A reader leaves its socket to the transport, also
+    where nobody tells it that the connection is lost."""
+    loop, connection = asyncio.get_running_loop(), Connection()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        if noted:
+            note_arrivals([server])
+        with socket.create_connection(server.getsockname()) as client:
+            theirs, _ = server.accept()
+            transport, _ = await loop.connect_accepted_socket(asyncio.Protocol, theirs)
+            reader = Reader(connection, Arrivals(), transport)
+            transport.set_protocol(reader)
+            for at, amid in enumerate((False, True, False)):
+                connection.amid = amid
+                client.sendall(b"x" * 2**12)
+                await until(lambda: len(connection.got) == 2**12 * (at + 1))  # noqa: B023
+                assert (connection.arrived > 0) == (noted and not amid)
+        await until(lambda: connection.got.endswith(b".!"))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        Reader(connection, Arrivals(), Over(server))
+        gc.collect()
+        assert server.getsockname()
+
+
+class Over(asyncio.Transport):
+    """A transport of which nothing but its socket is asked."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        super().__init__({"socket": sock})
