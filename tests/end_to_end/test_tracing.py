@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median, quantiles
@@ -17,14 +17,27 @@ from typing import Any
 import pytest
 
 from gateway.tallies import PHASES
+from policies.retrying import Breaker, Retries
 from policies.tracing import Tracing
 from telemetry.trace import begun, new_span_id, traceparent
 from tests.collector import Received, whole
 from tests.end_to_end.stack import CHAT, DEFAULTS, Stack, assert_idle, until
-from tests.end_to_end.traced_client import receive, send
-from tests.gateway.world import Peer, Replica, gateway, on_loop, upstream
+from tests.end_to_end.traced_client import (
+    CUT,
+    FAILS,
+    FAULT,
+    LATE,
+    LEAVES,
+    RESCUED,
+    WHOLE,
+    receive,
+    send,
+)
+from tests.gateway.world import DONE, Peer, Replica, gateway, on_loop, upstream
 
 GATEWAY, RUNTIME = "headgate-gateway", "headgate-runtime"
+CLIENT = (sys.executable, str(Path(__file__).with_name("traced_client.py")))
+MISSED = ("504", "deadline_exceeded", "request_timeout")  # by the worker, or the gateway
 INSIDE = {"engine.tokenize", "engine.queue", "engine.prefill", "engine.decode"}
 
 
@@ -135,35 +148,106 @@ def test_under_load_traces_last_as_long_as_a_client_in_its_own_process_waited(st
     its way out to the last byte in the client's socket: what a client's own process loses is not
     the gateway's, and what lies unread at the gateway is. Of those that leave, the tree alone is
     compared."""
-    command = (sys.executable, str(Path(__file__).with_name("traced_client.py")))
+    kinds = (WHOLE, FAULT, WHOLE, LEAVES, WHOLE, LATE, WHOLE, LEAVES)
     told = subprocess.run(
-        [*command, str(stack.port), "8", "8"], capture_output=True, timeout=240, check=True
+        [*CLIENT, str(stack.port), "8", "8", *kinds], capture_output=True, timeout=240, check=True
     )
     assert_idle(stack.worker)
-    lost, before, queued, after, apart, late = [list[float]() for _ in range(6)]
-    seen = Counter[str]()
-    for row in json.loads(told.stdout):
-        root = whole(arrived(stack, row["trace_id"], GATEWAY))
-        assert root.error == (row["what"] == "fault")
-        seen[row["what"]] += 1
-        if row["what"] == "leaves":
-            assert root.attributes["error.type"] == "client_cancelled"
-            continue
-        lost.append(row["sent"] - row["began"])
-        before.append(root.start_ns / 1e9 - row["sent"])
-        queued.append(root.attributes["headgate.phase.recv_queue_s"])
-        after.append(row["reached"] - root.end_ns / 1e9)
-        apart.append(abs(row["reached"] - row["sent"] - root.s))
-        late.append(row["ended"] - row["reached"])
-    for name, found in (
-        ("apart", apart), ("until the client sent", lost), ("until it came", before),
-        ("until the gateway read", queued), ("after its last write", after),
-        ("until the client read", late),
-    ):  # fmt: skip
-        p95 = quantiles(found, n=20)[-1]
-        print(f"{name}: median {1000 * median(found):.2f}, p95 {1000 * p95:.2f} ms")
-    assert seen == {"whole": 32, "fault": 16, "leaves": 16}
-    assert quantiles(apart, n=20)[-1] < 0.002
+    rows, seen = json.loads(told.stdout), Counter[str]()
+    for row in rows:
+        root = row["root"] = whole(arrived(stack, row["trace_id"], GATEWAY))
+        # A deadline that passes before a first token is the worker's status.
+        why = {LEAVES: ("client_cancelled",), WHOLE: (None,)}.get(what := row["what"], MISSED)
+        assert root.error == (what in (FAULT, LATE))
+        assert root.attributes.get("error.type") in why
+        seen[what] += 1
+    assert seen == {WHOLE: 32, FAULT: 8, LATE: 8, LEAVES: 16}
+    assert apart_s([row for row in rows if row["what"] != LEAVES]) < 0.002
+
+
+def apart_s(rows: list[dict[str, Any]]) -> float:
+    """At the 95th percentile, of what a client says and its trace; prints how that comes about."""
+    found = defaultdict[str, list[float]](list)
+    for row in rows:
+        root = row["root"]
+        found["apart"].append(abs(row["reached"] - row["sent"] - root.s))
+        found["until the client sent"].append(row["sent"] - row["began"])
+        found["until it came"].append(root.start_ns / 1e9 - row["sent"])
+        found["until the gateway read"].append(root.attributes["headgate.phase.recv_queue_s"])
+        found["after its last write"].append(row["reached"] - root.end_ns / 1e9)
+        found["until the client read"].append(row["ended"] - row["reached"])
+    p95 = {name: quantiles(each, n=20)[-1] for name, each in found.items()}
+    for name, each in found.items():
+        print(f"{name}: median {1000 * median(each):.2f}, p95 {1000 * p95[name]:.2f} ms")
+    return p95["apart"]
+
+
+@on_loop
+async def test_under_load_a_replica_that_fails_leaves_one_tree_and_the_right_outcome(
+    stack: Stack,
+) -> None:
+    """Eight at once, three quarters of which meet a 500 that stays, a stream that breaks and that
+    nobody goes on with, or a 500, then a break, and a real worker that ends it."""
+    tries = Counter[str]()
+
+    async def answer(peer: Peer) -> None:
+        (message,) = json.loads(peer.request.body)["messages"]
+        what, trace_id = message["content"], peer.request.headers["traceparent"].split("-")[1]
+        tries[trace_id] += 1
+        if what == FAILS or (what == RESCUED and tries[trace_id] == 1):
+            await peer.json({"error": {"message": "no"}}, 500)
+        elif what == WHOLE:
+            await peer.stream(said("Hel"), DONE)
+        else:
+            await peer.head()
+            await peer.chunk(said("Hel"))
+            peer.abort()
+
+    rescuer = Replica(stack.worker.url, own=True, kind="headgate", models={"pocket": {}})
+    rescuer.healthy = True
+    async with (
+        upstream(answer, models=("pocket",)) as broken,
+        gateway(
+            Replica(broken.url, own=True, kind="headgate"),
+            tracing=Tracing(endpoint=stack.collector.url),
+            resume="auto",
+            retries=Retries(budget_share=1.0, budget_min_per_s=1000),
+            breaker=Breaker(failures=1000, min_requests=10**6),
+        ) as front,
+    ):
+        front.pool.rescuers = lambda: (rescuer,)
+        kinds = (WHOLE, FAILS, RESCUED, CUT)
+        client = await asyncio.create_subprocess_exec(
+            *CLIENT, str(front.port), "8", "8", *kinds, stdout=asyncio.subprocess.PIPE
+        )
+        rows = json.loads((await client.communicate())[0])
+    for row in rows:
+        services = {GATEWAY, RUNTIME} if row["what"] == RESCUED else {GATEWAY}
+        spans = await asyncio.to_thread(arrived, stack, row["trace_id"], *services)
+        root = row["root"] = whole(spans)
+        clients = sorted((one for one in spans if one.kind == 3), key=lambda one: one.start_ns)
+        outcomes = [(one.attributes["headgate.outcome"], one.error) for one in clients]
+        told = (root.attributes["http.response.status_code"], root.attributes.get("error.type"))
+        assert (root.error, told, outcomes) == {
+            WHOLE: (False, (200, None), [("200", False)]),
+            FAILS: (True, (500, "500"), 3 * [("500", True)]),
+            CUT: (True, (200, "upstream_stream_cut"), [("200", True)]),
+            RESCUED: (False, (200, None), [("500", True), ("200", True), ("200", False)]),
+        }[row["what"]]
+        if row["what"] == RESCUED:
+            (request,) = (one for one in spans if one.name == "llm_request")
+            assert request.parent_id == clients[-1].span_id
+    assert Counter(row["what"] for row in rows) == dict.fromkeys(kinds, 16)
+    assert apart_s(rows) < 0.002
+
+
+def said(text: str) -> bytes:
+    """An event of a stream."""
+    chunk = {
+        "id": "c", "object": "chat.completion.chunk", "created": 1, "model": "pocket",
+        "choices": [{"index": 0, "delta": {"role": "assistant", "content": text}}],
+    }  # fmt: skip
+    return b"data: " + json.dumps(chunk).encode() + b"\n\n"
 
 
 def test_a_failed_request_is_sent_though_it_was_not_sampled(stack: Stack) -> None:
@@ -198,11 +282,7 @@ async def test_a_stream_that_breaks_and_goes_on_elsewhere_is_one_tree(stack: Sta
             await peer.json({"error": {"message": "no"}}, 500)
             return
         await peer.head()
-        chunk = {
-            "id": "c", "object": "chat.completion.chunk", "created": 1, "model": "pocket",
-            "choices": [{"index": 0, "delta": {"role": "assistant", "content": "Hel"}}],
-        }  # fmt: skip
-        await peer.chunk(b"data: " + json.dumps(chunk).encode() + b"\n\n")
+        await peer.chunk(said("Hel"))
         peer.abort()
 
     rescuer = Replica(stack.worker.url, own=True, kind="headgate", models={"pocket": {}})

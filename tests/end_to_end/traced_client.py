@@ -2,7 +2,7 @@
 tells as JSON when each was sent and when its last byte came, by its own clock and the kernel's,
 which knows what a process loses while it waits for a core.
 
-python traced_client.py PORT AT_ONCE TURNS
+python traced_client.py PORT AT_ONCE TURNS KIND...
 """
 
 from __future__ import annotations
@@ -14,13 +14,18 @@ import socket
 import struct
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 # Linux tells when what is read had come to the socket (SO_TIMESTAMPNS), and when what was written
 # left it (SO_TIMESTAMPING: by software, of what is sent, without the packet).
 TIMESTAMPS, SENT = 35, 37
 OF_SENT = 1 << 1 | 1 << 4 | 1 << 11
-WHOLE, FAULT, LEAVES = "whole", "fault", "leaves"
+# Kinds, each of which is its request's message: an answer whose deadline passes, a stream whose
+# does, one that its client leaves, whole ones; and what a test's own replica does to them.
+FAULT, LATE, LEAVES, WHOLE = "fault", "late", "leaves", "whole"
+FAILS, CUT, RESCUED = "fails", "cut", "rescued"
+LONG = (FAULT, LATE, LEAVES)
 
 
 class Talk:
@@ -37,15 +42,15 @@ class Talk:
         self.sent = send(self.sock, request)
 
     def _request(self) -> bytes:
-        tokens = 8 if self.what == WHOLE else 2000
         body = json.dumps(
             {
-                "model": "pocket", "messages": [{"role": "user", "content": "hi"}],
-                "stream": self.what != FAULT, "max_tokens": tokens, "ignore_eos": True,
-                "temperature": 0,
+                "model": "pocket", "messages": [{"role": "user", "content": self.what}],
+                "stream": self.what != FAULT, "max_tokens": 2000 if self.what in LONG else 8,
+                "ignore_eos": True, "temperature": 0,
+                "n": 2 if self.what == CUT else 1,  # which no other replica goes on with
             }
         ).encode()  # fmt: skip
-        deadline = "x-slo-deadline-ms: 300\r\n" if self.what == FAULT else ""
+        deadline = "x-slo-deadline-ms: 300\r\n" if self.what in (FAULT, LATE) else ""
         head = (
             "POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\n"
             f"content-length: {len(body)}\r\n{deadline}"
@@ -102,8 +107,8 @@ def _stamp(notes: list[tuple[int, int, bytes]], wanted: int) -> float:
     raise AssertionError(f"the kernel has noted no time: {notes}")
 
 
-def main(port: int, at_once: int, turns: int) -> None:
-    wanted = [(WHOLE, FAULT, WHOLE, LEAVES)[n % 4] for n in range(at_once * turns)]
+def main(port: int, at_once: int, turns: int, kinds: Sequence[str]) -> None:
+    wanted = [kinds[n % len(kinds)] for n in range(at_once * turns)]
     rows = []
     with selectors.DefaultSelector() as selector:
 
@@ -126,4 +131,4 @@ def main(port: int, at_once: int, turns: int) -> None:
 
 
 if __name__ == "__main__":
-    main(*(int(one) for one in sys.argv[1:]))
+    main(*(int(one) for one in sys.argv[1:4]), sys.argv[4:])
