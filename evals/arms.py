@@ -165,7 +165,9 @@ async def _up(
         if configured is None:
             assert variant.url is not None
             url = variant.url.rstrip("/").removesuffix("/v1")
-            return await _known(Arm(name, url, key, variant.model or "", (f"{url}/metrics",)))
+            arm = Arm(name, url, key, variant.model or "", (f"{url}/metrics",))
+            opens = variant.metrics_key_env
+            return await _known(replace(arm, scrape_key=os.environ.get(opens) if opens else None))
         own = folder / name
         policy = write_policy(configured, own)
         said = await stack.enter_async_context(

@@ -9,6 +9,7 @@ import contextlib
 import importlib.metadata
 import os
 import platform
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -27,6 +28,7 @@ from evals.needs import supply_of
 from evals.pairs import CANDIDATE
 from evals.plan import Plan as Outlook, plan as outlook
 from evals.progress import Progress
+from evals.questions import Unanswerable
 from evals.reach import of_rows
 from evals.replay import Lateness
 from evals.report.files import write_reports
@@ -38,7 +40,7 @@ from policies.binding import ledger_of, pair, sides
 from policies.hypothesis import Hypothesis
 from policies.ledger import Ledger
 from policies.load import load_hypothesis, read_yaml
-from policies.patching import Configured
+from policies.patching import Configured, spelled_out
 from policies.problems import PolicyError, Problem, dotted
 
 STATE = ".headgate"  # beside the hypothesis
@@ -85,9 +87,10 @@ def prepare(file: Path, *, allow_code: bool = False) -> Prepared:
     _refuse_keyless(file, hypothesis)
     configured = pair(file, hypothesis)
     refuse_uncounted(file, hypothesis, configured[1])
+    baseline, candidate, spec = sides(file, hypothesis)
+    hypothesis = spelled_out(hypothesis, configured)
     sources = read_sources(file, hypothesis, allow_code=allow_code)
     blocks = [block for source in sources for block in source.blocks]
-    baseline, candidate, spec = sides(file, hypothesis)
     return Prepared(
         hypothesis=hypothesis,
         configured=configured,
@@ -104,22 +107,30 @@ def _refuse_keyless(file: Path, hypothesis: Hypothesis) -> None:
     """A server that asks for a key would refuse every request of a run."""
     _, places, _ = read_yaml(str(file))
     for name, one in (("baseline", hypothesis.baseline), ("candidate", hypothesis.candidate)):
-        if one.api_key_env is not None and not os.environ.get(one.api_key_env):
-            path = (name, "api_key_env")
-            why = (
-                f"the environment has no {one.api_key_env}: export the key that {one.url} asks for"
-            )
+        for field in ("api_key_env", "metrics_key_env"):
+            variable = getattr(one, field)
+            if variable is None or os.environ.get(variable):
+                continue
+            path = (name, field)
+            what = one.url if field == "api_key_env" else f"{one.url}'s /metrics"
+            why = f"the environment has no {variable}: export the key that {what} asks for"
             raise PolicyError(Problem(str(file), why, places.of(path), dotted(path)))
 
 
 async def execute(plan: Prepared, say: Say, progress: Progress) -> Verdict:
     """Runs what is left of the plan, judges, and records the verdict. Raises JournalError, and
-    Unanswerable for a counter that the candidate does not have.
+    Unanswerable for a counter that the candidate does not have: of a run that has asked nothing
+    that counts, nothing stays.
     """
     folder = _folder(plan, say)
     with Journal(folder / JOURNAL_FILE) as journal:
         if any(step not in journal for step in plan.steps):
-            await _run(plan, folder, journal, say, progress)
+            try:
+                await _run(plan, folder, journal, say, progress)
+            except Unanswerable:
+                if not journal.done:
+                    shutil.rmtree(folder)
+                raise
         told = _told_arms(folder)
         rows = Rows(
             hypothesis=plan.hypothesis,

@@ -52,6 +52,12 @@ class Variant(PolicyModel):
     api_key_env: str | None = Field(
         None, pattern=VARIABLE, description="Environment variable with the key to send."
     )
+    metrics_key_env: str | None = Field(
+        None,
+        pattern=VARIABLE,
+        description="Of a `url`: environment variable with the key that its /metrics asks for, "
+        "where that is another, as a gateway's operator has (`gateway.admin.key_env`).",
+    )
     model: str | None = Field(
         None, min_length=1, description="Name of the model to ask. Default: the first it offers."
     )
@@ -354,6 +360,9 @@ class Hypothesis(PolicyModel):
         for name, one in (("baseline", base), ("candidate", other)):
             if one.config is not None and one.url is not None:
                 yield (name, "url"), "give `config` or `url`, not both", one.url
+            if one.metrics_key_env is not None and one.url is None:
+                why = "is for a `url`: of a policy that is served here, its own admin key is sent"
+                yield (name, "metrics_key_env"), why, one.metrics_key_env
             if one.url is not None and one.patch:
                 yield (name, "patch"), "a server that runs cannot be patched", one.patch
         if base.config is None and base.url is None:

@@ -18,7 +18,6 @@ from policies.model_facts import (
     Facts,
     digest_files,
     engine_facts,
-    hub_folder,
     kept_digests,
     read_weights,
     source_digest,
@@ -26,7 +25,13 @@ from policies.model_facts import (
     tokenizer_facts,
     version,
 )
-from policies.model_folder import ModelError, find_draft, find_model
+from policies.model_folder import (
+    ModelError,
+    find_draft,
+    find_model,
+    hub_folder,
+    tokenizer_folder,
+)
 from policies.schema import Deployment, Discovery, Gateway, Runtime, Upstream
 from policies.side import Side, leaf
 
@@ -161,8 +166,10 @@ def _upstreams(beside: Path, deployment: Deployment) -> list[dict[str, Any]]:
     listed: tuple[Upstream | Discovery, ...] = (*deployment.upstreams, *deployment.discovery)
     for one in listed:
         said = one.model_dump(mode="json", exclude={"api_key_env", "drain", "every_s"})
+        if isinstance(one, Discovery) and one.kv_events is None:
+            del said["kv_events"]  # a field that was not there when others were judged
         if one.tokenizer is not None:
-            folder = beside / one.tokenizer
+            folder = tokenizer_folder(one.tokenizer, beside) or beside / one.tokenizer
             said["tokenizer"] = [tokenizer_facts(folder), template_facts(folder)]
         found.append(said)
     return found

@@ -24,6 +24,7 @@ from policies.model_folder import (
     is_hub_name,
     refuse_large_draft,
     served_name,
+    tokenizer_folder,
 )
 from policies.problems import Places, PolicyError, Problem, closest, dotted, explain
 from policies.schema import Deployment, Runtime
@@ -214,11 +215,10 @@ def resolve_tokenizers(policy: str | Path, deployment: Deployment) -> Deployment
 
 
 def _tokenizer_folder(policy: str | Path, name: str, path: _Path) -> Path:
-    folder = Path(policy).absolute().parent / name
-    for place in (folder, hub_folder(name)):
-        if place is not None and (place / "tokenizer.json").is_file():
-            return place
-    message = f"there is no file {str(folder / 'tokenizer.json')!r}"
+    beside = Path(policy).absolute().parent
+    if (found := tokenizer_folder(name, beside)) is not None:
+        return found
+    message = f"there is no file {str(beside / name / 'tokenizer.json')!r}"
     if is_hub_name(name):
         message += (
             f", and no tokenizer of {name!r} in this machine's cache of the hub: `hf download "

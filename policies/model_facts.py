@@ -159,18 +159,3 @@ def _write_kept(kept: Path, digests: dict[str, Any]) -> None:
 
 
 # ---- hub names ----------------------------------------------------------------------------------
-
-
-def hub_folder(name: str, revision: str | None) -> Path | None:
-    """Where the hub's client keeps what it has fetched of a name; None where it has fetched
-    nothing. https://huggingface.co/docs/huggingface_hub/guides/manage-cache"""
-    home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
-    cache = Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub")
-    kept = cache / f"models--{name.replace('/', '--')}"
-    wanted = revision or "main"
-    try:
-        commit = (kept / "refs" / wanted).read_text("ascii").strip()
-    except (OSError, ValueError):
-        commit = wanted
-    folder = kept / "snapshots" / commit
-    return folder if folder.is_dir() else None

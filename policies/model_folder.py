@@ -99,6 +99,15 @@ def hub_folder(
     return folder if folder.is_dir() else None
 
 
+def tokenizer_folder(name: str, beside: Path) -> Path | None:
+    """Where the tokenizer of servers elsewhere is: in a folder beside the policy file, else where
+    this machine has what the hub calls so."""
+    for place in (beside / name, hub_folder(name)):
+        if place is not None and (place / "tokenizer.json").is_file():
+            return place
+    return None
+
+
 def find_draft(name: str, beside: Path) -> Path | str:
     """The same for a model that guesses; `pocket` is the pocket model's. Raises ModelError."""
     if name != POCKET:

@@ -6,7 +6,7 @@ Knows paths such as `runtime.kv` and what of two policies differs; what may diff
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,28 @@ def patched(data: Mapping[str, Any], patch: Mapping[str, Any]) -> dict[str, Any]
             here = inner
         here[last] = copy.deepcopy(value)
     return result
+
+
+def spelled_out(hypothesis: Hypothesis, configured: Sequence[Configured | None]) -> Hypothesis:
+    """The same, with all in which a candidate's own file differs from the baseline's as its patch:
+    what a change touches is told by paths, wherever they are written."""
+    first, second = configured
+    other = hypothesis.candidate
+    if first is None or second is None or other.config is None:
+        return hypothesis
+    whole = second.deployment.model_dump(mode="json")
+    patch = dict(other.patch)
+    for path in sorted(differences(first.deployment, second.deployment)):
+        if not any(f"{path}.".startswith(f"{known}.") for known in patch):
+            patch[path] = _value(whole, path)
+    return hypothesis.model_copy(update={"candidate": other.model_copy(update={"patch": patch})})
+
+
+def _value(whole: Any, path: str) -> Any:
+    """None behind a part that is not there."""
+    for name in path.split("."):
+        whole = whole.get(name) if isinstance(whole, dict) else None
+    return whole
 
 
 def differences(first: Deployment, second: Deployment) -> list[str]:

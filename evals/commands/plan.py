@@ -23,7 +23,7 @@ from evals.verdict import EXIT_CODES, USAGE_EXIT
 from evals.verdict_file import BrokenRun, read_rows
 from policies.hypothesis import Hypothesis
 from policies.load import PolicyError, load_hypothesis
-from policies.patching import variants
+from policies.patching import spelled_out, variants
 
 
 @click.command("plan")
@@ -83,6 +83,7 @@ def planned(
     # what is wrong with the two configurations is told here already
     configured = variants(file, asked)
     refuse_uncounted(file, asked, configured[1])
+    asked = spelled_out(asked, configured)
     sources = read_sources(file, asked)
     supplies = {one.name: supply_of(one.blocks) for one in sources}
     noise: dict[str, Noise] = {}

@@ -184,8 +184,7 @@ def test_a_counter_that_the_candidate_does_not_have_ends_a_run_at_its_beginning(
     assert (code, out) == (2, "")
     assert f"{file}:12:23  activation[0].metric  nothing counts 'replica_request' at the" in err
     assert err.rstrip().endswith("did you mean 'replica_requests'?")
-    (run,) = (folder / ".headgate" / "runs").glob("uncounted-*")
-    assert not (run / "journal.jsonl").read_bytes()
+    assert not [*(folder / ".headgate" / "runs").glob("uncounted-*")]
 
 
 def test_a_dead_server_makes_a_run_invalid_and_never_a_pass(folder: Path, stack: Stack) -> None:

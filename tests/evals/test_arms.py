@@ -11,10 +11,13 @@ import pytest
 from aiohttp import web
 
 from evals.arms import Arm, Starting, risen, series, started, summed
+from evals.execute import prepare
 from policies.binding import pair
+from policies.edge import Admin
 from policies.hypothesis import Hypothesis
-from policies.load import load_hypothesis
-from tests.gateway.world import HELLO, on_loop, refused_port, upstream
+from policies.load import PolicyError, load_hypothesis
+from policies.slo import Tenant
+from tests.gateway.world import HELLO, gateway, on_loop, refused_port, upstream
 
 HYPOTHESIS = """\
 apiVersion: headgate/v1
@@ -94,6 +97,36 @@ async def test_counters_are_read_with_the_operators_key(
             assert not arms["baseline"].broken
             seen = summed(await series(arms["baseline"]))
     assert seen["headgate_gateway_replicas_ready"] == 1
+
+
+@on_loop
+async def test_counters_of_a_server_at_a_url_are_read_with_the_key_that_its_arm_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A gateway with an operator's key tells a client nothing; an arm at a URL could name none."""
+    for name in ("CLIENTS", "OPERATOR"):
+        monkeypatch.setenv(name, f"hg-{name}")
+    tenants = {"clients": Tenant(key_env="CLIENTS")}
+    admin = Admin(key_env="OPERATOR")
+    async with upstream() as fake, gateway(fake, tenants=tenants, admin=admin) as edge:
+        for named, seen in (("", None), (", metrics_key_env: OPERATOR", 1)):
+            arm = f"{{url: '{edge.url}', api_key_env: CLIENTS{named}}}"
+            text = HYPOTHESIS.replace("{config: base.yaml}", arm)
+            patch = "{patch: {gateway.routing.policy: round_robin}}"
+            text = text.replace(patch, arm.replace("api_key_env", "model: m, api_key_env"))
+            file = tmp_path / "h.yaml"
+            file.write_text(text + "design: {aa_control: false, sabotage_control: false}\n")
+            asked = load_hypothesis(file)
+            async with started(Starting(asked, pair(file, asked), tmp_path / "arms")) as arms:
+                assert not arms["candidate"].broken
+                told = summed(await series(arms["candidate"]))
+                assert told.get("headgate_gateway_replicas_ready") == seen
+    monkeypatch.delenv("OPERATOR")
+    with pytest.raises(PolicyError, match=r"metrics_key_env  the environment has no OPERATOR"):
+        prepare(file)
+    file.write_text(HYPOTHESIS.replace("base.yaml}", "base.yaml, metrics_key_env: OPERATOR}"))
+    with pytest.raises(PolicyError, match="its own admin key is sent"):
+        load_hypothesis(file)
 
 
 def test_a_process_that_starts_anew_takes_nothing_from_what_the_others_counted() -> None:

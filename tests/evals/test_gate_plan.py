@@ -10,8 +10,12 @@ from click.testing import CliRunner
 
 import headgate
 from evals.controls import Facts
+from evals.execute import prepare
 from evals.pairs import CANDIDATE
+from evals.strata import traces
 from evals.verdict_file import Rows, write_run
+from policies.hypothesis import Hypothesis
+from policies.load import load_hypothesis
 from tests.evals.simulated import BASE, OTHER, SPEC, hypothesis, observed
 
 FILE = """\
@@ -150,3 +154,33 @@ def test_what_cannot_be_asked_is_told_at_its_place(tmp_path: Path) -> None:
     assert code == 2
     assert "there is no suite 'qb'" in said
     assert run(folder(tmp_path, 9), "--from", tmp_path / "nothing")[0] == 2
+
+
+def test_what_a_candidates_own_file_touches_is_known_as_of_a_patch(tmp_path: Path) -> None:
+    """It was taken to touch every request, so that nothing guarded against dilution; and what is
+    recorded of the run says the same to whoever verifies it."""
+    by_file = FILE.replace("lossy_model", "lossy_input").replace(
+        "{patch: {runtime.weights: w8a8}}",
+        "{config: other.yaml, patch: {gateway.trim.drop: middle}}",
+    )
+    file = folder(tmp_path, 600, by_file)
+    (tmp_path / "other.yaml").write_text(
+        "version: 1\ngateway: {trim: {budget_tokens: 64, keep_share: 0.25}}\n"
+        "runtime: {model: pocket}\n"
+    )
+    plan = prepare(file)
+    assert plan.hypothesis.candidate.patch == {
+        "gateway.trim.drop": "middle",
+        "gateway.trim.budget_tokens": 64,
+        "gateway.trim.keep_share": 0.25,
+    }
+    assert traces(plan.hypothesis) == ("trimmed_tokens",)
+    assert traces(load_hypothesis(file)) == ("trimmed_tokens",)  # of the patch alone
+    file.write_text(by_file.replace(", patch: {gateway.trim.drop: middle}", ""))
+    assert traces(load_hypothesis(file)) == ()
+    assert traces(prepare(file).hypothesis) == ("trimmed_tokens",)
+    assert "none of 600 requests (prompts over the budget of a trim)" in run(file)[1]
+    recorded = plan.hypothesis.model_dump_json()
+    assert Hypothesis.model_validate_json(recorded) == plan.hypothesis
+    patched = folder(tmp_path, 600)
+    assert prepare(patched).hypothesis == load_hypothesis(patched)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from policies.leaves import _upstreams
 from policies.load import (
     PolicyError,
     load,
@@ -15,6 +16,7 @@ from policies.load import (
     resolve_tokenizers,
 )
 from policies.model_folder import hub_folder, pocket_folder
+from policies.schema import Deployment
 
 
 def make(folder: Path, *names: str) -> Path:
@@ -168,3 +170,19 @@ def test_a_tokenizer_is_found_by_a_name_of_the_hub_that_was_fetched(
     beside.mkdir(parents=True)
     (beside / "tokenizer.json").write_text("{}")
     assert resolve_tokenizers(file, load(file)).upstreams[0].tokenizer == str(beside)
+
+
+def test_a_verdict_knows_a_tokenizer_of_the_hub_by_what_is_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Named as on the hub or as a folder, it is the same one; another commit of it is not."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    first = cached(tmp_path / "home", "org/model")
+    told = []
+    for name in ("org/model", str(first), "org/model"):
+        upstream = {"url": "http://x", "tokenizer": name}
+        deployment = Deployment.model_validate({"version": 1, "upstreams": [upstream]})
+        told.append(_upstreams(tmp_path, deployment)[0]["tokenizer"])
+        (first / "tokenizer.json").write_text('{"another": 1}' if len(told) == 2 else "{}")
+    assert told[0] == told[1] != told[2]
