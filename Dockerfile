@@ -1,4 +1,4 @@
-# Two images of one recipe: `gateway` has no torch and some 90 MB of packages, `runtime` has the engine.
+# Two images of one recipe: `gateway` has no torch and some 100 MB of packages, `runtime` has the engine.
 #   docker build --target gateway -t headgate-gateway .
 #   docker build --target runtime -t headgate-runtime .
 # What each installs stands in EXTRAS below; pyproject.toml says what these are, constraints.txt which versions.
@@ -11,7 +11,7 @@ ENV PATH=/opt/headgate/bin:$PATH \
 # Volumes take owner and mode from here when they are first mounted.
 RUN groupadd --gid 10001 headgate \
  && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /var/lib/headgate --shell /usr/sbin/nologin headgate \
- && install -d -o 10001 -g 10001 /var/lib/headgate /var/lib/headgate/ledger /run/headgate
+ && install -d -o 10001 -g 10001 /var/lib/headgate /var/lib/headgate/ledger /var/cache/headgate /run/headgate
 WORKDIR /var/lib/headgate
 
 FROM base AS source
@@ -21,13 +21,12 @@ RUN python -m venv /opt/headgate
 COPY pyproject.toml constraints.txt ./
 COPY deploy/requirements.py deploy/
 
-# Packages first: they change seldom, and the source often.
+# Packages and our own files are layers of their own: a new version of ours is some 20 MB to fetch.
 FROM source AS gateway-packages
 ARG EXTRAS="gateway"
 RUN python deploy/requirements.py ${EXTRAS} > requirements.txt \
- && pip install -c constraints.txt -r requirements.txt
-COPY . .
-RUN pip install --no-deps .
+ && pip install -c constraints.txt -r requirements.txt \
+ && pip uninstall --yes setuptools pip
 
 # torch as pip finds it has CUDA on x86-64. TORCH_INDEX: an index with the build that you want instead.
 FROM source AS runtime-packages
@@ -35,18 +34,29 @@ ARG EXTRAS="runtime"
 ARG TORCH_INDEX=""
 RUN if [ -n "${TORCH_INDEX}" ]; then pip install -c constraints.txt --index-url "${TORCH_INDEX}" torch; fi \
  && python deploy/requirements.py ${EXTRAS} > requirements.txt \
- && pip install -c constraints.txt -r requirements.txt
+ && pip install -c constraints.txt -r requirements.txt \
+ && pip uninstall --yes pip
+
+FROM source AS ours
 COPY . .
-RUN pip install --no-deps .
+RUN pip install --no-deps --root /ours .
 
 FROM base AS gateway
 COPY --from=gateway-packages /opt/headgate /opt/headgate
+COPY --from=ours /ours/opt/headgate /opt/headgate
 USER 10001:10001
 EXPOSE 8080
 CMD ["python", "-P", "-m", "gateway", "--help"]
 
 FROM base AS runtime
+# COMPILER=g++ is what `runtime.compile: auto` needs; Debian says which version, and what it makes is tested when it is loaded.
+ARG COMPILER=""
+# hadolint ignore=DL3008
+RUN if [ -n "${COMPILER}" ]; then \
+      apt-get update && apt-get install -y --no-install-recommends "${COMPILER}" && rm -rf /var/lib/apt/lists/*; fi
 COPY --from=runtime-packages /opt/headgate /opt/headgate
+COPY --from=ours /ours/opt/headgate /opt/headgate
+ENV XDG_CACHE_HOME=/var/cache/headgate
 USER 10001:10001
 EXPOSE 8000
 CMD ["python", "-P", "-m", "runtime", "--help"]

@@ -40,6 +40,69 @@ def test_it_follows_the_specification_s_schema() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def as_docker_compose_reads_it(*environments: str) -> dict[str, dict[str, Any]]:
+    """The services that it would run, with everything filled in."""
+    if not (Path(sys.executable).parent / "docker-compose").exists():
+        pytest.skip("docker-compose is on Linux alone: its package has no build for here")
+    files = (f"--env-file=deploy/stack/{one}" for one in environments)
+    done = run("docker-compose", "--env-file=/dev/null", *files, "config", "--format=json")
+    assert done.returncode == 0, done.stderr
+    services: dict[str, dict[str, Any]] = json.loads(done.stdout)["services"]
+    return services
+
+
+@pytest.mark.parametrize(
+    ("environments", "more"),
+    [
+        (["gpu.env"], {"runtime-gpu"}),
+        (["vllm.env"], set(VLLM)),
+        (["observe.env"], {"collector", "jaeger", "prometheus", "grafana"}),
+    ],
+)
+def test_docker_compose_runs_what_an_environment_is_for(
+    environments: list[str], more: set[str]
+) -> None:
+    """Other engines in place of the two runtimes, or all that looks on beside them."""
+    plain, told = as_docker_compose_reads_it(), as_docker_compose_reads_it(*environments)
+    assert told.keys() - plain.keys() == more
+    left = {name for name, one in told.items() if one["deploy"].get("replicas", 1)}
+    away = set() if "observe.env" in environments else {"runtime-0", "runtime-1"}
+    assert plain.keys() - left == away
+
+
+def test_make_stack_starts_what_docker_compose_would() -> None:
+    """Ours reads the part of the specification that our file uses: commands, environment, files,
+    checks, order and ends are those that the original reads."""
+    theirs = as_docker_compose_reads_it()
+    ours = {one.name: one for one in read(FILE, ENVIRON)}
+    assert ours.keys() == theirs.keys()
+    for name, one in ours.items():
+        told = theirs[name]
+        assert list(one.argv) == [*(told["entrypoint"] or ()), *told["command"]]
+        assert dict(one.environment) == told.get("environment", {})
+        mounts = {(ROOT / m.source if not m.is_volume else m.source, m.target) for m in one.mounts}
+        assert {(str(source), target) for source, target in mounts} == {
+            (volume["source"], volume["target"]) for volume in told.get("volumes", ())
+        }
+        assert list(one.scratch) == [at.partition(":")[0] for at in told.get("tmpfs", ())]
+        assert [str(port) for port in one.ports] == told["expose"]
+        assert {
+            (str(outside), inside) for inside, outside in one.published.items()
+        } == {(port["published"], port["target"]) for port in told.get("ports", ())}  # fmt: skip
+        needs = {
+            other: rule["condition"] == "service_healthy"
+            for other, rule in told.get("depends_on", {}).items()
+            if other in theirs
+        }
+        assert dict(one.needs) == needs
+        check = told["healthcheck"]
+        assert one.check is not None
+        assert ["CMD", *one.check.argv] == check["test"]
+        assert one.check.every_s == duration_s(check["start_interval"])
+        assert one.stop_signal == told.get("stop_signal", "SIGTERM")
+        assert one.grace_s == duration_s(told["stop_grace_period"])
+
+
 def test_a_linter_of_container_security_finds_only_what_is_known() -> None:
     """Digests cannot be known where nothing can be pulled; vLLM's image is its makers'."""
     done = run("compose-lint", "--format", "json", "compose.yaml")

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from tests.policies.gated_world import DEVICES, HYPOTHESIS, NOW, verdict_on
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy" / "kubernetes"
+BESIDE_PYTHON = Path(sys.executable).parent
 FOLDERS = ("runtime", "vllm", "example")
 MARGIN_S = 10.0  # between the end of a drain and SIGKILL
 DNS_S = 5.0  # for which CoreDNS lets answers for headless services be kept
@@ -36,10 +38,11 @@ def documents(text: str) -> list[Object]:
 
 def rendered(folder: Path) -> list[Object]:
     """What `kubectl apply -k` would send."""
-    if shutil.which("kubectl") is None:
+    kubectl = shutil.which("kubectl", path=f"{BESIDE_PYTHON}{os.pathsep}{os.environ['PATH']}")
+    if kubectl is None:
         pytest.skip("kubectl, which renders kustomizations, is not installed")
     done = subprocess.run(
-        ["kubectl", "kustomize", str(folder)], capture_output=True, text=True, timeout=60
+        [kubectl, "kustomize", str(folder)], capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0, done.stderr
     return documents(done.stdout)

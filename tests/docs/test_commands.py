@@ -109,7 +109,12 @@ class Reader:
 
 def lacking(command: str) -> bool:
     """Whether it needs what Debian has not: it is read then, as what needs a cluster is."""
-    return command.startswith("kubectl ") and shutil.which("kubectl") is None
+    return command.startswith("kubectl ") and kubectl() is None
+
+
+def kubectl() -> str | None:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return shutil.which("kubectl", path=path)
 
 
 @contextmanager
@@ -124,6 +129,8 @@ def reader(folder: Path, todo: list[Step], stack: Stack) -> Iterator[Reader]:
         program = folder / "bin" / name
         program.write_text(f'#!/bin/sh\nexec {sys.executable}{words} "$@"\n')
         program.chmod(0o755)
+    if found := kubectl():
+        (folder / "bin" / "kubectl").symlink_to(found)
     it = Reader(folder, ports)
     try:
         yield it
