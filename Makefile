@@ -6,7 +6,7 @@ WORKERS ?= auto
 # Benign on every platform: idle OpenMP threads sleep instead of spinning.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help setup serve stack test check bench screenshots clients ray clean
+.PHONY: help setup serve stack test check bench screenshots clients kinds ray clean
 help:    ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
 
@@ -46,9 +46,14 @@ clients: setup .venv-clients/installed  ## inspect_ai and lm_eval against the re
 	.venv-clients/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	touch $@
 
+kinds: tests/deploy/kinds/node_modules/.package-lock.json  ## schemas of others' Kubernetes kinds, for tests; needs npm
+tests/deploy/kinds/node_modules/.package-lock.json: tests/deploy/kinds/package-lock.json
+	npm ci --prefix tests/deploy/kinds --ignore-scripts --no-audit --no-fund --silent
+	touch $@
+
 ray: setup  ## the fleet on a Ray cluster of three nodes, one of which dies; installs Ray
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ray]'
 	$(BIN)/python -m pytest tests/fleet -rA
 
 clean:   ## forget the environment and every cache
-	rm -rf .venv .venv-clients .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
+	rm -rf .venv .venv-clients tests/deploy/kinds/node_modules .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info

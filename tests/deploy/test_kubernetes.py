@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -26,8 +27,9 @@ BESIDE_PYTHON = Path(sys.executable).parent
 FOLDERS = ("runtime", "vllm", "example")
 MARGIN_S = 10.0  # between the end of a drain and SIGKILL
 DNS_S = 5.0  # for which CoreDNS lets answers for headless services be kept
-# Kinds of others, which Kubernetes' schemas do not have; their rules are below.
+# Kinds of others, which Kubernetes' schemas do not have.
 FOREIGN = {"HTTPRoute", "PodMonitor", "PrometheusRule", "ScaledObject"}
+KINDS = Path(__file__).parent / "kinds"
 
 Object = Mapping[str, Any]
 
@@ -118,6 +120,54 @@ def test_every_object_is_what_kubernetes_own_schema_says(
     assert not [problem for one in ours if (problem := schema_problems(one))]
     broken = {**ours[0], "metadata": {"name": "x", "lables": {}}}
     assert "lables" in str(schema_problems(broken))
+
+
+def foreign_problems(objects: Sequence[Object]) -> list[list[str]]:
+    """What the schemas of those who made these kinds have against each."""
+    node = shutil.which("node")
+    if node is None or not (KINDS / "node_modules").is_dir():
+        pytest.skip("needs node, and `make kinds`, which installs the schemas")
+    done = subprocess.run(
+        [node, KINDS / "kinds.mjs"],
+        input=json.dumps(objects), capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found: list[list[str]] = json.loads(done.stdout)
+    return found
+
+
+def test_objects_of_others_kinds_are_what_their_makers_schemas_say(
+    with_keda: list[Object], elsewhere: list[Object]
+) -> None:
+    """As strictly: values, what has to be there, and no field that they do not know."""
+    everything = (*rendered(DEPLOY / "example"), *with_keda, *elsewhere)
+    theirs = of_kind(everything, *FOREIGN)
+    assert {one["kind"] for one in theirs} == FOREIGN
+    assert foreign_problems(theirs) == [[]] * len(theirs)
+
+
+@pytest.mark.parametrize(
+    ("kind", "path", "value", "problem"),
+    [
+        ("HTTPRoute", "rules/0/timeouts", {"request": "off"}, "request must match pattern"),
+        ("HTTPRoute", "rules/0/backendRefs/0/weigth", 1, "weigth is not known"),
+        ("PodMonitor", "podMetricsEndpoints/0/intervall", "5s", "intervall is not known"),
+        ("PrometheusRule", "groups/1/rules/0/for", "two minutes", "for must match pattern"),
+        ("ScaledObject", "triggers/0", {"metadata": {}}, "must have required property type"),
+        ("ScaledObject", "maxReplicas", 8, "maxReplicas is not known"),
+    ],
+)
+def test_a_slip_in_an_object_of_another_s_kind_is_seen(
+    elsewhere: list[Object], kind: str, path: str, value: object, problem: str
+) -> None:
+    broken = json.loads(json.dumps(of_kind(elsewhere, kind)[0]))
+    *way, last = [int(one) if one.isdecimal() else one for one in path.split("/")]
+    place = broken["spec"]
+    for step in way:
+        place = place[step]
+    place[last] = value
+    (said,) = foreign_problems([broken])
+    assert any(problem in one for one in said), said
 
 
 def test_a_route_leads_clients_to_what_they_need_and_nothing_else() -> None:
