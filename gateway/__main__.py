@@ -6,9 +6,11 @@ import argparse
 import gc
 import logging
 import os
+import resource
 import socket
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +28,7 @@ log = logging.getLogger("headgate.gateway")
 PRIVATE_HOST = "127.0.0.1"  # where the supervisor asks one of several gateways
 
 GC_OBJECTS = 10_000  # that may come to be before a collection of the young ones
+FILES_MAX = 65_536
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -66,6 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     reload = Reload(origin, live, lambda adopted: adopt(config, adopted))
     config = configure(create_app(live, reload), settings, host=settings.host, port=port)
     collect_seldom()
+    take_files()
     if options.private is None:
         Server(config, live).run()
     else:
@@ -80,6 +84,15 @@ def collect_seldom() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(GC_OBJECTS)
+
+
+def take_files() -> None:
+    """As many open files as we may have: a stream is two, and the usual 1024 are soon gone."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = FILES_MAX if hard == resource.RLIM_INFINITY else min(hard, FILES_MAX)
+    if soft < most:
+        with suppress(ValueError):  # macOS has a limit below the one that it tells
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def listen(host: str, port: int, *, share: bool = False) -> socket.socket:
