@@ -176,8 +176,9 @@ function replicas() {
         const { rates, load } = replica;
         const [word, tone] = STATES[replica.state] || [replica.state, "warn"];
         say(where, address(replica.url));
-        say(kind, replica.error ? replica.error : `${replica.own ? "own worker" : replica.kind}${replica.weight === 1 ? "" : `, weight ${replica.weight}`}`);
-        put(kind, "title", replica.error);
+        const why = replica.error || (replica.held ? `by hand: ${replica.held}` : null);
+        say(kind, why || `${replica.own ? "own worker" : replica.kind}${replica.weight === 1 ? "" : `, weight ${replica.weight}`}`);
+        put(kind, "title", why);
         state.update(word, tone);
         const others = replica.elsewhere ? ` + ${count(replica.elsewhere)} elsewhere` : "";
         say(flight, `${count(replica.in_flight)}${others}`);

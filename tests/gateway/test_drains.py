@@ -89,7 +89,9 @@ async def test_a_drained_replica_ends_what_it_has_and_gets_nothing_new() -> None
         ]  # fmt: skip
         assert f'headgate_gateway_replica_draining{{replica="{one.url}"}} 1.0' in page
         assert f'headgate_gateway_replica_draining{{replica="{other.url}"}} 0.0' in page
-        assert [one["state"] for one in overview["replicas"]] == ["draining", "ready"]
+        assert [(one["state"], one["held"]) for one in overview["replicas"]] == [
+            ("draining", "new driver"), ("ready", ""),
+        ]  # fmt: skip
         release.set()
         for stream in streams:
             assert (await stream).content.endswith(DONE)
