@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from statistics import quantiles
 from typing import Any
 
+from gateway.intervals import median, share
 from gateway.variants import Variants
 from telemetry import Observation
 
@@ -57,6 +58,11 @@ class Arm:
             "drafted": self.drafted,
             "ttft_s": median_and_tail(ttft),
             "tpot_s": median_and_tail(tpot),
+            "failed_share": share(self.failed, self.requests),
+            "in_time_share": share(self.in_time, self.judged),
+            "accepted_share": share(self.accepted, self.drafted),
+            "ttft_median_s": median(ttft),
+            "tpot_median_s": median(tpot),
         }
 
 

@@ -60,7 +60,7 @@ class Lookups:
         edge = self._live.edge
         found, processes = await self._kept.tenants()
         told = together(found, edge.keys.tenants, by, number(asked, "top", TOP_USUAL, TOP_MOST))
-        left = await self._left(one["name"] for one in told["tenants"])
+        left, among = await self._left(one["name"] for one in told["tenants"])
         for one in told["tenants"]:
             known = edge.keys.tenants.get(one["name"])
             rights = known.rights if known is not None else None
@@ -72,16 +72,16 @@ class Lookups:
             **told,
             "at": time.time(),
             "keys": edge.keys.required,
-            # Without a shared store each process gives its share of every limit.
-            "share_of": 1 if edge.state.far is not None else edge.settings.processes,
+            "share_of": among,  # processes, of which each gives its share of every limit
             "processes": processes.payload(),
         }
 
-    async def _left(self, names: Iterable[str]) -> Mapping[str, list[dict[str, Any]]] | None:
-        """Of each of these: its limits, and what is left of them; one question to the store. None
-        where that does not answer."""
+    async def _left(
+        self, names: Iterable[str]
+    ) -> tuple[Mapping[str, list[dict[str, Any]]] | None, int]:
+        """Of each of these: its limits, and what is left of them, by one question to the store;
+        None where that does not answer. And of how many processes' limits they are a share."""
         edge = self._live.edge
-        among = 1 if edge.state.far is not None else edge.settings.processes
         found: list[tuple[str, str]] = []
         wants = []
         for name in names:
@@ -91,17 +91,17 @@ class Lookups:
                 wants += [type(one)(one.key, one.rule, 0.0) for one in some]
                 found += [(name, what) for what in whats]
         if not wants:
-            return {}
+            return {}, 1
         try:
             taken = await edge.state.store.take(wants)
         except StoreDown:
-            return None
+            return None, 1
         told: dict[str, list[dict[str, Any]]] = {}
         for (name, what), want, left in zip(found, wants, taken.left, strict=True):
             rule = want.rule
             limit = rule.capacity if isinstance(rule, Bucket) else rule.limit
             span = "minute" if isinstance(rule, Bucket) else "day"
             told.setdefault(name, []).append(
-                {"what": what, "limit": limit / among, "left": left, "per": span}
+                {"what": what, "limit": limit / taken.among, "left": left, "per": span}
             )
-        return told
+        return told, taken.among

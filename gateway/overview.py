@@ -25,6 +25,7 @@ from gateway.admin import Answer, Guarded
 from gateway.arms import Arms
 from gateway.edge import Edge, Live
 from gateway.history import History, tiers
+from gateway.intervals import apart
 from gateway.kept import Kept
 from gateway.lookups import routes as lookup_routes
 from gateway.overviews import OVERLAP_S, history, together
@@ -41,7 +42,7 @@ OVERVIEW_PATH = "/admin/overview"
 RECEIPT_PATH = "/admin/receipts/{id}"
 WHAT = "overview"
 AT_ONCE = 20  # samples
-RECENT = 50  # requests in one answer; lookups.py has the others
+RECENT = 10  # requests in one answer; lookups.py has the others
 LATE_S = 60.0  # of the requests whose quantiles are told
 
 
@@ -87,7 +88,10 @@ class Overview:
         since = _moment(scope)
         rollout = self._variants.told() or self._variants.last
         if rollout is not None:
-            rollout = {**rollout, "arms": await self._arms.told(rollout)}
+            arms = await self._arms.told(rollout)
+            both = "baseline" in arms and "candidate" in arms
+            far = apart(arms["baseline"], arms["candidate"]) if both else None
+            rollout = {**rollout, "arms": arms, "apart": far}
         own = self._own()
         others = await self._others(since - OVERLAP_S)
         if not others:

@@ -22,7 +22,8 @@ SLOT_S = 20.0
 SLOTS = 15
 WINDOW_S = SLOT_S * SLOTS
 OTHERS = "\0others"  # no tenant has such a name
-TOKENS = ("prompt_tokens", "cached_tokens", "answer_tokens", "billed_tokens")
+# `told`: of prompts whose replica says what of them it had; others say nothing of cached tokens.
+TOKENS = ("prompt_tokens", "told_tokens", "cached_tokens", "answer_tokens", "billed_tokens")
 COUNTS = (*FATES, *TOKENS)
 ORDERS = ("computed", "requests", "missed", "limited")
 _AT = {fate: at for at, fate in enumerate(FATES)}
@@ -70,9 +71,11 @@ class Tenants:
             row[at] += 1
             if usage is not None:
                 row[_PROMPT] += usage.prompt_tokens
-                row[_PROMPT + 1] += usage.cached_tokens or 0
-                row[_PROMPT + 2] += usage.answer_tokens
-                row[_PROMPT + 3] += usage.prompt_tokens + usage.answer_tokens
+                if usage.cached_tokens is not None:
+                    row[_PROMPT + 1] += usage.prompt_tokens
+                    row[_PROMPT + 2] += usage.cached_tokens
+                row[_PROMPT + 3] += usage.answer_tokens
+                row[_PROMPT + 4] += usage.prompt_tokens + usage.answer_tokens
 
     def told(self, now: float) -> dict[str, list[Counts]]:
         """Of each by its name: of the window, and since the start. `now` as `Trail.ended`."""

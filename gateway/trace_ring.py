@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
+from gateway.fate import fate_of
 from gateway.phases import phases
 from gateway.spans import shadow_spans, spans_of
 from gateway.trail import Trail
@@ -56,7 +57,7 @@ def _is_named(trail: Trail, name: str) -> bool:
 
 def told(trail: Trail) -> dict[str, Any]:
     """As JSON."""
-    service = trail.service
+    service, usage = trail.service, trail.usage
     return {
         "trace_id": trail.trace_id,
         "request_id": trail.request_id,
@@ -70,6 +71,11 @@ def told(trail: Trail) -> dict[str, Any]:
         "error": trail.error,
         "started_at": trail.at,
         "e2e_s": trail.e2e_s,
+        "tenant": trail.tenant,
+        "outcome": fate_of(trail),
+        "prompt_tokens": usage.prompt_tokens if usage else None,
+        "cached_tokens": usage.cached_tokens if usage else None,
+        "answer_tokens": usage.answer_tokens if usage else None,
         "ttft_s": trail.ttft_s,
         "keep": trail.keep,
         "phases": phases(trail),

@@ -229,7 +229,9 @@ class Trail:
     @property
     def ttft_s(self) -> float | None:
         """Of a stream: until its first piece that says something was here."""
-        return self.spoke - self.began if self.stream and self.spoke is not None else None
+        if not self.stream or self.spoke is None:
+            return None
+        return max(0.0, self.spoke - self.began)  # the loop's clock, by the millisecond
 
     @property
     def tpot_s(self) -> float | None:

@@ -46,6 +46,8 @@ export async function ask(path, body) {
 
 const VARIANT = "admin/variants/candidate";
 export const overview = (since) => ask(`admin/overview?since=${since}`);
+export const tenants = (by) => ask(`admin/tenants?by=${by}`);
+export const requests = (asked) => ask(`admin/requests${asked ? `?${asked}` : ""}`);
 export const receipt = (id) => ask(`admin/receipts/${encodeURIComponent(id)}`);
 export const trace = (id) => ask(`admin/traces/${encodeURIComponent(id)}`);
 export const pause = (id, why) => ask(`${VARIANT}/pause`, { id, why });

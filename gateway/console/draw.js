@@ -65,10 +65,11 @@ export function stack(label) {
       for (const one of items) {
         let part = parts.get(one.name);
         if (!part) {
-          part = h("span", { class: `part ${one.name}` });
+          part = h("span");
           parts.set(one.name, part);
           node.append(part);
         }
+        put(part, "class", `part ${one.kind || one.name}`);
         part.style.width = `${(100 * one.value) / sum}%`;
         put(part, "title", `${one.name.replaceAll("_", " ")}: ${one.said}`);
       }
@@ -87,11 +88,12 @@ export function legend() {
       for (const one of items) {
         let part = parts.get(one.name);
         if (!part) {
-          part = { value: h("b"), item: null };
-          part.item = h("li", {}, h("i", { class: `key ${one.name}`, "aria-hidden": "true" }), h("span", {}, one.name.replaceAll("_", " ")), part.value);
+          part = { value: h("b"), key: h("i", { "aria-hidden": "true" }), item: null };
+          part.item = h("li", {}, part.key, h("span", {}, one.name.replaceAll("_", " ")), part.value);
           parts.set(one.name, part);
           node.append(part.item);
         }
+        put(part.key, "class", `key ${one.kind || one.name}`);
         say(part.value, one.said);
         put(part.item, "data-none", one.value > 0 ? null : "");
       }

@@ -2,23 +2,26 @@
 
 import { Away, Refused, adminKey, keepAdminKey, overview } from "./api.js";
 import { h, put, say, show } from "./dom.js";
-import { span } from "./format.js";
+import { clock, seconds, span } from "./format.js";
 import { overviewView } from "./overview.js";
 import { playgroundView } from "./playground.js";
-import { requestView, requestsView } from "./requests.js";
+import { requestView } from "./request.js";
+import { requestsView } from "./requests.js";
 import { Samples } from "./samples.js";
+import { tenantsView } from "./tenants.js";
 
 const EVERY_MS = 1000;
 const HIDDEN_MS = 15000;
 const AWAY_MS = 1500;
+const SLOW_MS = 1500;
 
 const byId = (id) => document.getElementById(id);
 const samples = new Samples();
-const state = { told: null, seenAt: 0, frozen: false, view: null, process: null, asking: false };
+const state = { told: null, seenAt: 0, frozen: false, view: null, process: null, asking: false, took_ms: 0 };
 
 // ---- views --------------------------------------------------------------------------------------
 
-const VIEWS = { overview: overviewView, requests: requestsView, request: requestView, playground: playgroundView };
+const VIEWS = { overview: overviewView, requests: requestsView, request: requestView, tenants: tenantsView, playground: playgroundView };
 const kept = new Map(); // a view keeps what was typed into it
 
 // As it stands where it is no text that was encoded.
@@ -30,14 +33,22 @@ function decoded(text) {
   }
 }
 
+function cut(text, mark) {
+  const at = text.indexOf(mark);
+  return at < 0 ? [text, ""] : [text.slice(0, at), text.slice(at + 1)];
+}
+
 function turn(moved) {
-  const [asked, ...rest] = location.hash.slice(1).split("/");
+  const [path, query] = cut(location.hash.slice(1), "?");
+  const [asked, ...rest] = path.split("/");
   const name = Object.hasOwn(VIEWS, asked) ? asked : "overview";
   const make = VIEWS[name];
-  const key = name === asked ? location.hash : "#overview";
+  const key = name === "request" ? `#${path}` : `#${name}`;
   if (!kept.has(key)) {
     if (name === "request") for (const old of [...kept.keys()]) if (old.startsWith("#request/")) kept.delete(old);
-    kept.set(key, make(decoded(rest.join("/"))));
+    kept.set(key, make(name === "request" ? decoded(rest.join("/")) : query));
+  } else if (moved && name === asked) {
+    kept.get(key).go?.(query);
   }
   state.view = kept.get(key);
   // Before anything is known nothing is said of it.
@@ -57,8 +68,10 @@ async function look() {
   clearTimeout(timer);
   state.asking = true;
   let pause_ms = document.hidden ? HIDDEN_MS : EVERY_MS;
+  const began = performance.now();
   try {
     const told = await overview(samples.since);
+    state.took_ms = performance.now() - began;
     heard(told);
   } catch (error) {
     missed(error);
@@ -92,6 +105,7 @@ function heard(told) {
 // What the gateway could not do that was wanted of it.
 function concern(told) {
   if (told.policy.refused) return `The policy's last change was not taken: ${told.policy.refused}`;
+  if (state.took_ms > SLOW_MS) return `The gateway took ${seconds(state.took_ms / 1000)} to tell this: it, or the way to it, is slow. Figures are as of ${clock(told.at)}.`;
   if (told.rollout_lost) return `A rollout that this gateway cannot follow, so that the baseline serves here: ${told.rollout_lost}`;
   return "";
 }

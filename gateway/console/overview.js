@@ -4,14 +4,14 @@
 import { badge, h, keyed, meter, panel, put, say, show, table } from "./dom.js";
 import { legend, line, stack } from "./draw.js";
 import { NONE, address, count, day, fingerprint, percent, rate, seconds, share, span, times } from "./format.js";
-import { requestRows } from "./requests.js";
+import { noRequest, requestRows } from "./requests.js";
 import { rolloutPanel } from "./rollout.js";
 import { perSecond, shareOf, tokenShare, tokensPerSecond, total } from "./samples.js";
 
 const MINUTE_S = 60;
 
 export function overviewView() {
-  const whole = [tiles(), rolloutPanel(), tiers(), replicas(), optimizations()];
+  const whole = [tiles(), tiers(), rolloutPanel(), replicas(), optimizations()];
   const wide = [waterfall(), latest()];
   const slim = [ladder(), ledger()];
   const parts = [...whole, ...wide, ...slim];
@@ -85,7 +85,10 @@ function tiers() {
   let context = {};
   function tierRow(of, name) {
     const [running, waiting, perS, away] = Array.from({ length: 4 }, () => h("span"));
-    const [ttft, tpot] = [promised(), promised()];
+    const [ttft, tpot] = [promised(name), promised(name)];
+    const [gone, goneEver] = [h("b"), h("small")];
+    away.append(gone, goneEver);
+    put(away, "class", "promised");
     const kept = ["first tokens in time", "tokens in pace"].map((what) => attained(`${name}: ${what}`));
     const chart = line(`${name}: requests a second, last five minutes`, 24);
     const node = of.row(name, ttft.node, kept[0].node, tpot.node, kept[1].node, running, waiting, away, perS, chart.node);
@@ -95,15 +98,17 @@ function tiers() {
         const { told, samples } = context;
         const asked = tier.now;
         put(node, "data-idle", asked ? null : "");
-        ttft.update(tier.ttft_s, tier.ttft_ms);
+        ttft.update(tier.ttft_s, tier.ttft_ms, tier.slowest);
         tpot.update(tier.tpot_s, tier.tpot_ms);
         kept[0].update(tier.ttft_ms === null ? null : { now: samples.last(MINUTE_S, shareOf("in_time", "late", name)), ever: asked && share(asked.in_time, asked.in_time + asked.late) });
         kept[1].update(tier.tpot_ms === null ? null : { now: samples.last(MINUTE_S, shareOf("in_pace", "slow", name)), ever: asked && share(asked.in_pace, asked.in_pace + asked.slow) });
         say(running, asked ? count(asked.running) : NONE);
         say(waiting, asked ? count(asked.waiting) : NONE);
         say(perS, asked ? rate(samples.last(10, perSecond("admitted", name)) ?? 0) : NONE);
-        say(away, asked ? count(asked.shed + asked.limited) : NONE);
-        put(away, "data-tone", asked && asked.shed + asked.limited ? "warn" : null);
+        const late = samples.last(MINUTE_S, (newer, older) => total(newer, "shed", name) + total(newer, "limited", name) - total(older, "shed", name) - total(older, "limited", name));
+        say(gone, asked ? count(late ?? 0) : NONE);
+        say(goneEver, asked ? `${count(asked.shed + asked.limited)} ever` : "");
+        put(gone, "data-tone", late ? "warn" : null);
         chart.update(samples.over(perSecond("admitted", name)), told.at);
       },
     };
@@ -113,19 +118,22 @@ function tiers() {
     update(told, samples) {
       context = { told, samples };
       const idle = told.tiers.filter((one) => !one.now).map((one) => one.name);
-      say(made.note, idle.length === told.tiers.length ? "No request yet" : "median and p95 of the last minute; shares of the last minute, and since the start");
+      say(made.note, idle.length === told.tiers.length ? "No request yet" : "median / p95, shares and counts of the last minute; beside them, since the start");
       rows(told.tiers);
     },
   };
 }
 
 // What came, median and p95, above what is promised.
-function promised() {
-  const [seen, target] = [h("b"), h("small")];
+// It leads to the trace of the slowest of that minute.
+function promised(name) {
+  const [seen, target] = [h("a"), h("small")];
   return {
-    node: h("span", { class: "promised" }, seen, target),
-    update(found, target_ms) {
+    node: h("span", { class: "promised" }, h("b", {}, seen), target),
+    update(found, target_ms, slowest) {
       say(seen, found ? `${seconds(found.p50)} / ${seconds(found.p95)}` : NONE);
+      put(seen, "href", slowest ? `#request/${encodeURIComponent(slowest)}` : null);
+      put(seen, "title", slowest ? `${name}: median / p95 of the last minute; opens the trace of its slowest` : null);
       say(target, target_ms === null ? "no target" : `≤ ${seconds(target_ms / 1000)}`);
     },
   };
@@ -151,6 +159,8 @@ function attained(label) {
 
 // ---- replicas -----------------------------------------------------------------------------------
 
+const SHOWN = 8; // replicas, where there are more
+
 const STATES = { ready: ["Ready", "ok"], starting: ["Starting", "wait"], down: ["Down", "bad"], draining: ["Draining", "warn"], open: ["Circuit open", "bad"], half_open: ["On trial", "warn"] };
 
 function replicas() {
@@ -159,7 +169,9 @@ function replicas() {
     ["Replica", "name"], ["State", ""], ["In flight", "num"], ["Busy", "bar"], ["Cache in use", "bar"],
     ["Prefill tok/s", "num"], ["First token", "num"], ["Foreseen", "num spare"], ["Serves", "names spare"],
   ]);
-  made.node.append(h("div", { class: "scroll" }, grid.node));
+  let all = false;
+  const more = h("button", { type: "button", class: "more", on: { click: () => { all = !all; update(last); } } });
+  made.node.append(h("div", { class: "scroll" }, grid.node), more);
   const rows = keyed(grid.body, (one) => one.url, (one) => {
     const [where, kind, flight, prefill, ttft, error, serves] = Array.from({ length: 7 }, () => h("span"));
     const state = badge();
@@ -197,13 +209,19 @@ function replicas() {
       },
     };
   });
-  return {
-    node: made.node,
-    update(told) {
-      say(made.note, told.replicas.length ? "foreseen: by which factor predictions are off" : "No replica is known");
-      rows(told.replicas);
-    },
-  };
+  let last = null;
+  function update(told) {
+    last = told;
+    const ready = told.replicas.filter((one) => one.state === "ready").length;
+    const what = `${count(ready)} of ${count(told.replicas.length)} ready; first token: running mean; foreseen: by which factor predictions are off`;
+    say(made.note, told.replicas.length ? what : "No replica is known");
+    // Those that want a look stand first.
+    const some = told.replicas.toSorted((one, other) => (one.state === "ready") - (other.state === "ready"));
+    rows(all || some.length <= SHOWN + 2 ? some : some.slice(0, SHOWN));
+    show(more, some.length > SHOWN + 2);
+    say(more, all ? `Show the first ${SHOWN}` : `Show all ${count(some.length)}`);
+  }
+  return { node: made.node, update };
 }
 
 // ---- the ladder of cached tokens ----------------------------------------------------------------
@@ -230,7 +248,7 @@ function ladder() {
     node: made.node,
     update(told) {
       const found = told.cached_tokens;
-      say(made.note, found.requests ? `${count(found.requests)} answers${found.untold ? `, ${count(found.untold)} more told no count` : ""}` : "No answer has told yet");
+      say(made.note, found.requests ? `${count(found.requests)} answers since the start${found.untold ? `, ${count(found.untold)} more told no count` : ""}` : "No answer has told yet");
       for (const row of rows) {
         const part = share(found[row.name], found.prompt);
         say(row.value, `${percent(part)}`);
@@ -244,8 +262,6 @@ function ladder() {
 }
 
 // ---- where the time goes ------------------------------------------------------------------------
-
-const PHASES = ["recv_queue", "admit", "queue", "trim", "route", "network", "replica_queue", "prefill", "decode", "gateway"];
 
 function waterfall() {
   const made = panel("waterfall", "Where the time goes");
@@ -268,14 +284,14 @@ function waterfall() {
   return {
     node: made.node,
     update(told, samples) {
-      const found = told.tiers.filter((one) => one.now?.ended).map((one) => meanOf(one, samples));
+      const found = told.tiers.filter((one) => one.now?.ended).map((one) => meanOf(one, told.phases, samples));
       most = Math.max(...found.map((one) => one.sum), 1e-9);
       show(empty, !found.length);
       show(key.node, found.length > 0);
       say(made.note, found.length ? "of a request, on average: last minute, else since the start" : "");
       rows(found);
       const ended = found.reduce((all, one) => all + one.ended, 0) || 1;
-      key.update(PHASES.map((name, at) => {
+      key.update(told.phases.map((name, at) => {
         const value = found.reduce((all, one) => all + one.phases[at].value * one.ended, 0) / ended;
         return { name, value, said: seconds(value) };
       }));
@@ -284,14 +300,14 @@ function waterfall() {
 }
 
 // A tier's mean request by phase: of the last minute, and where none ended then, of all.
-function meanOf(tier, samples) {
+function meanOf(tier, names, samples) {
   const read = (newer, older) => {
     const ended = total(newer, "ended", tier.name) - total(older, "ended", tier.name);
-    return ended ? { ended, phases: PHASES.map((name) => (total(newer, `${name}_s`, tier.name) - total(older, `${name}_s`, tier.name)) / ended) } : null;
+    return ended ? { ended, phases: names.map((name) => (total(newer, `${name}_s`, tier.name) - total(older, `${name}_s`, tier.name)) / ended) } : null;
   };
-  const ever = { ended: tier.now.ended, phases: PHASES.map((name) => tier.now[`${name}_s`] / tier.now.ended) };
+  const ever = { ended: tier.now.ended, phases: names.map((name) => tier.now[`${name}_s`] / tier.now.ended) };
   const { ended, phases } = samples.last(MINUTE_S, read) || ever;
-  const told = PHASES.map((name, at) => ({ name, value: Math.max(0, phases[at]), said: seconds(Math.max(0, phases[at])) }));
+  const told = names.map((name, at) => ({ name, value: Math.max(0, phases[at]), said: seconds(Math.max(0, phases[at])) }));
   return { name: tier.name, ended, phases: told, sum: told.reduce((all, one) => all + one.value, 0) };
 }
 
@@ -319,7 +335,7 @@ function ledger() {
       const { stages, checked, violations } = told.tokens;
       for (const [name, value] of values) say(value, count(stages[name]));
       const broken = Object.entries(violations);
-      say(made.note, `${count(checked)} requests checked`);
+      say(made.note, `${count(checked)} requests checked, since the start`);
       say(wrong, broken.map(([name, times]) => `${count(times)}× ${name.replaceAll("_", " ")} does not hold`).join("; "));
       show(wrong, broken.length > 0);
     },
@@ -380,5 +396,5 @@ function latest() {
   const list = requestRows();
   made.head.append(h("a", { href: "#requests" }, "All of them"));
   made.node.append(list.node);
-  return { node: made.node, update: (told) => list.update(told.requests.slice(0, LATEST), told) };
+  return { node: made.node, update: (told) => list.update(told.requests.slice(0, LATEST), noRequest(told)) };
 }

@@ -1,25 +1,37 @@
-// Requests one by one: what each came to, where its time went, and why it went where it went.
+// The requests that are kept, sifted by what one looks for; how they are spread over time, and which
+// was the slowest of each bucket. What is asked for stands in the address, so that links lead here.
 
-import { Away, Refused, receipt, trace } from "./api.js";
+import { Away, Refused, requests } from "./api.js";
 import { badge, h, keyed, panel, put, say, show, table } from "./dom.js";
-import { legend, stack, waterfall } from "./draw.js";
-import { NONE, address, clock, count, percent, seconds, share, times } from "./format.js";
+import { NONE, address, clock, count, percent, seconds, share } from "./format.js";
+
+const EVERY_MS = 2000;
+const ID = /^\S{16,}$/;
+const TYPING_MS = 300;
+const OUTCOMES = [
+  ["", "any"], ["missed", "broke a promise"], ["ok", "ok"], ["late", "late"], ["failed", "failed"], ["shed", "shed"],
+  ["limited", "over a limit"], ["refused", "refused"], ["cancelled", "client left"],
+];
+const TOOK = [["", "any time"], ["0.1", "over 100 ms"], ["0.5", "over 500 ms"], ["1", "over 1 s"], ["2", "over 2 s"], ["5", "over 5 s"], ["20", "over 20 s"]];
+const CLOCKS = [["", "first token"], ["whole", "whole"]];
+const ORDERS = [["", "latest first"], ["slowest", "slowest first"]];
 
 // A status as a word and a tone. 499: the client left, which is nobody's fault.
-function ended(request) {
-  if (request.error === "client_cancelled" || !request.status) return ["client left", "wait"];
-  const tone = request.status >= 500 || (request.error && request.status === 200) ? "bad" : request.status >= 400 ? "warn" : "ok";
-  return [request.error && request.error !== String(request.status) ? `${request.status} ${request.error.replaceAll("_", " ")}` : String(request.status), tone];
+export function ended(request) {
+  if (request.outcome === "cancelled" || request.error === "client_cancelled" || !request.status) return ["client left", "wait"];
+  const tone = request.status >= 500 || (request.error && request.status === 200) ? "bad" : request.status >= 400 || request.outcome === "late" ? "warn" : "ok";
+  const word = request.error && request.error !== String(request.status) ? `${request.status} ${request.error.replaceAll("_", " ")}` : String(request.status);
+  return [request.outcome === "late" ? `${word} late` : word, tone];
 }
 
 export function requestRows() {
   const empty = h("p", { class: "empty" });
-  const grid = table("Requests, the latest first", [
+  const grid = table("Requests", [
     ["Came", "num"], ["Request", "name"], ["Tier", "tier"], ["Replica", "names extra"], ["Prompt", "num extra"], ["Cached", "num"],
     ["Answer", "num extra"], ["First token", "num"], ["Foreseen", "num extra"], ["Whole", "num"], ["Ended", "end"],
   ]);
   const scroll = h("div", { class: "scroll" }, grid.node);
-  const rows = keyed(grid.body, (one) => one.id, (one) => {
+  const rows = keyed(grid.body, (one) => `${one.id} ${one.at}`, (one) => {
     const [came, model, tier, where, prompt, cached, answer, ttft, foreseen, whole] = Array.from({ length: 10 }, () => h("span"));
     const outcome = badge();
     const link = h("a", { class: "mono id", href: `#request/${encodeURIComponent(one.id)}`, title: one.id }, one.id.replace(/^req_/, ""));
@@ -28,7 +40,8 @@ export function requestRows() {
       node: grid.row(came, h("span", {}, link, model), tier, where, prompt, cached, answer, ttft, foreseen, whole, outcome.node),
       update(request) {
         say(came, clock(request.at));
-        say(model, [request.model, request.arm === "candidate" ? "candidate" : "", request.tenant].filter(Boolean).join(" · "));
+        say(model, [request.tenant, request.arm === "candidate" ? "candidate" : "", request.model].filter(Boolean).join(" · "));
+        put(model, "title", model.textContent);
         say(tier, request.tier || NONE);
         say(where, address(request.replica));
         put(where, "title", request.replica);
@@ -40,149 +53,184 @@ export function requestRows() {
         say(whole, seconds(request.e2e_s));
         const [word, tone] = ended(request);
         outcome.update(request.attempts > 1 ? `${word}, ${request.attempts} tries` : word, tone);
+        put(outcome.node, "title", outcome.node.textContent);
       },
     };
   });
   return {
     node: h("div", {}, empty, scroll),
-    update(requests, told) {
-      show(empty, !requests.length);
-      show(scroll, requests.length > 0);
-      say(empty, told.kept_traces ? "No request has come yet." : "The policy keeps no traces (tracing.keep is 0), so that there is nothing to list.");
-      rows(requests);
+    update(found, none) {
+      show(empty, !found.length);
+      show(scroll, found.length > 0);
+      say(empty, none);
+      rows(found);
     },
   };
 }
 
-export function requestsView() {
+export const noRequest = (told) => (told.kept_traces ? "No request has come yet." : "The policy keeps no traces (tracing.keep is 0), so that there is nothing to list.");
+
+export function requestsView(query) {
   const made = panel("latest", "Requests");
   const list = requestRows();
-  const field = h("input", { id: "find", placeholder: "id of a request, trace, receipt or answer", spellcheck: "false", autocomplete: "off" });
-  const find = (event) => {
-    event.preventDefault();
-    if (field.value.trim()) location.hash = `#request/${encodeURIComponent(field.value.trim())}`;
-  };
-  made.head.append(
-    h("form", { class: "find", on: { submit: find } }, h("label", { for: "find", class: "unseen" }, "Id"), field, h("button", { type: "submit" }, "Open")),
-  );
-  made.node.append(list.node);
+  const spread = buckets();
+  const form = sieve(() => look(true));
+  const [failed, state] = [h("p", { class: "failed", role: "alert" }), h("p", { class: "note found", role: "status" })];
+  made.node.append(form.node, spread.node, state, failed, list.node);
+  form.set(query);
+  for (const one of [failed, list.node]) show(one, false);
+  let told = null;
+  let askedAt = -EVERY_MS;
+  let asking = null;
+  async function look(now) {
+    const asked = form.asked();
+    if (asking === asked || (!now && performance.now() - askedAt < EVERY_MS)) return;
+    asking = asked;
+    try {
+      const found = await requests(asked);
+      if (asked === form.asked()) draw(found); // or another was asked for meanwhile
+      show(failed, false);
+    } catch (error) {
+      if (!(error instanceof Away || error instanceof Refused)) throw error;
+      say(failed, error instanceof Refused && error.status !== 401 ? error.message : "");
+      show(failed, Boolean(failed.textContent));
+    } finally {
+      asking = null;
+      askedAt = performance.now();
+      if (asked !== form.asked()) look(true);
+    }
+  }
+  function draw(found) {
+    form.offer(found.choices);
+    show(list.node, true);
+    spread.update(found);
+    const of = found.processes.of > 1 ? `, by ${count(found.processes.asked)} of ${count(found.processes.of)} gateway processes` : "";
+    const more = found.requests.length < found.matched ? `${count(found.requests.length)} of ${count(found.matched)} shown` : `${count(found.matched)} found`;
+    say(state, found.kept ? `${more}, among the latest ${count(found.kept)} that are kept${of}` : "");
+    list.update(found.requests, found.kept ? "None of those that are kept is like that." : noRequest(told));
+  }
   return {
     node: h("div", { class: "view" }, h("h1", { class: "unseen" }, "Requests"), made.node),
-    update(told) {
-      const { pid, of, told: answered } = told.process;
-      const whose = answered > 1 ? `${answered} of ${of} processes` : `process ${pid} alone`;
-      say(made.note, of > answered ? `the latest first, of ${whose}; ids are looked for in all of ${of} that can be asked` : "the latest first");
-      list.update(told.requests, told);
+    go(asked) {
+      form.set(asked);
+      look(true);
+    },
+    update(seen) {
+      told = seen;
+      look(false);
     },
   };
 }
 
-// ---- one request --------------------------------------------------------------------------------
+// ---- what is looked for -------------------------------------------------------------------------
 
-export function requestView(id) {
-  const body = h("div", { class: "view" });
-  const node = h("div", { class: "view" }, h("p", { class: "back" }, h("a", { href: "#requests" }, "← Requests")), h("h1", { class: "mono" }, id), body);
-  let settled = false;
-  let asking = false;
-  async function read() {
-    asking = true;
-    try {
-      const unknown = []; // what the gateway said of what it does not have
-      const found = await kept(() => trace(id), unknown);
-      const name = found ? found.receipt : id;
-      const why = name ? await kept(() => receipt(name), unknown) : null;
-      const parts = [found && drawTrace(found), why && drawReceipt(why)].filter(Boolean);
-      const none = `Nothing is kept by this id: ${unknown.join("; ")}. A request has a trace once it has ended.`;
-      body.replaceChildren(...(parts.length ? parts : [h("p", { class: "empty" }, none)]));
-      settled = Boolean(found);
-    } catch (error) {
-      if (!(error instanceof Away || error instanceof Refused)) throw error;
-      body.replaceChildren(h("p", { class: "empty" }, error.message));
-    } finally {
-      asking = false;
-    }
+function sieve(changed) {
+  const select = (name, label, options) => {
+    const node = h("select", { id: `sift-${name}`, name, on: { change: () => moved() } }, options.map(([value, said]) => h("option", { value }, said)));
+    return { name, node, field: h("div", { class: `field ${name}` }, h("label", { for: node.id }, label), node) };
+  };
+  // What there is to choose among is told with the first answer.
+  const free = ["tenant", "model", "tier", "replica", "arm"].map((name) => select(name, name[0].toUpperCase() + name.slice(1), [["", "any"]]));
+  const fixed = [select("outcome", "Ended", OUTCOMES), select("over_s", "Took", TOOK), select("clock", "Time of", CLOCKS), select("order", "Order", ORDERS)];
+  const text = h("input", { id: "find", type: "search", placeholder: "part of an id, a name, an error", spellcheck: "false", autocomplete: "off", maxlength: "200", on: { input: () => { clearTimeout(typing); typing = setTimeout(moved, TYPING_MS); } } });
+  const every = [...free, ...fixed];
+  const go = h("button", { type: "submit", title: "The trace of this id, in whichever process it is" }, "Open");
+  const clear = h("button", { type: "button", on: { click: () => { set(""); moved(); } } }, "Clear");
+  const node = h("form", { class: "sieve", role: "search", on: { submit: open } },
+    h("div", { class: "field text" }, h("label", { for: "find" }, "Search"), text), every.map((one) => one.field),
+    h("div", { class: "go" }, go, clear));
+  for (const one of free) show(one.field, false);
+  let typing = 0;
+  let bounds = ""; // of a bucket, which no select has
+  function values() {
+    const found = new URLSearchParams();
+    if (text.value.trim()) found.set("text", text.value.trim());
+    for (const one of every) if (one.node.value) found.set(one.name, one.node.value);
+    if (bounds) found.set("under_s", bounds);
+    return found;
   }
-  return { node, update: () => { if (!settled && !asking) read(); } };
-}
-
-// What is asked for; null where the gateway has nothing by that id, and why not among the `unknown`.
-async function kept(ask, unknown) {
-  try {
-    return await ask();
-  } catch (error) {
-    if (!(error instanceof Refused && error.status === 404)) throw error;
-    unknown.push(error.message);
-    return null;
+  // An id leads to its trace, in whichever process it is; what is none is looked for.
+  function open(event) {
+    event.preventDefault();
+    if (ID.test(text.value.trim())) location.hash = `#request/${encodeURIComponent(text.value.trim())}`;
+    else moved();
   }
-}
-
-function drawTrace(found) {
-  const made = panel("trace", "Trace");
-  say(made.note, found.trace_id);
-  const [word, tone] = ended(found);
-  const outcome = badge();
-  outcome.update(word, tone);
-  const facts = h("dl", { class: "facts" });
-  const fact = (name, value) => facts.append(h("div", {}, h("dt", {}, name), h("dd", {}, value)));
-  fact("Came", clock(found.started_at));
-  fact("Ended", outcome.node);
-  fact("Model", found.model || NONE);
-  fact("Tier", found.tier || NONE);
-  fact("Replica", address(found.replica || null));
-  if (found.arm) fact("Arm", found.arm);
-  fact("First token", seconds(found.ttft_s));
-  fact("Whole", seconds(found.e2e_s));
-  if (found.keep) fact("Kept because", found.keep);
-  made.node.append(facts, waterfall(found.spans));
-  return made.node;
-}
-
-const COSTS = ["wait", "compute", "decode"];
-
-function drawReceipt(found) {
-  const made = panel("receipt", "Why it went where it went");
-  say(made.note, found.id);
-  const facts = h("dl", { class: "facts" });
-  const fact = (name, value) => facts.append(h("div", {}, h("dt", {}, name), h("dd", {}, value)));
-  fact("Prompt tokens", `${count(found.told_prompt_tokens ?? found.prompt_tokens)}${found.exact ? "" : ", by bytes"}`);
-  fact("First token, from there", seconds(found.ttft_s));
-  fact("Foreseen", seconds(found.foreseen_ttft_s));
-  fact("Foreseen there, off by", times(found.error_factor));
-  fact("Attempts", found.attempts.map((one) => `${address(one.url)} ${one.outcome}`).join(", ") || NONE);
-  made.node.append(facts, ...(found.foreseen ? [cachedOf(found)] : []), ...found.decisions.map(decision));
-  return made.node;
-}
-
-function cachedOf(found) {
-  const seen = found.foreseen;
-  const rungs = [["Prompt", seen.prompt], ["Known anywhere", seen.anywhere], ["Where it could be sent", seen.available], ["Where it was sent", seen.captured], ["Found there", found.told_cached_tokens]];
-  return h("section", { class: "part" }, h("h3", {}, "Cached tokens"),
-    h("ol", { class: "rungs" }, rungs.map(([name, tokens]) => {
-      const bar = h("span", { class: "meter", "data-tone": name === "Found there" ? "ok" : null }, h("span"));
-      bar.firstChild.style.width = `${100 * (share(tokens ?? 0, seen.prompt) ?? 0)}%`;
-      return h("li", {}, h("span", { class: "rung" }, name), h("b", {}, tokens === null ? "not told" : count(tokens)), bar);
-    })));
-}
-
-function decision(made, number) {
-  const { ask, options, choice } = made;
-  const most = Math.max(...choice.terms.map((one) => one.wait_s + one.compute_s + one.decode_s), 1e-9);
-  const parts = (terms) => COSTS.map((name) => ({ name, value: terms[`${name}_s`], said: seconds(terms[`${name}_s`]) }));
-  const grid = table(`Decision ${number + 1}`, [["Replica", "name"], ["Cached", "num"], ["Waiting", "num"], ["In flight", "num"], ["Cost", "num"], ["Wait, compute, decode", "wide"]]);
-  options.forEach((option, at) => {
-    const terms = choice.terms[at];
-    const bar = stack(`${address(option.url)}: cost`);
-    bar.update(parts(terms), most);
-    const row = grid.row(address(option.url), count(option.cached_tokens), count(option.waiting_tokens), count(option.in_flight), seconds(terms.cost_s), bar.node);
-    if (at === choice.at) {
-      put(row, "class", "chosen");
-      row.firstChild.append(h("span", { class: "badge", "data-tone": "ok" }, "chosen"));
+  function set(query) {
+    const asked = new URLSearchParams(query);
+    text.value = asked.get("text") || "";
+    bounds = asked.get("under_s") || "";
+    for (const one of every) {
+      const wanted = asked.get(one.name) || "";
+      if (![...one.node.options].some((option) => option.value === wanted)) one.node.append(h("option", { value: wanted }, wanted));
+      one.node.value = wanted;
     }
-    grid.body.append(row);
+    tell();
+  }
+  function tell() {
+    show(clear, Boolean(String(values())));
+    show(go, ID.test(text.value.trim()));
+  }
+  function moved() {
+    const asked = String(values());
+    history.replaceState(null, "", asked ? `#requests?${asked}` : "#requests");
+    tell();
+    changed();
+  }
+  return {
+    node,
+    set,
+    asked: () => String(values()),
+    // Fields of which there is but one value are no choice.
+    offer(choices) {
+      for (const one of free) {
+        const chosen = one.node.value;
+        const names = [...new Set([...choices[one.name], ...(chosen ? [chosen] : [])])];
+        show(one.field, names.length > 1 || Boolean(chosen));
+        if (names.join("\n") === [...one.node.options].slice(1).map((option) => option.value).join("\n")) continue;
+        one.node.replaceChildren(h("option", { value: "" }, "any"), ...names.map((name) => h("option", { value: name }, one.name === "replica" ? address(name) : name)));
+        one.node.value = chosen;
+      }
+    },
+  };
+}
+
+// ---- how they are spread over time --------------------------------------------------------------
+
+// A bar for each bucket: it leads to the slowest request of it, which has a trace.
+function buckets() {
+  const list = h("ol", { class: "buckets" });
+  const title = h("h3");
+  const node = h("section", { class: "spread" }, title, list);
+  show(node, false);
+  const bars = keyed(list, (one) => String(one.under_s), () => {
+    const [number, bar, label] = [h("b"), h("i", { "aria-hidden": "true" }), h("span")];
+    const link = h("a", {}, number, bar, label);
+    const part = h("li", {}, link);
+    return {
+      node: part,
+      update(one) {
+        const upto = one.under_s === null ? `over ${seconds(one.over_s)}` : `≤ ${seconds(one.under_s).replace(/\.0+(?= )/, "")}`;
+        say(number, one.count ? count(one.count) : "");
+        say(label, upto);
+        put(part, "data-none", one.count ? null : "");
+        put(part, "data-tone", one.missed ? "warn" : null);
+        bar.style.setProperty("--part", String(one.part));
+        put(link, "href", one.slowest ? `#request/${encodeURIComponent(one.slowest)}` : null);
+        const broke = one.missed ? `, ${count(one.missed)} broke a promise` : "";
+        const said = `${count(one.count)} requests ${upto}${broke}${one.slowest ? `; the slowest took ${seconds(one.slowest_s)}: open its trace` : ""}`;
+        put(link, "title", said);
+        put(link, "aria-label", said);
+      },
+    };
   });
-  const key = legend();
-  key.update(parts(choice.terms[choice.at]));
-  return h("section", { class: "part" }, h("h3", {}, `Decision ${number + 1}: ${ask.policy}`),
-    h("p", { class: "note" }, `${count(ask.common_tokens)} tokens of the beginning are common; alpha ${ask.alpha}${ask.hint ? `; its session was at ${address(ask.hint)}` : ""}`),
-    h("div", { class: "scroll" }, grid.node), key.node);
+  return {
+    node,
+    update(found) {
+      const counts = found.buckets.map((one) => one.count);
+      const most = Math.max(...counts, 1);
+      show(node, counts.some(Boolean));
+      say(title, `${found.clock === "whole" ? "From the request to the end of its answer" : "From the request to its first token"}: requests by time. A bar leads to the trace of its slowest.`);
+      bars(found.buckets.map((one, at) => ({ ...one, over_s: at ? found.buckets[at - 1].under_s : 0, part: one.count / most })));
+    },
+  };
 }

@@ -42,7 +42,7 @@ export function rolloutPanel() {
       show(why, Boolean(why.textContent));
       steps(stages(rollout));
       say(facts, factsOf(rollout, told.at));
-      arms.update(rollout.arms);
+      arms.update(rollout);
       signals.update(rollout.stage ? rollout.stage.signals : []);
       buttons.update(rollout);
     },
@@ -90,33 +90,69 @@ function factsOf(rollout, at) {
 
 // ---- both arms ----------------------------------------------------------------------------------
 
+// What of both arms is shown: its name, how it reads, and by which name it is told how far they are
+// apart; `better`: which way.
 const ROWS = [
-  ["Requests", (arm) => count(arm.requests)],
-  ["Failed", (arm) => (arm.requests ? `${count(arm.failed)} · ${percent(share(arm.failed, arm.requests))}` : NONE)],
-  ["First token in time", (arm) => percent(share(arm.in_time, arm.judged))],
-  ["First token, median", (arm) => seconds(arm.ttft_s?.p50)],
-  ["First token, p95", (arm) => seconds(arm.ttft_s?.p95)],
-  ["Each further, median", (arm) => seconds(arm.tpot_s?.p50)],
-  ["Guesses accepted", (arm) => percent(share(arm.accepted, arm.drafted))],
+  { name: "Requests", read: (arm) => count(arm.requests) },
+  { name: "Failed", read: (arm) => (arm.requests ? `${count(arm.failed)} · ${percent(share(arm.failed, arm.requests))}` : NONE), of: "failed", better: -1, unit: points },
+  { name: "First token in time", read: (arm) => percent(share(arm.in_time, arm.judged)), of: "in_time", better: 1, unit: points },
+  { name: "First token, median", read: (arm) => seconds(arm.ttft_s?.p50), of: "ttft_s", better: -1, unit: seconds },
+  { name: "First token, p95", read: (arm) => seconds(arm.ttft_s?.p95) },
+  { name: "Each further, median", read: (arm) => seconds(arm.tpot_s?.p50), of: "tpot_s", better: -1, unit: seconds },
+  { name: "Guesses accepted", read: (arm) => percent(share(arm.accepted, arm.drafted)), of: "accepted", better: 1, unit: points },
 ];
 const NOBODY = { requests: 0, failed: 0, judged: 0, in_time: 0, accepted: 0, drafted: 0, ttft_s: null, tpot_s: null };
 
+function points(value) {
+  return `${(100 * value).toFixed(1)} pp`;
+}
+
 function armsTable() {
-  const grid = table("Baseline and candidate", [["Live answers", "name"], ["Baseline", "num"], ["Candidate", "num"]]);
-  const cells = ROWS.map(([name]) => {
+  const grid = table("Baseline and candidate", [["Live answers", "name"], ["Baseline", "num"], ["Candidate", "num"], ["Apart, with 95 %", "apart"]]);
+  const cells = ROWS.map((row) => {
     const [one, other] = [h("span"), h("span")];
-    grid.body.append(grid.row(name, one, other));
-    return [one, other];
+    const between = interval(row);
+    grid.body.append(grid.row(row.name, one, other, between.node));
+    return { row, one, other, between };
   });
-  put(grid.node, "class", "kept"); // three columns are narrow enough for any screen
+  put(grid.node, "class", "kept"); // few columns, which are narrow enough for any screen
   return {
     node: h("div", { class: "scroll" }, grid.node),
-    update(arms) {
-      ROWS.forEach(([, read], at) => {
-        say(cells[at][0], read(arms.baseline || NOBODY));
-        say(cells[at][1], read(arms.candidate || NOBODY));
-      });
-      put(cells[1][1], "data-tone", arms.candidate && arms.candidate.failed ? "bad" : null);
+    update({ arms, apart }) {
+      for (const { row, one, other, between } of cells) {
+        say(one, row.read(arms.baseline || NOBODY));
+        say(other, row.read(arms.candidate || NOBODY));
+        between.update(row.of ? apart?.[row.of] : null);
+      }
+      put(cells[1].other, "data-tone", arms.candidate && arms.candidate.failed ? "bad" : null);
+    },
+  };
+}
+
+// Candidate less baseline: from where to where it lies with 95 %, beside zero.
+function interval(row) {
+  const [text, zero, reach, dot] = [h("span"), h("i", { class: "zero" }), h("i", { class: "reach" }), h("i", { class: "dot" })];
+  const picture = h("span", { class: "interval", "aria-hidden": "true" }, zero, reach, dot);
+  const node = h("span", { class: "between" }, picture, text);
+  return {
+    node,
+    update(found) {
+      show(picture, Boolean(found));
+      if (!found) {
+        say(text, row.of ? "too few yet" : "");
+        put(node, "data-tone", null);
+        return;
+      }
+      const signed = (value) => `${value > 0 ? "+" : value < 0 ? "−" : ""}${row.unit(Math.abs(value))}`;
+      say(text, `${signed(found.low)} … ${signed(found.high)}`);
+      put(node, "title", `candidate less baseline: ${signed(found.at)}, with 95 % from ${signed(found.low)} to ${signed(found.high)}, as if answers were independent`);
+      const sure = found.low > 0 ? 1 : found.high < 0 ? -1 : 0;
+      put(node, "data-tone", sure === 0 ? null : sure === row.better ? "ok" : "bad");
+      const most = Math.max(Math.abs(found.low), Math.abs(found.high), 1e-9);
+      const at = (value) => 50 + (50 * value) / most;
+      reach.style.left = `${at(found.low)}%`;
+      reach.style.width = `${at(found.high) - at(found.low)}%`;
+      dot.style.left = `${at(found.at)}%`;
     },
   };
 }

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(binary() is None, reason="no browser: apt-get in
 
 LIMIT_S = 240.0  # against hanging
 CRUEL = "<img src=x onerror=document.title=1>" + 60 * "W"
-VIEWS = ("overview", "requests", "playground")
+VIEWS = ("overview", "requests", "tenants", "playground")
 POLICY = """\
 version: 1
 gate: {{enforce: warn}}
@@ -341,3 +341,97 @@ async def test_it_asks_for_the_key_and_tells_nothing_without(
             await it.sees(".answer .facts", "First token")
             await _press(page, ".answer a", "Why it went where it went")
             await it.sees(".receipt", "chosen")
+
+
+TENANTS = """, admin: {{key_env: STEER}}, tenants: {{
+  acme: {{keys: ['{acme}'], requests_per_minute: 4}},
+  zeta: {{keys: ['{zeta}'], tiers: [batch]}}}}"""
+BUCKET = "[...document.querySelectorAll('.buckets a[href]')].at(-1)"
+
+
+@in_browser
+async def test_who_uses_what_leads_to_requests_and_a_slow_bucket_to_its_trace(it: World) -> None:
+    """By name, with what is left of limits; a tenant's link and a field's choice sift the requests,
+    and what is looked for stands in the address; the bar of a bucket opens a trace, which is
+    downloaded whole. No key is on any page."""
+    page = it.page
+    keys = {name: f"hg-{name}-0123456789abcdefghij" for name in ("acme", "zeta")}
+    more = TENANTS.format(**{name: key_hash(key) for name, key in keys.items()})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STEER", "steering")
+        async with serving(it, more):
+            for tenant, wanted in (("acme", 200), ("zeta", 200)) * 4 + (("acme", 429),):
+                given = {"authorization": f"Bearer {keys[tenant]}"}
+                assert await it.ask(0, "interactive", **given) == wanted
+            await page.open(it.url)
+            await page.value("sessionStorage.setItem('headgate.admin', 'steering')")
+            await page.open(f"{it.url}#tenants")
+            await page.value("location.reload()")
+            await it.sees(".tenants tbody", "acme")
+            rows = "[...document.querySelectorAll('.tenants tbody tr')].map((one) => one.innerText)"
+            acme, zeta, whole = await page.value(rows)
+            assert "1 limited" in acme
+            assert "4 of 4" in acme
+            assert "no limit" in zeta
+            assert whole.startswith("All")
+            for one in keys.values():
+                said = await page.value("document.documentElement.innerHTML")
+                assert one not in said
+                assert key_hash(one) not in said
+            await _press(page, ".tenants a", "acme")
+            await it.sees(".found", "5 found")
+            assert await page.value("location.hash") == "#requests?tenant=acme"
+            await page.value("document.querySelector('#sift-outcome').value = 'limited'")
+            changed = "dispatchEvent(new Event('change'))"
+            await page.value(f"document.querySelector('#sift-outcome').{changed}")
+            await it.sees(".found", "1 found")
+            await it.sees(".latest tbody", "429")
+            await page.value("history.back()")  # what was chosen made no step of its own
+            await it.sees(".tenants tbody", "acme")
+            await it.turn("requests")
+            await it.sees(".found", "9 found")
+            await page.value("document.querySelector('#find').focus()")
+            await page.type("RATE_LIMIT")
+            await it.sees(".found", "1 found")
+            await page.press("Enter")  # is no id
+            assert await page.value("location.hash") == "#requests?text=RATE_LIMIT"
+            await it.turn("requests")
+            await it.sees(".found", "9 found")
+            await page.until(BUCKET)
+            assert "the slowest took" in await page.value(f"{BUCKET}.getAttribute('aria-label')")
+            await page.value(f"{BUCKET}.focus()")
+            await page.press("Enter")
+            await it.sees(".trace", "gateway.route")
+            await it.sees(".phases .legend", "prefill")
+            await page.call(
+                "Page.setDownloadBehavior", behavior="allow", downloadPath=str(it.folder)
+            )
+            await _press(page, ".back button", "Download as JSON")
+            saved = await asyncio.to_thread(_saved, it.folder)
+            assert saved["trace"]["tenant"] in keys
+            assert saved["receipt"]["id"] == saved["trace"]["receipt"]
+
+
+def _saved(folder: Path) -> Any:
+    """What the page gave to be kept, once it is all there."""
+    until(lambda: bool(list(folder.glob("headgate-*.json"))), 20.0, lambda: "nothing came")
+    (found,) = folder.glob("headgate-*.json")
+    return json.loads(found.read_text())
+
+
+@in_browser
+async def test_the_arms_of_a_rollout_are_told_with_how_far_they_are_apart(it: World) -> None:
+    """From where to where, once there are answers enough of both; the candidate, which fails, is
+    worse for certain."""
+    page = it.page
+    async with serving(it):
+        await page.open(it.url)
+        await it.put("speculation-ngram", 0.5)
+        await it.sees(".rollout table", "too few yet")
+        assert [await it.ask(at) for at in range(40)] == [200] * 40
+        await it.sees(".rollout .badge", "rolled back")
+        failed = "[...document.querySelectorAll('.rollout tr')]"
+        failed += ".find((one) => one.innerText.startsWith('Failed')).querySelector('.between')"
+        await page.until(f"{failed}.innerText.includes('…')")
+        assert await page.value(f"{failed}.dataset.tone") == "bad"
+        assert "+" in await page.value(f"{failed}.innerText")

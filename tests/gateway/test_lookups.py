@@ -120,10 +120,26 @@ async def test_what_several_processes_counted_is_one_list(folder: Path) -> None:
             (everybody,) = told["tenants"]
             assert (everybody["name"], everybody["ever"]["ok"]) == ("", 5)
             assert told["processes"] == {"asked": 2, "of": 2}
-            assert told["share_of"] == 2
             found = await get(front, REQUESTS, limit=4)
             assert (found["matched"], found["kept"], len(found["requests"])) == (5, 5, 4)
             assert sum(one["count"] for one in found["buckets"]) == 5
+
+
+@on_loop
+async def test_limits_that_processes_share_out_are_told_as_the_share_that_one_gives(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a store each of two processes gives half of 10 requests a minute."""
+    monkeypatch.setenv("STEER", "steering")
+    tenants = {"acme": dict(TWO["acme"], requests_per_minute=10)}
+    more: dict[str, Any] = {"tenants": tenants, "admin": {"key_env": "STEER"}}
+    async with upstream(Engine("one")) as fake, two(folder, fake, **more) as (one, _):
+        assert await ask(one, "acme") == 200
+        await ended(one, 1)
+        told = await get(one, TENANTS)
+        (limit,) = told["tenants"][0]["limits"]
+        assert (told["share_of"], limit["limit"]) == (2, 5)
+        assert 4 <= limit["left"] < 5
 
 
 rows = st.lists(
