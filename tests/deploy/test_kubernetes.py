@@ -24,7 +24,7 @@ from tests.policies.gated_world import DEVICES, HYPOTHESIS, NOW, verdict_on
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy" / "kubernetes"
 BESIDE_PYTHON = Path(sys.executable).parent
-FOLDERS = ("runtime", "vllm", "example")
+FOLDERS = ("runtime", "vllm", "vllm-keda", "example")
 MARGIN_S = 10.0  # between the end of a drain and SIGKILL
 DNS_S = 5.0  # for which CoreDNS lets answers for headless services be kept
 # Kinds of others, which Kubernetes' schemas do not have.
@@ -141,6 +141,7 @@ def test_objects_of_others_kinds_are_what_their_makers_schemas_say(
 ) -> None:
     """As strictly: values, what has to be there, and no field that they do not know."""
     everything = (*rendered(DEPLOY / "example"), *with_keda, *elsewhere)
+    everything += tuple(rendered(DEPLOY / "vllm-keda"))
     theirs = of_kind(everything, *FOREIGN)
     assert {one["kind"] for one in theirs} == FOREIGN
     assert foreign_problems(theirs) == [[]] * len(theirs)
@@ -202,14 +203,16 @@ def test_scrapes_find_a_port_and_a_key_and_are_let_in() -> None:
     assert sources == ["podSelector", "namespaceSelector"]
 
 
+@pytest.mark.parametrize("engines", ["runtime", "vllm"])
 def test_keda_asks_for_the_same_numbers_as_the_autoscaler_that_it_replaces(
-    with_keda: list[Object],
+    engines: str, with_keda: list[Object]
 ) -> None:
     """One of them scales a StatefulSet, never both; bounds, thresholds and metrics agree."""
-    plain = rendered(DEPLOY / "runtime")
+    plain = rendered(DEPLOY / engines)
+    with_it = with_keda if engines == "runtime" else rendered(DEPLOY / "vllm-keda")
     (replaced,) = [one for one in autoscalers(plain) if name_of(one) == "headgate-engine"]
-    assert [name_of(one) for one in autoscalers(with_keda)] == ["headgate-gateway"]
-    (scaled,) = of_kind(with_keda, "ScaledObject")
+    assert [name_of(one) for one in autoscalers(with_it)] == ["headgate-gateway"]
+    (scaled,) = of_kind(with_it, "ScaledObject")
     spec = scaled["spec"]
     assert spec["scaleTargetRef"] == replaced["spec"]["scaleTargetRef"]
     bounds = (spec["minReplicaCount"], spec["maxReplicaCount"])
@@ -501,18 +504,12 @@ def test_the_policies_serve_and_point_at_the_engines(objects: list[Object], tmp_
     for source in gateway.discovery:
         assert (source.dns, source.port) == ("headgate-engine", port)
         assert source.api_key_env == key["valueFrom"]["secretKeyRef"]["key"]
-    (engines,) = of_kind(objects, "StatefulSet")
-    expected = [
-        f"http://headgate-engine-{index}.headgate-engine:{port}"
-        for index in range(engines["spec"].get("replicas", 0))
-    ]
-    assert [one.url for one in gateway.upstreams] == expected
-    for upstream in gateway.upstreams:
-        assert upstream.kv_events is not None
-        assert upstream.kv_events.endpoint == upstream.url.replace("http", "tcp").replace(
-            str(port), "5557"
-        )
-    assert bool(gateway.discovery) != bool(gateway.upstreams)
+    assert len(gateway.discovery) == 1
+    ports = {one["name"]: one["containerPort"] for one in engine["ports"]}
+    for source in gateway.discovery:
+        told = source.kv_events
+        events = {} if told is None else {"kv-events": told.port, "kv-replay": told.replay_port}
+        assert events == {name: at for name, at in ports.items() if name != "http"}
     runtime = found.get("runtime.yaml")
     if runtime is not None:
         assert runtime.runtime is not None
