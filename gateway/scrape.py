@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from starlette.types import Receive, Scope, Send
@@ -23,7 +23,10 @@ from gateway.reply import Reply
 from gateway.siblings import Part, Question
 
 WHAT = "metrics"
-PIECE_BYTES = 2**18  # sent at once
+PART_BYTES = 2**16  # to a sibling at once, or one metric
+PIECE_BYTES = 2**18  # to who scrapes
+
+Metric = tuple[str, str, bytes]  # its name, its head, its samples
 
 
 class Scrape:
@@ -48,42 +51,63 @@ class Scrape:
         """In pieces, as it is sent."""
         question = {"what": WHAT, "openmetrics": form.openmetrics}
         if self._siblings is None:
-            parts: dict[str, list[Part] | None] = {"": await self._own(form)}
+            page = _together([await self._own(form)])
         else:
             own, others = await asyncio.gather(self._own(form), self._siblings.ask_parts(question))
-            parts = self._expected() | {form.process: own} | others
-        pages = [one for one in parts.values() if one is not None]
-        page = _together(pages)
-        if self._siblings is not None:
-            up: dict[tuple[str, ...], float] = {
-                (name,): float(one is not None) for name, one in sorted(parts.items())
-            }
+            found = [list(_metrics(parts)) for parts in others.values() if parts is not None]
+            page = _together([own, *found])
+            there = dict.fromkeys(self._expected(), 0.0) | {form.process: 1.0}
+            there |= {name: float(parts is not None) for name, parts in others.items()}
+            up: dict[tuple[str, ...], float] = {(name,): there[name] for name in sorted(there)}
             samples = Format(form.openmetrics).samples(TOLD.name, TOLD.labels, up)
             page.append((form.head(TOLD.name, "gauge", TOLD.text) + samples).encode())
         page.append(form.end.encode())
         return await _pieces(page)
 
-    def _expected(self) -> dict[str, list[Part] | None]:
+    def _expected(self) -> list[str]:
         """The processes that there should be; they are numbered where `headgate serve` starts
         them."""
         assert self._siblings is not None
         numbers = [str(at) for at in range(self._live.edge.settings.processes)]
-        return dict.fromkeys(numbers) if self._siblings.name in numbers else {}
+        return numbers if self._siblings.name in numbers else []
 
-    async def _own(self, form: Format) -> list[Part]:
-        reading = Reading(self._live, self._rollout(), time.time())
-        return [((name, head), samples) async for name, head, samples in told(reading, form)]
+    async def _own(self, form: Format) -> list[Metric]:
+        return [metric async for metric in told(self._reading(), form)]
 
     async def _for_others(self, question: Question) -> AsyncIterator[Part]:
         assert self._siblings is not None
         form = Format(question["openmetrics"] is True, self._siblings.name)
-        reading = Reading(self._live, self._rollout(), time.time())
-        async for name, head, samples in told(reading, form):
-            yield (name, head), samples
+        gathered: list[Metric] = []
+        size = 0
+        async for metric in told(self._reading(), form):
+            gathered.append(metric)
+            size += len(metric[2])
+            if size > PART_BYTES:
+                yield _part(gathered)
+                gathered, size = [], 0
+        yield _part(gathered)
+
+    def _reading(self) -> Reading:
+        return Reading(self._live, self._rollout(), time.time())
 
 
-async def told(reading: Reading, form: Format) -> AsyncIterator[tuple[str, str, bytes]]:
-    """Name, head and samples of each metric, written in pieces between which streams go on."""
+def _part(metrics: list[Metric]) -> Part:
+    """Several metrics; their samples lie behind each other."""
+    heads = [(name, head, len(samples)) for name, head, samples in metrics]
+    return heads, b"".join([samples for _, _, samples in metrics])
+
+
+def _metrics(parts: list[Part]) -> Iterator[Metric]:
+    """What was made parts of."""
+    for heads, samples in parts:
+        at = 0
+        for name, head, size in heads:
+            yield name, head, samples[at : at + size]
+            at += size
+
+
+async def told(reading: Reading, form: Format) -> AsyncIterator[Metric]:
+    """Each metric, written in pieces between which streams go on."""
     pause = Pause()
     for name, head, pieces in families(reading, form):
         written: list[str] = []
@@ -93,12 +117,12 @@ async def told(reading: Reading, form: Format) -> AsyncIterator[tuple[str, str, 
         yield name, head, "".join(written).encode()
 
 
-def _together(pages: list[list[Part]]) -> list[bytes]:
+def _together(pages: Iterable[Iterable[Metric]]) -> list[bytes]:
     """Each metric under one head. The processes are usually of one version, but while an upgrade
     lies on the disk one that was started anew may know other metrics."""
     found: dict[str, list[bytes]] = {}
     for page in pages:
-        for (name, head), samples in page:
+        for name, head, samples in page:
             found.setdefault(name, [head.encode()]).append(samples)
     return [piece for pieces in found.values() for piece in pieces]
 

@@ -110,7 +110,9 @@ async def test_one_that_is_missing_is_told_and_delays_nobody(folder: Path) -> No
         upstream(answer) as fake,
         one_of(4, folder, "0", fake) as front,
         saying(folder / "1.sock", None),
-        saying(folder / "2.sock", b'[["a_total","# TYPE a_total counter\\n"],12]\na_total 1\n'),
+        saying(
+            folder / "2.sock", b'[[["a_total","# TYPE a_total counter\\n",10]],12]\na_total 1\n'
+        ),
     ):
         await front.post(STREAMED)
         began = clock()
@@ -129,14 +131,13 @@ async def test_what_a_sibling_of_another_version_tells_stands_beside(folder: Pat
         ("headgate_gateway_admitted", "# HELP x Old words.\n", REQUESTS + '{process="1"} 7\n'),
         ("new", "# HELP new New.\n# TYPE new gauge\n", 'new{process="1"} 3\n'),
     ]
-    words = [
-        orjson.dumps([(name, head), len(text)]) + b"\n" + text.encode()
-        for name, head, text in parts
-    ]
+    heads = [(name, head, len(text)) for name, head, text in parts]
+    body = "".join(text for *_, text in parts).encode()
+    words = orjson.dumps([heads, len(body)]) + b"\n" + body + b"null\n"
     async with (
         upstream(answer) as fake,
         one_of(2, folder, "0", fake) as front,
-        saying(folder / "1.sock", b"".join([*words, b"null\n"])),
+        saying(folder / "1.sock", words),
     ):
         text = await page(front)
     assert by_process(text, REQUESTS)["1"] == 7
