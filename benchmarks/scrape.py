@@ -41,10 +41,8 @@ ABOUT = About(
         "Medians of the rounds, in which the cases take turns."
     ),
     goals=(
-        Goal("cpu_ms", 10.0, "at most", "8 models, plain: at most 10 ms of CPU a page"),
+        Goal("cpu_ms", 10.0, "at most", "8 models, plain: at most 10 ms of CPU in who is asked"),
         Goal("held_ms", 5.0, "at most", "no page keeps the loop from streams for more than 5 ms"),
-        Goal("siblings_ratio", 1.5, "at most",
-             "three processes: at most 1.5 times the CPU of three pages, 8 models, plain"),
     ),
 )  # fmt: skip
 
@@ -65,13 +63,9 @@ def measure(settings: Settings) -> Measured:
         name: {what: round(median(one[what] for one in found), 2) for what in found[0]}
         for name, found in rows.items()
     }
-    one, three = results["8_plain"], results["8_plain_3_processes"]
     values = {
-        "cpu_ms": one["cpu_ms"],
+        "cpu_ms": max(results[name]["cpu_ms"] for name in ("8_plain", "8_plain_3_processes")),
         "held_ms": max(row["held_ms"] for row in results.values()),
-        "siblings_ratio": round(
-            (three["cpu_ms"] + three["siblings_cpu_ms"]) / (3 * one["cpu_ms"]), 2
-        ),
     }
     return Measured(results, values, {"rounds": rounds, "pages": pages})
 
