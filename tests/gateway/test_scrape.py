@@ -94,9 +94,13 @@ async def test_whichever_process_is_asked_tells_of_all(folder: Path, accept: str
 
 @on_loop
 async def test_one_process_alone_has_no_label_of_it() -> None:
+    """And its page can be asked for without the page, as every other."""
     async with upstream(answer) as fake, gateway(fake) as front:
         await front.post(STREAMED)
         text = await page(front)
+        head = await front.client.head("/metrics")
+    assert (head.status_code, head.content) == (200, b"")
+    assert int(head.headers["content-length"]) > 0
     assert "process=" not in text
     assert TOLD not in text
 
