@@ -77,14 +77,14 @@ def _tree(process: psutil.Process) -> list[psutil.Process]:
 Command = Callable[[Sequence[str], int, Path], Sequence[str]]  # upstreams, port, folder to write in
 
 
-def ours(settings: str = "") -> Command:
+def ours(settings: str = "", module: str = "gateway") -> Command:
     """With these settings behind its upstreams."""
 
     def command(upstreams: Sequence[str], port: int, folder: Path) -> Sequence[str]:
         policy = folder / "policy.yaml"
         urls = "".join(f"  - url: {one}\n" for one in upstreams)
         policy.write_text(f"version: 1\nupstreams:\n{urls}{settings}", encoding="utf-8")
-        return (sys.executable, "-m", "gateway", str(policy), "--port", str(port))
+        return (sys.executable, "-m", module, str(policy), "--port", str(port))
 
     return command
 

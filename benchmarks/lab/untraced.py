@@ -1,0 +1,52 @@
+"""`python -m benchmarks.lab.untraced POLICY --port PORT`: the gateway as it would be if it noted no
+moment of a request: no trail, no phases, no ids for replicas. To compare with, nothing else.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import gateway.admission
+import gateway.reply
+from gateway.__main__ import main
+from gateway.tracing import Tracer
+
+
+class Nowhere:
+    """An interval that nobody asks for."""
+
+    def __enter__(self) -> None: ...
+    def __exit__(self, *_: object) -> None: ...
+
+
+class Blank:
+    """Takes what is noted of any request, and forgets it with the next one."""
+
+    trim = prompt = Nowhere()
+
+    def nothing(self, *_: Any) -> None: ...
+
+    parsed = hop = whole = said = nothing
+
+
+BLANK = Blank()
+
+
+def untrace() -> None:
+    """Parts of the gateway that note moments do nothing from now on, in this process."""
+    told: Any = {
+        Tracer: {
+            "begin": lambda *_: BLANK, "end": lambda *_: None, "exemplar": lambda *_: "",
+        },
+        gateway.reply: {"server_timing": lambda _: b"", "now": lambda: 0.0},
+        gateway.admission: {"Interval": Nowhere},
+    }  # fmt: skip
+    for where, names in told.items():
+        for name, instead in names.items():
+            setattr(where, name, instead)
+
+
+if __name__ == "__main__":
+    untrace()
+    sys.exit(main())
