@@ -1,6 +1,6 @@
 """What traces cost: five gateways before one upstream that computes nothing, the same load in
-turns: one notes nothing at all, one keeps no traces, one keeps them, one samples them out, one sends
-them all. And what a worker's own traces take.
+turns: one notes nothing at all, one keeps no traces, one keeps them, one samples them out, one
+sends them all. And what a worker's own traces take.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 import gateway.admission
+import gateway.listener
 import gateway.reply
 from gateway.__main__ import main
 from gateway.tracing import Tracer
@@ -41,6 +42,7 @@ def untrace() -> None:
         },
         gateway.reply: {"server_timing": lambda _: b"", "now": lambda: 0.0},
         gateway.admission: {"Interval": Nowhere},
+        gateway.listener: {"Reader": lambda connection, *_: connection},
     }  # fmt: skip
     for where, names in told.items():
         for name, instead in names.items():
