@@ -19,19 +19,16 @@ TIMESTAMPS = 35  # SO_TIMESTAMPNS, for which the socket module has no name
 READ_BYTES = 2**18  # each read is taken out of them before the next
 NOTES_BYTES = 64  # more than one time
 CLOCK_SET_S = 0.001  # the wall clock moved against the monotonic one: somebody has set it
-_PEEK = socket.MSG_PEEK | getattr(socket, "MSG_DONTWAIT", 0)
-_timespec = Struct("ll").unpack_from
+_PEEK = int(socket.MSG_PEEK | getattr(socket, "MSG_DONTWAIT", 0))
+_timespec = Struct("ll").unpack
 
 
 class Connection(Protocol):
     """What reads are for: an asyncio.Protocol, but that it gets a view of bytes which is good for
     the call alone."""
 
+    amid: bool  # the next bytes belong to a request that has begun: nobody will ask when they came
     arrived: float  # when the first of the bytes that are being read came; 0: not known
-
-    @property
-    def amid(self) -> bool:
-        """Whether the next bytes belong to a request that has begun, so that nobody will ask."""
 
     def data_received(self, data: memoryview, /) -> None: ...
     def eof_received(self) -> None: ...
@@ -40,25 +37,29 @@ class Connection(Protocol):
     def resume_writing(self) -> None: ...
 
 
+def moments(
+    now: Callable[[], float] = time.monotonic, wall: Callable[[], float] = time.time
+) -> Callable[[bytes], float]:
+    """A function that tells in monotonic seconds what the kernel has noted; 0 where the wall clock,
+    by which it does, was set since the function was called last."""
+    apart = wall() - now()
+
+    def moment(note: bytes) -> float:
+        nonlocal apart
+        seconds, ns = _timespec(note)
+        before, apart = apart, wall() - now()
+        is_same = -CLOCK_SET_S < apart - before < CLOCK_SET_S
+        return seconds - apart + 1e-9 * ns if is_same else 0.0
+
+    return moment
+
+
 class Arrivals:
     """Of all connections of one event loop: the clock, and the buffer into which they read."""
 
-    def __init__(
-        self, now: Callable[[], float] = time.monotonic, wall: Callable[[], float] = time.time
-    ) -> None:
-        self._now = now
-        self._wall = wall
-        self._apart = wall() - now()
+    def __init__(self) -> None:
+        self.moment = moments()
         self.buffer = memoryview(bytearray(READ_BYTES))
-
-    def moment(self, note: bytes) -> float:
-        """What the kernel noted, in monotonic seconds; 0 where the wall clock, by which it does,
-        was set since it was last looked at here."""
-        seconds, ns = _timespec(note)
-        apart = self._wall() - self._now()
-        was_set = abs(apart - self._apart) > CLOCK_SET_S
-        self._apart = apart
-        return 0.0 if was_set else seconds - apart + ns / 1e9
 
 
 class Borrowed(socket.socket):
@@ -72,8 +73,8 @@ class Borrowed(socket.socket):
 
 class Reader(asyncio.BufferedProtocol):
     """Reads for a connection. Loops ask a buffered protocol for its buffer right before they read,
-    which is when the kernel can still be asked for the time. Every request pays for it: few calls.
-    """
+    which is when the kernel can still be asked for its only note. Every request pays for it: it is
+    written for few calls."""
 
     def __init__(
         self, connection: Connection, arrivals: Arrivals, transport: asyncio.Transport
@@ -83,18 +84,18 @@ class Reader(asyncio.BufferedProtocol):
         self._buffer = arrivals.buffer
         one = transport.get_extra_info("socket")
         self._sock = Borrowed(one.family, one.type, one.proto, one.fileno())
+        self._look = self._sock.recvmsg
 
     def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002  # the loop's wish
         connection = self._connection
-        arrived = 0.0
-        if not connection.amid:
+        if connection.amid:
+            connection.arrived = 0.0
+        else:
             try:
-                for _, kind, note in self._sock.recvmsg(1, NOTES_BYTES, _PEEK)[1]:
-                    if kind == TIMESTAMPS:
-                        arrived = self._moment(note)
+                notes = self._look(1, NOTES_BYTES, _PEEK)[1]
+                connection.arrived = self._moment(notes[0][2]) if notes else 0.0
             except OSError:  # nothing is there, or nobody any more
-                arrived = 0.0
-        connection.arrived = arrived
+                connection.arrived = 0.0
         return self._buffer
 
     def buffer_updated(self, nbytes: int) -> None:

@@ -49,6 +49,7 @@ class ClientConnection(HttpToolsProtocol):
         self._in_headers = False
         self._in_body = False
         self._header_bytes = 0
+        self.amid = False  # a request has begun, and is not all here
         self.arrived = self._began = self._read = 0.0
         self._deadline: asyncio.TimerHandle | None = None
         self._lingering: asyncio.TimerHandle | None = None
@@ -93,7 +94,7 @@ class ClientConnection(HttpToolsProtocol):
             self._arm()
 
     def on_message_begin(self) -> None:
-        self._in_headers = True
+        self.amid = self._in_headers = True
         self._header_bytes = 0
         self._read = time.monotonic()
         self._began = min(self.arrived or self._read, self._read)
@@ -109,12 +110,13 @@ class ClientConnection(HttpToolsProtocol):
         if self.parser.should_upgrade():
             # No upgrade is offered, and after such a request the parser reads nothing more.
             self.cycle.keep_alive = False
+            self.amid = False
         else:
             self._in_body = True
             self.cycle.transport = outgoing  # type: ignore[assignment]  # what a cycle uses of one
 
     def on_message_complete(self) -> None:
-        self._in_body = False
+        self.amid = self._in_body = False
         super().on_message_complete()
         if self._lingering is not None:
             self.transport.close()
@@ -129,10 +131,6 @@ class ClientConnection(HttpToolsProtocol):
             self.transport.close()
         elif self._lingering is None:
             self._lingering = self.loop.call_later(LINGER_S, self.transport.close)
-
-    @property
-    def amid(self) -> bool:
-        return self._in_headers or self._in_body
 
     def _answering(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import pytest
 import uvloop
 
-from gateway.arrival import Arrivals, Reader, note_arrivals
+from gateway.arrival import Arrivals, Reader, moments, note_arrivals
 from gateway.trail import Trail
 from tests.gateway.world import HELLO, Front, gateway, on_loop, until, upstream
 
@@ -132,17 +132,17 @@ def test_after_the_clock_was_set_the_next_wait_is_not_known_and_the_one_after_is
     """The kernel notes the wall clock's time. Of what came before it was set, and is read after,
     nothing is known; a wait of an hour, or one that has not begun, would be told else."""
     clocks = {"now": 100.0, "wall": 5_000.0}
-    arrivals = Arrivals(lambda: clocks["now"], lambda: clocks["wall"])
+    moment = moments(lambda: clocks["now"], lambda: clocks["wall"])
 
     def noted(wall_s: float) -> bytes:
         return struct.pack("ll", int(wall_s), round(1e9 * (wall_s % 1)))
 
     clocks |= {"now": 100.5, "wall": 5_000.5}
-    assert arrivals.moment(noted(5_000.25)) == pytest.approx(100.25)
+    assert moment(noted(5_000.25)) == pytest.approx(100.25)
     for step_s in (3600.0, -7200.0):
         clocks["wall"] += step_s
-        assert arrivals.moment(noted(clocks["wall"] - step_s - 0.1)) == 0.0
-        assert arrivals.moment(noted(clocks["wall"] - 0.1)) == pytest.approx(100.4)
+        assert moment(noted(clocks["wall"] - step_s - 0.1)) == 0.0
+        assert moment(noted(clocks["wall"] - 0.1)) == pytest.approx(100.4)
 
 
 class Connection:
