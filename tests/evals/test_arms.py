@@ -129,6 +129,29 @@ async def test_counters_of_a_server_at_a_url_are_read_with_the_key_that_its_arm_
         load_hypothesis(file)
 
 
+@on_loop
+async def test_what_several_processes_of_an_arm_counted_is_read_whole(tmp_path: Path) -> None:
+    """Whichever of them the requests came to, and the question for its counters."""
+    async with upstream() as fake:
+        (tmp_path / "base.yaml").write_text(
+            f"version: 1\ngateway: {{processes: 2}}\nupstreams: [{{url: '{fake.url}'}}]\n"
+        )
+        file = tmp_path / "h.yaml"
+        file.write_text(HYPOTHESIS + "design: {aa_control: false, sabotage_control: false}\n")
+        asked = load_hypothesis(file)
+        async with started(Starting(asked, pair(file, asked), tmp_path / "arms")) as arms:
+            arm = arms["baseline"]
+            assert not arm.broken
+            before = await series(arm)
+            for count in range(1, 7):
+                async with aiohttp.ClientSession() as session:
+                    url = f"{arm.url}/v1/chat/completions"
+                    async with session.post(url, json=HELLO) as answer:
+                        assert answer.status == 200
+                grown = risen(before, await series(arm))
+                assert grown["headgate_gateway_requests_total"] == count
+
+
 def test_a_process_that_starts_anew_takes_nothing_from_what_the_others_counted() -> None:
     """Of two processes one has lost its 90 and counted 5 since, the other has gone on by 3."""
     before = {("page", "n", '{process="0"}'): 90.0, ("page", "n", '{process="1"}'): 10.0}
