@@ -22,24 +22,26 @@ class Nowhere:
 
 
 class Blank:
-    """Takes what is noted of any request, and forgets it with the next one."""
+    """Takes what is noted of a request, and does nothing with it."""
 
     trim = prompt = Nowhere()
+
+    def __init__(self, began: float) -> None:
+        self.began = began
 
     def nothing(self, *_: Any) -> None: ...
 
     parsed = hop = whole = said = nothing
 
 
-BLANK = Blank()
+def _begin(_tracer: Tracer, _id: str, _path: str, _headers: Any, began: float, _read: float) -> Any:
+    return Blank(began)
 
 
 def untrace() -> None:
     """Parts of the gateway that note moments do nothing from now on, in this process."""
     told: Any = {
-        Tracer: {
-            "begin": lambda *_: BLANK, "end": lambda *_: None, "exemplar": lambda *_: "",
-        },
+        Tracer: {"begin": _begin, "end": lambda *_: None, "exemplar": lambda *_: ""},
         gateway.reply: {"server_timing": lambda _: b"", "now": lambda: 0.0},
         gateway.admission: {"Interval": Nowhere},
         gateway.listener: {"Reader": lambda connection, *_: connection},
