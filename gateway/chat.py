@@ -39,6 +39,7 @@ class Completions:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         found = scope["extensions"]
         reply = Reply(send, request_id(scope["headers"]), found[OUTGOING])
+        reply.direct = found[OUTGOING].whole
         edge = self.live.edge
         reply.trail = edge.tracer.begin(
             reply.request_id, self.path, scope["headers"], found[BEGAN], found[READ]

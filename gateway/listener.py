@@ -18,13 +18,18 @@ from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import (
+    STATUS_LINE,
+    HttpToolsProtocol,
+    RequestResponseCycle,
+)
 
 from gateway import problems
 from gateway.arrival import Arrivals, Reader, note_arrivals
 from gateway.call import request_id
 from gateway.edge import Live
 from gateway.phases import SERVER_TIMING, whole_time
+from gateway.reply import Headers
 from policies.schema import Gateway
 from runtime.wire import Problem
 
@@ -258,6 +263,26 @@ class _Outgoing:
         if not self._cycle.disconnected and chunk:
             self.write(b"%x\r\n%s\r\n" % (len(chunk), chunk))
         return not self._connection.flow.write_paused
+
+    def whole(self, status: int, headers: Headers, body: bytes) -> None:
+        """A complete answer in one write, as uvicorn would write it in two. No header of it speaks
+        of the connection."""
+        cycle = self._cycle
+        if cycle.disconnected:
+            return
+        lines = [name + b": " + value for name, value in (*cycle.default_headers, *headers)]
+        if not cycle.keep_alive:
+            lines.append(b"connection: close")
+        text = b"\r\n".join(lines)
+        if text.count(b"\n") != len(lines) - 1 or text.count(b"\r") != len(lines) - 1:
+            raise RuntimeError("an answer's header has a line end")
+        cycle.response_started = cycle.response_complete = True
+        self._begun = True
+        self.write(STATUS_LINE[status] + text + b"\r\n\r\n" + body)
+        cycle.message_event.set()
+        if not cycle.keep_alive:
+            self.close()
+        cycle.on_response()
 
     def when_writable(self, go_on: Callable[[], None]) -> None:
         self._connection.go_on = go_on

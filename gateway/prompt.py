@@ -39,6 +39,7 @@ LONG_BODY_BYTES = 2**16  # more than this is rendered there, too
 # MB. Those above HUGE_CHARS are tokenized one after another.
 EXACT_BYTES_MAX = 2**20
 HUGE_CHARS = 2**17
+STEMS_MAX, STEM_CHARS = 1024, 512
 KEPT_CHARS = 256  # a last piece that is shorter is not worth keeping
 _LINK_BYTES, _HASH_BYTES = 400, 72  # what they take in memory, by sys.getsizeof
 
@@ -97,6 +98,7 @@ class Prompts:
         self._tokenizers: dict[Path, Tokenizer | None] = before._tokenizers if before else {}
         self._loading: dict[Path, asyncio.Task[None]] = {}
         self._huge = asyncio.Lock()
+        self._known_stems: dict[tuple[str, str | None, str | None], tuple[bytes, bytes]] = {}
 
     # ---- lifespan -------------------------------------------------------------------------------
 
@@ -133,13 +135,27 @@ class Prompts:
         """Never fails for what the client sent."""
         model, adapter, folder = self._identity(call.model)
         salt = call.data.get("cache_salt")
-        stem = root(model, adapter, salt if isinstance(salt, str) else None)
+        stem, text_stem = self._stems(model, adapter, salt if isinstance(salt, str) else None)
         tokenizer = self._tokenizer(folder)
         if tokenizer is not None and len(call.body) <= EXACT_BYTES_MAX:
             with suppress(*_not_rendered()):
                 return await self._exact(tokenizer, call, stem)
-        stem = root_hash(model=f"text for {model}", adapter=adapter, salt=stem.hex())
-        return await self._prompt(stem, b"text", _texts(call), bytes, exact=False)
+        return await self._prompt(text_stem, b"text", _texts(call), bytes, exact=False)
+
+    def _stems(self, model: str, adapter: str | None, salt: str | None) -> tuple[bytes, bytes]:
+        """What hashes stand on: of blocks of tokens, and of text. Clients choose what they ask for,
+        so that few are remembered, and none that is long."""
+        named = model, adapter, salt
+        found = self._known_stems.get(named)
+        if found is None:
+            stem = root(model, adapter, salt)
+            text = root_hash(model=f"text for {model}", adapter=adapter, salt=stem.hex())
+            found = stem, text
+            if len(model) + len(salt or "") <= STEM_CHARS:
+                if len(self._known_stems) >= STEMS_MAX:
+                    self._known_stems.clear()
+                self._known_stems[named] = found
+        return found
 
     def count(self, model: str, text: str) -> int:
         """Tokens of a text by itself; a quarter of its bytes where no tokenizer is loaded. May be

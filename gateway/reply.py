@@ -30,6 +30,9 @@ STREAM_HEADERS = {b"cache-control": b"no-cache", b"x-accel-buffering": b"no"}
 Headers = list[tuple[bytes, bytes]]
 
 
+Direct = Callable[[int, Headers, bytes], None]  # sends status, headers and the whole body
+
+
 class Outgoing(Protocol):
     """The client's connection as a stream's bytes go to it, past ASGI's message for each."""
 
@@ -66,8 +69,8 @@ class Reply:
 
     __slots__ = (
         "_kept", "_most_bytes", "_note", "_outgoing", "_recent", "_send", "_tail", "complete",
-        "first_at", "more", "pulse", "request_id", "started", "status", "streaming", "terminated",
-        "trail",
+        "direct", "first_at", "more", "pulse", "request_id", "started", "status", "streaming",
+        "terminated", "trail",
     )  # fmt: skip
 
     def __init__(self, send: Send, request_id: str, outgoing: Outgoing | None = None) -> None:
@@ -83,6 +86,7 @@ class Reply:
         self._kept: BytesIO | None = None
         self._most_bytes = 0
         self.pulse = Pulse()
+        self.direct: Direct | None = None  # past ASGI, while nothing sits on the ways out
         self.trail: Trail | None = None  # of a request for a completion
         self.started = False
         self.streaming = False
@@ -125,6 +129,7 @@ class Reply:
     def through(self, make: Callable[[Send, Outgoing | None], W]) -> W:
         """From now on everything goes through what is made of the ways out."""
         self._send = self._outgoing = way = make(self._send, self._outgoing)
+        self.direct = None
         return way
 
     # ---- whole answers --------------------------------------------------------------------------
@@ -138,8 +143,13 @@ class Reply:
             self._recent.append(body[-RECENT_BYTES:])
         if self.trail is not None:
             self.trail.whole(body)
-        await self._start(status, [*headers, (b"content-length", b"%d" % len(body))])
-        await self._finish(body)
+        headers = [*headers, (b"content-length", b"%d" % len(body))]
+        if self.direct is None:
+            await self._start(status, headers)
+            await self._finish(body)
+        else:
+            self.complete = True
+            self.direct(status, self._begun(status, headers), body)
 
     async def in_pieces(self, status: int, headers: Headers, pieces: Sequence[bytes]) -> None:
         """The same for a body of which a slow client gets a piece at a time."""
@@ -154,6 +164,7 @@ class Reply:
         if self.streaming:
             await self.fail_in_band(problem.payload())
         elif not self.started:
+            self.direct = None  # it may end the connection
             headers = [(name.encode(), value.encode()) for name, value in problem.headers.items()]
             headers.append((b"content-type", b"application/json"))
             await self.whole(problem.status, headers, problem.body())
@@ -227,12 +238,17 @@ class Reply:
     # ---- ASGI -----------------------------------------------------------------------------------
 
     async def _start(self, status: int, headers: Headers) -> None:
+        headers = self._begun(status, headers)
+        await self._send({"type": "http.response.start", "status": status, "headers": headers})
+
+    def _begun(self, status: int, headers: Headers) -> Headers:
+        """The head is about to go, with these and our own."""
         self.started = True
         self.status = status
         headers += (*self.more, (b"x-request-id", self.request_id.encode()))
         if self.trail is not None:
             headers.append((SERVER_TIMING, server_timing(self.trail)))
-        await self._send({"type": "http.response.start", "status": status, "headers": headers})
+        return headers
 
     async def _finish(self, body: bytes) -> None:
         self.complete = True

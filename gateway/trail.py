@@ -96,6 +96,9 @@ class Interval:
         return self.ended - self.began
 
 
+NEVER = Interval()
+
+
 class Trail:
     """One request."""
 
@@ -126,8 +129,7 @@ class Trail:
         self.trim = Interval()
         self.trimmed: Trimmed | None = None
         self.prompt = Interval()  # templated, tokenized, hashed
-        self.admit = Interval()  # limits
-        self.queue = Interval()
+        self.admit = self.queue = NEVER  # of limits, of a place: whoever gives it has them
         self.receipt: Receipt | None = None
         self.hops: list[Hop] = []
         self.head = b""  # of an answer that is no stream

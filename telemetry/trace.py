@@ -26,7 +26,7 @@ _NO_TRACE, _NO_SPAN = "0" * 32, "0" * 16
 _rng = random.Random()  # noqa: S311  # ids have to differ, not to be secret
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Context:
     """A place in a trace, as a request carries it. `span_id` "" is the trace's beginning."""
 
