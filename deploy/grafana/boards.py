@@ -11,6 +11,9 @@ _GOOD = "headgate_gateway_goodput_requests_total"
 _TTFT = "gen_ai_server_time_to_first_token_seconds"
 _TPOT = "gen_ai_server_time_per_output_token_seconds"
 _PROMPT = "headgate_gateway_prompt_tokens_total"
+# What a reader chooses, as variables of the dashboard.
+_TIER, _MODEL, _REPLICA = ('tier=~"$tier"', 'model=~"$model"', 'replica=~"$replica"')
+_BOTH = f"{_TIER},{_MODEL}"
 
 
 def share(part: str, whole: str, by: str = "") -> str:
@@ -19,26 +22,32 @@ def share(part: str, whole: str, by: str = "") -> str:
     return f"sum{grouped} (rate({part}[$W])) / sum{grouped} (rate({whole}[$W]))"
 
 
-def rate(name: str, by: str = "") -> str:
-    return f"sum{f' by ({by})' if by else ''} (rate({name}[$W]))"
+def rate(name: str, by: str = "", of: str = "") -> str:
+    """`of`: matchers of what is chosen."""
+    chosen = f"{{{of}}}" if of else ""
+    return f"sum{f' by ({by})' if by else ''} (rate({name}{chosen}[$W]))"
 
 
-def kept(by: str) -> str:
+def kept(by: str, of: str = "") -> str:
     """The share of answers that kept their targets; 1 where none has missed one yet."""
-    whole = rate(_GOOD, by)
-    missed = rate(_GOOD + '{met="false"}', by)
+    whole = rate(_GOOD, by, of)
+    missed = rate(_GOOD, by, ",".join(filter(None, ('met="false"', of))))
     return f"1 - ({missed} or 0 * {whole}) / {whole}"
 
 
-def quantile(q: float, name: str, by: str = "") -> str:
+def quantile(q: float, name: str, by: str = "", of: str = "") -> str:
     """Of a histogram, over all processes."""
-    return (
-        f"histogram_quantile({q}, sum by (le{f', {by}' if by else ''}) (rate({name}_bucket[$W])))"
-    )
+    grouped = f"le, {by}" if by else "le"
+    chosen = f"{{{of}}}" if of else ""
+    return f"histogram_quantile({q}, sum by ({grouped}) (rate({name}_bucket{chosen}[$W])))"
 
 
 def mean(name: str, by: str = "") -> str:
     return share(f"{name}_sum", f"{name}_count", by)
+
+
+def by_replica(fold: str, name: str) -> str:
+    return f"{fold} by (replica) ({name}{{{_REPLICA}}})"
 
 
 SERVICE_LEVELS = Dashboard(
@@ -47,47 +56,51 @@ SERVICE_LEVELS = Dashboard(
         Row("Promises", [
             Panel(
                 "Goodput", "Answers that kept every target of their tier. The objective is 99 %.",
-                [Query(kept("tier"), "{{tier}}")],
+                [Query(kept("tier", _TIER), "{{tier}}")],
                 "percentunit", at_most=1,
             ),
             Panel(
                 "Error budget burn", "1 misses exactly 1 % of the answers; 14.4 is an alert.",
-                [Query("headgate:slo_missed:ratio_rate5m / 0.01", "{{tier}}, 5 min"),
-                 Query("headgate:slo_missed:ratio_rate1h / 0.01", "{{tier}}, 1 h")],
+                [Query(f"headgate:slo_missed:ratio_rate5m{{{_TIER}}} / 0.01", "{{tier}}, 5 min"),
+                 Query(f"headgate:slo_missed:ratio_rate1h{{{_TIER}}} / 0.01", "{{tier}}, 1 h")],
                 warns_at=14.4,
             ),
             Panel(
-                "Answers by how they ended", "Cancelled: the client left, which is no failure.",
-                [Query(rate("headgate_gateway_requests_total", "outcome"), "{{outcome}}")],
+                "Answers by how they ended", "Of the tiers and models chosen, as what clients wait "
+                "for below. Cancelled: the client left, which is no failure.",
+                [Query(rate("headgate_gateway_requests_total", "outcome", _BOTH), "{{outcome}}")],
                 "reqps", stacked=True,
             ),
         ]),
         Row("What clients wait for", [
             Panel(
                 "Time to first token", "Queue included. A dot is a request: it leads to its trace.",
-                [Query(quantile(0.5, _TTFT, "tier"), "{{tier}} p50"),
-                 Query(quantile(0.95, _TTFT, "tier"), "{{tier}} p95", exemplars=True)],
+                [Query(quantile(0.5, _TTFT, "tier", _BOTH), "{{tier}} p50"),
+                 Query(quantile(0.95, _TTFT, "tier", _BOTH), "{{tier}} p95", exemplars=True)],
                 "s",
             ),
             Panel(
                 "Time per output token", "Mean of a stream; the pace that a reader sees.",
-                [Query(quantile(0.5, _TPOT, "tier"), "{{tier}} p50"),
-                 Query(quantile(0.95, _TPOT, "tier"), "{{tier}} p95")],
+                [Query(quantile(0.5, _TPOT, "tier", _BOTH), "{{tier}} p50"),
+                 Query(quantile(0.95, _TPOT, "tier", _BOTH), "{{tier}} p95")],
                 "s",
             ),
             Panel(
                 "Longest gap of a stream", "What one long prefill chunk does to those that run.",
-                [Query(quantile(0.95, "headgate_gateway_largest_gap_seconds", "tier"),
+                [Query(quantile(0.95, "headgate_gateway_largest_gap_seconds", "tier", _BOTH),
                        "{{tier}} p95"),
-                 Query(rate("headgate_gateway_stalls_total", "tier"), "{{tier}} stalls a second")],
+                 Query(rate("headgate_gateway_stalls_total", "tier", _TIER),
+                       "{{tier}} stalls a second")],
                 "s",
             ),
         ]),
         Row("Queue", [
             Panel(
                 "Requests", "Waiting ones are in the gateway, where they are ordered.",
-                [Query("sum by (tier) (headgate_gateway_requests_waiting)", "{{tier}} waits"),
-                 Query("sum by (tier) (headgate_gateway_requests_running)", "{{tier}} runs")],
+                [Query(f"sum by (tier) (headgate_gateway_requests_waiting{{{_TIER}}})",
+                       "{{tier}} waits"),
+                 Query(f"sum by (tier) (headgate_gateway_requests_running{{{_TIER}}})",
+                       "{{tier}} runs")],
                 stacked=True,
             ),
             Panel(
@@ -97,12 +110,14 @@ SERVICE_LEVELS = Dashboard(
             ),
             Panel(
                 "Sent away", "Shed for saturation, limited by a tenant's own limits.",
-                [Query(rate("headgate_gateway_shed_total", "tier"), "{{tier}} shed"),
-                 Query(rate("headgate_gateway_limited_total", "tier"), "{{tier}} limited")],
+                [Query(rate("headgate_gateway_shed_total", "tier", _TIER), "{{tier}} shed"),
+                 Query(rate("headgate_gateway_limited_total", "tier", _TIER), "{{tier}} limited")],
                 "reqps",
             ),
         ]),
     ],
+    (Variable("tier", "headgate_gateway_requests_total"),
+     Variable("model", "headgate_gateway_requests_total")),
 )  # fmt: skip
 
 WATERFALL = Dashboard(
@@ -110,8 +125,8 @@ WATERFALL = Dashboard(
     [
         Row("Requests, as the gateway sees them", [
             Panel(
-                "Seconds by phase", "Of all requests, a second: what grows is what to mend.",
-                [Query(rate("headgate_gateway_phase_seconds_total", "phase"), "{{phase}}")],
+                "Seconds by phase", "Of the tiers chosen, a second: what grows is what to mend.",
+                [Query(rate("headgate_gateway_phase_seconds_total", "phase", _TIER), "{{phase}}")],
                 "s", width=12, stacked=True,
             ),
             Panel(
@@ -212,27 +227,29 @@ CACHE = Dashboard(
         Row("Routing", [
             Panel(
                 "Requests by engine", "Uneven on purpose where prompts are cached.",
-                [Query("sum by (replica) (headgate_gateway_replica_in_flight)", "{{replica}}")],
+                [Query(by_replica("sum", "headgate_gateway_replica_in_flight"), "{{replica}}")],
                 stacked=True,
             ),
             Panel(
                 "Predictions", "Factor by which first tokens come other than foreseen; 1 is right.",
-                [Query("max by (replica) (headgate_gateway_ttft_prediction_error_ratio)",
+                [Query(by_replica("max", "headgate_gateway_ttft_prediction_error_ratio"),
                        "{{replica}}")],
                 warns_at=2,
             ),
             Panel(
                 "Prefill rate", "Prompt tokens a second, as learned from first tokens.",
-                [Query("avg by (replica) (headgate_gateway_replica_prefill_tokens_per_second)",
+                [Query(by_replica("avg", "headgate_gateway_replica_prefill_tokens_per_second"),
                        "{{replica}}")],
             ),
             Panel(
                 "Engines", "1 while it takes requests.",
-                [Query("min by (replica) (headgate_gateway_replica_up)", "{{replica}}")], at_most=1,
+                [Query(by_replica("min", "headgate_gateway_replica_up"), "{{replica}}")],
+                at_most=1,
             ),
             Panel(
                 "Answers by engine", "",
-                [Query(rate("headgate_gateway_replica_requests_total", "replica, outcome"),
+                [Query(rate("headgate_gateway_replica_requests_total", "replica, outcome",
+                            _REPLICA),
                        "{{replica}} {{outcome}}")],
                 "reqps",
             ),
@@ -244,6 +261,7 @@ CACHE = Dashboard(
             ),
         ]),
     ],
+    (Variable("replica", "headgate_gateway_replica_up"),),
 )  # fmt: skip
 
 SPECULATION = Dashboard(

@@ -44,15 +44,8 @@ COMPONENTS = {
         },
         "batch": {"timeout", "send_batch_size", "send_batch_max_size"},
     },
-    "connectors": {
-        "spanmetrics": {
-            "namespace", "metrics_flush_interval", "exemplars", "histogram", "dimensions",
-            "exclude_dimensions", "aggregation_temporality",
-        },
-    },
     "exporters": {
         "otlp": {"endpoint", "tls", "sending_queue", "retry_on_failure"},
-        "prometheus": {"endpoint", "enable_open_metrics", "namespace", "send_timestamps"},
     },
 }  # fmt: skip
 POLICIES = {
@@ -321,9 +314,8 @@ def test_the_collector_s_settings_are_known_and_are_all_used() -> None:
     for pipeline in config["service"]["pipelines"].values():
         for kind, names in pipeline.items():
             used[kind] |= set(names)
-    connectors = set(config["connectors"])
-    assert used["receivers"] == {*config["receivers"], *connectors}
-    assert used["exporters"] == {*config["exporters"], *connectors}
+    assert used["receivers"] == set(config["receivers"])
+    assert used["exporters"] == set(config["exporters"])
     assert used["processors"] == set(config["processors"])
     for policy in config["processors"]["tail_sampling"]["policies"]:
         assert set(policy) == {"name", "type", policy["type"]}
@@ -337,8 +329,7 @@ def test_what_the_collector_keeps_is_what_gateways_advise() -> None:
     source = "\n".join(
         file.read_text() for part in ("gateway", "telemetry") for file in (ROOT / part).glob("*.py")
     )
-    keys = [one["name"] for one in config["connectors"]["spanmetrics"]["dimensions"]]
-    keys += [
+    keys = [
         policy["string_attribute"]["key"]
         for policy in config["processors"]["tail_sampling"]["policies"]
         if policy["type"] == "string_attribute"
