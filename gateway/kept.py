@@ -96,7 +96,7 @@ class Kept:
                     if kept is not None and tenant in (None, kept.tenant):
                         return kept.payload()
             case {"what": "requests", "asked": asked}:
-                return sift(self._live.edge.tracer.ring, Sieve.of(asked))
+                return await sift(self._live.edge.tracer.ring, Sieve.of(asked))
             case {"what": "tenants"}:
                 return self._live.edge.admission.tallies.tenants.told(now())
             case {"what": "receipts", "tenant": tenant}:

@@ -1,6 +1,6 @@
 """Requests that are kept, sifted by what somebody looks for; and how long they took, by bucket.
 
-Pure. Works on trails as the ring has them, and makes lines of those alone that are shown.
+Works on trails as the ring has them, and makes lines of those alone that are shown.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ from typing import Any, Literal
 
 from gateway import problems
 from gateway.fate import FATES, MISSED, fate_of
+from gateway.pause import Pause
 from gateway.query import number
 from gateway.trail import Trail
 
 USUAL, MOST = 50, 200  # lines in one answer
 LOOKED_AT = 2000  # the latest ones: however many are kept, nobody waits for who looks
+AT_ONCE = 25  # of these, then others may go on
 TEXT_CHARS = 200
 CHOICES = 50  # values of a field that are told, to choose among
 BOUNDS_S = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0)
@@ -81,22 +83,32 @@ class Sieve:
         return self.over_s < took_s <= self.under_s or took_s == self.over_s == 0
 
 
-def sift(trails: Iterable[Trail], sieve: Sieve) -> dict[str, Any]:
-    """Of one process. `trails`: the latest first."""
+async def sift(trails: Iterable[Trail], sieve: Sieve) -> dict[str, Any]:
+    """Of one process. `trails`: the latest first. Streams go on meanwhile."""
     looked = list(islice(trails, LOOKED_AT))
-    found = [(one, sieve.took_s(one)) for one in looked if sieve.passes(one)]
-    shown = [(one, took_s) for one, took_s in found if sieve.in_time(took_s)]
+    shown: list[tuple[Trail, float | None]] = []
+    choices: dict[str, set[str]] = {name: set() for name in FIELDS}
+    buckets = _buckets()
+    pause = Pause()
+    for at, one in enumerate(looked):
+        if at % AT_ONCE == 0:
+            await pause()
+        for name, read in FIELDS.items():
+            choices[name].add(read(one))
+        if not sieve.passes(one):
+            continue
+        took_s = sieve.took_s(one)
+        _enter(buckets, one, took_s)
+        if sieve.in_time(took_s):
+            shown.append((one, took_s))
     if sieve.slowest:
         shown.sort(key=lambda pair: pair[1] or 0.0, reverse=True)
     return {
         "requests": [row(one) for one, _ in shown[: sieve.limit]],
         "matched": len(shown),
         "kept": len(looked),
-        "buckets": _buckets(found),
-        "choices": {
-            name: sorted({value for one in looked if (value := read(one))})[:CHOICES]
-            for name, read in FIELDS.items()
-        },
+        "buckets": buckets,
+        "choices": {name: sorted(found - {""})[:CHOICES] for name, found in choices.items()},
     }
 
 
@@ -153,21 +165,22 @@ def _texts(one: Trail) -> Iterable[str]:
         yield one.receipt.id
 
 
-def _buckets(found: Iterable[tuple[Trail, float | None]]) -> list[dict[str, Any]]:
+def _buckets() -> list[dict[str, Any]]:
     """Each with the one of it that took longest, which has a trace."""
     tops = (*BOUNDS_S, None)
-    buckets: list[dict[str, Any]] = [
+    return [
         {"under_s": top, "count": 0, "missed": 0, "slowest": None, "slowest_s": 0.0} for top in tops
     ]
-    for one, took_s in found:
-        if took_s is None:
-            continue
-        bucket = buckets[bisect_left(BOUNDS_S, took_s)]
-        bucket["count"] += 1
-        bucket["missed"] += fate_of(one) in MISSED
-        if took_s >= bucket["slowest_s"]:
-            bucket["slowest"], bucket["slowest_s"] = one.request_id, took_s
-    return buckets
+
+
+def _enter(buckets: list[dict[str, Any]], one: Trail, took_s: float | None) -> None:
+    if took_s is None:
+        return
+    bucket = buckets[bisect_left(BOUNDS_S, took_s)]
+    bucket["count"] += 1
+    bucket["missed"] += fate_of(one) in MISSED
+    if took_s >= bucket["slowest_s"]:
+        bucket["slowest"], bucket["slowest_s"] = one.request_id, took_s
 
 
 def _joined(some: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """`make screenshots`: pictures of the console under load, for docs/console.md.
 
-Two workers with the pocket model, the gateway, three desks of clients in talks of a few turns, and
+Two workers with the pocket model, the gateway, three tenants' clients in talks of a few turns, and
 a rollout that is under way: all of it runs, and all numbers are what it does. Only the verdicts are
 written here, because a gate takes longer than a picture; they say so.
 """
@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import random
+import secrets
 import shutil
 import subprocess
 import sys
@@ -34,15 +35,28 @@ from policies.load import load_hypothesis
 PICTURES = ROOT / "docs" / "img"
 POLICY = """\
 version: 1
-gateway: {processes: 1}
+gateway:
+  processes: 1
+  admin: {key_env: HEADGATE_ADMIN_KEY}
+  tenants:
+    support: {key_env: KEY_SUPPORT, tiers: [interactive, standard], weight: 2.0}
+    website: {key_env: KEY_WEBSITE, tokens_per_minute: 200000}
+    nightly: {key_env: KEY_NIGHTLY, tiers: [batch], requests_per_minute: 300, tokens_per_day: 90000}
 runtime: {model: pocket, threads: 1, compile: auto, workers: 2}
 optimizations:
 - {hypothesis: speculation-ngram.yaml}
 - {hypothesis: kv-int8.yaml}
 """
 LIVE, FAILED, ROLLED_OUT = "speculation-ngram", "kv-int8", "trim-batch"
-DESKS = (("interactive", 2, 0.6), ("standard", 2, 1.2), ("batch", 1, 0.3))  # clients, their pauses
+# Tenant, tier, clients, their pauses.
+DESKS = (
+    ("support", "interactive", 2, 0.6), ("website", "standard", 2, 1.2),
+    ("nightly", "batch", 1, 0.3),
+)  # fmt: skip
+ADMIN = "HEADGATE_ADMIN_KEY"
+KEYS = {name: f"KEY_{name.upper()}" for name, *_ in DESKS}  # variables
 WARM_S = 100.0  # of load before the first picture
+CUT = "{maxHeight: '760px', overflow: 'hidden'}"  # of a list that goes on
 SUITE = ROOT / "evals" / "data" / "pocket.jsonl"
 
 
@@ -50,8 +64,11 @@ def main() -> int:
     """Takes all pictures; 1 where there is no browser."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        os.environ |= {
+            name: f"hg-picture-{secrets.token_hex(12)}" for name in (ADMIN, *KEYS.values())
+        }
         prepare(folder)
-        with serve(folder / "base.yaml") as stack:
+        with serve(folder / "base.yaml", os.environ[KEYS["website"]]) as stack:
             try:
                 asyncio.run(take(folder, stack.url, stack.model))
             except BrowserFailed as error:
@@ -89,8 +106,8 @@ def judge(folder: Path, name: str, decision: str) -> None:
 async def take(folder: Path, url: str, model: str) -> None:
     """Raises BrowserFailed."""
     clients = [
-        asyncio.create_task(talk(url, model, tier, number, pause_s))
-        for tier, count, pause_s in DESKS
+        asyncio.create_task(talk(url, model, tenant, tier, number, pause_s))
+        for tenant, tier, count, pause_s in DESKS
         for number in range(count)
     ]
     try:
@@ -107,7 +124,7 @@ async def take(folder: Path, url: str, model: str) -> None:
         await asyncio.gather(*clients, return_exceptions=True)
 
 
-async def talk(url: str, model: str, tier: str, number: int, pause_s: float) -> None:
+async def talk(url: str, model: str, tenant: str, tier: str, number: int, pause_s: float) -> None:
     """One client: talks of a few turns over the questions of a suite."""
     rng = random.Random(f"{tier} {number}")  # the same talks each time
     rows = [json.loads(line) for line in SUITE.read_text().splitlines()]
@@ -121,7 +138,10 @@ async def talk(url: str, model: str, tier: str, number: int, pause_s: float) -> 
                     "model": model, "messages": messages, "stream": True, "max_tokens": 48,
                     "stream_options": {"include_usage": True}, "temperature": 0,
                 }  # fmt: skip
-                headers = {"x-headgate-tier": tier, "x-session-id": f"{tier}-{number}-{at}"}
+                headers = {
+                    "x-headgate-tier": tier, "x-session-id": f"{tier}-{number}-{at}",
+                    "authorization": f"Bearer {os.environ[KEYS[tenant]]}",
+                }  # fmt: skip
                 path = "/v1/chat/completions"
                 async with session.post(path, json=body, headers=headers) as answer:
                     said = (await answer.read()).decode()
@@ -151,25 +171,43 @@ def rolling_out(hypothesis: Path, url: str) -> Iterator[None]:
 
 
 async def overview(found: Browser, url: str, width: int, *, dark: bool) -> None:
-    page = await found.page()
-    await page.size(width, 900, dark=dark)
-    await page.open(f"{url}/console")
+    page = await opened(found, url, width, 900, dark=dark)
     await page.until("document.querySelectorAll('.latest tbody tr').length >= 8")
     await asyncio.sleep(2.5)  # of its own samples
     await shot(page, f"console-{width}-{'dark' if dark else 'light'}")
+    await page.value("location.hash = 'tenants'")
+    await page.until("document.querySelectorAll('.tenants tbody tr').length >= 4")
+    await shot(page, f"console-tenants-{width}-{'dark' if dark else 'light'}")
+
+
+async def opened(found: Browser, url: str, width: int, height: int, *, dark: bool = False) -> Page:
+    """A page that has been given the operator's key."""
+    page = await found.page()
+    await page.size(width, height, dark=dark)
+    await page.open(f"{url}/console")
+    await page.until("document.querySelector('#ask').open")
+    await page.type(os.environ[ADMIN])
+    await page.press("Enter")
+    return page
 
 
 async def others(found: Browser, url: str) -> None:
     """One request, and the playground."""
-    page = await found.page()
-    await page.size(1440, 620)
-    await page.open(f"{url}/console#requests")
+    page = await opened(found, url, 1440, 620)
     await page.until("document.querySelectorAll('.latest tbody tr').length >= 8")
-    await page.value("document.querySelector('.latest tbody a').click()")
+    await page.value("location.hash = 'requests?order=slowest'")
+    await page.until("document.querySelector('.buckets a[href]')")
+    await page.value(f"Object.assign(document.querySelector('main').style, {CUT})")
+    await shot(page, "console-requests")
+    await page.value("document.querySelector('main').removeAttribute('style')")
+    await page.value("[...document.querySelectorAll('.buckets a[href]')].at(-1).click()")
     await page.until("document.querySelector('.spans') && document.querySelector('.receipt')")
     await shot(page, "console-request")
     await page.value("location.hash = 'playground'")
     await page.until("document.querySelector('#ask-model option')")
+    await page.value("document.querySelector('#ask-key').focus()")
+    await page.type(os.environ[KEYS["website"]])
+    await page.value("document.querySelector('#ask-key').dispatchEvent(new Event('change'))")
     rows = [json.loads(line) for line in SUITE.read_text().splitlines()]
     texts = [row for row in rows if row["form"] == "text"]
     longest = max(texts, key=lambda row: len(str(row["expected"])))

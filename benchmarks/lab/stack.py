@@ -49,8 +49,9 @@ class Stack:
 
 
 @contextlib.contextmanager
-def serve(policy: Path | None = None) -> Iterator[Stack]:
-    """Starts a policy, or the one that ships, on a free port; drains it in the end."""
+def serve(policy: Path | None = None, key: str = "") -> Iterator[Stack]:
+    """Starts a policy, or the one that ships, on a free port; drains it in the end. `key`: of a
+    tenant of its, where it has some."""
     (port,) = free_ports(1, _HOST)
     environment = os.environ | {"HEADGATE_PORT": str(port)}
     with tempfile.TemporaryFile() as log:
@@ -64,16 +65,18 @@ def serve(policy: Path | None = None) -> Iterator[Stack]:
             stderr=subprocess.STDOUT,
         )
         try:
-            health = _await_ready(command, port, log)
+            health = _await_ready(command, port, log, key)
             yield _look_at(command, port, time.perf_counter() - started, health)
         finally:
             stop(command)
 
 
-def _await_ready(command: subprocess.Popen[bytes], port: int, log: IO[bytes]) -> dict[str, Any]:
+def _await_ready(
+    command: subprocess.Popen[bytes], port: int, log: IO[bytes], key: str
+) -> dict[str, Any]:
     deadline = time.monotonic() + _READY_LIMIT_S
     while time.monotonic() < deadline:
-        status, health = ask_health(port)
+        status, health = ask_health(port, key)
         if status == 200 and all(one["healthy"] for one in health["replicas"]):
             return health
         if command.poll() is not None:
@@ -111,11 +114,12 @@ def _child(command: subprocess.Popen[bytes], port: int) -> psutil.Process:
     raise MeasurementFailed(f"`headgate serve` has no child that was started with --port {port}")
 
 
-def ask_health(port: int) -> tuple[int, dict[str, Any]]:
+def ask_health(port: int, key: str = "") -> tuple[int, dict[str, Any]]:
     """Status and body of GET /health; (0, {}) while nothing answers."""
     connection = http.client.HTTPConnection(_HOST, port, timeout=2)
     try:
-        connection.request("GET", "/health")
+        headers = {"authorization": f"Bearer {key}"} if key else {}
+        connection.request("GET", "/health", headers=headers)
         response = connection.getresponse()
         health: dict[str, Any] = json.loads(response.read())
         return response.status, health

@@ -1,6 +1,6 @@
 // Small pictures: lines over time, stacked bars, ladders. Their numbers stand beside them as text.
 
-import { h, put, say, svg } from "./dom.js";
+import { h, put, say, show, svg } from "./dom.js";
 import { seconds } from "./format.js";
 import { SPAN_S } from "./samples.js";
 
@@ -71,6 +71,7 @@ export function stack(label) {
         }
         put(part, "class", `part ${one.kind || one.name}`);
         part.style.width = `${(100 * one.value) / sum}%`;
+        show(part, one.value > 0);
         put(part, "title", `${one.name.replaceAll("_", " ")}: ${one.said}`);
       }
       const told = items.filter((one) => one.value > 0).map((one) => `${one.name.replaceAll("_", " ")} ${one.said}`);

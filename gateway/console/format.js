@@ -61,4 +61,7 @@ export function fingerprint(root) {
   return root ? `fp_${root.slice(0, 12)}` : NONE;
 }
 
+// Of a share that was promised: below 95 % it warns, below 80 % it alarms.
+export const toneOf = (kept) => (!known(kept) ? null : kept >= 0.95 ? "ok" : kept >= 0.8 ? "warn" : "bad");
+
 export const share = (part, whole) => (whole > 0 ? part / whole : null);

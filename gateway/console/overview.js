@@ -3,7 +3,7 @@
 
 import { badge, h, keyed, meter, panel, put, say, show, table } from "./dom.js";
 import { legend, line, stack } from "./draw.js";
-import { NONE, address, count, day, fingerprint, percent, rate, seconds, share, span, times } from "./format.js";
+import { NONE, address, count, day, fingerprint, percent, rate, seconds, share, span, times, toneOf } from "./format.js";
 import { noRequest, requestRows } from "./requests.js";
 import { rolloutPanel } from "./rollout.js";
 import { perSecond, shareOf, tokenShare, tokensPerSecond, total } from "./samples.js";
@@ -139,7 +139,7 @@ function promised(name) {
   };
 }
 
-// A share that was promised, as bar and number; below 95 % it warns, below 80 % it alarms.
+// A share that was promised, as bar and number.
 function attained(label) {
   const bar = meter(label);
   const [value, ever] = [h("b"), h("small")];
@@ -148,7 +148,7 @@ function attained(label) {
     node,
     update(found) {
       const seen = found && (found.now ?? found.ever);
-      const tone = typeof seen !== "number" ? null : seen >= 0.95 ? "ok" : seen >= 0.8 ? "warn" : "bad";
+      const tone = toneOf(seen);
       say(value, found === null ? "no target" : percent(found.now));
       put(value, "class", found === null ? "none" : null);
       say(ever, found && typeof found.ever === "number" ? percent(found.ever) : "");

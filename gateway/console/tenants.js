@@ -4,7 +4,7 @@
 import { Away, Refused, tenants } from "./api.js";
 import { h, keyed, meter, panel, put, say, show, table } from "./dom.js";
 import { legend, stack } from "./draw.js";
-import { NONE, count, percent, share } from "./format.js";
+import { NONE, count, percent, share, toneOf } from "./format.js";
 
 const EVERY_MS = 5000;
 const SPANS = [["now", "Last 5 min"], ["ever", "Since the start"]];
@@ -126,7 +126,7 @@ function row(grid, first) {
       const held = share(seen.judged - seen.missed, seen.judged);
       say(keptSaid, percent(held));
       say(missed, seen.missed ? `${count(seen.missed)} broken` : "");
-      kept.update(held, held === null ? null : held >= 0.99 ? "ok" : held >= 0.95 ? "warn" : "bad", percent(held));
+      kept.update(held, toneOf(held), percent(held));
       const turned = seen.limited + seen.shed;
       say(away, turned ? [seen.limited ? `${count(seen.limited)} limited` : "", seen.shed ? `${count(seen.shed)} shed` : ""].filter(Boolean).join(", ") : "0");
       put(away, "data-tone", turned ? "warn" : null);

@@ -334,6 +334,8 @@ async def test_it_asks_for_the_key_and_tells_nothing_without(
             await page.value(send)
             await it.sees(".answer .failed", "key")
             await page.value("document.querySelector('#ask-key').focus()")
+            # The bug: what colours a legend's keys was drawn around the field of a key.
+            assert await page.value("document.querySelector('#ask-key').offsetWidth") > 200
             await page.type(tenants_key)
             await page.value(send)
             await it.sees(".said", "The quick brown fox jumps over it.")
@@ -435,3 +437,17 @@ async def test_the_arms_of_a_rollout_are_told_with_how_far_they_are_apart(it: Wo
         await page.until(f"{failed}.innerText.includes('…')")
         assert await page.value(f"{failed}.dataset.tone") == "bad"
         assert "+" in await page.value(f"{failed}.innerText")
+
+
+@in_browser
+async def test_answers_that_take_long_are_said_to(it: World) -> None:
+    """Who looks knows how old the figures are; and once answers are quick again nothing is said."""
+    page = it.page
+    slow = {"offline": False, "downloadThroughput": -1, "uploadThroughput": -1}
+    async with serving(it):
+        await page.open(it.url)
+        await it.sees(".health", "2 replicas ready")
+        await page.call("Network.emulateNetworkConditions", latency=2000, **slow)
+        await it.sees(".notice", "to tell this")
+        await page.call("Network.emulateNetworkConditions", latency=0, **slow)
+        await page.until("document.querySelector('.notice').hidden")

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 
 from gateway import tenants as counted
 from gateway.fate import FATES, fate_of
@@ -270,6 +270,7 @@ async def test_one_that_left_and_one_that_failed_are_told_apart() -> None:
         release.set()
 
 
+@settings(deadline=None)  # loops are made and ended
 @given(
     st.lists(st.tuples(st.floats(0, 100), st.sampled_from((200, 404, 500))), max_size=40),
     st.integers(1, 3),
@@ -282,14 +283,14 @@ def test_buckets_have_each_request_once_and_lead_to_the_slowest(some: Any, among
     ]
     parts = [every[at::among] for at in range(among)]
     sieve = Sieve.of({})
-    whole = merged([sift(one, sieve) for one in parts], sieve)
+    whole = merged([asyncio.run(sift(one, sieve)) for one in parts], sieve)
     assert sum(one["count"] for one in whole["buckets"]) == whole["matched"] == len(every)
     assert sum(one["missed"] for one in whole["buckets"]) == sum(s == 500 for _, s in some)
     for over, bucket in zip((0.0, *BOUNDS_S), whole["buckets"], strict=True):
         asked = {"over_s": str(over)}
         if bucket["under_s"] is not None:
             asked["under_s"] = str(bucket["under_s"])
-        found = sift(every, Sieve.of(asked))
+        found = asyncio.run(sift(every, Sieve.of(asked)))
         assert found["matched"] == bucket["count"]
         times = [one["ttft_s"] for one in found["requests"]]
         assert bucket["slowest_s"] == max(times, default=0.0)
