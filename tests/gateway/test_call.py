@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from gateway.call import COMPLETIONS_PATH, Call, parse_call
+from gateway.call import COMPLETIONS_PATH, Call, parse_call, request_id
 from runtime.wire import LARGE_BODY_BYTES, Problem, parse_completion
 
 
@@ -41,3 +41,9 @@ def test_a_large_body_is_parsed_without_a_collection(
     finally:
         gc.callbacks.remove(note)
     assert gc.isenabled()
+
+
+def test_ids_of_requests_differ_over_more_than_one_drawing() -> None:
+    drawn = {request_id(()) for _ in range(1000)}
+    assert len(drawn) == 1000
+    assert {len(one) for one in drawn} == {len("req_") + 24}
