@@ -101,7 +101,7 @@ def refuse_stranger(headers: RawHeaders, key_env: str | None, *, keys: bool) -> 
     scheme, sent = given[0][: len(SCHEME)], given[0][len(SCHEME) :].strip()
     right = hmac.compare_digest(sent, key)
     if not (right and key) or len(given) > 1 or scheme.lower() != SCHEME:
-        raise problems.key_wrong()
+        raise problems.key_not_operators()
 
 
 def _given(tenant: Tenant, environ: Mapping[str, str]) -> list[str]:

@@ -24,6 +24,7 @@ from gateway.sieve import Sieve, merged
 from gateway.tenants import ORDERS, together
 
 REQUESTS_PATH = "/admin/requests"
+ASKED = ("by", "top")  # of tenants
 TENANTS_PATH = "/admin/tenants"
 TOP_USUAL, TOP_MOST = 20, 100  # tenants in one answer
 
@@ -54,6 +55,9 @@ class Lookups:
     async def tenants(self, scope: Scope, _body: bytes) -> Answer:
         """The first of them by what they use, with what is left of their limits."""
         asked = query(scope)
+        for name in asked:
+            if name not in ASKED:
+                raise problems.unknown_query(name, ASKED)
         by = asked.get("by", ORDERS[0])
         if by not in ORDERS:
             raise problems.wrong_value("by", "one of " + ", ".join(ORDERS), problems.quote(by))

@@ -86,6 +86,14 @@ def key_wrong() -> Problem:
     return Problem(401, message, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
 
 
+def key_not_operators() -> Problem:
+    message = (
+        "the API key does not open this; it takes the operator's key (gateway.admin.key_env of the "
+        "policy names its variable)"
+    )
+    return Problem(401, message, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
+
+
 # ---- the route ----------------------------------------------------------------------------------
 
 
@@ -241,6 +249,11 @@ def wrong_value(field: str, expected: str, got: str) -> Problem:
     return Problem(400, message, param=field, code="invalid_value")
 
 
+def unknown_query(name: str, known: Sequence[str]) -> Problem:
+    message = f"nothing is asked by {quote(name)} here; expected {listing(known)}"
+    return Problem(400, message, param=name[:64], code="unknown_parameter")
+
+
 def unknown_tier(name: str, tiers: Sequence[str]) -> Problem:
     message = (
         f"there is no tier {quote(name)}; expected one of {listing(tiers)}, which are the policy's "
@@ -269,10 +282,11 @@ def limit_reached(
 ) -> Problem:
     """429; `what` is requests, tokens or budget. A wait without an end is a request too large. Of
     several gateways that cannot ask each other, `limit` is one's share."""
+    told = f"{limit:.0f}" if limit >= 100 else f"{limit:.3g}"  # shares may be less than whole
     named = {
-        "requests": f"{limit:.0f} requests per minute",
-        "tokens": f"{limit:.0f} tokens per minute",
-        "budget": f"{limit:.0f} tokens per day",
+        "requests": f"{told} requests per minute",
+        "tokens": f"{told} tokens per minute",
+        "budget": f"{told} tokens per day",
     }[what]
     if among > 1:
         named += f" (the share of one of {among} gateway processes without a common store)"

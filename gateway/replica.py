@@ -108,7 +108,8 @@ class Replica:
     def state(self) -> str:
         """For messages: where it is and how it is."""
         if self.spared:
-            return f"{self.url} takes nothing new" + (f" ({self.held})" if self.held else "")
+            by_hand = " (an operator drained it)" if self.held else ""  # clients are not told why
+            return f"{self.url} takes nothing new{by_hand}"
         if self.healthy and self.circuit.trial_at is not None:
             return f"{self.url} is well by its health and failed its last requests"
         if self.healthy:

@@ -31,6 +31,7 @@ FIELDS: Mapping[str, Callable[[Trail], str]] = {
     "arm": lambda one: one.arm,
     "replica": lambda one: one.hops[-1].replica.url if one.hops else "",
 }
+ASKED = (*FIELDS, "outcome", "clock", "order", "text", "over_s", "under_s", "limit")
 OUTCOMES = (*FATES, "missed")
 Clock = Literal["first", "whole"]
 
@@ -51,6 +52,9 @@ class Sieve:
     @classmethod
     def of(cls, asked: Mapping[str, str]) -> Sieve:
         """By what stands in a query. Raises Problem 400."""
+        for name in asked:
+            if name not in ASKED:
+                raise problems.unknown_query(name, ASKED)
         outcome = asked.get("outcome", "")
         _among("outcome", outcome, ("", *OUTCOMES))
         clock = _among("clock", asked.get("clock", "first"), ("first", "whole"))
@@ -191,7 +195,8 @@ def _joined(some: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def _among(name: str, value: str, allowed: Sequence[str]) -> str:
     if value not in allowed:
-        raise problems.wrong_value(name, "one of " + ", ".join(allowed), problems.quote(value))
+        named = ", ".join(one for one in allowed if one)
+        raise problems.wrong_value(name, f"one of {named}", problems.quote(value))
     return value
 
 

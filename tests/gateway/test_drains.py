@@ -106,9 +106,10 @@ async def test_a_drained_replica_ends_what_it_has_and_gets_nothing_new() -> None
 @on_loop
 async def test_with_none_left_the_client_is_told_why() -> None:
     async with upstream() as fake, gateway(fake) as edge:
-        await post(edge, "drain", fake)
+        await post(edge, "drain", fake, why="a secret of ours")
         refused = await edge.post(HELLO)
         assert refused.status_code == 503
+        assert "secret" not in refused.text
         assert "takes nothing new (an operator drained it)" in refused.json()["error"]["message"]
         assert (await edge.client.get("/health")).status_code == 503
         await post(edge, "resume", fake)

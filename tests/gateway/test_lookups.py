@@ -98,7 +98,7 @@ async def test_each_tenant_is_told_with_what_it_used_and_what_is_left_and_no_key
         assert not any(key in text or key_hash(key) in text for key in KEYS.values())
         (only,) = (await get(front, TENANTS, top=1, by="limited"))["tenants"]
         assert only["name"] == "acme"
-        for wrong in ({"by": "key"}, {"top": 0}, {"top": 1000}):
+        for wrong in ({"by": "key"}, {"top": 0}, {"top": 1000}, {"tpo": 3}):
             answer = await front.client.get(TENANTS, params=wrong, headers=STEERING)
             assert answer.status_code == 400
         assert (await front.client.get(TENANTS)).status_code == 401
@@ -241,7 +241,7 @@ async def test_requests_are_found_by_what_they_were_and_a_bucket_leads_to_a_trac
         assert "Say it." not in json.dumps(found)
         for wrong in (
             {"outcome": "bad"}, {"clock": "cpu"}, {"order": "x"}, {"over_s": "-1"},
-            {"under_s": "nan"}, {"limit": 0},
+            {"under_s": "nan"}, {"limit": 0}, {"tennant": "acme"},
         ):  # fmt: skip
             answer = await front.client.get(REQUESTS, params=wrong, headers=STEERING)
             assert answer.status_code == 400, wrong
