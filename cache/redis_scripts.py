@@ -70,7 +70,7 @@ return said
 _SWAP = """
 local now = tonumber(ARGV[1])
 local kept = redis.call('GET', KEYS[1])
-if kept and struct.unpack('<d', kept) <= now then kept = false end
+if kept and (#kept < 8 or struct.unpack('<d', kept) <= now) then kept = false end
 local same
 if ARGV[2] == '0' then same = not kept else same = kept and string.sub(kept, 9) == ARGV[3] end
 if not same then return 0 end
@@ -83,6 +83,7 @@ return 1
 _COUNT = """
 local kept = redis.call('GET', KEYS[1])
 local ends, sum = tonumber(ARGV[3]), 0
+if kept and #kept < 16 then kept = nil end
 if kept then
   local kept_ends, kept_sum = struct.unpack('<dd', kept)
   if tonumber(ARGV[1]) < kept_ends then ends, sum = kept_ends, kept_sum else kept = nil end

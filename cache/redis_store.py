@@ -16,6 +16,7 @@ from cache.redis_lane import Lane, Refusal, Word
 from cache.redis_scripts import APPEND, COUNT, LIMITS, POST, SWAP, Script
 from cache.store import ENTRY_BYTES_MAX, Bucket, Entries, StoreDown, Taken, Want
 
+DATE_BYTES = 8  # before each entry, when it ends
 SLACK_S = 60.0  # Redis forgets an entry so long after its end: clocks differ
 
 
@@ -117,9 +118,11 @@ class RedisStore:
         notes: dict[str, bytes] = {}
         gone: list[bytes] = []
         for owner, dated in zip(flat[::2], flat[1::2], strict=True):
+            if len(dated) < DATE_BYTES:  # nothing of ours
+                continue
             (ends_at,) = struct.unpack_from("<d", dated)
             if now < ends_at:
-                notes[owner.decode()] = dated[8:]
+                notes[owner.decode()] = dated[DATE_BYTES:]
             elif now > ends_at + SLACK_S:
                 gone.append(owner)
         if gone:
@@ -137,9 +140,11 @@ class RedisStore:
         return struct.pack("<d", self._clock() + ttl_s) + value
 
     def _fresh(self, dated: bytes | None) -> bytes | None:
-        if dated is None or struct.unpack_from("<d", dated)[0] <= self._clock():
+        if dated is None or len(dated) < DATE_BYTES:
+            return None  # nothing of ours
+        if struct.unpack_from("<d", dated)[0] <= self._clock():
             return None
-        return dated[8:]
+        return dated[DATE_BYTES:]
 
     async def _ask(self, *words: Word) -> Any:
         try:

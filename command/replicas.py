@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-import http.client
 import json
-import os
+import math
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Mapping
 from typing import Any
 
 import click
 
 from command.answers import AnswerError
+from command.asking import Refused, asked
 from command.chat import base_url
-from command.explain import TIMEOUT_S
-from command.screen import columns
+from command.screen import columns, plain
 
 KEY_VARIABLE = "HEADGATE_ADMIN_KEY"
 HEARD_S = 1.0  # until other gateways have heard of a change, and this one of what they have
 POLL_S = 0.5
 
 Told = Mapping[str, Any]
-
-
-class Refused(Exception):
-    """The gateway does not do it."""
 
 
 @click.group(short_help="Take a replica out of traffic by hand, and back.")
@@ -75,6 +68,8 @@ def listing(url: str | None, as_json: bool) -> None:
 )
 def drain(replica: str, url: str | None, why: str, wait: float | None) -> None:
     """Drain the replica at the URL REPLICA."""
+    if wait is not None and not math.isfinite(wait):
+        raise click.BadParameter("expected seconds, such as 120", param_hint="--wait")
     code = _tell(url, "/drain", {"url": replica, "why": why})
     if code == 0 and wait is not None:
         code = _wait(url, replica, wait)
@@ -95,14 +90,14 @@ def resume(replica: str, url: str | None) -> None:
 def _tell(url: str | None, path: str, body: Told | None, *, as_json: bool = False) -> int:
     try:
         told = ask(url, path, body)
-    except (Refused, AnswerError, OSError) as error:
-        click.echo(str(error), err=True)
+    except (Refused, AnswerError) as error:
+        click.echo(plain(str(error)), err=True)
         return 2 if isinstance(error, Refused) else 1
     if as_json:
         click.echo(json.dumps(told, indent=2))
         return 0
     found = told["replicas"]
-    click.echo("\n".join(columns([_row(one) for one in found])))
+    click.echo("\n".join(map(plain, columns([_row(one) for one in found]))))
     asked, of = told["processes"]["asked"], told["processes"]["of"]
     if asked < of:
         click.echo(f"under way at {asked} of {of} gateway processes; others are silent", err=True)
@@ -128,8 +123,8 @@ def _wait(url: str | None, replica: str, wait_s: float) -> int:
     while True:
         try:
             told = ask(url, "", None)
-        except (Refused, AnswerError, OSError) as error:
-            click.echo(str(error), err=True)
+        except (Refused, AnswerError) as error:
+            click.echo(plain(str(error)), err=True)
             return 1
         name = replica.rstrip("/").removesuffix("/v1")
         still = sum(one["in_flight"] for one in told["replicas"] if one["url"] == name)
@@ -144,19 +139,12 @@ def _wait(url: str | None, replica: str, wait_s: float) -> int:
 
 
 def ask(url: str | None, path: str, body: Told | None) -> dict[str, Any]:
-    """What the gateway tells. Raises Refused, OSError, and AnswerError for what no gateway of ours
-    would answer."""
+    """What the gateway tells. Raises Refused, and AnswerError for what no gateway of ours would
+    answer."""
     where = f"{base_url(url)}/admin/replicas{path}"
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(where, data=data)  # noqa: S310  # http(s)
-    if key := os.environ.get(KEY_VARIABLE):
-        request.add_header("authorization", f"Bearer {key}")
     try:
-        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:  # noqa: S310
-            told = json.loads(answer.read())
-    except urllib.error.HTTPError as error:
-        raise Refused(_why(where, error)) from None
-    except (http.client.HTTPException, ValueError, RecursionError):
+        told = json.loads(asked(where, KEY_VARIABLE, body))
+    except (ValueError, RecursionError):
         told = None
     if not isinstance(told, dict) or not isinstance(told.get("replicas"), list):
         raise AnswerError(
@@ -164,11 +152,3 @@ def ask(url: str | None, path: str, body: Told | None) -> dict[str, Any]:
             "version, is there; give its address with --url"
         )
     return told
-
-
-def _why(where: str, error: urllib.error.HTTPError) -> str:
-    text = error.read().decode("utf-8", "replace")
-    try:
-        return str(json.loads(text)["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        return f"{where} answered {error.code}: {text[:300]}"

@@ -26,6 +26,11 @@ def columns(rows: Iterable[Sequence[str]], indent: str = "  ") -> list[str]:
     ]
 
 
+def plain(line: str) -> str:
+    """Without what a terminal would obey: names and reasons are whatever others write."""
+    return "".join(one if one.isprintable() else "?" for one in line)
+
+
 def size(count: float) -> str:
     """Bytes as people read them: `1.5 GiB`."""
     for unit in ("bytes", "KiB", "MiB", "GiB"):

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import http.client
 import json
-import os
 import shutil
-import urllib.error
 import urllib.parse
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import click
 
 from command.answers import AnswerError
+from command.asking import Refused, asked
 from command.chat import base_url
-from command.explain import KEY_VARIABLE, TIMEOUT_S
-from command.screen import columns
+from command.explain import KEY_VARIABLE
+from command.screen import columns, plain
 
 PARTS = " ▏▎▍▌▋▊▉█"  # eighths of a cell
 TEXT_MAX = 46  # columns for names
@@ -39,21 +36,14 @@ _SPAN: _Types = {
 }  # fmt: skip
 
 
-class NoTrace(Exception):
-    """The gateway does not have it."""
-
-
 def trace(name: str, url: str | None, *, as_json: bool) -> int:
     """The exit code. `latest` and `slow` list what is kept."""
     listing = name in ("latest", "slow")
     try:
         told = read(name, url)
-    except NoTrace as error:
-        click.echo(str(error), err=True)
-        return 2
-    except (AnswerError, OSError) as error:
-        click.echo(str(error), err=True)
-        return 1
+    except (Refused, AnswerError) as error:
+        click.echo(plain(str(error)), err=True)
+        return 2 if isinstance(error, Refused) else 1
     if as_json:
         click.echo(json.dumps(told, indent=2))
     else:
@@ -74,31 +64,18 @@ def unasked(told: Mapping[str, Any]) -> str:
     return f"of {asked} of {of} gateway processes; --url asks another at its own address"
 
 
-def plain(line: str) -> str:
-    """Without what a terminal would obey: names of models are whatever clients write."""
-    return "".join(one if one.isprintable() else "?" for one in line)
-
-
 def read(name: str, url: str | None) -> dict[str, Any]:
-    """What the gateway tells. Raises NoTrace, OSError, and AnswerError for what no gateway of ours
-    would answer."""
+    """What the gateway tells. Raises Refused, and AnswerError for what no gateway of ours would
+    answer."""
     if listing := name in ("latest", "slow"):
         path = f"?limit={LISTED}" + ("&slow=1" if name == "slow" else "")
     else:
         path = "/" + urllib.parse.quote(name, safe="")
     where = f"{base_url(url)}/admin/traces{path}"
-    request = urllib.request.Request(where)  # noqa: S310  # http(s)
-    if key := os.environ.get(KEY_VARIABLE):
-        request.add_header("authorization", f"Bearer {key}")
     try:
-        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:  # noqa: S310
-            told = json.loads(
-                answer.read(), parse_float=_real, parse_constant=_real, parse_int=_whole
-            )
-    except urllib.error.HTTPError as error:
-        text = error.read().decode("utf-8", "replace")
-        raise NoTrace(f"{where} answered {error.code}: {text[:300]}") from None
-    except (http.client.HTTPException, ValueError, RecursionError):
+        text = asked(where, KEY_VARIABLE)
+        told = json.loads(text, parse_float=_real, parse_constant=_real, parse_int=_whole)
+    except (ValueError, RecursionError):
         told = None
     if not (is_list(told) if listing else is_trace(told)):
         raise AnswerError(

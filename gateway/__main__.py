@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for row in news(first.gated):
         log.warning("%s: %s  %s", *row)
     port = settings.port if options.port is None else options.port
-    reload = Reload(origin, live, lambda adopted: adopt(config, adopted))
+    reload = Reload(origin, live, lambda adopted: adopt(config, adopted), options.started)
     config = configure(create_app(live, reload), settings, host=settings.host, port=port)
     collect_seldom()
     take_files()
@@ -134,7 +134,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
         type=Path,
         metavar="FILE",
         help="copy of the policy that the workers run by, and this one where POLICY, edited since, "
-        "takes a restart of all",
+        "takes a restart of all; says what was reloaded last",
     )
     parser.add_argument(
         "--replica",

@@ -130,7 +130,8 @@ async def _serve(edge: Edge, asked: Asked, account: Account, *, strict: bool) ->
     place.arrived = trail.began
     forward = _forward(edge, trip, place, account, silence, strict=strict)
     work = attend(forward, outgoing, silence)
-    await within(service.limit_s(edge.settings.total_timeout_s), work)
+    limit_s = service.limit_s(edge.settings.total_timeout_s)
+    await within(limit_s, service.deadline_ms, work)
     if recall:
         recall.keep()
 
@@ -161,7 +162,9 @@ async def _forward(
     account.charged = place.charged
 
 
-async def within(limit_s: float | None, work: Coroutine[None, None, None]) -> None:
+async def within(
+    limit_s: float | None, deadline_ms: float | None, work: Coroutine[None, None, None]
+) -> None:
     """Raises Problem 504 when `work` takes longer, which is cancelled then."""
     if limit_s is None:
         await work
@@ -172,7 +175,7 @@ async def within(limit_s: float | None, work: Coroutine[None, None, None]) -> No
     except TimeoutError:
         if not limit.expired():
             raise
-        raise problems.request_timeout(limit_s) from None
+        raise problems.request_timeout(limit_s, deadline_ms) from None
 
 
 async def attend(

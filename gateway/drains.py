@@ -19,6 +19,7 @@ import orjson
 
 from cache.store import StoreDown, key
 from gateway.edge import Edge, Live
+from gateway.problems import quote
 from gateway.replica import Replica
 from gateway.siblings import Part, Question
 
@@ -99,7 +100,12 @@ class Drains:
         at = self._clock() if known is None else max(self._clock(), known.at + STEP_S)
         self._notes[url] = Note(url, out, why, at)
         self.apply()
-        log.warning("%s is %s: %s", url, "drained" if out else "back", why or "no reason given")
+        log.warning(
+            "%s is %s: %s",
+            url,
+            "drained" if out else "back",
+            quote(why) if why else "no reason given",
+        )
         await asyncio.gather(self._look(), self._ask_siblings())
 
     def note(self, url: str) -> Note | None:

@@ -364,11 +364,18 @@ def upstream_timeout(timeout_s: float) -> Problem:
     return Problem(504, message, code="upstream_timeout")
 
 
-def request_timeout(timeout_s: float) -> Problem:
-    message = (
-        f"the answer was not complete within {timeout_s:g} s; ask for less, or for a later "
-        "deadline, or raise gateway.total_timeout_s in the policy"
-    )
+def request_timeout(timeout_s: float, deadline_ms: float | None) -> Problem:
+    """504; `deadline_ms`: what was asked for or is its tier's, which may not be what has ended."""
+    if deadline_ms is not None and timeout_s >= deadline_ms / 1000:
+        message = (
+            f"the answer was not complete by its deadline of {deadline_ms / 1000:g} s; ask for "
+            "less, or for a later one (x-slo-deadline-ms, as far as deadline_s of its tier allows)"
+        )
+    else:
+        message = (
+            f"the answer was not complete within {timeout_s:g} s; ask for less, or raise "
+            "gateway.total_timeout_s in the policy"
+        )
     return Problem(504, message, code="request_timeout")
 
 

@@ -20,9 +20,11 @@ from typing import Any
 
 from gateway.edge import Edge, Live, build
 from gateway.replica import Replica, replicas_of
+from policies import as_started
 from policies.as_started import reading
 from policies.enabling import Gated, gated, rows
 from policies.load import (
+    FILE_BYTES_MAX,
     FLEET_KEY_ENV,
     PolicyError,
     key_problems,
@@ -38,6 +40,7 @@ from policies.schema import Deployment, Discovery, Gateway
 
 log = logging.getLogger("headgate.gateway")
 
+TRIES = 10  # to read a file that is written meanwhile
 LOOK_S = 1.0  # between looks at the file
 FLEET_LOOK_S = 0.5  # at the list of our own workers that come and go
 READY_S = 10.0  # for a first replica of the new policy to answer
@@ -106,7 +109,8 @@ class Beginning:
 
 def begin(origin: Origin, started: Path | None = None) -> Beginning:
     """The file as it is; of a run whose file has been edited since into what only a restart of all
-    can change, or into nothing valid, the copy of what that run was `started` with.
+    can change, or into nothing valid, the copy of what that run was `started` with, or has taken
+    last: a key that was withdrawn while it ran stays so.
 
     Raises PolicyError.
     """
@@ -131,13 +135,19 @@ class Reload:
     """Replaces the edge by what the file says: at SIGHUP, and when the file changes."""
 
     def __init__(
-        self, origin: Origin, live: Live, adopt: Callable[[Gateway], None] = lambda _settings: None
+        self,
+        origin: Origin,
+        live: Live,
+        adopt: Callable[[Gateway], None] = lambda _settings: None,
+        started: Path | None = None,
     ) -> None:
-        """`adopt` is told the settings that serve from now on."""
+        """`adopt` is told the settings that serve from now on; `started`: the copy that says what
+        a process begins by that is started later."""
         self.origin = origin
         self.live = live
         self.ready_s = READY_S
         self._adopt = adopt
+        self._started = started
         self._one_at_a_time = asyncio.Lock()
         self._asked = asyncio.Event()
 
@@ -160,7 +170,7 @@ class Reload:
         """Whether the file's policy serves now; why not is in the log and in /health."""
         async with self._one_at_a_time:
             try:
-                found = await asyncio.to_thread(self.origin.gated, self.live.gated)
+                found, text = await asyncio.to_thread(self._found)
                 policy, replicas = await asyncio.to_thread(self.origin.read, found)
                 refuse_fixed(self.live.edge.policy, policy)
                 await self._replace(policy, replicas)
@@ -173,11 +183,29 @@ class Reload:
             self.live.refused = None
             self.live.reloads += 1
             self._adopt(policy.gateway)
+            await asyncio.to_thread(self._keep, text)
             log.warning("the policy was reloaded from %s", self.origin.file)
             if before is None or before.states != found.states:
                 for row in rows(found):
                     log.warning("%s: %s  %s", *row)
             return True
+
+    def _found(self) -> tuple[Gated, bytes]:
+        """What the file says, and its text. Raises PolicyError, Refused."""
+        for _ in range(TRIES):
+            before = _text(self.origin.file)
+            found = self.origin.gated(self.live.gated)
+            if _text(self.origin.file) == before:  # else it was written meanwhile
+                return found, before
+        raise Refused(f"{self.origin.file}: it is written again and again")
+
+    def _keep(self, text: bytes) -> None:
+        if self._started is None:
+            return
+        try:
+            as_started.taken(text, self._started)
+        except OSError as error:
+            log.warning("a process that is started anew may begin by an older policy: %s", error)
 
     async def _replace(self, policy: Deployment, replicas: Sequence[Replica]) -> None:
         """Raises Refused where none of the new policy's replicas takes requests, and one does now.
@@ -270,3 +298,12 @@ def _mark(file: Path) -> tuple[int, ...] | None:
     except OSError:
         return None
     return stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+def _text(file: Path) -> bytes:
+    """Empty where it cannot be read."""
+    try:
+        with file.open("rb") as stream:
+            return stream.read(FILE_BYTES_MAX + 1)
+    except (OSError, ValueError):
+        return b""

@@ -1,7 +1,8 @@
 """Which bytes a policy's path stands for: the file's own, or a copy of what it said at some moment.
 
-For programs of a run that goes on by the policy that it was started with, whatever an operator
-writes meanwhile. Names, lines and relative paths stay those of the file itself.
+For programs of a run that goes on by the policy that it was started with, and by what its gateways
+have taken of it since, whatever an operator writes meanwhile. Names, lines and relative paths stay
+those of the file itself.
 """
 
 from __future__ import annotations
@@ -20,6 +21,14 @@ def copied(file: Path, folder: Path) -> Path:
     copy = folder / "policy.yaml"
     copy.write_bytes(file.read_bytes())
     return copy
+
+
+def taken(text: bytes, copy: Path) -> None:
+    """From now on the copy says this, whole at any moment; several programs may say so at once.
+    Raises OSError."""
+    beside = copy.with_name(f".{copy.name}.{os.getpid()}")
+    beside.write_bytes(text)
+    beside.replace(copy)
 
 
 def environment(file: Path, copy: str | Path) -> dict[str, str]:

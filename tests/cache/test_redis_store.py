@@ -200,3 +200,24 @@ def test_what_is_no_redis_is_told_and_too_much_at_once_is_refused() -> None:
     asyncio.run(run())
     with redis_server() as server:
         asyncio.run(flood(server.url))
+
+
+def test_what_others_put_there_is_nothing_of_ours() -> None:
+    """The bug: a value shorter than its date ended the task that follows drains, for good."""
+
+    async def run() -> None:
+        store = RedisStore(server.url, timeout_s=5)
+        value, board = key("drains"), key("board")
+        for short in (b"", b"x", b"1234567"):
+            for name in (value, key("count")):
+                await store._ask("SET", "{headgate}:" + name, short)
+            await store._ask("HSET", "{headgate}:" + board, "somebody", short)
+            assert await store.get(value) is None
+            assert await store.swap(value, None, b"ours", 60)
+            assert await store.get(value) == b"ours"
+            assert await store.count(key("count"), 2, 60) == 2
+            assert await store.notes(board) == {}
+        await store.aclose()
+
+    with redis_server() as server:
+        asyncio.run(run())

@@ -121,6 +121,24 @@ def test_a_gateway_that_is_started_again_takes_what_it_would_have_taken(
 
 
 @on_loop
+async def test_what_was_taken_while_it_ran_is_what_a_process_begins_by(tmp_path: Path) -> None:
+    """The bug: a key that was withdrawn by a reload opened again, at a process that had died while
+    the file had a slip."""
+    copy = tmp_path / "copy.yaml"
+    async with upstream() as fake, world(tmp_path, fake) as it:
+        copy.write_bytes(it.file.read_bytes())
+        reload = Reload(it.reload.origin, it.live, started=copy)
+        it.write(fake, max_in_flight=7)
+        assert await reload.reload()
+        assert copy.read_bytes() == it.file.read_bytes()
+        it.file.write_text("version: [1\n")
+        assert not await reload.reload()
+        first = begin(Origin(it.file, environ={}), copy)
+    assert first.refused is not None
+    assert first.policy.gateway.max_in_flight == 7
+
+
+@on_loop
 async def test_receipts_outlive_a_policy(tmp_path: Path) -> None:
     """Whoever was answered under the old one asks why under the new one."""
     async with upstream() as fake, world(tmp_path, fake) as it:
