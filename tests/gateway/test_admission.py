@@ -247,7 +247,7 @@ def test_the_headers_of_one_of_several_gateways_tell_its_share() -> None:
         ]
         with pytest.raises(Problem) as caught:
             await limits.take(acme, 10)
-        assert "limit of 2 requests per minute (the share of one of 4" in caught.value.message
+        assert "limit of 2.5 requests per minute (the share of one of 4" in caught.value.message
         assert caught.value.headers["x-ratelimit-limit-requests"] == "2"
 
     asyncio.run(run())
