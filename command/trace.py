@@ -142,10 +142,14 @@ def rows(traces: Sequence[Mapping[str, Any]]) -> list[str]:
         first = "" if one["ttft_s"] is None else ms(one["ttft_s"])
         status = f"{one['status']} {one['error']}".strip()
         about = " ".join(filter(None, (one["arm"], one["keep"])))
-        table.append(
-            (one["request_id"], one["tier"], one["model"], status, first, ms(one["e2e_s"]), about)
-        )
+        names = (cut(one["request_id"]), cut(one["tier"]), cut(one["model"]), cut(status))
+        table.append((*names, first, ms(one["e2e_s"]), about))
     return columns(table)
+
+
+def cut(name: str) -> str:
+    """Names may be as long as whoever asked made them."""
+    return name if len(name) <= TEXT_MAX else name[: TEXT_MAX - 1] + "…"
 
 
 def drawn(told: Mapping[str, Any], width: int) -> list[str]:

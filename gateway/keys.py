@@ -89,10 +89,14 @@ class Keys:
 
 def refuse_stranger(headers: RawHeaders, key_env: str | None, *, keys: bool) -> None:
     """Raises Problem 401 or 403. Where there are no keys at all, the doorway has seen to it that
-    this machine asks."""
+    this machine asks; of pages, the gateway's own does: those of other ports steer nothing."""
     if key_env is None:
         if keys:
             raise problems.admin_off()
+        by_name = dict(headers)
+        origin, host = by_name.get(b"origin"), by_name.get(b"host", b"")
+        if origin is not None and origin.partition(b"://")[2].lower() != host.lower():
+            raise problems.page_not_ours(origin.decode("latin-1"))
         return
     given = [value for name, value in headers if name == b"authorization"]
     if not given:

@@ -73,6 +73,14 @@ def origin_not_allowed(origin: str) -> Problem:
     return Problem(403, message, code="origin_not_allowed")
 
 
+def page_not_ours(origin: str) -> Problem:
+    message = (
+        f"a page of the Origin {quote(origin)} may not steer this gateway; without keys, only its "
+        "own console may, and programs that send no Origin"
+    )
+    return Problem(403, message, code="origin_not_allowed")
+
+
 def key_missing() -> Problem:
     message = (
         "no API key came with the request; send `Authorization: Bearer ...` with the key that "

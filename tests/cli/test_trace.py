@@ -58,6 +58,8 @@ def test_requests_are_listed_with_why_they_are_kept() -> None:
 
 
 def test_a_terminal_obeys_nothing_that_a_client_has_written() -> None:
+    (_, line) = rows([TRACE | {"model": "m" * 300}])
+    assert len(line) < 140
     (_, line) = rows([TRACE | {"model": "m\x1b[2J\x1b]0;mine\x07\n\x9bH"}])
     assert "m?[2J?]0;mine???H" in plain(line)
     assert plain("· █ ▐ Größe") == "· █ ▐ Größe"

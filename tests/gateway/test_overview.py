@@ -136,15 +136,20 @@ async def test_the_page_needs_no_key_and_its_data_does(monkeypatch: pytest.Monke
 
 @on_loop
 async def test_no_other_page_reads_or_steers() -> None:
-    """Where this machine needs no key: a foreign page's requests tell their Origin."""
+    """Where this machine needs no key: a foreign page's requests tell their Origin, and so does
+    that of whatever else serves pages on this machine."""
     async with upstream(hi) as old, upstream(hi) as new, gateway(old) as front:
         await put(front, new, share=0.5)
-        foreign = {"origin": "https://evil.example", "content-type": "text/plain"}
-        for path in ("pause", "resume", "rollback"):
-            answer = await front.client.post(
-                f"{PATH}/{path}", content=b'{"id":"r1","why":"x"}', headers=foreign
-            )
-            assert answer.status_code == 403
-        assert (await front.client.get(OVERVIEW, headers=foreign)).status_code == 403
+        for origin in ("https://evil.example", "http://127.0.0.1:1", "http://localhost"):
+            foreign = {"origin": origin, "content-type": "text/plain"}
+            for path in ("pause", "resume", "rollback"):
+                answer = await front.client.post(
+                    f"{PATH}/{path}", content=b'{"id":"r1","why":"x"}', headers=foreign
+                )
+                assert answer.status_code == 403
+                assert answer.json()["error"]["code"] == "origin_not_allowed"
+            assert (await front.client.get(OVERVIEW, headers=foreign)).status_code == 403
+        own = {"origin": f"http://127.0.0.1:{front.port}"}
+        assert (await front.client.get(OVERVIEW, headers=own)).status_code == 200
         rollout = (await overview(front))["rollout"]
         assert (rollout["paused"], rollout["ended"]) == (None, None)
