@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import socket
 import sys
 import time
@@ -40,16 +41,22 @@ class Connection(Protocol):
 def moments(
     now: Callable[[], float] = time.monotonic, wall: Callable[[], float] = time.time
 ) -> Callable[[bytes], float]:
-    """A function that tells in monotonic seconds what the kernel has noted; 0 where the wall clock,
-    by which it does, was set since the function was called last."""
+    """A function that tells in monotonic seconds what the kernel has noted, which is never later
+    than now; 0 where it is not known, since the wall clock, by which the kernel notes, was set.
+
+    Of what came before that and is read after, however many they are, nothing is known."""
     apart = wall() - now()
+    known_since = -math.inf  # the clock was found to have been set
 
     def moment(note: bytes) -> float:
-        nonlocal apart
+        nonlocal apart, known_since
         seconds, ns = _timespec(note)
-        before, apart = apart, wall() - now()
-        is_same = -CLOCK_SET_S < apart - before < CLOCK_SET_S
-        return seconds - apart + 1e-9 * ns if is_same else 0.0
+        at = now()
+        before, apart = apart, wall() - at
+        if not -CLOCK_SET_S < apart - before < CLOCK_SET_S:
+            known_since = at
+        noted = seconds - apart + 1e-9 * ns
+        return noted if known_since <= noted <= at + CLOCK_SET_S else 0.0
 
     return moment
 

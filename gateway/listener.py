@@ -53,7 +53,8 @@ class ClientConnection(HttpToolsProtocol):
         super().__init__(*args, **kwargs)
         self._in_headers = False
         self._in_body = False
-        self._header_bytes = 0
+        self._header_bytes = 0  # of headers that are not complete, without the read that goes on
+        self._read_bytes = 0  # in the read that goes on
         self.amid = False  # a request has begun, and is not all here
         self.arrived = self._began = self._read = 0.0
         self._deadline: asyncio.TimerHandle | None = None
@@ -84,6 +85,7 @@ class ClientConnection(HttpToolsProtocol):
     def data_received(self, data: bytes | memoryview) -> None:
         if self._refused:
             return
+        self._read_bytes = len(data)
         super().data_received(data)  # type: ignore[arg-type]  # its parser takes any buffer
         if self._refused or self.transport.is_closing():
             self._disarm()
@@ -106,6 +108,8 @@ class ClientConnection(HttpToolsProtocol):
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
+        if self._header_bytes + self._read_bytes > HEADERS_MAX_BYTES:
+            self._weigh_headers()
         self._in_headers = False
         super().on_headers_complete()
         outgoing = _Outgoing(self, self.cycle)
@@ -119,6 +123,15 @@ class ClientConnection(HttpToolsProtocol):
         else:
             self._in_body = True
             self.cycle.transport = outgoing  # type: ignore[assignment]  # what a cycle uses of one
+
+    def _weigh_headers(self) -> None:
+        """What was read with them may be a body, or another request: they are counted for
+        themselves. Raises what the parser then stops at."""
+        size_bytes = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
+        if size_bytes > HEADERS_MAX_BYTES:
+            problem = problems.headers_too_large(HEADERS_MAX_BYTES)
+            self._refuse(problem)
+            raise problem
 
     def on_message_complete(self) -> None:
         self.amid = self._in_body = False

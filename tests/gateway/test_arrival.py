@@ -128,9 +128,9 @@ async def test_what_is_refused_below_http_took_its_wait_too() -> None:
     assert float(total) >= 1000 * (BUSY_S - 0.001)
 
 
-def test_after_the_clock_was_set_the_next_wait_is_not_known_and_the_one_after_is() -> None:
-    """The kernel notes the wall clock's time. Of what came before it was set, and is read after,
-    nothing is known; a wait of an hour, or one that has not begun, would be told else."""
+def test_of_what_came_before_the_clock_was_set_and_is_read_after_nothing_is_known() -> None:
+    """The kernel notes the wall clock's time: a wait of an hour, or one that has not begun, would
+    be told else, of each of the requests that lay in sockets. Of what comes later all is known."""
     clocks = {"now": 100.0, "wall": 5_000.0}
     moment = moments(lambda: clocks["now"], lambda: clocks["wall"])
 
@@ -140,9 +140,14 @@ def test_after_the_clock_was_set_the_next_wait_is_not_known_and_the_one_after_is
     clocks |= {"now": 100.5, "wall": 5_000.5}
     assert moment(noted(5_000.25)) == pytest.approx(100.25)
     for step_s in (3600.0, -7200.0):
+        before = clocks["wall"]
         clocks["wall"] += step_s
-        assert moment(noted(clocks["wall"] - step_s - 0.1)) == 0.0
-        assert moment(noted(clocks["wall"] - 0.1)) == pytest.approx(100.4)
+        for ago_s in (0.3, 0.1, 0.2):
+            assert moment(noted(before - ago_s)) == 0.0
+        clocks["now"] += 0.5
+        clocks["wall"] += 0.5
+        assert moment(noted(before - 0.1)) == 0.0
+        assert moment(noted(clocks["wall"] - 0.1)) == pytest.approx(clocks["now"] - 0.1)
 
 
 class Connection:

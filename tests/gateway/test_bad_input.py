@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from typing import Any
 
 import pytest
@@ -279,6 +280,38 @@ async def test_headers_without_end_are_431() -> None:
         assert (await reader.readline()).startswith(b"HTTP/1.1 431 ")
         writer.close()
         await alive(edge)
+
+
+@pytest.mark.parametrize("pieces", [1, 2])
+@on_loop
+async def test_whole_headers_that_are_too_large_are_431_and_what_follows_is_not_served(
+    pieces: int,
+) -> None:
+    """The bug: they passed where their end came with the read in which they grew too large."""
+    health = b"GET /health HTTP/1.1\r\nhost: localhost\r\n"
+    sent = health + b"x-pad: " + b"y" * 70_000 + b"\r\n\r\n" + health + b"\r\n"
+    async with upstream() as fake, gateway(fake) as edge:
+        with socket.create_connection(("127.0.0.1", edge.port)) as client:
+            half = len(sent) // pieces
+            for at in range(0, len(sent), half):
+                client.sendall(sent[at : at + half])  # the loop, whose thread this is, reads later
+                if pieces == 2:
+                    await alive(edge)
+            client.setblocking(False)
+            loop, got = asyncio.get_running_loop(), b""
+            while piece := await loop.sock_recv(client, 2**16):
+                got += piece
+    assert got.startswith(b"HTTP/1.1 431 ")
+    assert got.count(b"HTTP/1.1") == 1
+
+
+@on_loop
+async def test_a_large_body_that_comes_with_its_headers_does_not_count_as_headers() -> None:
+    body = json.dumps(HELLO | {"pad": "x" * 100_000}).encode()
+    async with upstream() as fake, gateway(fake) as edge:
+        reader, writer = await edge.connect()
+        writer.write(POST + b"connection: close\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
+        assert (await reader.read()).startswith(b"HTTP/1.1 200 ")
 
 
 @on_loop
