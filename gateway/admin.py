@@ -62,7 +62,7 @@ def routes(live: Live, variants: Variants, kept: Kept, drains: Drains) -> list[R
         "/admin/replicas/resume": {"POST": draining.resume},
         "/admin/observations": {"GET": steering.observations},
         TRACES_PATH: {"GET": traces(kept)},
-        f"{TRACES_PATH}/{{id}}": {"GET": trace(live, kept)},
+        f"{TRACES_PATH}/{{id:path}}": {"GET": trace(live, kept)},  # a client names its requests
         "/gate/confirm-promotion": {"POST": steering.confirm},
         "/gate/rollback": {"POST": steering.confirm_rollback},
         "/gate/{fingerprint}": {"GET": steering.result},

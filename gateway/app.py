@@ -68,7 +68,7 @@ def create_app(
         Route("/metrics", Allowed("GET", Scrape(live, variants.told))),
         Route("/v1/fingerprint", Allowed("GET", fingerprints(live))),
         Route("/v1/receipts", Allowed("GET", receipts(kept))),
-        Route("/v1/receipts/{id}", Allowed("GET", receipt(live, kept))),
+        Route("/v1/receipts/{id:path}", Allowed("GET", receipt(live, kept))),
         Route("/v1/models", Allowed("GET", models(live))),
         Route("/v1/models/{model:path}", Allowed("GET", model(live))),
         *admin_routes(live, variants, kept, drains),

@@ -39,7 +39,7 @@ from gateway.trail import Trail
 from gateway.variants import Variants
 
 OVERVIEW_PATH = "/admin/overview"
-RECEIPT_PATH = "/admin/receipts/{id}"
+RECEIPT_PATH = "/admin/receipts/{id:path}"
 WHAT = "overview"
 AT_ONCE = 20  # samples
 RECENT = 10  # requests in one answer; lookups.py has the others

@@ -8,10 +8,12 @@ import sys
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from hypothesis import given, strategies as st
 
+from command.trace import read
 from gateway.account import Account
 from gateway.meters import Meters
 from gateway.phases import PHASES, phases
@@ -142,6 +144,29 @@ async def test_a_trace_is_found_by_the_id_of_request_receipt_and_answer() -> Non
         missing = await front.client.get("/admin/traces/none")
     assert missing.status_code == 404
     assert missing.json()["error"]["code"] == "trace_not_found"
+
+
+@on_loop
+async def test_a_trace_is_found_by_a_request_id_with_slashes_as_they_are_or_encoded() -> None:
+    """The bug: such an id, which a client may give, was a path at which nothing is served."""
+    name = "team/7//a b%2F/"
+    async with upstream() as fake, gateway(fake) as front:
+        await front.post(HELLO, headers={"x-request-id": name})
+        await only(front)
+        for safe in ("/", ""):
+            path = quote(name, safe=safe)
+            found = await front.client.get(f"/admin/traces/{path}")
+            assert found.json().get("request_id") == name, found.text
+        assert await asyncio.to_thread(read, name, front.url)
+        missing = {
+            path: (await front.client.get(f"{path}/a%2Fb/c")).json()["error"]["code"]
+            for path in ("/admin/traces", "/admin/receipts", "/v1/receipts")
+        }
+    assert missing == {
+        "/admin/traces": "trace_not_found",
+        "/admin/receipts": "receipt_not_found",
+        "/v1/receipts": "receipt_not_found",
+    }
 
 
 @on_loop
