@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     live = Live(build(policy, replicas, state=state))
     live.gated, live.refused = first.gated, first.refused
     if first.refused is not None:
-        log.warning("begins by the policy as it was when all were started: %s", first.refused)
+        log.warning("begins by the policy that was taken last, not by the file: %s", first.refused)
     for row in news(first.gated):
         log.warning("%s: %s  %s", *row)
     port = settings.port if options.port is None else options.port

@@ -102,7 +102,6 @@ def _state(replica: Replica, now: float) -> dict[str, Any]:
         "kind": replica.kind,
         "healthy": replica.healthy,
         "draining": replica.spared,
-        "held": replica.held,
         "circuit": replica.circuit.state(now),
         "weight": replica.weight,
         "models": list(replica.models),

@@ -63,6 +63,11 @@ def base_url(url: str) -> str:
         raise ValueError(f"{url!r} is not a base URL such as http://127.0.0.1:8000")
     if parts.query or parts.fragment:
         raise ValueError(f"{url!r} has a query or a fragment, which a base URL cannot have")
+    if "@" in parts.netloc:  # not repeated: it may be a password
+        raise ValueError(
+            "has a user or a password in it, and addresses are told in metrics, logs and receipts; "
+            "name the variable of a key by api_key_env instead"
+        )
     return url.rstrip("/").removesuffix("/v1")
 
 

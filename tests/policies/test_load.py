@@ -139,6 +139,8 @@ EVENTS = "upstreams: [{url: 'http://a', tokenizer: t, kv_events: %s}]"
         ("upstreams: [{}]", "2:13  upstreams[0].url  missing"),
         ("upstreams: [{url: ftp://a}]", "2:19  upstreams[0].url  'ftp://a' is not a base URL"),
         ("upstreams: [{url: 'http://a:99999'}]", "is not a base URL"),
+        ("upstreams: [{url: 'http://me:word@a'}]", "2:19  upstreams[0].url  has a user or a pass"),
+        ("upstreams: [{url: 'http://me@a'}]", "by api_key_env instead"),
         ("upstreams: [{url: 'http://a?b=c'}]", "has a query"),
         ("discovery: [{}]", "give either `file` or `dns`"),
         ("discovery: [{file: a, dns: b, port: 1}]", "give either `file` or `dns`"),
