@@ -51,8 +51,8 @@ class Account:
         began: float,
         served: Callable[[], bool],
     ) -> None:
-        """`began`: when the request came, monotonic seconds. `served`: whether any replica has
-        named the model."""
+        """`began`: since when an answer is due, monotonic seconds. `served`: whether any replica
+        has named the model."""
         self._meters = meters
         self.arm = arm
         self.call = call

@@ -28,7 +28,6 @@ class Connection(Protocol):
     """What reads are for: an asyncio.Protocol, but that it gets a view of bytes which is good for
     the call alone."""
 
-    amid: bool  # the next bytes belong to a request that has begun: nobody will ask when they came
     arrived: float  # when the first of the bytes that are being read came; 0: not known
 
     def data_received(self, data: memoryview, /) -> None: ...
@@ -59,6 +58,41 @@ def moments(
         return noted if known_since <= noted <= at + CLOCK_SET_S else 0.0
 
     return moment
+
+
+class Coming:
+    """Of one request: when it began to come, and who waited for whom until it was read. Moments are
+    monotonic seconds."""
+
+    __slots__ = ("began", "read", "upload_s", "whole")
+
+    def __init__(self, began: float, read: float) -> None:
+        self.began = began  # its first byte came to its socket
+        self.read = read  # what came last was read
+        self.upload_s = 0.0  # so long its client was waited for, with all read that had come
+        self.whole = False  # nothing of it is missing
+
+    @property
+    def due(self) -> float:
+        """Since when an answer is due: the client's own time is not the gateway's."""
+        return self.began + self.upload_s
+
+    def more(self, arrived: float, now: float) -> None:
+        """Another piece is read, which came then; 0 where nobody knows."""
+        came = min(max(arrived, self.read), now) if arrived else now
+        self.upload_s += came - self.read
+        self.read = now
+
+    def stopped(self) -> None:
+        """Nobody waits for it any longer."""
+        if not self.whole:
+            self.more(0.0, time.monotonic())
+
+    def no_sooner(self, moment: float) -> None:
+        """Until then its client had another answer to get on this connection."""
+        self.began = max(self.began, moment)
+        self.read = max(self.read, moment)
+        self.upload_s = min(self.upload_s, self.read - self.began)
 
 
 class Arrivals:
@@ -94,15 +128,11 @@ class Reader(asyncio.BufferedProtocol):
         self._look = self._sock.recvmsg
 
     def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002  # the loop's wish
-        connection = self._connection
-        if connection.amid:
-            connection.arrived = 0.0
-        else:
-            try:
-                notes = self._look(1, NOTES_BYTES, _PEEK)[1]
-                connection.arrived = self._moment(notes[0][2]) if notes else 0.0
-            except OSError:  # nothing is there, or nobody any more
-                connection.arrived = 0.0
+        try:
+            notes = self._look(1, NOTES_BYTES, _PEEK)[1]
+            self._connection.arrived = self._moment(notes[0][2]) if notes else 0.0
+        except OSError:  # nothing is there, or nobody any more
+            self._connection.arrived = 0.0
         return self._buffer
 
     def buffer_updated(self, nbytes: int) -> None:

@@ -16,7 +16,7 @@ from gateway.answer import Answer
 from gateway.call import ClientGone, parse_call, read_body, request_id
 from gateway.edge import Asked, Edge, Live
 from gateway.keys import TENANT, Known
-from gateway.listener import BEGAN, OUTGOING, READ
+from gateway.listener import COMING, OUTGOING
 from gateway.pacing import paced
 from gateway.receipt import Left
 from gateway.relay import Silence, relay
@@ -40,9 +40,9 @@ class Completions:
         found = scope["extensions"]
         reply = Reply(send, request_id(scope["headers"]), found[OUTGOING])
         reply.direct = found[OUTGOING].whole
-        edge = self.live.edge
+        edge, coming = self.live.edge, found[COMING]
         reply.trail = edge.tracer.begin(
-            reply.request_id, self.path, scope["headers"], found[BEGAN], found[READ]
+            reply.request_id, self.path, scope["headers"], coming.began, coming.read
         )
         failure: BaseException | None = None
         try:
@@ -77,10 +77,15 @@ class Completions:
             reply.trail.tenant = tenant.name
             outgoing = scope["extensions"][OUTGOING]
             waits = not outgoing.asked
-            body = await read_body(headers, receive, edge.settings, waits=waits)
+            coming = scope["extensions"][COMING]
+            try:
+                body = await read_body(headers, receive, edge.settings, waits=waits)
+            finally:
+                coming.stopped()
+                reply.trail.received(coming.due, coming.read)
             call = parse_call(self.path, body, headers, reply.request_id)
             reply.trail.parsed(call)
-            asked = Asked(call, tenant, reply, outgoing, reply.trail.began)
+            asked = Asked(call, tenant, reply, outgoing, coming.due)
             beside = self.live.beside
             with edge.recording(asked, headers):
                 if beside is None:
@@ -127,7 +132,7 @@ async def _serve(edge: Edge, asked: Asked, account: Account, *, strict: bool) ->
     reply.more.append((b"x-headgate-receipt", trip.receipt.id.encode()))
     place = edge.admission.place(call, tenant, service, prompt.tokens, trip.uncached)
     trail.admit, trail.queue = place.admit, place.queue
-    place.arrived = trail.began
+    place.arrived = asked.came
     forward = _forward(edge, trip, place, account, silence, strict=strict)
     work = attend(forward, outgoing, silence)
     limit_s = service.limit_s(edge.settings.total_timeout_s)

@@ -14,7 +14,7 @@ from gateway import problems
 from gateway.call import RawHeaders, request_id
 from gateway.edge import Edge, Live
 from gateway.keys import ANYONE, TENANT, Known, refuse_stranger
-from gateway.listener import BEGAN
+from gateway.listener import COMING
 from gateway.phases import SERVER_TIMING, whole_time
 from gateway.reply import Reply
 from policies.loopback import foreign_header
@@ -54,7 +54,7 @@ class Doorway:
 async def refuse(scope: Scope, send: Send, problem: Problem) -> None:
     """The answer to a request that comes to no endpoint, and so leaves no trace."""
     reply = Reply(send, request_id(scope["headers"]))
-    reply.more.append((SERVER_TIMING, whole_time(scope["extensions"][BEGAN])))
+    reply.more.append((SERVER_TIMING, whole_time(scope["extensions"][COMING].began)))
     await reply.fail(problem)
 
 

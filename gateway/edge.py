@@ -193,7 +193,7 @@ class Asked:
     tenant: Known
     reply: Reply
     outgoing: Outgoing
-    came: float  # when its first byte came to its socket, monotonic seconds
+    came: float  # since when an answer is due (arrival.Coming), monotonic seconds
 
 
 # Answers by one edge. With `strict`, an error that a replica answers is raised instead of relayed.

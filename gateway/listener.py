@@ -25,7 +25,7 @@ from uvicorn.protocols.http.httptools_impl import (
 )
 
 from gateway import problems
-from gateway.arrival import Arrivals, Reader, note_arrivals
+from gateway.arrival import Arrivals, Coming, Reader, note_arrivals
 from gateway.call import request_id
 from gateway.edge import Live
 from gateway.phases import SERVER_TIMING, whole_time
@@ -37,8 +37,7 @@ HEADERS_MAX_BYTES = 2**16
 IDLE_CONNECTION_S = 60  # a kept-alive connection without a request is closed after this long
 BACKLOG = 2048
 OUTGOING = "headgate.outgoing"  # an extension of the scope: reply.Outgoing
-BEGAN = "headgate.began"  # others: when the request's first byte came, monotonic seconds,
-READ = "headgate.read"  # and when it was read
+COMING = "headgate.coming"  # another: arrival.Coming
 REFUSED_LINGER_S = 0.5  # likewise for what comes behind a request that cannot be read
 LINGER_S = 2.0  # the rest of a refused body is read away for so long before its connection closes
 
@@ -55,8 +54,10 @@ class ClientConnection(HttpToolsProtocol):
         self._in_body = False
         self._header_bytes = 0  # of headers that are not complete, without the read that goes on
         self._read_bytes = 0  # in the read that goes on
-        self.amid = False  # a request has begun, and is not all here
-        self.arrived = self._began = self._read = 0.0
+        self._amid = False  # a request has begun, and is not all here
+        self.arrived = 0.0
+        self.wrote = 0.0  # when the last bytes so far of its latest answer went, monotonic seconds
+        self._coming = Coming(0.0, 0.0)  # of the latest request
         self._deadline: asyncio.TimerHandle | None = None
         self._lingering: asyncio.TimerHandle | None = None
         self._refused = False  # answered below ASGI; whatever comes now is read away
@@ -86,6 +87,8 @@ class ClientConnection(HttpToolsProtocol):
         if self._refused:
             return
         self._read_bytes = len(data)
+        if self._amid:
+            self._coming.more(self.arrived, time.monotonic())
         super().data_received(data)  # type: ignore[arg-type]  # its parser takes any buffer
         if self._refused or self.transport.is_closing():
             self._disarm()
@@ -101,10 +104,10 @@ class ClientConnection(HttpToolsProtocol):
             self._arm()
 
     def on_message_begin(self) -> None:
-        self.amid = self._in_headers = True
+        self._amid = self._in_headers = True
         self._header_bytes = 0
-        self._read = time.monotonic()
-        self._began = min(self.arrived or self._read, self._read)
+        read = time.monotonic()
+        self._coming = Coming(max(min(self.arrived or read, read), self.wrote), read)
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
@@ -114,12 +117,13 @@ class ClientConnection(HttpToolsProtocol):
         super().on_headers_complete()
         outgoing = _Outgoing(self, self.cycle)
         # None of ASGI's.
-        extensions = {OUTGOING: outgoing, BEGAN: self._began, READ: self._read}
+        extensions = {OUTGOING: outgoing, COMING: self._coming}
         self.cycle.scope["extensions"] = extensions  # type: ignore[typeddict-item]
         if self.parser.should_upgrade():
             # No upgrade is offered, and after such a request the parser reads nothing more.
             self.cycle.keep_alive = False
-            self.amid = False
+            self._amid = False
+            self._coming.whole = True
         else:
             self._in_body = True
             self.cycle.transport = outgoing  # type: ignore[assignment]  # what a cycle uses of one
@@ -134,10 +138,20 @@ class ClientConnection(HttpToolsProtocol):
             raise problem
 
     def on_message_complete(self) -> None:
-        self.amid = self._in_body = False
+        self._amid = self._in_body = False
+        self._coming.whole = True
         super().on_message_complete()
         if self._lingering is not None:
             self.transport.close()
+
+    def on_response_complete(self) -> None:
+        """What its client has sent meanwhile (pipelining) begins now: it was no answer's turn."""
+        if self.pipeline:
+            following: Any = self.pipeline[-1][0].scope
+            following["extensions"][COMING].no_sooner(self.wrote)
+        elif self._amid:
+            self._coming.no_sooner(self.wrote)
+        super().on_response_complete()
 
     def close_after(self, cycle: RequestResponseCycle) -> None:
         """Closes behind an answer, once its request is read or has had its time.
@@ -182,9 +196,9 @@ class ClientConnection(HttpToolsProtocol):
             if self._broken_body():
                 self.cycle.disconnected = True  # what is at work on it may stop, and say nothing
                 self.cycle.message_event.set()
-                self._answer_last(plain_answer(problem, self._began))
+                self._answer_last(plain_answer(problem, self._coming.began))
             elif not self._answering():
-                began = self._began if self._in_headers else time.monotonic()
+                began = self._coming.began if self._in_headers else time.monotonic()
                 self._answer_last(plain_answer(problem, began))
             else:
                 self.transport.close()
@@ -259,7 +273,7 @@ class _Outgoing:
             self._connection.loop.call_soon(self._flush)
             return
         # Before it: whoever waits for these bytes may be given the core at once.
-        self.wrote = time.monotonic()
+        self.wrote = self._connection.wrote = time.monotonic()
         self._write(data)
 
     def _flush(self) -> None:

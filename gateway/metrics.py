@@ -536,7 +536,7 @@ OF_ANSWERS = ("tier", "model", "arm")
 HISTOGRAMS: tuple[tuple[str, str, Callable[[Reading], Histogram]], ...] = (
     (
         "gen_ai_server_time_to_first_token_seconds",
-        "From a streamed request's first byte at its socket to its first token at the client's.",
+        "From a streamed request's last byte at its socket to its first token at the client's.",
         lambda r: r.edge.meters.first_token_s,
     ),
     (
@@ -546,7 +546,7 @@ HISTOGRAMS: tuple[tuple[str, str, Callable[[Reading], Histogram]], ...] = (
     ),
     (
         "gen_ai_server_request_duration_seconds",
-        "From a request's first byte at its socket to the end of its answer.",
+        "From a request's last byte at its socket to the end of its answer.",
         lambda r: r.edge.meters.duration_s,
     ),
     (

@@ -20,7 +20,7 @@ def phases(trail: Trail) -> dict[str, float]:
 
 def spent(trail: Trail) -> tuple[float, ...]:
     """The same in the order of PHASES."""
-    recv_queue = trail.read - trail.began
+    upload, recv_queue = trail.due - trail.began, trail.read - trail.due
     admit, queue, trim = trail.admit.s, trail.queue.s, trail.trim.s
     route = trail.prompt.s
     network = replica_queue = prefill = decode = 0.0
@@ -37,9 +37,10 @@ def spent(trail: Trail) -> tuple[float, ...]:
             network, replica_queue, prefill, decode = _answering(trail, hop, end)
             network += hop.began - hops[0].began
     known = recv_queue + admit + queue + trim + route + network + replica_queue + prefill + decode
-    gateway = max(0.0, trail.ended - trail.began - known)
+    gateway = max(0.0, trail.ended - trail.due - known)
     return (
-        recv_queue, admit, queue, trim, route, network, replica_queue, prefill, decode, gateway,
+        upload, recv_queue, admit, queue, trim, route, network, replica_queue, prefill, decode,
+        gateway,
     )  # fmt: skip
 
 
@@ -69,7 +70,7 @@ def whole_time(began: float) -> bytes:
 def server_timing(trail: Trail) -> bytes:
     """What is known when the head of the answer goes: of a stream up to its first token."""
     at = now()
-    recv_queue = trail.read - trail.began
+    upload, recv_queue = trail.due - trail.began, trail.read - trail.due
     admit, queue, trim, route = trail.admit.s, trail.queue.s, trail.trim.s, trail.prompt.s
     hop = trail.answered
     there = b""
@@ -79,10 +80,10 @@ def server_timing(trail: Trail) -> bytes:
             route += began - (trail.queue.ended or trail.admit.ended)
         there = _there(trail, hop, hop.first - began)
     return (
-        b"recv_queue;dur=%.3f, admit;dur=%.3f, queue;dur=%.3f, trim;dur=%.3f, route;dur=%.3f, "
-        b"%btotal;dur=%.3f"
+        b"upload;dur=%.3f, recv_queue;dur=%.3f, admit;dur=%.3f, queue;dur=%.3f, trim;dur=%.3f, "
+        b"route;dur=%.3f, %btotal;dur=%.3f"
     ) % (
-        1000 * recv_queue, 1000 * admit, 1000 * queue, 1000 * trim, 1000 * route,
+        1000 * upload, 1000 * recv_queue, 1000 * admit, 1000 * queue, 1000 * trim, 1000 * route,
         there, 1000 * (at - trail.began),
     )  # fmt: skip
 
@@ -100,5 +101,5 @@ def _there(trail: Trail, hop: Hop, wait: float) -> bytes:
         if told.decode_s:
             there += b"decode;dur=%.3f, " % (1000 * told.decode_s)
     if trail.stream and hop.first is not None:
-        there += b"first_token;dur=%.3f, " % (1000 * (hop.first - trail.began))
+        there += b"first_token;dur=%.3f, " % (1000 * (hop.first - trail.due))
     return there

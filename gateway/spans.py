@@ -1,7 +1,8 @@
 """A request's trail as OpenTelemetry spans. Pure: the same trail gives the same spans.
 
     SERVER   POST /v1/chat/completions   from the request's first byte to the answer's last
-      INTERNAL gateway.recv_queue, gateway.trim, gateway.prompt, gateway.admit, gateway.route
+      INTERNAL gateway.upload, gateway.recv_queue, gateway.trim, gateway.prompt, gateway.admit,
+               gateway.route
       CLIENT   chat MODEL                each request to a replica; its spans join there
       CLIENT   chat MODEL                a shadow's, `headgate.arm` says so; it may outlive the root
 
@@ -24,7 +25,7 @@ from telemetry.trace import Context, Event, Kind, Span, Status
 
 SERVICE = "headgate-gateway"
 _PHASES = tuple(f"headgate.phase.{name}_s" for name in PHASES)
-LAG_S = 0.001  # in the socket's receive queue; shorter waits are a phase, and no span
+WAIT_S = 0.001  # for the client, in the socket's queue; shorter ones are a phase, and no span
 CUT = "upstream_stream_cut"  # as gateway/problems.py has it
 WELL = frozenset(("200", "left"))  # outcomes of an attempt that are no failure of its replica
 
@@ -59,8 +60,11 @@ def shadow_spans(trail: Trail) -> list[Span]:
 def _inside(trail: Trail) -> Iterator[Span]:
     """The gateway's own work."""
     told: dict[str, Any]
-    if trail.read - trail.began >= LAG_S:
-        yield _part(trail, "gateway.recv_queue", Interval(trail.began, trail.read), {})
+    for name, began, ended in (
+        ("gateway.upload", trail.began, trail.due), ("gateway.recv_queue", trail.due, trail.read),
+    ):  # fmt: skip
+        if ended - began >= WAIT_S:
+            yield _part(trail, name, Interval(began, ended), {})
     if trail.trim.ended and trail.trimmed is not None:
         trimmed = trail.trimmed
         told = {

@@ -9,7 +9,7 @@ from gateway.tenants import Tenants
 
 # Where the time of requests goes (gateway/phases.py), in the order in which they pass.
 PHASES = (
-    "recv_queue", "admit", "queue", "trim", "route",
+    "upload", "recv_queue", "admit", "queue", "trim", "route",
     "network", "replica_queue", "prefill", "decode", "gateway",
 )  # fmt: skip
 

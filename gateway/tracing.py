@@ -143,7 +143,7 @@ class Tracer:
             return "error"
         if "late" in always and late(trail):
             return "late"
-        return "slow" if trail.e2e_s > settings.slow_s and "slow" in always else ""
+        return "slow" if trail.ended - trail.due > settings.slow_s and "slow" in always else ""
 
 
 async def _want(trace_id: str, hops: Sequence[Hop], ask: Ask) -> None:

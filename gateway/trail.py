@@ -103,8 +103,8 @@ class Trail:
     """One request."""
 
     __slots__ = (
-        "admit", "arm", "asked", "at", "began", "done", "ended", "error", "flags", "head", "hops",
-        "keep", "last", "model", "parent_id", "path", "prompt", "queue", "read", "receipt",
+        "admit", "arm", "asked", "at", "began", "done", "due", "ended", "error", "flags", "head",
+        "hops", "keep", "last", "model", "parent_id", "path", "prompt", "queue", "read", "receipt",
         "request_id", "service", "shadow", "span_id", "spoke", "status", "stream", "tenant",
         "trace_id", "tracestate", "trim", "trimmed", "usage",
     )  # fmt: skip
@@ -113,7 +113,8 @@ class Trail:
         self.request_id = request_id
         self.path = path
         self.began = began  # the first byte of the request came to its socket
-        self.read = read  # and was read
+        self.due = began  # later by what its client took to send it (arrival.Coming)
+        self.read = read  # and was read; of several pieces, the last
         self.at = time.time() - (now() - began)  # the same, since 1970
         self.trace_id = ""  # "": nothing but phases is wanted of it
         self.parent_id = ""
@@ -144,6 +145,10 @@ class Trail:
         self.shadow: Trail | None = None  # the same request, as a candidate answered it for nobody
 
     # ---- noted on the way -----------------------------------------------------------------------
+
+    def received(self, due: float, read: float) -> None:
+        """It has been read, or nobody waits for the rest of it."""
+        self.due, self.read = due, read
 
     def parsed(self, call: Call) -> None:
         """What is asked for is known."""
@@ -230,10 +235,10 @@ class Trail:
 
     @property
     def ttft_s(self) -> float | None:
-        """Of a stream: until its first piece that says something was here."""
+        """Of a stream: since it was due, until its first piece that says something was here."""
         if not self.stream or self.spoke is None:
             return None
-        return max(0.0, self.spoke - self.began)  # the loop's clock, by the millisecond
+        return max(0.0, self.spoke - self.due)  # the loop's clock, by the millisecond
 
     @property
     def tpot_s(self) -> float | None:

@@ -31,7 +31,7 @@ class Blank:
 
     def nothing(self, *_: Any) -> None: ...
 
-    parsed = hop = whole = said = nothing
+    received = parsed = hop = whole = said = nothing
 
 
 def _begin(_tracer: Tracer, _id: str, _path: str, _headers: Any, began: float, _read: float) -> Any:
