@@ -11,8 +11,8 @@ import math
 import os
 import secrets
 import time
-from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from typing import Any
@@ -35,13 +35,14 @@ from gateway.replica import Replica
 from gateway.siblings import Part, Question
 from gateway.sieve import row
 from gateway.tallies import PHASES
-from gateway.trail import Trail
+from gateway.trace_ring import Ring
 from gateway.variants import Variants
 
 OVERVIEW_PATH = "/admin/overview"
 RECEIPT_PATH = "/admin/receipts/{id:path}"
 WHAT = "overview"
 AT_ONCE = 20  # samples
+PASSED_AT_ONCE = 25  # requests, then others may go on
 RECENT = 10  # requests in one answer; lookups.py has the others
 LATE_S = 60.0  # of the requests whose quantiles are told
 
@@ -92,7 +93,7 @@ class Overview:
             both = "baseline" in arms and "candidate" in arms
             far = apart(arms["baseline"], arms["candidate"]) if both else None
             rollout = {**rollout, "arms": arms, "apart": far}
-        own = self._own()
+        own = await self._own()
         others = await self._others(since - OVERLAP_S)
         if not others:
             found, samples = [own], self._history.since(since)
@@ -115,15 +116,16 @@ class Overview:
 
     async def _for_others(self, question: Question) -> AsyncIterator[Part]:
         """What one process knows, then its samples, so many at a time."""
-        yield self._own(), b""
+        yield await self._own(), b""
         pause = Pause()
         samples = self._history.since(question["since"])
         for at in range(0, len(samples), AT_ONCE):
             await pause()
             yield samples[at : at + AT_ONCE], b""
 
-    def _own(self) -> dict[str, Any]:
+    async def _own(self) -> dict[str, Any]:
         """What this process knows, but for samples."""
+        latest = await of_late(self._live.edge.tracer.ring, self._clock())
         live, edge = self._live, self._live.edge
         gated = live.gated
         return {
@@ -142,7 +144,7 @@ class Overview:
             },
             "phases": PHASES,
             "models": sorted({name for one in edge.pool.replicas for name in one.models}),
-            "tiers": _tiers(edge, self._clock()),
+            "tiers": _tiers(edge, latest),
             "replicas": list(_replicas(edge)),
             "cached_tokens": edge.ladder.report(),
             "trim": None if edge.settings.trim.off else edge.shortener.totals.told(),
@@ -182,10 +184,9 @@ def _moment(scope: Scope) -> float:
     return since
 
 
-def _tiers(edge: Edge, now: float) -> list[dict[str, Any]]:
+def _tiers(edge: Edge, latest: Mapping[str, Late]) -> list[dict[str, Any]]:
     """Every tier of the policy, the most urgent first, with what it promises and what it has."""
     asked = tiers(edge)
-    latest = _latest(edge, now)
     rules = sorted(edge.admission.tiers.items(), key=lambda one: one[1].priority)
     return [
         {
@@ -196,29 +197,42 @@ def _tiers(edge: Edge, now: float) -> list[dict[str, Any]]:
             "reserved_share": rule.reserved_share,
             "queue_max": rule.queue_max,
             "now": asked.get(name),
-            "ttft_s": [s for one in latest[name] if (s := one.ttft_s) is not None],
-            "slowest": _slowest(latest[name]),
-            "tpot_s": [s for one in latest[name] if (s := one.tpot_s) is not None],
+            "ttft_s": late.ttft_s,
+            "slowest": late.slowest,
+            "tpot_s": late.tpot_s,
         }
         for name, rule in rules
+        for late in (latest.get(name, Late()),)
     ]
 
 
-def _latest(edge: Edge, now: float) -> Mapping[str, list[Trail]]:
-    """What ended of late, by tier."""
-    found: defaultdict[str, list[Trail]] = defaultdict(list)
-    for one in edge.tracer.ring:
+@dataclass(slots=True)
+class Late:
+    """What ended of late in one tier."""
+
+    ttft_s: list[float] = field(default_factory=list)
+    tpot_s: list[float] = field(default_factory=list)
+    slowest: tuple[float, str] | None = None  # whose first token took longest: it has a trace
+
+
+async def of_late(ring: Ring, now: float) -> Mapping[str, Late]:
+    """What ended in the last minute, by tier. Streams go on meanwhile."""
+    found: dict[str, Late] = {}
+    pause = Pause()
+    for at, one in enumerate(list(ring)):  # as it is now: others end between two pieces
+        if at % PASSED_AT_ONCE == 0:
+            await pause()
         if one.at + one.e2e_s < now - LATE_S:
             break
-        if one.service is not None:
-            found[one.service.tier].append(one)
+        if one.service is None:
+            continue
+        late = found.setdefault(one.service.tier, Late())
+        if (ttft_s := one.ttft_s) is not None:
+            late.ttft_s.append(ttft_s)
+            late.slowest = max(late.slowest or (ttft_s, ""), (ttft_s, one.request_id))
+        if (tpot_s := one.tpot_s) is not None:
+            late.tpot_s.append(tpot_s)
     return found
-
-
-def _slowest(some: list[Trail]) -> tuple[float, str] | None:
-    """Whose first token took longest: it has a trace."""
-    spoke = [(s, one.request_id) for one in some if (s := one.ttft_s) is not None]
-    return max(spoke, default=None)
 
 
 def _replicas(edge: Edge) -> Iterator[dict[str, Any]]:

@@ -3,6 +3,14 @@
 
 const SVG = "http://www.w3.org/2000/svg";
 
+// Drawn as its code: what turns the order of letters around, or is not seen at all.
+const UNSEEN = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff]/g;
+const TEXTS = ["title", "aria-label"]; // attributes that are read; others name things exactly
+
+export function visible(text) {
+  return text.replace(UNSEEN, (one) => `\\u${one.charCodeAt(0).toString(16).padStart(4, "0")}`);
+}
+
 // h("p", {class: "x", "aria-label": "y", on: {click}}, "text", node, null)
 export function h(tag, props = {}, ...children) {
   return fill(document.createElement(tag), props, children);
@@ -18,22 +26,26 @@ function fill(node, props, children) {
     if (name === "on") {
       for (const [event, act] of Object.entries(value)) node.addEventListener(event, act);
     } else {
-      node.setAttribute(name, value === true ? "" : String(value));
+      put(node, name, value === true ? "" : value);
     }
   }
-  node.append(...children.flat().filter((one) => one !== null && one !== undefined));
+  node.append(...children.flat().filter((one) => one !== null && one !== undefined).map((one) => (typeof one === "string" ? visible(one) : one)));
   return node;
 }
 
 // Writes only what has changed, so that a screen reader and a selection are left alone.
 export function say(node, text) {
-  const said = text === null || text === undefined ? "" : String(text);
+  const said = text === null || text === undefined ? "" : visible(String(text));
   if (node.textContent !== said) node.textContent = said;
 }
 
 export function put(node, name, value) {
-  if (value === null || value === undefined || value === false) node.removeAttribute(name);
-  else if (node.getAttribute(name) !== String(value)) node.setAttribute(name, String(value));
+  if (value === null || value === undefined || value === false) {
+    node.removeAttribute(name);
+    return;
+  }
+  const said = TEXTS.includes(name) ? visible(String(value)) : String(value);
+  if (node.getAttribute(name) !== said) node.setAttribute(name, said);
 }
 
 export function show(node, visible) {

@@ -89,6 +89,7 @@ function heard(told) {
   samples.add(told.process, told.samples);
   const first = state.told === null;
   state.told = told;
+  put(byId("main"), "data-stale", null);
   if (first) turn(false);
   state.seenAt = Date.now();
   const ready = told.replicas.filter((one) => one.state === "ready").length;
@@ -110,16 +111,20 @@ function concern(told) {
   return "";
 }
 
+// Figures that nobody tells any more are grey, and it is said of when they are.
+const seen = () => (state.told ? ` What you see is of ${clock(state.seenAt / 1000)}, and is not told any more.` : "");
+
 function missed(error) {
+  put(byId("main"), "data-stale", state.told ? "" : null);
   if (error instanceof Refused && error.status === 401) {
     health("warn", "A key is needed");
-    notice(adminKey() ? "This key is not the one of gateway.admin.key_env." : "This gateway tells its state to whoever has the key of gateway.admin.key_env.", "warn");
+    notice((adminKey() ? "This key is not the one of gateway.admin.key_env." : "This gateway tells its state to whoever has the key of gateway.admin.key_env.") + seen(), "warn");
     askForKey();
     return;
   }
   if (error instanceof Refused) {
     health("bad", "Refused");
-    notice(error.code === "admin_off" ? "This gateway has tenants and no gateway.admin.key_env: name a variable with a key there, and the console opens with it." : error.message, "bad");
+    notice(error.code === "admin_off" ? "This gateway has tenants and no gateway.admin.key_env: name a variable with a key there, and the console opens with it." : error.message + seen(), "bad");
     return;
   }
   health("bad", "No answer");

@@ -173,7 +173,9 @@ function output() {
         at.tokens += told?.tokens ?? 1;
         at.guessed += right;
         at.marked ||= told?.tokens !== undefined;
-        text.append(right ? h("mark", { class: "guess", title: "guessed by a draft" }, said) : said);
+        const mark = right ? h("mark", { class: "guess", title: "guessed by a draft" }) : text;
+        mark.append(said);
+        if (right) text.append(mark);
       }
       draw();
     },

@@ -39,6 +39,7 @@ export function rolloutPanel() {
       state.update(word, tone);
       say(made.note, rollout.id);
       say(why, reasonOf(rollout, told.at));
+      put(why, "title", why.textContent || null);
       show(why, Boolean(why.textContent));
       steps(stages(rollout));
       say(facts, factsOf(rollout, told.at));

@@ -66,3 +66,8 @@ def test_errors_are_told_by_their_message() -> None:
         asked(url, KEY)
     with answering(b"", status=b"SSH-2.0-OpenSSH_9.2") as url, pytest.raises(AnswerError):
         asked(url, KEY)
+
+
+def test_help_says_what_forgets_a_drain() -> None:
+    """The bug: "until it is resumed" and no more; one process without a store forgets it."""
+    assert "single process without a store forgets it" in " ".join(run("--help").output.split())

@@ -77,9 +77,11 @@ class World:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}/console"
 
-    async def ask(self, at: int = 0, tier: str = "interactive", **headers: str) -> int:
+    async def ask(
+        self, at: int = 0, tier: str = "interactive", model: str = "m", **headers: str
+    ) -> int:
         body = {
-            "model": "m", "stream": True, "stream_options": {"include_usage": True},
+            "model": model, "stream": True, "stream_options": {"include_usage": True},
             "messages": [{"role": "user", "content": "Say it."}],
         }  # fmt: skip
         headers = {"x-headgate-tier": tier, "x-session-id": f"s{at}", **headers}
@@ -196,6 +198,7 @@ async def test_the_keyboard_reaches_everything_and_nothing_is_wider_than_a_phone
     page = it.page
     async with serving(it):
         await it.put(CRUEL, 0.0)
+        assert await it.ask(model="nobody-serves-it") == 404  # its badge made the page wider
         for at in range(3):
             await it.ask(at, "batch", **{"x-request-id": CRUEL})
         await page.size(390, 800)
@@ -254,6 +257,7 @@ async def test_at_no_width_a_table_scrolls_sideways_and_pictures_are_as_wide_as_
     async with serving(it):
         await it.put("speculation-ngram", 0.0)
         await asyncio.gather(*(it.ask(at) for at in range(20)))
+        assert await it.ask(model="nobody-serves-it") == 404
         await it.ask(0, "batch", **{"x-request-id": CRUEL})
         await page.open(it.url)
         await it.sees(".rollout .badge", "shadow")
@@ -296,6 +300,31 @@ async def _press(page: Page, selector: str, name: str) -> None:
 
 
 @in_browser
+async def test_names_that_turn_text_around_are_drawn_as_codes_and_long_reasons_are_cut(
+    it: World,
+) -> None:
+    """The bugs: a model's name with an override of direction turned its row around; an id was cut
+    where there was room for it; a reason of 2,000 characters filled the page."""
+    page = it.page
+    async with serving(it):
+        assert await it.ask(model="m\u202egpj.exe\x00") == 404
+        told = (await it.client.get("/admin/replicas")).json()
+        wanted = {"url": told["replicas"][0]["url"], "why": "x y " * 500}
+        assert (await it.client.post("/admin/replicas/drain", json=wanted)).status_code == 200
+        await page.open(it.url)
+        await it.sees(".latest td.name", "m\\u202egpj.exe\\u0000")
+        assert "\u202e" not in await page.value("document.documentElement.outerHTML")
+        await it.sees(".replicas", "by hand: x y")
+        reason = "document.querySelector('.replicas th.name [title]')"
+        assert await page.value(f"{reason}.offsetHeight") < 80
+        assert len(await page.value(f"{reason}.title")) > 1900
+        await it.turn("requests")
+        await page.until("document.querySelector('.latest .id')")
+        one = "document.querySelector('.latest .id')"
+        assert await page.value(f"{one}.scrollWidth <= {one}.clientWidth")
+
+
+@in_browser
 async def test_a_link_that_leads_nowhere_shows_the_overview(it: World) -> None:
     """Whatever stands behind the #, and a slash too many before it."""
     page = it.page
@@ -328,6 +357,11 @@ async def test_it_asks_for_the_key_and_tells_nothing_without(
                     await _press(page, ".tools button", "Key")
             await it.sees(".health", "2 replicas ready")
             assert await page.value("Object.values(localStorage).join()") == "auto"
+            grey = "document.querySelector('main').hasAttribute('data-stale')"
+            for held, told in (("expired", "is not told any more"), (key, "")):
+                await page.value(f"sessionStorage.setItem('headgate.admin', '{held}')")
+                await page.until(grey if told else f"!{grey}")
+                assert told in await page.value("document.querySelector('.notice').innerText")
             await it.turn("playground")
             await page.until("document.querySelector('#ask-model option')")
             send = "document.querySelector('.asking form').requestSubmit()"
