@@ -29,7 +29,8 @@ def replicas() -> None:
     A drained replica takes nothing new, at no process of this gateway and at no gateway that shares
     a store with it; what runs there goes on to its end. That lasts until it is resumed, as long as
     one gateway process or the store remembers it: a single process without a store forgets it when
-    it is started again. `drain: true` in the policy is for what is to last. HEADGATE_ADMIN_KEY is sent along where the gateway has an admin's key.
+    it is started again. `drain: true` in the policy is for what is to last.
+    HEADGATE_ADMIN_KEY is sent along where the gateway has an admin's key.
 
     \b
     Examples:
