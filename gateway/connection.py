@@ -18,6 +18,7 @@ from gateway.response import Failed, Response, Stale
 
 FRAMING_MAX_BYTES = 2**16  # of headers, trailers or chunk sizes without a byte of the body
 INFORMATIONAL_MAX = 16  # 1xx answers before the final one
+STATUS_MAX = 599
 PIECE_BYTES = 2**18  # of a request's body, written between two looks at whether it is still wanted
 RACE_S = 1.0  # a server that closes an idle connection does so within a round trip of our request
 
@@ -205,6 +206,8 @@ class Connection(asyncio.Protocol):
         assert response is not None
         if self._parser.get_http_version() not in ("1.1", "1.0"):
             self._problem = "it is no HTTP/1.1"
+        elif status > STATUS_MAX:  # by RFC 9110, section 15, none
+            self._problem = f"its status is {status}, where at most {STATUS_MAX} can be"
         elif status < 200:
             self._informational += 1
             self._headers.clear()

@@ -303,9 +303,10 @@ class _Outgoing:
         text = b"\r\n".join(lines)
         if text.count(b"\n") != len(lines) - 1 or text.count(b"\r") != len(lines) - 1:
             raise RuntimeError("an answer's header has a line end")
+        answer = STATUS_LINE[status] + text + b"\r\n\r\n" + body
         cycle.response_started = cycle.response_complete = True
         self._begun = True
-        self.write(STATUS_LINE[status] + text + b"\r\n\r\n" + body)
+        self.write(answer)
         cycle.message_event.set()
         if not cycle.keep_alive:
             self.close()

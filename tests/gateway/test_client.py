@@ -345,6 +345,8 @@ async def pour(line: Line, start: bytes, piece: bytes) -> None:
         (b"HTTP/1.1 101 Switching\r\nupgrade: x\r\nconnection: upgrade\r\n\r\n", b"", "protocol"),
         (b"SSH-2.0-x\r\n", b"", "no HTTP"),
         (b"HTTP/2.0 200 OK\r\n\r\n", b"", "no HTTP"),
+        (b"HTTP/1.1 600 X\r\ncontent-length: 0\r\n\r\n", b"", "status is 600"),
+        (b"HTTP/1.1 999 X\r\ncontent-length: 0\r\n\r\n", b"", "status is 999"),
         (b"HTTP/1.1 200 OK\r\ncontent-length: -1\r\n\r\n", b"", "no HTTP"),
         (b"HTTP/1.1 200 OK\r\ncontent-length: 1\r\ncontent-length: 2\r\n\r\n", b"", "no HTTP"),
         (CHUNKED[:-2] + b"content-length: 3\r\n\r\n", b"", "no HTTP"),

@@ -96,6 +96,21 @@ async def test_an_error_of_the_replica_is_relayed_as_it_is() -> None:
             assert response.headers["retry-after"] == "9"
 
 
+@pytest.mark.parametrize("status", [600, 999])
+@on_loop
+async def test_a_status_that_http_does_not_have_is_502(status: int) -> None:
+    """The bug: its client heard nothing, on a connection that stayed open."""
+
+    async def answer(peer: Peer) -> None:
+        await peer.json({"choices": []}, status=json.loads(peer.request.body)["n"])
+
+    async with upstream(answer) as fake, gateway(fake, retries={"max_attempts": 1}) as edge:
+        assert (await edge.post(HELLO | {"n": 599})).status_code == 599
+        response = await edge.post(HELLO | {"n": status})
+        assert response.status_code == 502
+        assert f"its status is {status}" in response.json()["error"]["message"]
+
+
 @on_loop
 async def test_completions_take_the_same_way() -> None:
     """/v1/completions is relayed to the same path, with token ids as the prompt."""
