@@ -8,11 +8,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
+import orjson
+
 from gateway.call import CHAT_PATH, Call, ClientGone
+from gateway.retries import error_in_band
 from gateway.token_ledger import Entry
 from runtime.wire import Problem
 from telemetry import Outcome
@@ -30,6 +33,7 @@ log = logging.getLogger("headgate.gateway")
 
 Arm = Literal["baseline", "candidate"]
 CLIENTS_FAULT = range(400, 500)
+DEADLINE = "deadline_exceeded"  # the code of an error: it came too late
 BROKEN = b'data: {"error"'  # a replica's stream that ends in an error
 
 
@@ -94,9 +98,10 @@ class Account:
             return "cancelled"
         if isinstance(error, Problem):
             return outcome_of(error.status)
-        if error is not None or any(BROKEN in piece for piece in self.reply.recent):
+        if error is not None:
             return "error"
-        return outcome_of(self.status)
+        told = told_at_end(self.reply.recent)
+        return outcome_of(told[0] if told is not None else self.status)
 
     def answered(self, answer: Opened) -> None:
         """A replica's answer begins."""
@@ -141,6 +146,18 @@ class Account:
             charged=self.charged,
             allowed=allowed(self.call),
         )
+
+
+def told_at_end(recent: Iterable[bytes]) -> tuple[int, Mapping[str, Any]] | None:
+    """Status and error that a stream tells in its last pieces, as a worker does when a deadline
+    passes after the first token; None where it tells none."""
+    said = b"".join(recent)
+    at = said.find(BROKEN)
+    found = error_in_band(said[at:]) if at >= 0 else None
+    if found is None:
+        return None
+    error: Mapping[str, Any] = orjson.loads(found[1])["error"]
+    return (504 if error.get("code") == DEADLINE else found[0]), error
 
 
 def outcome_of(status: int) -> Outcome:

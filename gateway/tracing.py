@@ -10,15 +10,12 @@ import logging
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Literal
 
-import orjson
-
-from gateway.account import BROKEN
+from gateway.account import told_at_end
 from gateway.call import ClientGone, RawHeaders
 from gateway.fate import late
 from gateway.phases import spent
 from gateway.replica import Replica
 from gateway.reply import Reply
-from gateway.retries import error_in_band
 from gateway.spans import shadow_spans, spans_of
 from gateway.tallies import Tallies
 from gateway.trace_ring import Ring
@@ -160,17 +157,14 @@ def _failure(trail: Trail) -> str:
 
 
 def _told(trail: Trail, reply: Reply) -> str:
-    """Of a stream that came to its end, and in it says that this is none: as a worker does when a
-    deadline passes after the first token."""
-    said = b"".join(reply.recent) if reply.streaming else b""
-    at = said.find(BROKEN)
-    found = error_in_band(said[at:]) if at >= 0 else None
+    """Of a stream that came to its end, and in it says that this is none."""
+    found = told_at_end(reply.recent) if reply.streaming else None
     if found is None:
         return ""
-    error = orjson.loads(found[1])["error"]
+    status, error = found
     if trail.hops:
         trail.hops[-1].broke = True
-    return str(error.get("code") or error.get("type") or found[0])[:CODE_CHARS]
+    return str(error.get("code") or error.get("type") or status)[:CODE_CHARS]
 
 
 def error_of(error: BaseException | None, status: int) -> str:

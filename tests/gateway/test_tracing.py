@@ -201,19 +201,20 @@ async def test_a_client_that_leaves_is_no_error_and_a_replica_that_fails_is_one(
 
 
 @pytest.mark.parametrize(
-    ("error", "why", "fails"),
+    ("error", "why", "fails", "outcome"),
     [
-        ({"code": "deadline_exceeded", "type": "server_error"}, "deadline_exceeded", True),
-        ({"code": None, "type": "InternalServerError"}, "InternalServerError", True),
-        ({"code": 400, "type": "BadRequestError"}, "400", False),
+        ({"code": "deadline_exceeded"}, "deadline_exceeded", True, "timeout"),
+        ({"code": None, "type": "InternalServerError"}, "InternalServerError", True, "error"),
+        ({"code": 400, "type": "BadRequestError"}, "400", False, "refused"),
     ],
 )
 @on_loop
 async def test_a_stream_that_ends_in_an_error_has_failed_unless_the_client_was_wrong(
-    error: dict[str, Any], why: str, fails: bool
+    error: dict[str, Any], why: str, fails: bool, outcome: str
 ) -> None:
     """As a worker tells it when a deadline passes after the first token: the status is 200, and the
-    stream comes to its end. The request to the replica has failed as well."""
+    stream comes to its end. The request to the replica has failed as well, and what is counted is
+    how it ended: the bug was that a deadline counted as an error."""
     told = b"data: " + json.dumps({"error": {"message": "m", **error}}).encode() + b"\n\n"
 
     async def answer(peer: Peer) -> None:
@@ -226,8 +227,10 @@ async def test_a_stream_that_ends_in_an_error_has_failed_unless_the_client_was_w
     async with upstream(answer) as fake, gateway(fake) as front:
         answered = await front.post(STREAMED)
         trace = await only(front)
+        (labels,) = front.live.edge.meters.requests
     assert answered.status_code == 200
     assert answered.content.endswith(told + DONE)
+    assert labels[-1] == outcome
     root, client = trace["spans"][0], named(trace, "chat m")[0]
     assert trace["error"] == why
     for span in (root, client):
