@@ -20,7 +20,10 @@ GAPS_MAX = 4096  # that are judged together
 class Pulse:
     """One stream. A pause that the client asks for is no gap of it."""
 
-    __slots__ = ("_gaps", "_stalls", "bytes", "bytes_when_left", "first_at", "last_at", "longest_s")
+    __slots__ = (
+        "_gaps", "_judged", "_stalls", "bytes", "bytes_when_left", "first_at", "last_at",
+        "longest_s",
+    )  # fmt: skip
 
     def __init__(self) -> None:
         self.bytes = 0
@@ -29,6 +32,7 @@ class Pulse:
         self.last_at = 0.0
         self.longest_s: float | None = None
         self._gaps: list[float] = []
+        self._judged = 0  # gaps that are gone
         self._stalls = 0
 
     def beat(self, chunk: bytes, since: float, now: float) -> None:
@@ -52,6 +56,11 @@ class Pulse:
     def bytes_in_vain(self) -> int:
         return 0 if self.bytes_when_left is None else self.bytes - self.bytes_when_left
 
+    @property
+    def pieces(self) -> int:
+        """Reads from the first one on that said something."""
+        return 0 if self.first_at is None else 1 + self._judged + len(self._gaps)
+
     def stalls(self) -> int:
         """Gaps so far that were far longer than the answer's usual ones."""
         self._judge()
@@ -66,4 +75,5 @@ class Pulse:
         if longest_s >= STALL_MIN_S:
             limit_s = max(STALL_MIN_S, STALL_TIMES * median(gaps))
             self._stalls += sum(gap > limit_s for gap in gaps)
+        self._judged += len(gaps)
         gaps.clear()

@@ -23,7 +23,11 @@ SLOTS = 15
 WINDOW_S = SLOT_S * SLOTS
 OTHERS = "\0others"  # no tenant has such a name
 # `told`: of prompts whose replica says what of them it had; others say nothing of cached tokens.
-TOKENS = ("prompt_tokens", "told_tokens", "cached_tokens", "answer_tokens", "billed_tokens")
+# `untold`: of answers that said no count, since their clients left or they were cut in the middle.
+TOKENS = (
+    "prompt_tokens", "told_tokens", "cached_tokens", "answer_tokens", "untold_tokens",
+    "billed_tokens",
+)  # fmt: skip
 COUNTS = (*FATES, *TOKENS)
 ORDERS = ("computed", "requests", "missed", "limited")
 _AT = {fate: at for at, fate in enumerate(FATES)}
@@ -64,23 +68,35 @@ class Tenants:
             spent.slots.append((slot, {}))
         tier = trail.service.tier if trail.service is not None else ""
         at, usage = _AT[fate_of(trail)], trail.usage
+        untold = computed_untold(trail) if usage is None else 0
         for counts in (spent.ever, spent.slots[-1][1]):
             row = counts.get(tier)
             if row is None:
                 row = counts[tier] = [0] * len(COUNTS)
             row[at] += 1
+            row[_PROMPT + 4] += untold
             if usage is not None:
                 row[_PROMPT] += usage.prompt_tokens
                 if usage.cached_tokens is not None:
                     row[_PROMPT + 1] += usage.prompt_tokens
                     row[_PROMPT + 2] += usage.cached_tokens
                 row[_PROMPT + 3] += usage.answer_tokens
-                row[_PROMPT + 4] += usage.prompt_tokens + usage.answer_tokens
+                row[_PROMPT + 5] += usage.prompt_tokens + usage.answer_tokens
 
     def told(self, now: float) -> dict[str, list[Counts]]:
         """Of each by its name: of the window, and since the start. `now` as `Trail.ended`."""
         slot = int(now // SLOT_S)
         return {name: [one.now(slot), one.ever] for name, one in self._spent.items()}
+
+
+def computed_untold(trail: Trail) -> int:
+    """Tokens that a replica computed for a stream which had begun to say something: its prompt, but
+    for what was foreseen to be cached, and what was seen of its answer, a piece as one. What was
+    done for others is not known."""
+    foreseen = trail.receipt.foreseen if trail.receipt is not None else None
+    if foreseen is None or trail.spoke is None:
+        return 0
+    return max(0, foreseen.prompt - foreseen.captured) + trail.seen_tokens
 
 
 def summed(several: Iterable[Mapping[str, list[int]]]) -> Counts:
@@ -138,7 +154,7 @@ def shaped(counts: Counts) -> Told:
     found["judged"] = sum(found[fate] for fate in JUDGED)
     found["missed"] = sum(found[fate] for fate in MISSED)
     # What engines had to do for it: what was cached cost them next to nothing.
-    found["computed"] = found["billed_tokens"] - found["cached_tokens"]
+    found["computed"] = found["billed_tokens"] - found["cached_tokens"] + found["untold_tokens"]
     found["tiers"] = {tier: row[-1] for tier, row in sorted(counts.items()) if row[-1]}
     return found
 

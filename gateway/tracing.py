@@ -92,7 +92,7 @@ class Tracer:
     ) -> None:
         trail.ended = now() if trail.last is None else trail.last
         trail.status = reply.status
-        trail.spoke = reply.pulse.first_at
+        trail.spoke, trail.seen_tokens = reply.pulse.first_at, reply.pulse.pieces
         trail.error = error_of(error, reply.status) or _failure(trail) or _told(trail, reply)
         if trail.service is not None:
             tallies.of(trail.service.tier).spend(spent(trail))

@@ -105,8 +105,8 @@ class Trail:
     __slots__ = (
         "admit", "arm", "asked", "at", "began", "done", "due", "ended", "error", "flags", "head",
         "hops", "keep", "last", "model", "parent_id", "path", "prompt", "queue", "read", "receipt",
-        "request_id", "service", "shadow", "span_id", "spoke", "status", "stream", "tenant",
-        "trace_id", "tracestate", "trim", "trimmed", "usage",
+        "request_id", "seen_tokens", "service", "shadow", "span_id", "spoke", "status", "stream",
+        "tenant", "trace_id", "tracestate", "trim", "trimmed", "usage",
     )  # fmt: skip
 
     def __init__(self, request_id: str, path: str, began: float, read: float) -> None:
@@ -135,6 +135,7 @@ class Trail:
         self.hops: list[Hop] = []
         self.head = b""  # of an answer that is no stream
         self.spoke: float | None = None  # a stream's first piece that says something was here
+        self.seen_tokens = 0  # of a stream, about: a piece is one
         self.done: float | None = None  # the replica has said everything
         self.last: float | None = None  # the last byte has gone to the client
         self.ended = 0.0

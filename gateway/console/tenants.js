@@ -131,6 +131,7 @@ function row(grid, first) {
       say(away, turned ? [seen.limited ? `${count(seen.limited)} limited` : "", seen.shed ? `${count(seen.shed)} shed` : ""].filter(Boolean).join(", ") : "0");
       put(away, "data-tone", turned ? "warn" : null);
       say(computedSaid, count(seen.computed));
+      put(computedSaid, "title", seen.untold_tokens ? `${count(seen.untold_tokens)} of them for answers that were left or cut once they had begun, as foreseen and seen` : null);
       const part = share(seen.computed, all.computed);
       say(broke, part === null || line.kind === "sum" ? "" : percent(part, 0));
       computed.update(line.kind === "sum" ? null : part, null, percent(part));

@@ -17,7 +17,7 @@ from gateway.sieve import BOUNDS_S, FIELDS, Sieve, merged, sift
 from gateway.tenants import COUNTS, MOST, OTHERS, SLOT_S, WINDOW_S, Tenants, together
 from gateway.usage import Usage
 from policies.slo import key_hash
-from tests.gateway.scripted import ASKED, PROMPT_TOKENS, TOKENS, Engine
+from tests.gateway.scripted import ASKED, PROMPT_TOKENS, TOKENS, Engine, stall
 from tests.gateway.test_siblings import folder, two
 from tests.gateway.world import Front, gateway, held, on_loop, until, upstream
 
@@ -268,6 +268,27 @@ async def test_one_that_left_and_one_that_failed_are_told_apart() -> None:
         found = await get(front, REQUESTS)
         assert [one["outcome"] for one in found["requests"]] == ["cancelled"]
         release.set()
+
+
+@on_loop
+async def test_what_was_computed_for_who_left_is_counted() -> None:
+    """The bug: requests that were cancelled counted nothing, so that who always left was the
+    cheapest tenant. What was foreseen of the prompt, and seen of the answer; nothing is billed."""
+    engine = Engine("one")
+    async with upstream(stall(engine, 3)) as fake, gateway(fake) as front:
+        async with front.client.stream("POST", "/v1/chat/completions", json=ASKED) as answer:
+            async for piece in answer.aiter_text():
+                if TOKENS[2] in piece:
+                    break
+        await ended(front, 1)
+        (one,) = front.live.edge.tracer.ring
+        assert one.receipt is not None
+        assert one.receipt.foreseen is not None
+        (seen,) = (await get(front, TENANTS))["tenants"]
+        ever = seen["ever"]
+        assert (ever["cancelled"], ever["billed_tokens"]) == (1, 0)
+        assert 1 <= ever["untold_tokens"] - one.receipt.foreseen.prompt <= 3  # in as many reads
+        assert ever["computed"] == ever["untold_tokens"]
 
 
 @settings(deadline=None)  # loops are made and ended

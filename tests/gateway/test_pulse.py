@@ -20,6 +20,18 @@ def test_the_first_token_is_the_first_piece_that_says_something() -> None:
     assert (pulse.first_at, pulse.last_at) == (3.0, 4.0)
 
 
+def test_pieces_are_counted_from_the_first_that_says_something() -> None:
+    """However many, and before and after they were judged."""
+    pulse = Pulse()
+    pulse.beat(ROLE, 0.0, 0.0)
+    assert pulse.pieces == 0
+    for at in range(GAPS_MAX + 5):
+        pulse.beat(TEXT, at, at + 1)
+    assert pulse.pieces == GAPS_MAX + 5
+    pulse.stalls()
+    assert pulse.pieces == GAPS_MAX + 5
+
+
 @pytest.mark.parametrize(
     "chunk",
     [
