@@ -41,9 +41,9 @@ class Account:
     """Around the answer to one request by one arm; `with` it, and its end is counted."""
 
     __slots__ = (
-        "_meters", "arm", "began", "call", "charged", "marked", "prompt", "replica", "reply",
-        "rescued", "resumed", "served", "service", "status", "streamed", "strict", "trace_id",
-        "trimmed", "usage",
+        "_meters", "arm", "began", "call", "charged", "marked", "prompt", "read", "replica",
+        "reply", "rescued", "resumed", "served", "service", "status", "streamed", "strict",
+        "trace_id", "trimmed", "usage",
     )  # fmt: skip
 
     def __init__(
@@ -53,15 +53,17 @@ class Account:
         call: Call,
         reply: Reply,
         began: float,
+        read: float,
         served: Callable[[], bool],
     ) -> None:
-        """`began`: since when an answer is due, monotonic seconds. `served`: whether any replica
-        has named the model."""
+        """`began`: since when an answer is due, and `read`: when the request was read, monotonic
+        seconds. `served`: whether any replica has named the model."""
         self._meters = meters
         self.arm = arm
         self.call = call
         self.reply = reply
         self.began = began
+        self.read = read
         self.served = served
         self.service: Service | None = None
         self.trimmed: Trimmed | None = None

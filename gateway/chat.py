@@ -85,7 +85,7 @@ class Completions:
                 reply.trail.received(coming.due, coming.read)
             call = parse_call(self.path, body, headers, reply.request_id)
             reply.trail.parsed(call)
-            asked = Asked(call, tenant, reply, outgoing, coming.due)
+            asked = Asked(call, tenant, reply, outgoing, coming.due, coming.read)
             beside = self.live.beside
             with edge.recording(asked, headers):
                 if beside is None:

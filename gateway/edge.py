@@ -79,7 +79,7 @@ class Edge:
         def served() -> bool:
             return any(call.model in replica.models for replica in pool.replicas)
 
-        return Account(self.meters, self.arm, call, asked.reply, asked.came, served)
+        return Account(self.meters, self.arm, call, asked.reply, asked.came, asked.read, served)
 
     def recall(self, call: Call, tenant: str, tier: str) -> Recall | None:
         """Where this request may get an answer that was given before, or leave one."""
@@ -194,6 +194,7 @@ class Asked:
     reply: Reply
     outgoing: Outgoing
     came: float  # since when an answer is due (arrival.Coming), monotonic seconds
+    read: float  # when it was read
 
 
 # Answers by one edge. With `strict`, an error that a replica answers is raised instead of relayed.

@@ -35,6 +35,7 @@ class Meters:
         self.token_s = Histogram(TOKEN_S)
         self.duration_s = Histogram(DURATION_S)
         self.gap_s = Histogram(GAP_S)
+        self.recv_queue_s = Histogram(GAP_S)
         self.requests: Counter[tuple[str, ...]] = Counter()  # tier, model, arm, outcome
         self.goodput: Counter[tuple[str, ...]] = Counter()  # tier, arm, met
         self.replicas: dict[str, Counter[str]] = {}  # by URL: outcomes
@@ -53,6 +54,7 @@ class Meters:
         if account.replica:
             self._of_replica(account.replica, outcome)
         pulse, trace = account.reply.pulse, account.trace
+        self.recv_queue_s.observe(labels, account.read - account.began, trace)
         self.bytes_in_vain += pulse.bytes_in_vain
         ttft_s = tpot_s = None
         if pulse.first_at is not None:

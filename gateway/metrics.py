@@ -554,6 +554,11 @@ HISTOGRAMS: tuple[tuple[str, str, Callable[[Reading], Histogram]], ...] = (
         "Longest time between two reads of a stream, but for a client that does not read.",
         lambda r: r.edge.meters.gap_s,
     ),
+    (
+        PREFIX + "recv_queue_seconds",
+        "How long a request lay unread in its socket: event loop lag, by the kernel's clock.",
+        lambda r: r.edge.meters.recv_queue_s,
+    ),
 )
 
 

@@ -96,6 +96,9 @@ def test_a_request_that_waits_for_the_loop_begins_when_it_came(
                 trail = (await client.answered(count))[-1]
                 assert is_between(trail.began, sent)
                 assert trail.read - trail.began >= BUSY_S - 0.001
+                (lay,) = front.live.edge.meters.recv_queue_s.series.values()
+                assert sum(lay.counts) == count
+                assert lay.total >= count * (BUSY_S - 0.001)
                 busy()  # idle: what came long ago is no wait of the next request
             client.sock.close()
             answer = await front.post(HELLO)
