@@ -80,7 +80,7 @@ class Hop:
 
 @dataclass(slots=True)
 class Interval:
-    """When a part of the way began and ended; both 0 where the request did not come so far."""
+    """When a part of the way began and ended; 0 where the request did not come so far."""
 
     began: float = 0.0
     ended: float = 0.0
@@ -93,7 +93,8 @@ class Interval:
 
     @property
     def s(self) -> float:
-        return self.ended - self.began
+        """So far, where it is under way: a stream's head may go while its request waits."""
+        return (self.ended or now()) - self.began if self.began else 0.0
 
 
 NEVER = Interval()

@@ -58,7 +58,11 @@ class Gateway(PolicyModel):
         description="Longest wait for a replica's first byte, prefill included.",
     )
     idle_timeout_s: float = Field(
-        120.0, gt=0, le=86400, description="Longest silence of a replica inside a stream."
+        120.0,
+        gt=0,
+        le=86400,
+        description="Longest silence of a replica inside a stream, and of a client that takes "
+        "nothing of its answer.",
     )
     keep_alive_s: float = Field(
         10.0, gt=0, le=3600, description="An SSE comment is sent after this much silence."

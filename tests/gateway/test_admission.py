@@ -91,6 +91,24 @@ async def test_what_a_replica_cannot_take_waits_in_the_gateway_and_goes_in_its_t
 
 
 @on_loop
+async def test_a_stream_that_begins_while_it_waits_tells_how_long_it_has_waited() -> None:
+    """The bug: kept alive, its head went before it left the queue, with minus the time of day."""
+    gate = Gate()
+    async with (
+        upstream(gate) as fake,
+        gateway(fake, running_per_replica=1, keep_alive_s=0.05) as edge,
+    ):
+        first = ask(edge, "standard")
+        await until(lambda: fake.running == 1)
+        async with edge.client.stream("POST", "/v1/chat/completions", json=STREAMED) as answer:
+            told = dict(one.split(";dur=") for one in answer.headers["server-timing"].split(", "))
+        assert all(float(ms) >= 0 for ms in told.values())
+        assert float(told["queue"]) >= 40
+        await gate.open()
+        assert (await first).is_success
+
+
+@on_loop
 async def test_a_client_that_leaves_while_it_waits_leaves_nothing_behind() -> None:
     gate = Gate()
     async with upstream(gate) as fake, gateway(fake, running_per_replica=1) as edge:
