@@ -61,8 +61,7 @@ class Completions:
             log.exception("request %s failed inside the gateway", reply.request_id)
             await reply.fail(problems.internal())
         finally:
-            if found[OUTGOING].complete:
-                reply.trail.last = found[OUTGOING].wrote
+            reply.trail.last = found[OUTGOING].end()
             edge.tracer.end(reply.trail, reply, failure, edge.admission.tallies, edge.pool.ask)
 
     async def _answer(self, scope: Scope, receive: Receive, reply: Reply) -> None:
@@ -97,10 +96,13 @@ class Completions:
 
 
 async def serve(edge: Edge, asked: Asked, strict: bool = False) -> None:
-    """The answer by one edge. Raises Problem; with `strict`, for a replica's error, too."""
+    """The answer by one edge, until its client has it. Raises ClientGone, and Problem; with
+    `strict`, for a replica's error, too."""
     with edge.account(asked) as account:
         account.strict = strict
         await _serve(edge, asked, account, strict=strict)
+        if asked.outgoing.lags:  # no place is held for it: what its replica had to do is done
+            await asked.outgoing.sent()
 
 
 async def _serve(edge: Edge, asked: Asked, account: Account, *, strict: bool) -> None:

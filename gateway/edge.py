@@ -28,7 +28,7 @@ from gateway.meters import Meters
 from gateway.prompt import Prompts
 from gateway.record import Recorder
 from gateway.replica import Replica
-from gateway.reply import Outgoing, Reply
+from gateway.reply import Client, Reply
 from gateway.response_cache import Answers, Recall
 from gateway.route import eligible
 from gateway.routing import Routing
@@ -192,7 +192,7 @@ class Asked:
     call: Call
     tenant: Known
     reply: Reply
-    outgoing: Outgoing
+    outgoing: Client
     came: float  # since when an answer is due (arrival.Coming), monotonic seconds
     read: float  # when it was read
 

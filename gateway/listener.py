@@ -26,7 +26,7 @@ from uvicorn.protocols.http.httptools_impl import (
 
 from gateway import problems
 from gateway.arrival import Arrivals, Coming, Reader, note_arrivals
-from gateway.call import request_id
+from gateway.call import ClientGone, request_id
 from gateway.edge import Live
 from gateway.phases import SERVER_TIMING, whole_time
 from gateway.reply import Headers
@@ -39,6 +39,7 @@ BACKLOG = 2048
 OUTGOING = "headgate.outgoing"  # an extension of the scope: reply.Outgoing
 COMING = "headgate.coming"  # another: arrival.Coming
 REFUSED_LINGER_S = 0.5  # likewise for what comes behind a request that cannot be read
+UNREAD_LOOKS = 4  # in gateway.idle_timeout_s, at whether a client that lags has taken anything
 LINGER_S = 2.0  # the rest of a refused body is read away for so long before its connection closes
 
 
@@ -62,6 +63,7 @@ class ClientConnection(HttpToolsProtocol):
         self._lingering: asyncio.TimerHandle | None = None
         self._refused = False  # answered below ASGI; whatever comes now is read away
         self._unread: asyncio.TimerHandle | None = None
+        self.lost = False
         self.go_on: Callable[[], None] | None = None  # of a stream that waits for its client
         self.attended: dict[_Outgoing, Callable[[], None]] = {}  # what to call when the client goes
 
@@ -74,6 +76,7 @@ class ClientConnection(HttpToolsProtocol):
         self._arm()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self.lost = True
         self._disarm()
         if self._lingering is not None:
             self._lingering.cancel()
@@ -226,7 +229,20 @@ class ClientConnection(HttpToolsProtocol):
     def pause_writing(self) -> None:
         super().pause_writing()
         if self._unread is None:
-            self._unread = self.loop.call_later(self.settings.idle_timeout_s, self.transport.abort)
+            self._wait_for_reader(self.transport.get_write_buffer_size(), UNREAD_LOOKS)
+
+    def _wait_for_reader(self, left_bytes: int, looks: int) -> None:
+        wait_s = self.settings.idle_timeout_s / UNREAD_LOOKS
+        self._unread = self.loop.call_later(wait_s, self._look_at_reader, left_bytes, looks)
+
+    def _look_at_reader(self, before_bytes: int, looks: int) -> None:
+        """A client may take as long as it likes, while it takes something."""
+        left_bytes = self.transport.get_write_buffer_size()
+        looks = looks - 1 if left_bytes == before_bytes else UNREAD_LOOKS
+        if looks:
+            self._wait_for_reader(left_bytes, looks)
+        else:
+            self.transport.abort()
 
     def resume_writing(self) -> None:
         super().resume_writing()
@@ -245,13 +261,16 @@ class _Outgoing:
     packet and one call of the system instead of two.
     """
 
-    __slots__ = ("_begun", "_connection", "_cycle", "_head", "_write", "is_closing", "wrote")
+    __slots__ = (
+        "_begun", "_connection", "_cycle", "_head", "_held", "_write", "is_closing", "wrote",
+    )  # fmt: skip
 
     def __init__(self, connection: ClientConnection, cycle: RequestResponseCycle) -> None:
         self._connection = connection
         self._cycle = cycle
         self._head = b""
         self._begun = False
+        self._held = False  # a whole answer, which lies here while its client lags
         self.wrote: float | None = None  # when the last bytes so far went, monotonic seconds
         self._write = connection.transport.write
         self.is_closing = connection.transport.is_closing
@@ -304,13 +323,47 @@ class _Outgoing:
         if text.count(b"\n") != len(lines) - 1 or text.count(b"\r") != len(lines) - 1:
             raise RuntimeError("an answer's header has a line end")
         answer = STATUS_LINE[status] + text + b"\r\n\r\n" + body
-        cycle.response_started = cycle.response_complete = True
-        self._begun = True
+        cycle.response_started = self._begun = True
         self.write(answer)
+        if self._connection.flow.write_paused:
+            self._held = True  # what its client has sent behind this request waits as well
+        else:
+            self._completed()
+
+    def _completed(self) -> None:
+        cycle = self._cycle
+        self._held = False
+        cycle.response_complete = True
         cycle.message_event.set()
         if not cycle.keep_alive:
             self.close()
         cycle.on_response()
+
+    @property
+    def lags(self) -> bool:
+        return self._held or self._connection.flow.write_paused
+
+    async def sent(self) -> None:
+        connection, transport = self._connection, self._connection.transport
+        if not self.is_closing():
+            transport.set_write_buffer_limits(0)  # it goes on once nothing is left
+        try:
+            await connection.flow.drain()
+        finally:
+            if not self.is_closing():
+                transport.set_write_buffer_limits()
+        if connection.lost:
+            self.wrote = None
+            raise ClientGone
+        self.wrote = connection.wrote = time.monotonic()
+        if self._held:
+            self._completed()
+
+    def end(self) -> float | None:
+        """Nobody waits for it any longer. When the last of a complete answer went."""
+        if self._held and not self._cycle.disconnected:
+            self._completed()
+        return self.wrote if self.complete else None
 
     def when_writable(self, go_on: Callable[[], None]) -> None:
         self._connection.go_on = go_on

@@ -51,6 +51,17 @@ class Outgoing(Protocol):
         False when it has gone already."""
 
 
+class Client(Outgoing, Protocol):
+    """The connection itself, which knows what lies there because its client lags."""
+
+    @property
+    def lags(self) -> bool:
+        """Whether something does."""
+
+    async def sent(self) -> None:
+        """Until nothing does. Raises ClientGone where the client goes before."""
+
+
 class Way(Outgoing, Protocol):
     """Both ways out of an answer, ASGI's and the stream's, for what sits on them."""
 

@@ -142,6 +142,10 @@ class Nowhere:
     """Ways out that lead to nobody."""
 
     asked = True
+    lags = False
+
+    async def sent(self) -> None:
+        """It is at once."""
 
     async def __call__(self, message: MutableMapping[str, Any]) -> None:
         """Takes what would go to a client."""

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import socket
+import time
 from typing import Any
 
 import openai
@@ -338,3 +341,100 @@ async def test_a_client_that_reads_late_holds_the_replica_back_and_gets_every_by
         while size := int(await reader.readline(), 16):
             pieces.append((await reader.readexactly(size + 2))[:-2])
         assert b"".join(pieces) == CHUNK * 100 * chunks + DONE
+
+
+class Slow:
+    """A client of bare sockets that takes what it is told to."""
+
+    def __init__(self, edge: Front) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._edge = edge
+        self._socket = socket.socket()
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**16)
+        self._socket.setblocking(False)
+
+    async def __aenter__(self) -> Slow:
+        await self._loop.sock_connect(self._socket, ("127.0.0.1", self._edge.port))
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._socket.close()
+
+    async def ask(self, times: int = 1) -> None:
+        body = json.dumps(HELLO).encode()
+        head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\n"
+        asked = head + b"content-length: %d\r\n\r\n" % len(body) + body
+        await self._loop.sock_sendall(self._socket, asked * times)
+
+    async def take(self, most: int) -> bytes:
+        return await self._loop.sock_recv(self._socket, most)
+
+
+LARGE = b'{"choices": [], "pad": "' + b"x" * 24_000_000 + b'"}'  # more than all sockets hold
+
+
+async def large(peer: Peer) -> None:
+    await peer.json(LARGE)
+
+
+@on_loop
+async def test_a_client_that_takes_a_large_answer_slowly_gets_it_and_its_trace_lasts_as_long() -> (
+    None
+):
+    """The bugs: it was cut after idle_timeout_s, and told of as one that was over at once."""
+    async with (
+        upstream(large) as fake,
+        gateway(fake, idle_timeout_s=0.4) as edge,
+        Slow(edge) as one,
+    ):
+        await one.ask()
+        began, got = time.monotonic(), 0
+        while got < len(LARGE) // 2:
+            got += len(await one.take(200_000))
+            await asyncio.sleep(0.02)
+        half_s = time.monotonic() - began
+        assert half_s > 0.4
+        assert fake.running == 0
+        assert edge.pool.in_flight == 1
+        assert all(replica.in_flight == 0 for replica in edge.pool.replicas)
+        assert not edge.live.edge.meters.requests
+        while got < len(LARGE):
+            got += len(await one.take(2**20))
+        await until(lambda: edge.pool.in_flight == 0)
+        (trail,) = edge.live.edge.tracer.ring
+        assert (trail.status, trail.error) == (200, "")
+        assert trail.e2e_s > half_s
+        assert sum(edge.live.edge.meters.requests.values()) == 1
+        (took,) = edge.live.edge.meters.duration_s.series.values()
+        assert took.total > half_s
+
+
+@on_loop
+async def test_a_client_that_takes_nothing_of_a_whole_answer_is_dropped_and_has_left() -> None:
+    async with (
+        upstream(large) as fake,
+        gateway(fake, idle_timeout_s=0.3) as edge,
+        Slow(edge) as one,
+    ):
+        await one.ask()
+        await until(lambda: edge.pool.in_flight == 1)
+        await until(lambda: edge.pool.in_flight == 0)
+        (trail,) = edge.live.edge.tracer.ring
+        assert (trail.status, trail.error) == (200, "client_cancelled")
+        assert trail.e2e_s > 0.3
+        ((*_, outcome),) = edge.live.edge.meters.requests
+        assert outcome == "cancelled"
+
+
+@on_loop
+async def test_what_is_asked_behind_an_answer_that_lies_there_waits_for_it() -> None:
+    """However much a client asks for and does not read: one answer is kept for it."""
+    async with upstream(large) as fake, gateway(fake) as edge, Slow(edge) as one:
+        await one.ask(3)
+        await until(lambda: len(fake.requests) == 1 and not fake.running)
+        pieces = [await one.take(100_000)]
+        assert len(fake.requests) == 1
+        while sum(map(len, pieces)) < 3 * len(LARGE):
+            pieces.append(await one.take(2**20))
+        assert b"".join(pieces).count(b"HTTP/1.1 200 OK") == 3
+        assert len(fake.requests) == 3
