@@ -34,7 +34,7 @@ def test_who_hangs_up_is_counted_as_gone_and_stops_the_work(stack: Stack) -> Non
     going, in both programs."""
     assert_idle(stack.worker)
     front, back, cpu_s = page(stack.gateway), page(stack.worker), stack.worker.cpu_s()
-    sock, trace_id = asked(stack, ENDLESS | {"stream": True})
+    sock, trace_id, _ = asked(stack, ENDLESS | {"stream": True})
     got = read_chunks(sock, 5)
     sock.close()
     until(
