@@ -16,6 +16,7 @@ from http import HTTPStatus
 from types import FrameType
 from typing import Any
 
+import httptools
 import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import (
@@ -62,6 +63,7 @@ class ClientConnection(HttpToolsProtocol):
         self._deadline: asyncio.TimerHandle | None = None
         self._lingering: asyncio.TimerHandle | None = None
         self._refused = False  # answered below ASGI; whatever comes now is read away
+        self._last: Problem | None = None  # likewise, to be told once all before it is answered
         self._unread: asyncio.TimerHandle | None = None
         self.lost = False
         self.go_on: Callable[[], None] | None = None  # of a stream that waits for its client
@@ -92,7 +94,13 @@ class ClientConnection(HttpToolsProtocol):
         self._read_bytes = len(data)
         if self._amid:
             self._coming.more(self.arrived, time.monotonic())
-        super().data_received(data)  # type: ignore[arg-type]  # its parser takes any buffer
+        self._unset_keepalive_if_required()
+        try:  # as uvicorn does, which has a line in its log for each that is no HTTP
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            """A client that offers h2c is not worth a line in the log: it gets HTTP/1.1."""
+        except httptools.HttpParserError:
+            self._refuse(problems.malformed_http())
         if self._refused or self.transport.is_closing():
             self._disarm()
         elif self._in_headers:
@@ -154,7 +162,13 @@ class ClientConnection(HttpToolsProtocol):
             following["extensions"][COMING].no_sooner(self.wrote)
         elif self._amid:
             self._coming.no_sooner(self.wrote)
+        is_last = not self.pipeline
         super().on_response_complete()
+        if is_last and self._last is not None:
+            self._unset_keepalive_if_required()
+            # Behind a head that waits for this turn's end.
+            self.loop.call_soon(self._refuse_now, self._last)
+            self._last = None
 
     def close_after(self, cycle: RequestResponseCycle) -> None:
         """Closes behind an answer, once its request is read or has had its time.
@@ -190,27 +204,36 @@ class ClientConnection(HttpToolsProtocol):
 
     # ---- errors below ASGI ----------------------------------------------------------------------
 
-    def send_400_response(self, msg: str) -> None:  # noqa: ARG002  # uvicorn's text; ours says more
-        self._refuse(problems.malformed_http())
-
     def _refuse(self, problem: Problem) -> None:
-        """Answers and closes; inside another answer it only closes, for that would corrupt it."""
+        """Answers and closes, once what came before it is answered; inside the answer to the same
+        request it only closes, for that would corrupt it."""
         if not self._refused and not self.transport.is_closing():
             if self._broken_body():
                 self.cycle.disconnected = True  # what is at work on it may stop, and say nothing
                 self.cycle.message_event.set()
                 self._answer_last(plain_answer(problem, self._coming.began))
             elif not self._answering():
-                began = self._coming.began if self._in_headers else time.monotonic()
-                self._answer_last(plain_answer(problem, began))
-            else:
+                self._refuse_now(problem)
+            elif self._in_body and not self.pipeline:
+                self.cycle.disconnected = True
                 self.transport.close()
+            else:
+                if self._in_body:
+                    self.pipeline.popleft()  # it has not been begun, and will not be
+                self._refused = True
+                self._last = problem
         self._disarm()
+
+    def _refuse_now(self, problem: Problem) -> None:
+        began = self._coming.began if self._amid else time.monotonic()
+        self._answer_last(plain_answer(problem, began))
 
     def _answer_last(self, answer: bytes) -> None:
         """Says it, and closes once the client has heard it or had its time: a byte that comes at
         the same moment would make a reset of it."""
         self._refused = True
+        if self.transport.is_closing():
+            return
         self.transport.write(answer)
         self.transport.write_eof()
         if self._lingering is None:
@@ -220,9 +243,6 @@ class ClientConnection(HttpToolsProtocol):
         """Whether what came last belongs to a request that nothing has been answered yet."""
         unanswered = self._answering() and not self.cycle.response_started
         return unanswered and self._in_body and not self.pipeline
-
-    def _unsupported_upgrade_warning(self) -> None:
-        """A client that offers h2c is not worth a line in the log: it gets HTTP/1.1."""
 
     # ---- answers that nobody reads --------------------------------------------------------------
 

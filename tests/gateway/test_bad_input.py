@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import socket
 from typing import Any
 
 import pytest
 
-from tests.gateway.world import HELLO, STREAMED, Front, Peer, gateway, on_loop, until, upstream
+from tests.gateway.world import (
+    HELLO,
+    STREAMED,
+    Front,
+    Peer,
+    gateway,
+    held,
+    on_loop,
+    until,
+    upstream,
+)
 
 POST = b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\n"
 
@@ -342,6 +353,58 @@ async def test_pipelined_requests_are_answered_in_order() -> None:
         writer.write(both[-10:])
         assert b"HTTP/1.1 404 " in await reader.readuntil(b"model_not_found")
         writer.close()
+
+
+WHOLE = b"content-length: %d\r\n\r\n" % len(json.dumps(HELLO)) + json.dumps(HELLO).encode()
+BROKEN_BODY = POST + b"transfer-encoding: chunked\r\n\r\nxyz\r\n"
+LONG_HEADERS = b"GET /health HTTP/1.1\r\nx: " + b"y" * 70_000
+
+
+@pytest.mark.parametrize(
+    ("sent", "statuses"),
+    [
+        (POST + WHOLE + b"GARBAGE\r\n\r\n", [200, 400]),
+        (POST + WHOLE + b"\x16\x03\x01\x02", [200, 400]),
+        ((POST + WHOLE) * 3 + b"GARBAGE\r\n\r\n", [200, 200, 200, 400]),
+        (POST + WHOLE + BROKEN_BODY, [200, 400]),
+        ((POST + WHOLE) * 2 + BROKEN_BODY, [200, 200, 400]),
+        (b"HEAD /health HTTP/1.1\r\nhost: localhost\r\n\r\nGARBAGE\r\n\r\n", [200, 400]),
+        (POST + b"connection: close\r\n" + WHOLE + b"GARBAGE\r\n\r\n", [200]),
+        (POST + WHOLE + LONG_HEADERS, [200, 431]),
+        (BROKEN_BODY + POST + WHOLE, [400]),
+        (b"GARBAGE\r\n\r\n" + POST + WHOLE, [400]),
+    ],
+)
+@on_loop
+async def test_what_cannot_be_read_is_refused_once_what_came_before_it_is_answered(
+    sent: bytes, statuses: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The bug: nothing was answered, and each had an error in the log, which anybody could fill."""
+    async with upstream() as fake, gateway(fake) as edge:
+        reader, writer = await edge.connect()
+        writer.write(sent)
+        told = await reader.read()
+        assert [int(one) for one in re.findall(rb"HTTP/1.1 (\d{3}) ", told)] == statuses
+        assert len(fake.requests) == statuses.count(200) - (sent[:4] == b"HEAD")
+        await alive(edge)
+    assert [one.getMessage() for one in caplog.records if one.levelname != "INFO"] == []
+
+
+@on_loop
+async def test_garbage_inside_a_stream_ends_it_no_sooner() -> None:
+    """It is told when the stream is over; what comes meanwhile is read away."""
+    release = asyncio.Event()
+    async with upstream(held(release, b"data: {}\n\n")) as fake, gateway(fake) as edge:
+        reader, writer = await edge.send(STREAMED)
+        await reader.readuntil(b"data: {}")
+        for _ in range(3):
+            writer.write(b"GARBAGE\r\n\r\n")
+            await edge.client.get("/health")
+        release.set()
+        stream, _, refusal = (await reader.read()).partition(b"HTTP/1.1 400 ")
+        assert stream.endswith(b"0\r\n\r\n")
+        assert b"[DONE]" in stream
+        assert b"connection: close" in refusal
 
 
 @on_loop
