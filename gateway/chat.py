@@ -62,6 +62,7 @@ class Completions:
             await reply.fail(problems.internal())
         finally:
             reply.trail.last = found[OUTGOING].end()
+            reply.trail.download = found[OUTGOING].lagged
             edge.tracer.end(reply.trail, reply, failure, edge.admission.tallies, edge.pool.ask)
 
     async def _answer(self, scope: Scope, receive: Receive, reply: Reply) -> None:

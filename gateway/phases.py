@@ -37,10 +37,11 @@ def spent(trail: Trail) -> tuple[float, ...]:
             network, replica_queue, prefill, decode = _answering(trail, hop, end)
             network += hop.began - hops[0].began
     known = recv_queue + admit + queue + trim + route + network + replica_queue + prefill + decode
-    gateway = max(0.0, trail.ended - trail.due - known)
+    download = trail.download.s
+    gateway = max(0.0, trail.ended - trail.due - known - download)
     return (
         upload, recv_queue, admit, queue, trim, route, network, replica_queue, prefill, decode,
-        gateway,
+        download, gateway,
     )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, RequestResponseCy
 
 from gateway.call import ClientGone
 from gateway.reply import Headers
+from gateway.trail import NEVER, Interval
 
 if TYPE_CHECKING:
     from gateway.listener import ClientConnection
@@ -26,7 +27,8 @@ class Sending:
     """
 
     __slots__ = (
-        "_begun", "_connection", "_cycle", "_head", "_held", "_write", "is_closing", "wrote",
+        "_begun", "_connection", "_cycle", "_head", "_held", "_write", "is_closing", "lagged",
+        "wrote",
     )  # fmt: skip
 
     def __init__(self, connection: ClientConnection, cycle: RequestResponseCycle) -> None:
@@ -35,6 +37,7 @@ class Sending:
         self._head = b""
         self._begun = False
         self._held = False  # a whole answer, which lies here while its client lags
+        self.lagged = NEVER  # when it was waited for its client, at the end of the answer
         self.wrote: float | None = None  # when the last bytes so far went, monotonic seconds
         self._write = connection.transport.write
         self.is_closing = connection.transport.is_closing
@@ -111,8 +114,10 @@ class Sending:
         connection, transport = self._connection, self._connection.transport
         if not self.is_closing():
             transport.set_write_buffer_limits(0)  # it goes on once nothing is left
+        self.lagged = Interval()
         try:
-            await connection.flow.drain()
+            with self.lagged:
+                await connection.flow.drain()
         finally:
             if not self.is_closing():
                 transport.set_write_buffer_limits()

@@ -2,7 +2,7 @@
 
     SERVER   POST /v1/chat/completions   from the request's first byte to the answer's last
       INTERNAL gateway.upload, gateway.recv_queue, gateway.trim, gateway.prompt, gateway.admit,
-               gateway.route
+               gateway.route, gateway.download
       CLIENT   chat MODEL                each request to a replica; its spans join there
       CLIENT   chat MODEL                a shadow's, `headgate.arm` says so; it may outlive the root
 
@@ -62,6 +62,7 @@ def _inside(trail: Trail) -> Iterator[Span]:
     told: dict[str, Any]
     for name, began, ended in (
         ("gateway.upload", trail.began, trail.due), ("gateway.recv_queue", trail.due, trail.read),
+        ("gateway.download", trail.download.began, trail.download.ended),
     ):  # fmt: skip
         if ended - began >= WAIT_S:
             yield _part(trail, name, Interval(began, ended), {})

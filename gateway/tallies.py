@@ -10,7 +10,7 @@ from gateway.tenants import Tenants
 # Where the time of requests goes (gateway/phases.py), in the order in which they pass.
 PHASES = (
     "upload", "recv_queue", "admit", "queue", "trim", "route",
-    "network", "replica_queue", "prefill", "decode", "gateway",
+    "network", "replica_queue", "prefill", "decode", "download", "gateway",
 )  # fmt: skip
 
 

@@ -104,10 +104,10 @@ class Trail:
     """One request."""
 
     __slots__ = (
-        "admit", "arm", "asked", "at", "began", "done", "due", "ended", "error", "flags", "head",
-        "hops", "keep", "last", "model", "parent_id", "path", "prompt", "queue", "read", "receipt",
-        "request_id", "seen_tokens", "service", "shadow", "span_id", "spoke", "status", "stream",
-        "tenant", "trace_id", "tracestate", "trim", "trimmed", "usage",
+        "admit", "arm", "asked", "at", "began", "done", "download", "due", "ended", "error",
+        "flags", "head", "hops", "keep", "last", "model", "parent_id", "path", "prompt", "queue",
+        "read", "receipt", "request_id", "seen_tokens", "service", "shadow", "span_id", "spoke",
+        "status", "stream", "tenant", "trace_id", "tracestate", "trim", "trimmed", "usage",
     )  # fmt: skip
 
     def __init__(self, request_id: str, path: str, began: float, read: float) -> None:
@@ -139,6 +139,7 @@ class Trail:
         self.seen_tokens = 0  # of a stream, about: a piece is one
         self.done: float | None = None  # the replica has said everything
         self.last: float | None = None  # the last byte has gone to the client
+        self.download = NEVER  # what lay there at the end was on its way to a client that lagged
         self.ended = 0.0
         self.status = 0
         self.error = ""

@@ -11,6 +11,8 @@ from typing import Any
 import openai
 import pytest
 
+from gateway.phases import phases
+from gateway.spans import spans_of
 from tests.gateway.world import (
     DONE,
     HELLO,
@@ -404,6 +406,11 @@ async def test_a_client_that_takes_a_large_answer_slowly_gets_it_and_its_trace_l
         (trail,) = edge.live.edge.tracer.ring
         assert (trail.status, trail.error) == (200, "")
         assert trail.e2e_s > half_s
+        spent = phases(trail)
+        assert sum(spent.values()) == pytest.approx(trail.e2e_s, abs=1e-6)
+        assert spent["download"] > trail.e2e_s / 2
+        (span,) = (one for one in spans_of(trail) if one.name == "gateway.download")
+        assert span.end_s - span.start_s == pytest.approx(spent["download"], abs=1e-6)
         assert sum(edge.live.edge.meters.requests.values()) == 1
         (took,) = edge.live.edge.meters.duration_s.series.values()
         assert took.total > half_s
