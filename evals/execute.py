@@ -83,14 +83,14 @@ def prepare(file: Path, *, allow_code: bool = False) -> Prepared:
 
     `allow_code`: whether scorers may run what a model wrote.
     """
-    hypothesis = load_hypothesis(file)
-    _refuse_keyless(file, hypothesis)
-    configured = pair(file, hypothesis)
-    refuse_uncounted(file, hypothesis, configured[1])
-    baseline, candidate, spec = sides(file, hypothesis)
-    hypothesis = spelled_out(hypothesis, configured)
+    written = load_hypothesis(file)
+    _refuse_keyless(file, written)
+    configured = pair(file, written)
+    refuse_uncounted(file, written, configured[1])
+    hypothesis = spelled_out(written, configured)
     sources = read_sources(file, hypothesis, allow_code=allow_code)
     blocks = [block for source in sources for block in source.blocks]
+    baseline, candidate, spec = sides(file, written)
     return Prepared(
         hypothesis=hypothesis,
         configured=configured,
