@@ -274,9 +274,12 @@ async def _send_stream(
             if pieces:
                 await _send_body(send, told() + answer.events(iter(pieces)))
                 told = bytes
-        await _send_body(send, visit.comment() + answer.ending(), more=False)
+        ending = visit.comment() + answer.ending()
+        visit.last()
+        await _send_body(send, ending, more=False)
     except Problem as problem:
         visit.failed(problem)
+        visit.last()
         await _send_body(send, wire.event(problem.payload()) + wire.DONE, more=False)
 
 
@@ -292,6 +295,7 @@ async def _send_whole(
         (b"server-timing", visit.phases().header().encode()),
     ]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
+    visit.last()
     await _send_body(send, body, more=False)
 
 

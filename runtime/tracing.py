@@ -134,9 +134,14 @@ class Visit:
         """For a gateway that asks how long it took so far; nothing for others."""
         return self.phases().comment() if self.tells else b""
 
+    def last(self) -> None:
+        """The last bytes go now. Noted before they do: whoever waits for them may be given the core
+        at once."""
+        self.ended = now()
+
     def close(self) -> None:
         """It is over; what the engine works with is let go."""
-        self.ended = now()
+        self.ended = self.ended or now()
         self.told = [_told(track) for track in self.tracks if track.sequence is not None]
         self.tracks = []
 
