@@ -14,12 +14,11 @@ from starlette.routing import Route
 from starlette.types import Scope
 
 from cache.store import Bucket, StoreDown
-from gateway import problems
 from gateway.admin import Answer, Guarded
 from gateway.edge import Live
 from gateway.kept import Kept
 from gateway.limits import rules_of
-from gateway.query import number, query
+from gateway.query import number, one_of, query, refuse_unknown
 from gateway.sieve import Sieve, merged
 from gateway.tenants import ORDERS, together
 
@@ -55,12 +54,8 @@ class Lookups:
     async def tenants(self, scope: Scope, _body: bytes) -> Answer:
         """The first of them by what they use, with what is left of their limits."""
         asked = query(scope)
-        for name in asked:
-            if name not in ASKED:
-                raise problems.unknown_query(name, ASKED)
-        by = asked.get("by", ORDERS[0])
-        if by not in ORDERS:
-            raise problems.wrong_value("by", "one of " + ", ".join(ORDERS), problems.quote(by))
+        refuse_unknown(asked, ASKED)
+        by = one_of(asked, "by", ORDERS)
         edge = self._live.edge
         found, processes = await self._kept.tenants()
         told = together(found, edge.keys.tenants, by, number(asked, "top", TOP_USUAL, TOP_MOST))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from urllib.parse import parse_qsl
 
 from starlette.types import Scope
@@ -17,6 +17,22 @@ CURSOR = re.compile(r"\d{1,18}(?:-\d{1,18})?", re.ASCII)  # as stores make them
 def query(scope: Scope) -> dict[str, str]:
     """By name; the last of those that come twice."""
     return dict(parse_qsl(scope["query_string"].decode("latin-1")))
+
+
+def refuse_unknown(asked: Mapping[str, str], known: Sequence[str]) -> None:
+    """Raises Problem 400 for a name that asks for nothing."""
+    for name in asked:
+        if name not in known:
+            raise problems.unknown_query(name, known)
+
+
+def one_of(asked: Mapping[str, str], name: str, allowed: Sequence[str]) -> str:
+    """The first of those allowed where nothing is said. Raises Problem 400."""
+    value = asked.get(name, allowed[0])
+    if value not in allowed:
+        named = ", ".join(one for one in allowed if one)
+        raise problems.wrong_value(name, f"one of {named}", problems.quote(value))
+    return value
 
 
 def number(asked: Mapping[str, str], name: str, usual: int, most: int) -> int:

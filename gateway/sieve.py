@@ -15,7 +15,7 @@ from typing import Any, Literal
 from gateway import problems
 from gateway.fate import FATES, MISSED, fate_of
 from gateway.pause import Pause
-from gateway.query import number
+from gateway.query import number, one_of, refuse_unknown
 from gateway.trail import Trail
 
 USUAL, MOST = 50, 200  # lines in one answer
@@ -52,13 +52,10 @@ class Sieve:
     @classmethod
     def of(cls, asked: Mapping[str, str]) -> Sieve:
         """By what stands in a query. Raises Problem 400."""
-        for name in asked:
-            if name not in ASKED:
-                raise problems.unknown_query(name, ASKED)
-        outcome = asked.get("outcome", "")
-        _among("outcome", outcome, ("", *OUTCOMES))
-        clock = _among("clock", asked.get("clock", "first"), ("first", "whole"))
-        order = _among("order", asked.get("order", "latest"), ("latest", "slowest"))
+        refuse_unknown(asked, ASKED)
+        outcome = one_of(asked, "outcome", ("", *OUTCOMES))
+        clock = one_of(asked, "clock", ("first", "whole"))
+        order = one_of(asked, "order", ("latest", "slowest"))
         return cls(
             {name: asked[name] for name in FIELDS if asked.get(name)},
             MISSED if outcome == "missed" else (outcome,) if outcome else (),
@@ -191,13 +188,6 @@ def _joined(some: Sequence[dict[str, Any]]) -> dict[str, Any]:
     most = max(some, key=lambda one: float(one["slowest_s"]))
     counts = {name: sum(one[name] for one in some) for name in ("count", "missed")}
     return {**most, **counts}
-
-
-def _among(name: str, value: str, allowed: Sequence[str]) -> str:
-    if value not in allowed:
-        named = ", ".join(one for one in allowed if one)
-        raise problems.wrong_value(name, f"one of {named}", problems.quote(value))
-    return value
 
 
 def _moment(asked: Mapping[str, str], name: str, usual: float) -> float:

@@ -9,7 +9,8 @@ import subprocess
 import sys
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -33,7 +34,7 @@ from tests.end_to_end.traced_client import (
     receive,
     send,
 )
-from tests.gateway.world import DONE, Peer, Replica, gateway, on_loop, upstream
+from tests.gateway.world import DONE, Front, Peer, Replica, gateway, on_loop, upstream
 
 GATEWAY, RUNTIME = "headgate-gateway", "headgate-runtime"
 CLIENT = (sys.executable, str(Path(__file__).with_name("traced_client.py")))
@@ -182,6 +183,27 @@ def apart_s(rows: list[dict[str, Any]]) -> float:
     return p95["apart"]
 
 
+@asynccontextmanager
+async def rescued(
+    stack: Stack, answer: Callable[[Peer], Awaitable[None]], **settings: Any
+) -> AsyncIterator[Front]:
+    """A gateway whose only replica answers so; the stack's worker goes on with its streams."""
+    rescuer = Replica(stack.worker.url, own=True, kind="headgate", models={"pocket": {}})
+    rescuer.healthy = True
+    tracing = Tracing(endpoint=stack.collector.url)
+    async with (
+        upstream(answer, models=("pocket",)) as broken,
+        gateway(
+            Replica(broken.url, own=True, kind="headgate"),
+            tracing=tracing,
+            resume="auto",
+            **settings,
+        ) as front,
+    ):
+        front.pool.rescuers = lambda: (rescuer,)
+        yield front
+
+
 @on_loop
 async def test_under_load_a_replica_that_fails_leaves_one_tree_and_the_right_outcome(
     stack: Stack,
@@ -203,19 +225,9 @@ async def test_under_load_a_replica_that_fails_leaves_one_tree_and_the_right_out
             await peer.chunk(said("Hel"))
             peer.abort()
 
-    rescuer = Replica(stack.worker.url, own=True, kind="headgate", models={"pocket": {}})
-    rescuer.healthy = True
-    async with (
-        upstream(answer, models=("pocket",)) as broken,
-        gateway(
-            Replica(broken.url, own=True, kind="headgate"),
-            tracing=Tracing(endpoint=stack.collector.url),
-            resume="auto",
-            retries=Retries(budget_share=1.0, budget_min_per_s=1000),
-            breaker=Breaker(failures=1000, min_requests=10**6),
-        ) as front,
-    ):
-        front.pool.rescuers = lambda: (rescuer,)
+    retries = Retries(budget_share=1.0, budget_min_per_s=1000)
+    breaker = Breaker(failures=1000, min_requests=10**6)
+    async with rescued(stack, answer, retries=retries, breaker=breaker) as front:
         kinds = (WHOLE, FAILS, RESCUED, CUT)
         client = await asyncio.create_subprocess_exec(
             *CLIENT, str(front.port), "8", "8", *kinds, stdout=asyncio.subprocess.PIPE
@@ -285,17 +297,7 @@ async def test_a_stream_that_breaks_and_goes_on_elsewhere_is_one_tree(stack: Sta
         await peer.chunk(said("Hel"))
         peer.abort()
 
-    rescuer = Replica(stack.worker.url, own=True, kind="headgate", models={"pocket": {}})
-    rescuer.healthy = True
-    async with (
-        upstream(answer, models=("pocket",)) as broken,
-        gateway(
-            Replica(broken.url, own=True, kind="headgate"),
-            tracing=Tracing(endpoint=stack.collector.url),
-            resume="auto",
-        ) as front,
-    ):
-        front.pool.rescuers = lambda: (rescuer,)
+    async with rescued(stack, answer) as front:
         answered = await front.post(DEFAULTS[CHAT] | {"stream": True, "max_tokens": 8})
         trace = front.live.edge.tracer.ring.recent(1)[0]
     assert answered.content.endswith(b"[DONE]\n\n")
