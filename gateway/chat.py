@@ -124,8 +124,7 @@ async def _serve(edge: Edge, asked: Asked, account: Account, *, strict: bool) ->
     count = partial(edge.admission.counted, tenant, service.tier)
     if recall and await recall.give(reply, count):
         return
-    clock = asyncio.get_running_loop().time
-    silence = Silence(edge.settings, reply, stream=call.stream, clock=clock)
+    silence = Silence(edge.settings, reply, stream=call.stream)
     with trail.prompt:
         prompt = account.prompt = await edge.prompts.read(call)
         trip = edge.routing.trip(call, prompt, service.tier, tenant.name)

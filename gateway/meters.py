@@ -58,8 +58,7 @@ class Meters:
         self.bytes_in_vain += pulse.bytes_in_vain
         ttft_s = tpot_s = None
         if pulse.first_at is not None:
-            # A loop's clock may be as old as the turn in which the request was read.
-            ttft_s = max(0.0, pulse.first_at - account.began)
+            ttft_s = pulse.first_at - account.began
             self.first_token_s.observe(labels, ttft_s, trace)
             self.stalls[(tier,)] += pulse.stalls()
             if pulse.longest_s is not None:

@@ -7,6 +7,7 @@ neither. Sits on an answer only while a rollout runs.
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable, Mapping, MutableMapping
 from contextlib import suppress
 from dataclasses import replace
@@ -70,11 +71,10 @@ def looped(end: str) -> bool:
 class Watch:
     """Sits on the ways out of one answer, and reads what goes by."""
 
-    def __init__(self, send: Send, outgoing: Outgoing | None, clock: Callable[[], float]) -> None:
+    def __init__(self, send: Send, outgoing: Outgoing | None) -> None:
         self._send = send
         self._outgoing = outgoing
-        self._clock = clock
-        self.began = clock()
+        self.began = time.monotonic()
         self.when_relayed: Callable[[], None] = lambda: None
         self.relayed = False  # something of the answer itself has gone to the client
         self.status = 0
@@ -113,7 +113,7 @@ class Watch:
             self._note_relayed()
         assert self._outgoing is not None
         in_time = self._outgoing.stream(chunk)
-        now = self._clock()
+        now = time.monotonic()
         for _, payload, _ in self._journal.take(chunk):
             if payload is not None:
                 self._read(payload, now)
@@ -172,7 +172,7 @@ class Watch:
 
     def end(self) -> float:
         """Reads an answer that was no stream; the seconds that all of it took."""
-        took_s = self._clock() - self.began
+        took_s = time.monotonic() - self.began
         if self._whole and self.status == 200:
             with suppress(orjson.JSONDecodeError):
                 payload = orjson.loads(self._whole)

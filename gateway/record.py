@@ -147,8 +147,7 @@ class Recording:
         self.reply = reply
 
     def __enter__(self) -> Self:
-        self._clock = asyncio.get_running_loop().time
-        self._began, self._since = time.time(), self._clock()
+        self._began, self._since = time.time(), time.monotonic()
         self.reply.keep(BODY_MAX_BYTES)
         self._recorder.begin(self)
         return self
@@ -178,7 +177,7 @@ class Recording:
             tenant=self._tenant,
             tier=tier,
             began=self._began,
-            took_s=self._clock() - self._since,
+            took_s=time.monotonic() - self._since,
             ttft_s=None if reply.first_at is None else reply.first_at - self._since,
             status=reply.status,
             error=_error(error, reply.status),

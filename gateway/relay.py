@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import re
+import time
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -36,13 +37,11 @@ class Silence:
     """How long the replica has said nothing to a waiting client, and what follows from it.
 
     `since` is None while the client is written to: a slow reader is not the replica's silence.
+    Moments are exact: a loop's own clock may stand still for its turn, and go by the millisecond.
     """
 
-    def __init__(
-        self, settings: Gateway, reply: Reply, *, stream: bool, clock: Callable[[], float]
-    ) -> None:
-        self.clock = clock
-        self.since: float | None = clock()
+    def __init__(self, settings: Gateway, reply: Reply, *, stream: bool) -> None:
+        self.since: float | None = time.monotonic()
         self._settings = settings
         self._reply = reply
         self._stream = stream
@@ -54,7 +53,7 @@ class Silence:
     def answering(self, interrupt: Callable[[Problem], None]) -> None:
         """An answer has begun: from here on its silence is limited, and ended by `interrupt`."""
         self._interrupt = interrupt
-        self.since = self.clock()
+        self.since = time.monotonic()
 
     def over(self) -> None:
         """The replica has said everything, whatever the client still waits for."""
@@ -92,11 +91,11 @@ class Silence:
         due = self.since + self._settings.idle_timeout_s if self._interrupt else math.inf
         if self._stream:
             due = min(due, self._comment_at(self.since))
-        return min(max(due - self.clock(), 0.0), rest_s)
+        return min(max(due - time.monotonic(), 0.0), rest_s)
 
     async def look(self) -> None:
         """Comments when it is time to; interrupts the answer when the replica's time is up."""
-        now = self.clock()
+        now = time.monotonic()
         if self.since is None:
             return
         if self._interrupt is not None and now - self.since >= self._settings.idle_timeout_s:
@@ -151,13 +150,13 @@ class Passage:
         self._answer = answer
         self._reply = reply
         self._silence = silence
-        silence.since = reply.first_at = silence.clock()
+        silence.since = reply.first_at = time.monotonic()
         self._pulse = reply.pulse
 
     def pass_on(self, chunk: bytes) -> bool:
         """True after the terminator. The replica is held back while the client lags."""
         silence = self._silence
-        now = silence.clock()
+        now = time.monotonic()
         self._pulse.beat(chunk, now if silence.since is None else silence.since, now)
         if self._reply.write(chunk):
             silence.since = now
@@ -173,7 +172,7 @@ class Passage:
         return False
 
     def _go_on(self) -> None:
-        self._silence.since = self._silence.clock()
+        self._silence.since = time.monotonic()
         self._answer.resume()
 
 
@@ -197,7 +196,7 @@ async def read_whole(answer: Opened, silence: Silence, limit_bytes: int) -> byte
     size_bytes = 0
     try:
         while piece := await answer.readany():
-            silence.since = silence.clock()
+            silence.since = time.monotonic()
             pieces.append(piece)
             size_bytes += len(piece)
             if size_bytes > limit_bytes:

@@ -75,7 +75,7 @@ class Reply:
     """One answer. `started`: headers are out; `streaming`: as SSE; `terminated`: after `[DONE]`.
 
     `more`: headers of the gateway's own, sent with whatever the answer is. `status`: 0 while none
-    is out. `first_at`: when a stream's first piece came, by the loop's clock. Only with `outgoing`
+    is out. `first_at`: when a stream's first piece came, monotonic. Only with `outgoing`
     can it be a stream."""
 
     __slots__ = (

@@ -69,8 +69,7 @@ class Shadows:
     async def _ask(self, asked: Asked, cluster: str, mirror: Mirror) -> None:
         away = Nowhere()
         reply = Reply(away, asked.reply.request_id, away)
-        clock = asyncio.get_running_loop().time
-        watch = reply.through(lambda send, out: Watch(send, out, clock))
+        watch = reply.through(Watch)
         unseen = replace(asked, reply=reply, outgoing=away)
         of = asked.reply.trail
         if of is not None and of.trace_id:
@@ -82,7 +81,7 @@ class Shadows:
         except Problem:
             return  # it is full, or ends
         try:
-            await self._serve(unseen, reply, clock)
+            await self._serve(unseen, reply)
         except Problem as error:
             problem = error
         except Exception:
@@ -112,7 +111,7 @@ class Shadows:
             return seen
         return replace(seen, scores={**seen.scores, "same": float(same)})
 
-    async def _serve(self, asked: Asked, reply: Reply, clock: Callable[[], float]) -> None:
+    async def _serve(self, asked: Asked, reply: Reply) -> None:
         """As gateway/chat.py answers, with nobody's limits and no answer that was given before."""
         edge, call, tenant = self._edge, asked.call, asked.tenant
         service: Service = edge.tiers.tier(call, tenant)
@@ -123,7 +122,7 @@ class Shadows:
         trip = edge.routing.trip(call, prompt, service.tier, tenant.name)
         trip.trail = reply.trail
         reply.more.append((b"x-headgate-receipt", trip.receipt.id.encode()))
-        silence = Silence(edge.settings, reply, stream=False, clock=clock)
+        silence = Silence(edge.settings, reply, stream=False)
         place = edge.admission.place(call, ANYONE, service, prompt.tokens)
         async with place, edge.pool.open(call, trip) as answer:
             if answer.status == 200:

@@ -241,7 +241,7 @@ class Trail:
         """Of a stream: since it was due, until its first piece that says something was here."""
         if not self.stream or self.spoke is None:
             return None
-        return max(0.0, self.spoke - self.due)  # the loop's clock, by the millisecond
+        return self.spoke - self.due
 
     @property
     def tpot_s(self) -> float | None:

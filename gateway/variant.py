@@ -97,7 +97,7 @@ class Variant:
         if rescued:  # it was seen already, and what it took is not the baseline's
             await serve(baseline, asked, False)
             return
-        watch = asked.reply.through(lambda send, out: Watch(send, out, _loop_time()))
+        watch = asked.reply.through(Watch)
         await self._watched(baseline, asked, serve, watch, session, "baseline")
         if mirror is not None:
             mirror.answered(watch.speech.digest)
@@ -107,7 +107,7 @@ class Variant:
         reply = asked.reply
         own_headers = len(reply.more)
         reply.more.append((VARIANT_HEADER, b"candidate"))
-        watch = reply.through(lambda send, out: Watch(send, out, _loop_time()))
+        watch = reply.through(Watch)
 
         async def in_time(edge: Edge, asked: Asked, strict: bool) -> None:
             patience_s = edge.settings.admin.patience_s
@@ -198,7 +198,3 @@ def entered(pool: Pool) -> Iterator[None]:
         yield
     finally:
         pool.leave()
-
-
-def _loop_time() -> Callable[[], float]:
-    return asyncio.get_running_loop().time
