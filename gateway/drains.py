@@ -70,7 +70,7 @@ class Drains:
         self._state = live.edge.state
         self._answered = 0  # siblings, when they were asked last
         if self._state.siblings is not None:
-            self._state.siblings.parts[WHAT] = self._answer
+            self._state.siblings.answers[WHAT] = self._answer
 
     @asynccontextmanager
     async def following(self) -> AsyncIterator[None]:
@@ -150,7 +150,7 @@ class Drains:
             return {}
         question = {"what": WHAT, "notes": [asdict(one) for one in self._notes.values()]}
         running: dict[str, int] = {}
-        answers = await siblings.ask_parts(question)
+        answers = await siblings.ask(question)
         for parts in answers.values():
             for told, _ in parts or ():
                 self._hear(_notes(told["notes"]))

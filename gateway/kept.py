@@ -6,15 +6,20 @@ Who may read them is known to those who ask. Nothing here is on a request's way.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import orjson
+
 from gateway.edge import Edge, Live
-from gateway.siblings import Question
+from gateway.siblings import Part, Question
 from gateway.sieve import Sieve, sift
 from gateway.trace_ring import told
 from gateway.trail import Trail, now
+
+QUESTIONS = ("trace", "traces", "receipt", "receipts", "requests", "tenants")
+ANSWER_S = 2.0  # of a sibling, which may have to ask its workers
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +54,7 @@ class Kept:
         self._live = live
         self._beside = beside
         if live.edge.state.siblings is not None:
-            live.edge.state.siblings.answer = self._own
+            live.edge.state.siblings.answers |= dict.fromkeys(QUESTIONS, self._for_others)
 
     async def trace(self, name: str) -> tuple[dict[str, Any] | None, Asked]:
         """By the id of trace, request, receipt or answer; with what our workers remember of it."""
@@ -108,6 +113,9 @@ class Kept:
                 return [one.payload() for one in latest.values()]
         return None
 
+    async def _for_others(self, question: Question) -> AsyncIterator[Part]:
+        yield None, orjson.dumps(await self._own(question))  # longer than what speaks of a part
+
     def _edges(self) -> Iterator[Edge]:
         yield self._live.edge
         if (beside := self._beside()) is not None:
@@ -145,5 +153,8 @@ class Kept:
     async def _elsewhere(self, question: Question) -> tuple[list[Any], Asked]:
         edge = self._live.edge
         siblings = edge.state.siblings
-        found, answered = await siblings.ask(question) if siblings is not None else ([], 0)
-        return found, Asked(1 + answered, max(1 + answered, edge.state.processes(edge.settings)))
+        told = await siblings.ask(question, ANSWER_S) if siblings is not None else {}
+        answers = [orjson.loads(parts[0][1]) for parts in told.values() if parts]
+        asked = 1 + len(answers)
+        of = max(asked, edge.state.processes(edge.settings))
+        return [one for one in answers if one is not None], Asked(asked, of)

@@ -76,7 +76,7 @@ class Overview:
         self._arms = Arms(variants)
         self._siblings = live.edge.state.siblings
         if self._siblings is not None:
-            self._siblings.parts[WHAT] = self._for_others
+            self._siblings.answers[WHAT] = self._for_others
         self._process = {
             "id": secrets.token_hex(8),  # another one: the process has been started anew
             "pid": os.getpid(),
@@ -107,7 +107,7 @@ class Overview:
         """What each sibling knows, and its samples; of those that speak of the same things."""
         if self._siblings is None:
             return []
-        told = await self._siblings.ask_parts({"what": WHAT, "since": since})
+        told = await self._siblings.ask({"what": WHAT, "since": since})
         return [
             (parts[0][0], [sample for samples, _ in parts[1:] for sample in samples])
             for parts in told.values()

@@ -38,7 +38,7 @@ class Scrape:
         self._rollout = rollout
         self._siblings = live.edge.state.siblings
         if self._siblings is not None:
-            self._siblings.parts[WHAT] = self._for_others
+            self._siblings.answers[WHAT] = self._for_others
 
     async def __call__(self, scope: Scope, _receive: Receive, send: Send) -> None:
         accept = dict(scope["headers"]).get(b"accept", b"").decode("latin-1")
@@ -53,7 +53,7 @@ class Scrape:
         if self._siblings is None:
             page = _together([await self._own(form)])
         else:
-            own, others = await asyncio.gather(self._own(form), self._siblings.ask_parts(question))
+            own, others = await asyncio.gather(self._own(form), self._siblings.ask(question))
             found = [list(_metrics(parts)) for parts in others.values() if parts is not None]
             page = _together([own, *found])
             there = dict.fromkeys(self._expected(), 0.0) | {form.process: 1.0}

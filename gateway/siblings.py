@@ -2,7 +2,7 @@
 
 Each listens in one folder of the file system, which is this user's alone: so nobody else is asked,
 or asks, and no key goes over these sockets. Who may know the answer was decided before. Knows no
-more of questions and answers than that they are JSON, and that long ones come in parts.
+more of questions and answers than that they are JSON, and that an answer comes in parts.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import asyncio
 import logging
 import os
 import stat
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -20,32 +20,25 @@ import orjson
 
 log = logging.getLogger("headgate.gateway")
 
-ANSWER_S = 2.0  # for one that hangs
-# Of an answer in parts, which one that is busy gives slowly: without a further one, and in all.
+# For an answer, which one that is busy gives slowly: without a further part of it, and in all.
 SILENT_S = 1.0
 WHOLE_S = 4.0
 QUESTION_MAX_BYTES = 2**20
 PART_MAX_BYTES = 2**20  # of its JSON; the bytes behind it are as many as it says
-END = b"null\n"  # of an answer in parts, without which it is none
+END = b"null\n"  # of an answer, without which it is none
 SUFFIX = ".sock"
 
 Question = Mapping[str, Any]
-Answer = Callable[[Question], Awaitable[Any]]
 Part = tuple[Any, bytes]  # JSON, and bytes that it speaks of
-Parts = Callable[[Question], AsyncIterator[Part]]
+Answer = Callable[[Question], AsyncIterator[Part]]
 
 
 class NotPrivate(Exception):
     """Others than this user could listen in the folder, or ask."""
 
 
-async def _nothing(_question: Question) -> None:
-    return None
-
-
 class Siblings:
-    """As one process sees them. `answer`: what it tells the others, None where it knows nothing;
-    `parts`: by what is asked, how long answers are told in its place."""
+    """As one process sees them. `answers`: what it tells the others, by what they ask."""
 
     def __init__(self, folder: Path, name: str) -> None:
         """`name`: of this process, among those of the folder. Raises NotPrivate, OSError."""
@@ -55,8 +48,7 @@ class Siblings:
         self.name = name
         self._folder = folder
         self._own = folder / f"{name}{SUFFIX}"
-        self.answer: Answer = _nothing
-        self.parts: dict[str, Parts] = {}
+        self.answers: dict[str, Answer] = {}
 
     @asynccontextmanager
     async def listening(self) -> AsyncIterator[None]:
@@ -87,61 +79,42 @@ class Siblings:
 
     async def _tell(self, question: Any, writer: asyncio.StreamWriter) -> None:
         what = str(question.get("what")) if isinstance(question, dict) else ""
-        if (parts := self.parts.get(what)) is not None:
-            async for told, piece in parts(question):
-                writer.write(orjson.dumps([told, len(piece)]) + b"\n")
-                writer.write(piece)
-                await writer.drain()
-            writer.write(END)
-        else:
-            writer.write(orjson.dumps({"told": await self.answer(question)}))
+        if (answer := self.answers.get(what)) is None:
+            return
+        async for told, piece in answer(question):
+            writer.write(orjson.dumps([told, len(piece)]) + b"\n")
+            writer.write(piece)
+            await writer.drain()
+        writer.write(END)
         await writer.drain()
 
     def _others(self) -> list[Path]:
         return sorted(path for path in self._folder.glob(f"*{SUFFIX}") if path != self._own)
 
-    async def ask(self, question: Question) -> tuple[list[Any], int]:
-        """What those say who know something, and how many were asked."""
-        told = await asyncio.gather(*(_told(path, question) for path in self._others()))
-        answers = [one["told"] for one in told if one is not None]
-        return [one for one in answers if one is not None], len(answers)
-
-    async def ask_parts(self, question: Question) -> dict[str, list[Part] | None]:
-        """By the name of each other process all that it says; None for one that is away, hangs, or
-        has gone before the end."""
+    async def ask(
+        self, question: Question, silent_s: float = SILENT_S
+    ) -> dict[str, list[Part] | None]:
+        """By the name of each other process all that it says; None for one that is away, hangs for
+        `silent_s`, does not know what is asked, or has gone before the end."""
         others = self._others()
-        told = await asyncio.gather(*(_parts(path, question) for path in others))
+        told = await asyncio.gather(*(_asked(path, question, silent_s) for path in others))
         return {path.stem: parts for path, parts in zip(others, told, strict=True)}
 
 
-async def _told(path: Path, question: Question) -> Mapping[str, Any] | None:
-    """What one says; None for one that is away."""
-    try:
-        async with asyncio.timeout(ANSWER_S):
-            reader, writer = await asyncio.open_unix_connection(path)
-            try:
-                writer.write(orjson.dumps(question) + b"\n")
-                return dict(orjson.loads(await reader.read()))
-            finally:
-                writer.close()
-    except (OSError, TimeoutError, ValueError):
-        return None
-
-
-async def _parts(path: Path, question: Question) -> list[Part] | None:
+async def _asked(path: Path, question: Question, silent_s: float) -> list[Part] | None:
     """All that one says; None for one that does not come to the end."""
     parts: list[Part] = []
     clock = asyncio.get_running_loop().time
     latest = clock() + WHOLE_S
     try:
-        async with asyncio.timeout(SILENT_S) as patience:
+        async with asyncio.timeout(silent_s) as patience:
             reader, writer = await asyncio.open_unix_connection(path, limit=PART_MAX_BYTES)
             try:
                 writer.write(orjson.dumps(question) + b"\n")
                 while (line := await reader.readline()) != END:
                     told, size = orjson.loads(line)
                     parts.append((told, await reader.readexactly(size)))
-                    patience.reschedule(min(clock() + SILENT_S, latest))
+                    patience.reschedule(min(clock() + silent_s, latest))
             finally:
                 writer.close()
     except (OSError, EOFError, TimeoutError, ValueError):

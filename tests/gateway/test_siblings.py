@@ -173,7 +173,7 @@ async def test_nonsense_on_the_socket_is_not_answered(folder: Path) -> None:
             writer.write(words)
             writer.write_eof()
             with suppress(ConnectionError):  # closed before it has read all of it
-                assert (await reader.read()) in (b"", b'{"told":null}')
+                assert await reader.read() == b""
             writer.close()
         answer = await one.post(HELLO)
         await ended(one, 1)
