@@ -52,6 +52,7 @@ FORWARDED_PREFIX = b"x-slo-"
 FORWARDED_MAX = 32  # headers
 HEADER_VALUE_MAX_BYTES = 4096
 REQUEST_ID_MAX_BYTES = 128
+DOTS = frozenset((".", ".."))  # as a part of a path they lead elsewhere, encoded or not
 
 _ids = ids(12)
 
@@ -181,11 +182,12 @@ def _forward(forwarded: dict[str, str], name: bytes, text: str) -> None:
 
 
 def request_id(headers: RawHeaders) -> str:
-    """The client's own x-request-id when it is short and printable, else a new one."""
+    """The client's own x-request-id when it is short, printable and can be a part of a path, else a
+    new one: what is kept of a request is opened by it."""
     for name, value in headers:
         if name == b"x-request-id" and 0 < len(value) <= REQUEST_ID_MAX_BYTES:
             text = _plain(value)
-            if text is not None:
+            if text is not None and DOTS.isdisjoint(text.split("/")):
                 return text
     return f"req_{next(_ids)}"
 

@@ -43,6 +43,17 @@ def test_a_large_body_is_parsed_without_a_collection(
     assert gc.isenabled()
 
 
+@pytest.mark.parametrize("given", ["..", ".", "a/..", "../a", "team/./7"])
+def test_an_id_that_is_no_part_of_a_path_is_replaced(given: str) -> None:
+    """Nobody could open `/admin/traces/..`: clients take dots out of a path, encoded or not."""
+    assert request_id([(b"x-request-id", given.encode())]).startswith("req_")
+
+
+@pytest.mark.parametrize("given", ["...", "a..b", ".hidden", "team/7", "v1.2/x..", "/"])
+def test_an_id_with_dots_or_slashes_beside_others_stays(given: str) -> None:
+    assert request_id([(b"x-request-id", given.encode())]) == given
+
+
 def test_ids_of_requests_differ_over_more_than_one_drawing() -> None:
     drawn = {request_id(()) for _ in range(1000)}
     assert len(drawn) == 1000
