@@ -10,6 +10,7 @@ from deploy.grafana.panels import Dashboard, Panel, Query, Row, Variable
 _GOOD = "headgate_gateway_goodput_requests_total"
 _TTFT = "gen_ai_server_time_to_first_token_seconds"
 _TPOT = "gen_ai_server_time_per_output_token_seconds"
+_UNREAD = "headgate_gateway_recv_queue_seconds"
 _PROMPT = "headgate_gateway_prompt_tokens_total"
 # What a reader chooses, as variables of the dashboard.
 _TIER, _MODEL, _REPLICA = ('tier=~"$tier"', 'model=~"$model"', 'replica=~"$replica"')
@@ -139,6 +140,15 @@ WATERFALL = Dashboard(
                     "{{phase}}",
                 )],
                 "s", width=12, stacked=True,
+            ),
+            Panel(
+                "Unread in the sockets", "Until a gateway's loop reads a request: it is busy, or "
+                "waits for a core. A p95 above the line for ten minutes is an alert.",
+                [Query(quantile(0.5, _UNREAD, "instance, process", _TIER),
+                       "{{instance}} {{process}} p50"),
+                 Query(quantile(0.95, _UNREAD, "instance, process", _TIER),
+                       "{{instance}} {{process}} p95", exemplars=True)],
+                "s", width=24, warns_at=0.1,
             ),
         ]),
         Row("Engines", [
