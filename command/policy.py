@@ -23,6 +23,7 @@ from policies.load import (
     resolve_draft,
     resolve_model,
     resolve_tokenizers,
+    tier_problems,
 )
 from policies.schema import Deployment
 from policies.slo import key_hash, new_key
@@ -33,7 +34,7 @@ _NOT_TEXT = {"null", "true", "false", "yes", "no", "on", "off", "y", "n"}
 
 
 def check_files(files: Sequence[Path]) -> int:
-    """Prints a line a file, or its problems; 0 or 2."""
+    """Prints a line a file, with what may be meant otherwise, or its problems; 0 or 2."""
     wrong = False
     for file in files:
         try:
@@ -45,6 +46,7 @@ def check_files(files: Sequence[Path]) -> int:
             guesses = guess_problems(file, deployment.runtime) if deployment.runtime else []
             problems = [
                 *guesses,
+                *tier_problems(file, deployment),
                 *package_problems(file, deployment),
                 *admin_problems(file, deployment),
             ]
@@ -57,6 +59,8 @@ def check_files(files: Sequence[Path]) -> int:
             click.echo(str(error), err=True)
         else:
             click.echo(f"{file}  ok")
+            for problem in tier_problems(file, deployment, served_here=True):
+                click.echo(f"{problem}; right only behind a gateway that has it")
     return 2 if wrong else 0
 
 

@@ -37,6 +37,7 @@ from policies.load import (
     resolve_adapters,
     resolve_draft,
     resolve_model,
+    tier_problems,
     with_environment,
     worker_key,
 )
@@ -106,7 +107,8 @@ def plan(policy: Path, on_ray: OnRay | None = None) -> Plan:
     if runtime:
         resolve_adapters(policy, runtime)
         resolve_draft(policy, runtime)
-        if problems := guess_problems(policy, runtime):
+        problems = guess_problems(policy, runtime)
+        if problems := [*problems, *tier_problems(policy, deployment, served_here=True)]:
             raise PolicyError(*problems)
     if on_ray is not None and (why := why_not(deployment)):
         raise StartError(why)

@@ -53,6 +53,7 @@ __all__ = [
     "resolve_draft",
     "resolve_folders",
     "resolve_model",
+    "tier_problems",
     "with_environment",
     "worker_key",
 ]
@@ -155,6 +156,26 @@ def guess_problems(policy: str | Path, runtime: Runtime) -> list[Problem]:
             wrong = f"there is no model {name!r}; served: {', '.join(map(repr, served))}"
             path = ("runtime", "speculation", "models", name)
             problems += at_fields(policy, [(path, wrong)], closest(name, served))
+    return problems
+
+
+def tier_problems(
+    policy: str | Path, deployment: Deployment, *, served_here: bool = False
+) -> list[Problem]:
+    """Tiers under `runtime.speculation.tiers` that no request can be of, each at its line.
+
+    A file without `gateway` may be of a runtime behind another gateway, which has tiers of its own:
+    it is judged only where it is `served_here`, with its gateway.
+    """
+    runtime, tiers = deployment.runtime, deployment.gateway.tiers
+    if runtime is None or not (served_here or "gateway" in deployment.model_fields_set):
+        return []
+    problems = []
+    for name in runtime.speculation.tiers:
+        if name not in tiers:
+            wrong = f"there is no tier {name!r}; expected one of {', '.join(tiers)}"
+            path = ("runtime", "speculation", "tiers", name)
+            problems += at_fields(policy, [(path, wrong)], closest(name, list(tiers)))
     return problems
 
 

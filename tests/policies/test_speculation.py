@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from command.policy import check_files
-from policies.load import PolicyError, guess_problems, load, resolve_draft
+from command.serve import plan
+from policies.load import PolicyError, guess_problems, load, resolve_draft, tier_problems
 from policies.model_folder import pocket_folder
 from policies.schema import Guesses, Runtime, Speculation
 
@@ -129,6 +130,38 @@ def test_a_draft_is_measured_by_its_weights_and_not_by_their_bytes(tmp_path: Pat
         b"\2" + bytes(7) + b"[]",
     ):
         assert resolved(broken)
+
+
+def test_a_tier_that_no_request_can_be_of_is_told_where_it_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It was taken, and guessed for nobody. The file's gateway says which tiers there are; without
+    one the file may be of a runtime behind another gateway, and only `headgate serve`, which runs
+    its gateway with the tiers that ship, refuses it."""
+    lines = ("  speculation:", "    tiers: {chat: off, btch: off, batch: auto}")
+    own = write(tmp_path, *lines, "gateway: {tiers: {chat: {ttft_ms: 900}}}")
+    wrong = f"{own}:5:30  runtime.speculation.tiers.btch  there is no tier 'btch'; expected one of "
+    (problem,) = tier_problems(own, load(own))
+    expected = "interactive, standard, relaxed, batch, chat; did you mean 'batch'?"
+    assert str(problem) == wrong + expected
+    assert check_files([own]) == 2
+    assert str(problem) in capsys.readouterr().err
+    with pytest.raises(PolicyError, match="there is no tier 'btch'"):
+        plan(own)
+    own.write_text(own.read_text().replace("btch: off, ", ""))
+    assert tier_problems(own, load(own)) == []
+
+    behind = write(tmp_path, *lines)
+    assert tier_problems(behind, load(behind)) == []
+    assert check_files([behind]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == f"{behind}  ok"
+    assert [line.split("  ")[1] for line in said[1:]] == [
+        f"runtime.speculation.tiers.{name}" for name in ("chat", "btch")
+    ]
+    assert all(line.endswith("right only behind a gateway that has it") for line in said[1:])
+    with pytest.raises(PolicyError, match="there is no tier 'chat'"):
+        plan(behind)
 
 
 def test_a_model_that_is_not_served_is_told_where_it_is_named(tmp_path: Path) -> None:
