@@ -6,11 +6,9 @@ import argparse
 import gc
 import logging
 import os
-import resource
 import socket
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,13 +20,13 @@ from gateway.siblings import NotPrivate, Siblings
 from gateway.state import open_state
 from policies.enabling import news
 from policies.load import PolicyError
+from policies.open_files import take_files
 
 log = logging.getLogger("headgate.gateway")
 
 PRIVATE_HOST = "127.0.0.1"  # where the supervisor asks one of several gateways
 
 GC_OBJECTS = 10_000  # that may come to be before a collection of the young ones
-FILES_MAX = 65_536
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -84,15 +82,6 @@ def collect_seldom() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(GC_OBJECTS)
-
-
-def take_files() -> None:
-    """As many open files as we may have: a stream is two, and the usual 1024 are soon gone."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = FILES_MAX if hard == resource.RLIM_INFINITY else min(hard, FILES_MAX)
-    if soft < most:
-        with suppress(ValueError):  # macOS has a limit below the one that it tells
-            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def listen(host: str, port: int, *, share: bool = False) -> socket.socket:

@@ -6,13 +6,15 @@ import argparse
 import json
 import logging
 import os
+import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import uvicorn
 
@@ -22,6 +24,7 @@ from policies.enabling import gated, news
 from policies.loopback import is_loopback
 from policies.model_facts import read_weights
 from policies.model_folder import served_name
+from policies.open_files import take_files
 from policies.schema import Deployment, Runtime
 
 if TYPE_CHECKING:
@@ -42,7 +45,8 @@ class Door:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Serves the policy's model on one port until told to stop; exit code 2: a wrong policy."""
+    """Serves the policy's model on one port until told to stop; exit codes 0: after a drain, 2: a
+    wrong policy, 3: a model that cannot be served."""
     parser = argparse.ArgumentParser(prog="python -m runtime", description=__doc__)
     parser.add_argument(
         "policy", type=Path, nargs="?", help="policy file; its `runtime` part is obeyed"
@@ -72,7 +76,8 @@ def main(argv: list[str] | None = None) -> None:
         source = policy_file.resolve_model(args.policy, policy.runtime)
         adapters = policy_file.resolve_adapters(args.policy, policy.runtime)
         draft = policy_file.resolve_draft(args.policy, policy.runtime)
-        if problems := policy_file.guess_problems(args.policy, policy.runtime):
+        problems = policy_file.guess_problems(args.policy, policy.runtime)
+        if problems := [*problems, *policy_file.tier_problems(args.policy, policy)]:
             raise policy_file.PolicyError(*problems)
         door = Door(args.host, args.port, policy_file.worker_key(policy.runtime))
     except policy_file.PolicyError as error:
@@ -136,7 +141,30 @@ def serve(
         lifespan="on",
         timeout_graceful_shutdown=max(1, round(policy.gateway.drain_s)),
     )
-    uvicorn.Server(config).run()
+    take_files()
+    server = Server(config)
+    server.run()
+    leave(0 if server.started else 1)
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the process without waiting for what a thread still loads or computes for nobody."""
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(code)
+
+
+class Server(uvicorn.Server):
+    """Drains on SIGTERM and SIGINT: nothing new, running answers get drain_s.
+
+    A second SIGINT ends it at once.
+    """
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002  # uvicorn's
+        """Without uvicorn's replay of the signal: a drained worker exits with 0."""
+        if self.should_exit and sig == signal.SIGINT:
+            self.force_exit = True
+        self.should_exit = True
 
 
 def load_served(
@@ -253,8 +281,7 @@ def give_up(error: BaseException) -> None:
         logging.getLogger("runtime").error("%s", error)
     else:
         logging.getLogger("runtime").critical("the engine's thread died", exc_info=error)
-    logging.shutdown()
-    os._exit(EXIT_REFUSED if hopeless else 1)
+    leave(EXIT_REFUSED if hopeless else 1)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How many streams a gateway process can hold."""
+"""How many streams a process can hold."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ SCRIPT = f"""
 import resource
 _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
 resource.setrlimit(resource.RLIMIT_NOFILE, ({AS_A_SHELL_HAS_THEM}, hard))
-from gateway.__main__ import take_files
+from policies.open_files import take_files
 take_files()
 print(*resource.getrlimit(resource.RLIMIT_NOFILE))
 """
 
 
-def test_a_gateway_takes_the_open_files_that_it_may_have() -> None:
+def test_a_process_takes_the_open_files_that_it_may_have() -> None:
     """A stream is two, and the 1024 that a shell or a container begins with are 500 streams: the
     next client was not accepted."""
     _, before = resource.getrlimit(resource.RLIMIT_NOFILE)
