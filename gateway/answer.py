@@ -47,13 +47,14 @@ class Attempt:
         self.trial = replica.circuit.begin(self.began)
         replica.in_flight += 1
 
-    def answered(self, told: Phases | None = None, head: bytes = b"", *, stream: bool) -> None:
+    def answered(self, told: Phases | None = None, head: bytes = b"", *, first: bool) -> None:
         """The answer has begun: a trial has succeeded, however long it goes on. `told`: by the
-        replica, of its time so far; `head`: the first of its bytes, where some have come."""
+        replica, of its time so far; `head`: the first of its bytes, where some have come; `first`:
+        these are of a stream's first token."""
         now = self._clock.time()
         if self.hop is not None:
             self.hop.answered(told, head)
-        if stream:
+        if first:
             self.replica.saw_ttft(now - self.began)
         if self.trial:
             self.replica.circuit.succeeded(now, trial=True)
@@ -86,7 +87,7 @@ class Answer:
     told_guesses: tuple[int, int] | None = None
 
     __slots__ = ("_ended", "_interrupted", "_read", "_response", "_task", "attempt", "headers",
-                 "meaning", "raw_headers", "status", "told")  # fmt: skip
+                 "meaning", "raw_headers", "refused", "status", "told")  # fmt: skip
 
     def __init__(self, response: Response, attempt: Attempt) -> None:
         self.attempt = attempt
@@ -94,6 +95,7 @@ class Answer:
         self.headers: Mapping[str, str] = response.headers()
         self.raw_headers = response.raw_headers
         self.meaning = Meaning.ANSWER
+        self.refused = self.status != 200  # or by a stream's first event: nothing was computed
         self._response = response
         self._read: list[bytes] = []  # ahead of whoever reads
         self._ended = False  # all that will ever come is in there
@@ -120,6 +122,7 @@ class Answer:
         its body. Raises Cut for one that ends before."""
         if self.status == 200 and stream and self.is_stream and self.encoding == "identity":
             if error := error_in_band(await self._first_event()):
+                self.refused = True
                 self.meaning = meaning(error[0], NO_HEADERS, error[1])
                 with suppress(TimeoutError):
                     async with asyncio.timeout(ERROR_END_S):

@@ -125,8 +125,10 @@ class Attempts:
                 lambda: self._may_leave(replica),
             )  # fmt: skip
             outcome = str(answer.status)
-            attempt.answered(answer.told, answer.head, stream=self.call.stream)
-            if answer.meaning is Meaning.ANSWER:
+            # A refusal came without the work, and says nothing of how long that takes.
+            first = self.call.stream and not answer.refused
+            attempt.answered(answer.told, answer.head, first=first)
+            if not answer.refused:
                 attempt.booking.first_token()
             return answer
         except Unreachable as error:

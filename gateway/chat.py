@@ -155,7 +155,7 @@ async def _forward(
             if strict and isinstance(answer, Answer) and answer.meaning is not Meaning.ANSWER:
                 url = answer.attempt.replica.url
                 raise problems.upstream_failed(url, f"it answered {answer.status}")
-            if answer.status == 200:
+            if not answer.refused:
                 place.began()
             silence.answering(answer.interrupt)
             await relay(answer, reply, silence, stream=call.stream)

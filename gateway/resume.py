@@ -34,6 +34,7 @@ class Resumable:
         self.status = answer.status
         self.headers = answer.headers
         self.raw_headers = answer.raw_headers
+        self.refused = answer.refused
         self.is_stream = answer.is_stream
         self.encoding = answer.encoding
         self.resumes = 0

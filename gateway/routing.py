@@ -244,8 +244,9 @@ class Trip:
         self.receipt.foreseen_ttft_s = booking.foreseen_s
         self.receipt.error_factor = known.pace.factor
         routing.receipts.keep(self.receipt)
-        routing.tell(replica.url, self.prompt.hashes, booking.held)
-        routing.index.sent(replica.url, self.prompt.hashes, now)
+        if self._fits(replica):
+            routing.tell(replica.url, self.prompt.hashes, booking.held)
+            routing.index.sent(replica.url, self.prompt.hashes, now)
         routing.common(self.call.model).saw(self.prompt.hashes)
         if self._hint:
             routing.sessions[self.call.model, self._hint] = replica.url
@@ -253,6 +254,12 @@ class Trip:
             if len(routing.sessions) > SESSIONS_MAX:
                 routing.sessions.popitem(last=False)
         return booking
+
+    def _fits(self, replica: Replica) -> bool:
+        """Whether the replica can compute it at all. What it will refuse is in its cache no sooner
+        for having been sent, and would push out what is known of the prompts of others."""
+        room = replica.models.get(self.call.model, {}).get("max_model_len")
+        return not (self.prompt.exact and isinstance(room, int) and self.prompt.tokens > room)
 
     def hop(self, replica: Replica) -> Hop | None:
         """What is noted of the request that was booked there."""
