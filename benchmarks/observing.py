@@ -214,7 +214,7 @@ def _counting_us(loaded: Loaded, count: int) -> float:
     tally = Tally(loaded.model.context_tokens)
     times = Times(arrived=0.0, admitted=0.1, first_token=0.2, last_token=0.3)
     sequences = [Sequence(key, [1], Sampling(), times=times) for key in range(count)]
-    record = StepRecord(StepSize(count), count, count, 0.005, 0.004, count, 0)
+    record = StepRecord(StepSize(count), 0.005, 0.004)
     taken = []
     for _ in range(30):
         began = time.thread_time()

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from hashlib import sha256
 
 BLOCK_TOKENS = 16
-HASH_BYTES = 32
 _ID_BYTES = 4  # token ids are hashed as little-endian 32-bit integers
 BLOCK_BYTES = BLOCK_TOKENS * _ID_BYTES
 

@@ -59,7 +59,6 @@ class Tokenizer:
 
     folder: Path
     spelling: Spelling
-    special_tokens: Mapping[str, str]  # bos_token, eos_token, ... by name
     special_ids: frozenset[int]  # left out of decoded text
     eos_ids: frozenset[int]  # any of them ends a generation
     vocab_size: int  # every id is below; the model's own table may be padded beyond
@@ -96,7 +95,6 @@ class Tokenizer:
         return cls(
             folder=folder,
             spelling=spelling,
-            special_tokens=special,
             special_ids=frozenset(id_ for id_, token in added.items() if token.special),
             eos_ids=eos_ids(folder, tokens.token_to_id(special.get("eos_token", ""))),
             vocab_size=1 + max(tokens.get_vocab().values(), default=-1),
@@ -144,33 +142,6 @@ class Tokenizer:
         tokens = len(text) // (self.longest_chars * NORMALIZED_MAX)
         if tokens > limit_tokens:
             raise TooLong(tokens)
-
-    @property
-    def has_template(self) -> bool:
-        return bool(self._templates)
-
-    def render_chat(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
-        variables: Mapping[str, Any] | None = None,
-        now: datetime | None = None,
-    ) -> str:
-        """The prompt as text, for people to read; `encode_chat` is what a model should get.
-
-        Raises NoChatTemplate, TemplateRefusal; see ChatTemplate.render.
-        """
-        return self.template(tools).render(
-            _without_nulls(messages),
-            tools=tools,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=continue_final_message,
-            variables=variables,
-            now=now,
-        )
 
     def encode_chat(
         self,

@@ -33,12 +33,11 @@ _ROW = ("id", *_FORMS, "system", "turn", "tier", "expected")
 
 @dataclass(frozen=True, slots=True)
 class Suite:
-    """`digest` is of the rows' file, as it lies on the disk."""
+    """As a file says it, with its rows."""
 
     name: str
     items: tuple[Item, ...]
     scorers: tuple[Scorer, ...]
-    digest: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +67,8 @@ def load_suite(path: str | Path, *, allow_code: bool = False) -> Suite:
     said = load_suite_file(path)
     _refuse_code(str(path), said, allow_code)
     file = Path(path).absolute().parent / said.data
-    data, digest = _read(file)
     problems = _Problems(str(file))
-    rows = list(_rows(data, problems))
+    rows = list(_rows(_read(file), problems))
     items = [(row, item) for row in rows for item in _items(said, row, problems)]
     _refuse_twice(items, problems)
     if not problems.found:
@@ -80,7 +78,7 @@ def load_suite(path: str | Path, *, allow_code: bool = False) -> Suite:
         problems.add(1, "", "has no row")
     if problems.found:
         raise PolicyError(*sorted(problems.found, key=_line))
-    return Suite(said.name, tuple(item for _, item in items), said.scorers, digest)
+    return Suite(said.name, tuple(item for _, item in items), said.scorers)
 
 
 def _line(problem: Problem) -> int:
@@ -118,20 +116,19 @@ def _refuse_code(path: str, said: SuiteFile, allow_code: bool) -> None:
 # ---- rows ---------------------------------------------------------------------------------------
 
 
-def _read(file: Path) -> tuple[bytes, str]:
+def _read(file: Path) -> bytes:
     try:
         if file.stat().st_size > FILE_BYTES_MAX:
             raise PolicyError(Problem(str(file), f"is larger than {FILE_BYTES_MAX} bytes"))
         data = file.read_bytes()
     except OSError as error:
         raise PolicyError(Problem(str(file), f"cannot be read: {error.strerror}")) from None
-    digest = hashlib.sha256(data).hexdigest()
     if data.startswith(b"\x1f\x8b"):
         try:
             data = gzip.decompress(data)
         except (OSError, EOFError) as error:
             raise PolicyError(Problem(str(file), f"cannot be unpacked: {error}")) from None
-    return data.removeprefix(b"\xef\xbb\xbf"), digest
+    return data.removeprefix(b"\xef\xbb\xbf")
 
 
 def _rows(data: bytes, problems: _Problems) -> Iterator[_Row]:

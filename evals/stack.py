@@ -38,7 +38,6 @@ _DIGEST_CHARS = 8
 class Stack:
     """What a matrix is about to do, all of it checked. `policies`: by arm."""
 
-    files: tuple[Path, ...]
     hypotheses: tuple[Hypothesis, ...]
     policies: Mapping[str, Configured]
     sources: tuple[Source, ...]
@@ -83,7 +82,7 @@ def prepare(files: Sequence[Path]) -> Stack:
             sources.setdefault(source.name, source)
     blocks = [block for source in sources.values() for block in source.blocks]
     steps = order(blocks, tuple(policies), first.stats.seed)
-    return Stack(tuple(files), hypotheses, policies, tuple(sources.values()), steps)
+    return Stack(hypotheses, policies, tuple(sources.values()), steps)
 
 
 async def execute(stack: Stack, folder: Path, start: Start, after: After) -> Matrix:

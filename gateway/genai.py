@@ -52,7 +52,6 @@ class Exchange:
     trace_id: str
     span_id: str
     request_id: str
-    path: str
     tenant: str
     tier: str
     began: float

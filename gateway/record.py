@@ -173,7 +173,6 @@ class Recording:
         return Entry(
             named=self._named,
             request_id=reply.request_id,
-            path=call.path,
             tenant=self._tenant,
             tier=tier,
             began=self._began,

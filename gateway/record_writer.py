@@ -39,7 +39,6 @@ class Entry(NamedTuple):
 
     named: str | None  # what it belongs to, as a header says
     request_id: str
-    path: str
     tenant: str
     tier: str
     began: float  # seconds since 1970
@@ -95,7 +94,6 @@ def _exchange(entry: Entry, body: dict[str, Any], salt: bytes, consent: str) -> 
         trace_id=name.hexdigest(),
         span_id=span_id,
         request_id=entry.request_id,
-        path=entry.path,
         tenant=entry.tenant,
         tier=entry.tier,
         began=entry.began,

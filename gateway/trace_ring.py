@@ -39,13 +39,8 @@ class Ring:
             kept = iter(sorted(kept, key=lambda one: one.e2e_s, reverse=True))
         return [told(one) for one, _ in zip(kept, range(limit), strict=False)]
 
-    def find(self, name: str) -> dict[str, Any] | None:
-        """By the id of the trace, the request, the receipt or the answer; the latest of several."""
-        found = self.trail(name)
-        return told(found) if found is not None else None
-
     def trail(self, name: str) -> Trail | None:
-        """As `find`, before anything is made of it."""
+        """By the id of the trace, the request, the receipt or the answer; the latest of several."""
         return next((one for one in reversed(self._kept) if _is_named(one, name)), None)
 
 

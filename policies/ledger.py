@@ -147,16 +147,9 @@ class Ledger:
                 decisions.append(one)
         return Reading(tuple(decisions), tuple(damaged))
 
-    def decisions(self) -> tuple[Decision, ...]:
-        return self.read().decisions
-
     def verdicts(self) -> tuple[Decision, ...]:
         """Decisions of gates, the earliest first."""
         return self.read().verdicts()
-
-    def live(self, baseline: str, candidate: str, spec: str, now: float) -> Decision | None:
-        """See Reading.live."""
-        return self.read().live(baseline, candidate, spec, now)
 
     def verdict(self, evidence: str) -> dict[str, Any]:
         """The payload behind a decision. Raises LedgerError where it is gone or no longer what was

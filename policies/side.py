@@ -21,11 +21,6 @@ class Side:
     root: str
     leaves: Mapping[str, str]
 
-    @property
-    def short(self) -> str:
-        """As people and headers name it."""
-        return f"fp_{self.root[:SHORT_DIGITS]}"
-
     @classmethod
     def of(cls, facts: Mapping[str, Any]) -> Side:
         """By the facts of each leaf; None is none."""

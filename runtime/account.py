@@ -23,15 +23,11 @@ class StepClock:
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
-    """One step, for those who count: sizes, seconds, and what it left behind."""
+    """One step, for those who count."""
 
     size: StepSize
-    sequences: int
-    sampled: int
     seconds: float
     forward_s: float
-    running: int
-    waiting: int
 
 
 class Listener(Protocol):

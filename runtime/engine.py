@@ -250,21 +250,17 @@ class Engine:
         if self._scheduler.costs is not None:  # what tiers copied is not what its tokens cost
             beside_s = self._copied_s() - copied_s + guessed_s
             self._scheduler.costs.observe(size, seconds - beside_s)
-        self._account(plan, size, len(outputs), seconds, forward_s)
+        self._account(size, len(outputs), seconds, forward_s)
         return late + outputs
 
-    def _account(
-        self, plan: list[Work], size: StepSize, sampled: int, seconds: float, forward_before: float
-    ) -> None:
+    def _account(self, size: StepSize, sampled: int, seconds: float, forward_before: float) -> None:
         """What the step took, for the clock and whoever listens."""
-        clock, scheduler = self.clock, self._scheduler
+        clock = self.clock
         clock.steps += 1
         clock.tokens += sampled
         clock.step_s += seconds
         if self._listeners:
-            forward_s = clock.forward_s - forward_before
-            running, waiting = len(scheduler.running), len(scheduler.waiting)
-            record = StepRecord(size, len(plan), sampled, seconds, forward_s, running, waiting)
+            record = StepRecord(size, seconds, clock.forward_s - forward_before)
             for listener in self._listeners:
                 listener.stepped(record)
 

@@ -72,12 +72,6 @@ class Shards:
                 return Place(file, address - start)
         return None
 
-    @property
-    def dtype(self) -> torch.dtype | None:
-        """That of the tensors of floats, or None where they differ."""
-        kinds = {one.dtype for one in self.tensors.values() if one.is_floating_point()}
-        return kinds.pop() if len(kinds) == 1 else None
-
 
 def open_shards(folder: Path) -> Shards:
     """Maps the files that make up a model. Raises SafetensorError, OSError, ValueError."""

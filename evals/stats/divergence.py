@@ -27,8 +27,6 @@ from evals.stats.estimate import (
 )
 from evals.stats.paired import mean_diff, reach_of, tail
 
-_LEAST_LOG = -700.0  # of a probability: the smallest that is still one in double precision
-
 
 def first_divergence(one: Sequence[object], other: Sequence[object]) -> int | None:
     """Place of the first token that differs, from 0; an answer that ends earlier differs there.
@@ -169,25 +167,6 @@ def mean_below(
         method="cluster_t",
         detail={"standard_error": error, "skewness": skewness},
     )
-
-
-def kl(baseline: ArrayLike, candidate: ArrayLike) -> Floats:
-    """KL(baseline || candidate) of each row of logarithms of probabilities, in nats. Rows may leave
-    out tokens: what is missing of a whole counts as one more token.
-    """
-    p, q = (
-        _whole(np.atleast_2d(np.asarray(part, dtype=np.float64))) for part in (baseline, candidate)
-    )
-    p, q = np.maximum(p, _LEAST_LOG), np.maximum(q, _LEAST_LOG)
-    terms = np.exp(p) * (p - q)
-    total: Floats = terms.sum(axis=1)
-    return total
-
-
-def _whole(logs: Floats) -> Floats:
-    rest = np.clip(1 - np.exp(logs).sum(axis=1), 0, 1)
-    with np.errstate(divide="ignore"):
-        return np.column_stack([logs, np.log(np.where(rest > 1e-9, rest, 0.0))])
 
 
 def _drawn(one: ArrayLike, other: ArrayLike) -> tuple[Floats, Floats]:

@@ -88,13 +88,11 @@ class Sequential:
         self.alpha = alpha
         self.safe = EProcess(margin)
         self.harmful = EProcess(-margin)
-        self.total = 0.0
         self._decision: Decided = "open"
 
     def update(self, diff: float) -> Decided:
         self.safe.update(diff)
         self.harmful.update(-diff)
-        self.total += diff
         if self._decision == "open":
             if self.harmful.pass_at(self.alpha):
                 self._decision = "fail"
@@ -109,26 +107,6 @@ class Sequential:
     @property
     def count(self) -> int:
         return self.safe.count
-
-    @property
-    def estimate(self) -> float:
-        return self.total / self.count if self.count else 0.0
-
-    def state(self) -> dict[str, Any]:
-        return {
-            "alpha": self.alpha,
-            "total": self.total,
-            "decision": self._decision,
-            "safe": self.safe.state(),
-            "harmful": self.harmful.state(),
-        }
-
-    @classmethod
-    def of(cls, state: Mapping[str, Any]) -> Sequential:
-        watch = cls(state["safe"]["margin"], state["alpha"])
-        watch.safe, watch.harmful = EProcess.of(state["safe"]), EProcess.of(state["harmful"])
-        watch.total, watch._decision = state["total"], state["decision"]
-        return watch
 
 
 class Matched:

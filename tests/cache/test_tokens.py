@@ -168,23 +168,28 @@ def test_add_bos_token_is_a_thing_of_the_past(kind: str, tmp_path: Path) -> None
 # ---- a model folder
 
 
+def shown(folder: Path, tools: list[dict[str, Any]] | None = None) -> str:
+    """A conversation as the folder's template writes it."""
+    return Tokenizer.load(folder).template(tools).render(ASK, tools=tools)
+
+
 def test_where_templates_come_from(tmp_path: Path) -> None:
     """Files before tokenizer_config.json, lists by name, chat_template.json last."""
     named = [{"name": "default", "template": "D"}, {"name": "tool_use", "template": "T"}]
     folder = write_folder(tmp_path, byte_level(), named)
-    assert Tokenizer.load(folder).render_chat(ASK) == "D"
-    assert Tokenizer.load(folder).render_chat(ASK, tools=TOOLS) == "T"
+    assert shown(folder) == "D"
+    assert shown(folder, TOOLS) == "T"
     (folder / "chat_template.jinja").write_text("J")
-    assert Tokenizer.load(folder).render_chat(ASK, tools=TOOLS) == "J"
+    assert shown(folder, TOOLS) == "J"
     (folder / "additional_chat_templates").mkdir()
     (folder / "additional_chat_templates" / "tool_use.jinja").write_text("JT")
     peer = AutoTokenizer.from_pretrained(folder)
     for tools in (None, TOOLS):
         expected = peer.apply_chat_template(ASK, tools=tools, tokenize=False)
-        assert Tokenizer.load(folder).render_chat(ASK, tools=tools) == expected
+        assert shown(folder, tools) == expected
     other = write_folder(tmp_path / "other", byte_level(), None)
     (other / "chat_template.json").write_text('{"chat_template": "O"}')
-    assert Tokenizer.load(other).render_chat(ASK) == "O"
+    assert shown(other) == "O"
 
 
 def test_older_folders_name_tokens_elsewhere(tmp_path: Path) -> None:
@@ -194,7 +199,7 @@ def test_older_folders_name_tokens_elsewhere(tmp_path: Path) -> None:
         json.dumps({"bos_token": {"content": "<s>", "lstrip": False}, "pad_token": "<x>"})
     )
     tokenizer = Tokenizer.load(folder)
-    assert tokenizer.render_chat(ASK) == "<s><|im_end|><x>"
+    assert shown(folder) == "<s><|im_end|><x>"
     assert tokenizer.encode("<x>", special=False)[0] in tokenizer.special_ids
 
 
@@ -222,7 +227,6 @@ def test_ends_of_a_generation(
 def test_model_without_template(tmp_path: Path) -> None:
     """It takes text; for messages there is an error that says so."""
     tokenizer = Tokenizer.load(write_folder(tmp_path, byte_level(), None))
-    assert not tokenizer.has_template
     assert tokenizer.encode("hello", special=True)
     with pytest.raises(NoChatTemplate, match=r"no chat template.*/v1/completions works"):
         tokenizer.encode_chat(ASK)

@@ -127,7 +127,7 @@ def test_whatever_is_killed_no_client_notices_and_no_candidate_stays(world: Worl
         assert it.statuses == {200}, log.read_text()
         state = httpx.get(f"{url}/admin/variants").json()
         assert state == {"candidate": None}
-    stages = [one.decision or one.kind for one in world.ledger.decisions()]
+    stages = [one.decision or one.kind for one in world.ledger.read().decisions]
     assert stages[:4] == ["pass", "shadow", "0.5 of sessions", stages[-1]]
     ends = {0: "promoted", 1: "quarantine"}
     assert stages[-1] == ends[second.returncode], log.read_text()

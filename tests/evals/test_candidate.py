@@ -139,9 +139,9 @@ def test_traffic_that_has_moved_ends_a_pass_unless_it_shall_only_be_told(tmp_pat
         (replace(moved, at=4.0), False),
     ):
         book.record(drift)
-        assert (book.live(*named, 5.0) is not None, stands(5.0).enabled) == (live, live)
+        assert (book.read().live(*named, 5.0) is not None, stands(5.0).enabled) == (live, live)
     book.record(replace(moved, at=5.0, detail={ON_DRIFT: "warn"}))
-    assert book.live(*named, 6.0) is not None
+    assert book.read().live(*named, 6.0) is not None
 
 
 @pytest.mark.parametrize(("decision", "code", "said"), [

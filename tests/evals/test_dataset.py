@@ -89,16 +89,14 @@ def test_turns_are_rows_of_one_conversation_behind_the_expected_answers(tmp_path
     assert second.body["messages"] == [user("1?"), said("1"), user("2?")]
 
 
-def test_rows_may_be_packed_and_are_known_by_their_bytes(tmp_path: Path) -> None:
+def test_rows_may_be_packed(tmp_path: Path) -> None:
     import gzip
-    import hashlib
 
     path = written(tmp_path, [])
     packed = gzip.compress(b'{"id": "a", "prompt": "?", "expected": "!"}\n')
     (tmp_path / "rows.jsonl").write_bytes(packed)
     suite = load_suite(path)
     assert [item.id for item in suite.items] == ["a"]
-    assert suite.digest == hashlib.sha256(packed).hexdigest()
 
 
 # ---- what is refused ----------------------------------------------------------------------------

@@ -59,7 +59,7 @@ def scored(says: Says, text: str, **options: Any) -> tuple[dict[str, float], int
     seen = Observation("a", "suite:s", "candidate", "a", text=text)
 
     async def run(scorer: Scorer) -> dict[str, float]:
-        return dict(await score(Suite("s", (ITEM,), (scorer,), ""), ITEM, seen))
+        return dict(await score(Suite("s", (ITEM,), (scorer,)), ITEM, seen))
 
     return judged(says, run, **options)
 
@@ -110,7 +110,7 @@ def test_a_failed_request_is_not_shown_to_the_judge() -> None:
     seen = Observation("a", "suite:s", "candidate", "a", outcome="error")
 
     async def run(scorer: Scorer) -> dict[str, float]:
-        return dict(await score(Suite("s", (ITEM,), (scorer,), ""), ITEM, seen))
+        return dict(await score(Suite("s", (ITEM,), (scorer,)), ITEM, seen))
 
     assert judged(lambda _: None, run) == ({"judge": 0.0, "correct": 0.0}, 0)
 
@@ -121,7 +121,7 @@ def test_arms_are_compared_with_each_other_once_both_are_known() -> None:
     lost = Observation("a", "suite:s", "aa", "a", outcome="timeout")
 
     async def run(scorer: Scorer) -> tuple[Observation, ...]:
-        suite = Suite("s", (ITEM,), (scorer,), "")
+        suite = Suite("s", (ITEM,), (scorer,))
         assert needs_pairs(suite.scorers)
         assert await score(suite, ITEM, other) == {}
         return await score_pairs({"suite:s": suite}, (base, other, lost))

@@ -83,7 +83,7 @@ async def test_a_good_candidate_is_promoted_step_by_step(tmp_path: Path) -> None
     """Each step is in the ledger; no client sees anything but answers."""
     async with world(tmp_path) as it, Steered(it.front.url) as steered:
         assert await it.rollout(steered).run() == "promoted"
-        assert [one.decision for one in it.ledger.decisions()] == [
+        assert [one.decision for one in it.ledger.read().decisions] == [
             "shadow", "0.3 of sessions", "0.6 of sessions", "promoted",
         ]  # fmt: skip
         assert it.statuses == {200}
@@ -112,7 +112,7 @@ async def test_one_that_degrades_after_200_requests_is_rolled_back_by_itself(
         rollout.plan = Plan(rollout.plan.candidate, 20, (0.3, 0.6), 3600.0, "e1")
         assert await rollout.run() == "rolled back"
         assert it.statuses == {200}
-        last = it.ledger.decisions()[-1]
+        last = it.ledger.read().decisions[-1]
         assert (last.kind, last.candidate, last.evidence) == (
             "quarantine",
             ROOTS["candidate"],
@@ -174,7 +174,7 @@ async def test_a_verdict_that_stands_no_longer_ends_it_without_blame(tmp_path: P
         await until(lambda: rollout.progress.stage == 1)
         it.stands = "its pass has expired"
         assert await task == "stopped"
-        assert {one.kind for one in it.ledger.decisions()} == {"rollout"}
+        assert {one.kind for one in it.ledger.read().decisions} == {"rollout"}
         before = len(it.new.requests)
         await it.front.post(HELLO)
         assert len(it.new.requests) == before
@@ -184,8 +184,8 @@ async def test_a_verdict_that_stands_no_longer_ends_it_without_blame(tmp_path: P
 async def test_a_shadow_that_fails_never_reaches_a_user(tmp_path: Path) -> None:
     async with world(tmp_path, broken) as it, Steered(it.front.url) as steered:
         assert await it.rollout(steered).run() == "rolled back"
-        assert it.ledger.decisions()[0].decision == "shadow"
-        assert it.ledger.decisions()[-1].detail["stage"] == "shadow"
+        assert it.ledger.read().decisions[0].decision == "shadow"
+        assert it.ledger.read().decisions[-1].detail["stage"] == "shadow"
         assert it.statuses == {200}
 
 

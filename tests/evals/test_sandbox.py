@@ -125,7 +125,7 @@ def test_humanevals_own_solutions_pass_and_others_do_not() -> None:
     async def passed(row: dict[str, str], text: str) -> float:
         meta = {"entry_point": row["entry_point"], "prefix": row["prompt"]}
         item = Item("a", "a", 0, {}, row["test"], meta=meta)
-        suite = Suite("s", (item,), (Scorer(kind="code"),), "")
+        suite = Suite("s", (item,), (Scorer(kind="code"),))
         seen = Observation("a", "suite:s", "baseline", "a", text=text)
         return (await score(suite, item, seen))["correct"]
 

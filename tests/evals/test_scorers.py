@@ -41,7 +41,7 @@ def item(expected: Any = None, body: Mapping[str, Any] | None = None, **meta: An
 
 
 def scored(answer: Observation, row: Item, *scorers: dict[str, Any]) -> Mapping[str, float]:
-    suite = Suite("s", (row,), tuple(Scorer(**one) for one in scorers), "")
+    suite = Suite("s", (row,), tuple(Scorer(**one) for one in scorers))
     return asyncio.run(score(suite, row, answer))
 
 
@@ -323,7 +323,7 @@ def test_kl_is_never_negative(both: list[tuple[float, float]]) -> None:
 
 def test_kl_is_scored_where_both_arms_are_known() -> None:
     row = item()
-    suite = Suite("s", (row,), (Scorer(kind="perplexity"), Scorer(kind="kl")), "")
+    suite = Suite("s", (row,), (Scorer(kind="perplexity"), Scorer(kind="kl")))
     base = Observation("a", "suite:s", "baseline", "a", logprobs=(-1.0, -1.0))
     other = Observation("a", "suite:s", "candidate", "a", logprobs=(-1.0, -2.0))
     failed = Observation("a", "suite:s", "aa", "a", outcome="error")

@@ -205,11 +205,11 @@ def test_one_after_another_gives_the_same_wealth_as_all_at_once():
 def test_a_rollout_that_restarts_goes_on_where_it_was():
     """State through JSON in the middle changes nothing."""
     diffs = rng(8).choice([-1.0, 0.0, 1.0], 400, p=[0.06, 0.92, 0.02])
-    whole, half = Sequential(-0.02), Sequential(-0.02)
+    whole, half = EProcess(-0.02), EProcess(-0.02)
     for diff in diffs[:200]:
         whole.update(diff)
         half.update(diff)
-    half = Sequential.of(json.loads(json.dumps(half.state())))
+    half = EProcess.of(json.loads(json.dumps(half.state())))
     for diff in diffs[200:]:
         whole.update(diff)
         half.update(diff)
@@ -232,7 +232,6 @@ def test_a_decision_stays():
     for _ in range(2000):
         watch.update(1.0)
     assert watch.decision == "fail"
-    assert watch.estimate > 0.9
 
 
 def test_arms_that_are_not_paired_are_matched_within_strata():
@@ -438,13 +437,6 @@ def test_draws_that_share_a_seed_make_no_laws_alike():
     assert passed <= 20
     assert divergence.same_law(list(one), list(other), draw, 199) < 0.05
     assert divergence.same_law(list(one), list(one), draw, 199) == 1.0
-
-
-def test_kl_is_scipys_and_what_is_left_out_counts_as_one_token():
-    p, q = np.array([[0.5, 0.3, 0.2]]), np.array([[0.4, 0.4, 0.2]])
-    assert divergence.kl(np.log(p), np.log(q))[0] == pytest.approx(stats.entropy(p[0], q[0]))
-    partial = divergence.kl(np.log(p[:, :2]), np.log(q[:, :2]))[0]
-    assert partial == pytest.approx(stats.entropy(p[0], q[0]))
 
 
 def test_a_mean_that_must_be_small_has_its_upper_bound():

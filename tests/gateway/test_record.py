@@ -381,7 +381,7 @@ def test_nothing_that_is_blotted_out_reaches_the_span() -> None:
         b"data: " + json.dumps({"choices": [{"delta": {"content": one}}]}).encode() + b"\n\n"
         for one in pieces
     )
-    exchange = Exchange("t", "s", "r", CHAT_PATH, "", "", 0.0, 1.0, 200)
+    exchange = Exchange("t", "s", "r", "", "", 0.0, 1.0, 200)
     span = span_of(exchange, body, stream, blotter(["email"]), content=True)
     assert "ann@" not in json.dumps(span)
     assert json.dumps(span).count("[email]") == 4
@@ -434,7 +434,7 @@ MORE = st.fixed_dictionaries(
 def test_every_request_comes_back_as_it_was(asking: dict[str, Any], more: dict[str, Any]) -> None:
     """Where nothing is to be blotted out, what is replayed is what was asked."""
     body = asking | more
-    exchange = Exchange("t" * 32, "s" * 16, "r", CHAT_PATH, "", "", 0.0, 1.0, 200)
+    exchange = Exchange("t" * 32, "s" * 16, "r", "", "", 0.0, 1.0, 200)
     span = span_of(exchange, body, b"", blotter([]), content=True)
     (one,) = requests_of(json.loads(json.dumps({"spans": [span]})))
     assert one.body == body

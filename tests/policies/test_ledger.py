@@ -46,20 +46,20 @@ def ledger(tmp_path: Path) -> Ledger:
 
 
 def test_nothing_is_live_where_there_is_no_ledger(ledger: Ledger) -> None:
-    assert ledger.decisions() == ()
-    assert ledger.live(B, C, S, 0.0) is None
+    assert ledger.read().decisions == ()
+    assert ledger.read().live(B, C, S, 0.0) is None
     assert not ledger.folder.exists()
 
 
 def test_a_pass_is_live_for_its_three_roots_until_it_expires(ledger: Ledger) -> None:
     """No other pair, no other specification, and not from the moment of its end on."""
     made = ledger.record_verdict(payload())
-    assert ledger.live(B, C, S, 1000.0) == made
+    assert ledger.read().live(B, C, S, 1000.0) == made
     assert ledger.verdict(made.evidence) == payload()
     for roots in ((C, B, S), (B, B, S), (B, C, B)):
-        assert ledger.live(*roots, 1000.0) is None
-    assert ledger.live(B, C, S, 1000.0 + 30 * DAY - 1) == made
-    assert ledger.live(B, C, S, 1000.0 + 30 * DAY) is None
+        assert ledger.read().live(*roots, 1000.0) is None
+    assert ledger.read().live(B, C, S, 1000.0 + 30 * DAY - 1) == made
+    assert ledger.read().live(B, C, S, 1000.0 + 30 * DAY) is None
 
 
 def test_a_copy_without_folders_is_read_as_it_was(ledger: Ledger, tmp_path: Path) -> None:
@@ -71,7 +71,7 @@ def test_a_copy_without_folders_is_read_as_it_was(ledger: Ledger, tmp_path: Path
     copy.lines.write_bytes(ledger.lines.read_bytes())
     flat = copy.folder / f"{made.evidence}.json"
     flat.write_bytes((ledger.folder / VERDICTS / flat.name).read_bytes())
-    assert copy.decisions() == (made,)
+    assert copy.read().decisions == (made,)
     assert copy.verdict(made.evidence) == payload()
     flat.write_bytes(flat.read_bytes().replace(b"pass", b"fail"))
     with pytest.raises(LedgerError, match="another hash"):
@@ -88,37 +88,37 @@ def test_a_later_verdict_decides_if_it_says_anything(
     """A run that shows nothing takes nothing back."""
     ledger.record_verdict(payload())
     ledger.record_verdict(payload(then, at=2000.0))
-    assert (ledger.live(B, C, S, 2000.0) is not None) is is_live
+    assert (ledger.read().live(B, C, S, 2000.0) is not None) is is_live
 
 
 @pytest.mark.parametrize("decision", ["fail", "inconclusive", "invalid", "no_benefit"])
 def test_only_a_pass_enables(ledger: Ledger, decision: str) -> None:
     ledger.record_verdict(payload(decision))
-    assert ledger.live(B, C, S, 1000.0) is None
+    assert ledger.read().live(B, C, S, 1000.0) is None
 
 
 def test_a_quarantine_holds_until_new_evidence(ledger: Ledger) -> None:
     """The old pass recorded once more is no new evidence; one that was made later is."""
     ledger.record_verdict(payload())
     ledger.quarantine("w8a8", C, "rolled back: 5xx", at=1500.0)
-    assert ledger.live(B, C, S, 1600.0) is None
+    assert ledger.read().live(B, C, S, 1600.0) is None
     ledger.record_verdict(payload())
-    assert ledger.live(B, C, S, 1600.0) is None
+    assert ledger.read().live(B, C, S, 1600.0) is None
     later = ledger.record_verdict(payload(at=1700.0))
-    assert ledger.live(B, C, S, 1800.0) == later
+    assert ledger.read().live(B, C, S, 1800.0) == later
 
 
 def test_a_quarantine_finds_its_verdict_by_the_evidence_too(ledger: Ledger) -> None:
     """What ran was the verdict's candidate, though a leaf that does not count had changed since."""
     made = ledger.record_verdict(payload())
     ledger.quarantine("w8a8", "9" * 64, "looped", evidence=made.evidence, at=1500.0)
-    assert ledger.live(B, C, S, 1600.0) is None
+    assert ledger.read().live(B, C, S, 1600.0) is None
 
 
 def test_a_quarantine_of_another_candidate_is_not_ours(ledger: Ledger) -> None:
     made = ledger.record_verdict(payload())
     ledger.quarantine("other", "9" * 64, "looped", at=1500.0)
-    assert ledger.live(B, C, S, 1600.0) == made
+    assert ledger.read().live(B, C, S, 1600.0) == made
 
 
 # ---- damage -------------------------------------------------------------------------------------
@@ -166,7 +166,7 @@ def test_cut_anywhere_it_is_what_was_whole_and_goes_on(before: int, data: st.Dat
         begins = body.rindex(b"\n", 0, len(body) - 1) + 1 if before else 0
         cut = data.draw(st.integers(begins, len(body) - 1))
         ledger.lines.write_bytes(body[:cut])
-        assert ledger.decisions() == tuple(said[:-1])
+        assert ledger.read().decisions == tuple(said[:-1])
         ledger.record(said[-1])
         found = ledger.read().decisions
         # A line that lacks its end alone is whole once another follows.
@@ -222,10 +222,10 @@ def test_a_killed_writer_loses_nothing_that_it_was_told_is_written(tmp_path: Pat
     acknowledged = [int(line) for line in (*told[1:], *rest.splitlines()) if line.strip()]
     ledger = Ledger.open(tmp_path)
     assert ledger.read().damaged == ()
-    moments = [int(one.at) for one in ledger.decisions()]
+    moments = [int(one.at) for one in ledger.read().decisions]
     assert moments[: len(acknowledged)] == acknowledged
     ledger.record(a_decision(-1.0))
-    assert ledger.decisions()[-1] == a_decision(-1.0)
+    assert ledger.read().decisions[-1] == a_decision(-1.0)
 
 
 FULL = """

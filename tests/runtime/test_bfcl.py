@@ -128,7 +128,7 @@ def test_every_list_of_functions_renders_compiles_and_takes_its_right_calls(part
         use = tool_use(ChatRequest.model_validate(request), tokenizer)
         assert use is not None
         assert [tool.name for tool in use.wanted] == [one["function"]["name"] for one in tools]
-        shown = tokenizer.render_chat(ask, tools=tools)
+        shown = tokenizer.template(tools).render(ask, tools=tools)
         assert all(f'"name": {json.dumps(tool.name)}' in shown for tool in use.wanted)
         text = call_grammar(use.dialect, use.template, use.wanted, use.special, parallel=True)
         try:
