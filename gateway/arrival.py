@@ -44,7 +44,7 @@ def moments(
     than now; 0 where it is not known, since the wall clock, by which the kernel notes, was set.
 
     Of what came before that and is read after, however many they are, nothing is known."""
-    apart = wall() - now()
+    apart = min(wall() - now() for _ in range(3))
     known_since = -math.inf  # the clock was found to have been set
 
     def moment(note: bytes) -> float:
@@ -53,7 +53,10 @@ def moments(
         at = now()
         before, apart = apart, wall() - at
         if not -CLOCK_SET_S < apart - before < CLOCK_SET_S:
-            known_since = at
+            at = now()  # or the core was lost between one clock and the other
+            apart = wall() - at
+            if not -CLOCK_SET_S < apart - before < CLOCK_SET_S:
+                known_since = at
         noted = seconds - apart + 1e-9 * ns
         return noted if known_since <= noted <= at + CLOCK_SET_S else 0.0
 

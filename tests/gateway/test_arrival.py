@@ -17,7 +17,7 @@ import pytest
 import uvloop
 from hypothesis import given, strategies as st
 
-from gateway.arrival import Arrivals, Coming, Reader, moments, note_arrivals
+from gateway.arrival import CLOCK_SET_S, Arrivals, Coming, Reader, moments, note_arrivals
 from gateway.call import CHAT_PATH
 from gateway.phases import phases
 from gateway.spans import spans_of
@@ -77,8 +77,8 @@ class Client:
 
 
 def is_between(moment: float, sent: tuple[float, float]) -> bool:
-    slack_s = 0.0005  # two clocks are read one after the other, and of one the kernel keeps more
-    return sent[0] - slack_s <= moment <= sent[1] + slack_s
+    """To what the gateway lets two clocks differ by, which it reads one after the other."""
+    return sent[0] - CLOCK_SET_S <= moment <= sent[1] + CLOCK_SET_S
 
 
 @pytest.mark.parametrize("loop", [uvloop.new_event_loop, asyncio.new_event_loop])
@@ -115,22 +115,25 @@ async def test_a_request_in_pieces_begins_with_its_first_and_waits_for_its_clien
     async with upstream() as fake, gateway(fake) as front:
         client = Client(front)
         sent = client.send(ASKED[:20])
-        had = []
+        least_s = most_s = 0.0  # that the gateway had nothing to read
         for piece in (ASKED[20:-5], ASKED[-5:]):
+            unread = time.monotonic()
             await front.client.get("/health")  # what came before it has been read now
             read = time.monotonic()
             busy()
             came = client.send(piece)
-            had.append(came[0] - read)
+            least_s += came[0] - read
+            most_s += came[1] - unread
             busy()
         (trail,) = await client.answered(1)
         client.sock.close()
     assert is_between(trail.began, sent)
-    assert sum(had) <= trail.due - trail.began <= sum(had) + 0.02
-    assert trail.read - trail.due >= 2 * BUSY_S - 0.002
+    assert is_between(trail.due - trail.began, (least_s, most_s))
+    assert trail.read - trail.due >= 2 * BUSY_S - 2 * CLOCK_SET_S
     spent = phases(trail)
     assert spent["upload"] == trail.due - trail.began
-    assert spent["gateway"] < BUSY_S
+    assert spent["recv_queue"] == trail.read - trail.due
+    assert spent["gateway"] <= trail.ended - trail.read
     assert trail.read < trail.ended
     names = [span.name for span in spans_of(trail)]
     assert names[1:3] == ["gateway.upload", "gateway.recv_queue"]
@@ -140,8 +143,10 @@ async def test_a_request_in_pieces_begins_with_its_first_and_waits_for_its_clien
 async def test_a_pipelined_request_begins_when_the_answer_before_it_has_gone() -> None:
     """Whole, in pieces, or in a socket that is not read meanwhile: its client had an answer to get,
     and what it waits for that is neither the loop's nor the gateway's."""
+    asked = []  # when the replica was
 
     async def answer(peer: Peer) -> None:
+        asked.append(time.monotonic())
         await asyncio.sleep(BUSY_S)
         await peer.json({"choices": []})
 
@@ -152,17 +157,16 @@ async def test_a_pipelined_request_begins_when_the_answer_before_it_has_gone() -
         client.send(ASKED[20:])
         trails = await client.answered(3)
         client.sock.close()
-    for one, after in pairwise(trails):
-        assert one.ended <= after.began < one.ended + BUSY_S
-        assert after.due - after.began < BUSY_S
-        assert after.read - after.due < BUSY_S
+    for (one, after), at in zip(pairwise(trails), asked[1:], strict=True):
+        assert one.ended <= after.began == after.due <= after.read <= at
 
 
 @on_loop
 async def test_what_a_client_takes_to_send_misses_no_target() -> None:
     """Nor is a trace kept for it: a slow upload is not the gateway's lateness. The bug: all of it
     was the phase `gateway`."""
-    tiers = {"standard": Tier(ttft_ms=1000 * 3 * BUSY_S)}
+    takes_s, target_s = 0.3, 0.5  # one of its two pieces, and a first token
+    tiers = {"standard": Tier(ttft_ms=1000 * target_s)}
     body = json.dumps(STREAMED).encode()
     head = f"POST {CHAT_PATH} HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(body)}\r\n\r\n"
 
@@ -174,16 +178,16 @@ async def test_what_a_client_takes_to_send_misses_no_target() -> None:
         client.send(head.encode())
         for piece in (body[:9], body[9:]):
             await front.client.get("/health")
-            busy(4 * BUSY_S)
+            busy(takes_s)
             client.send(piece)
         ring = front.live.edge.tracer.ring
         await until(lambda: len(ring) == 1)
         (trail,) = ring
         meters = front.live.edge.meters
         client.sock.close()
-    assert trail.e2e_s > 8 * BUSY_S
+    assert trail.e2e_s > 2 * takes_s > target_s
     assert trail.ttft_s is not None
-    assert trail.ttft_s < 3 * BUSY_S
+    assert trail.ttft_s < target_s
     assert trail.keep == ""
     assert dict(meters.goodput) == {("standard", "baseline", "true"): 1}
 

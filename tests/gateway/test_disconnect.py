@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -46,17 +47,22 @@ async def slow(peer: Peer) -> None:
 NAP_S, NAPS_MAX = 0.005, 10  # 50 ms, the limit that the gateway keeps
 
 
-async def left(fake: Fake) -> int:
-    """Naps of 5 ms until the upstream saw its connection closed: at most 50 ms of them.
+async def within_naps(holds: Callable[[], bool]) -> int:
+    """Naps of 5 ms until it holds: at most 50 ms of them.
 
     On a busy machine each nap takes longer, and so does what is waited for: the number stays.
     """
     naps = 0
-    while not fake.was_left or fake.running:
+    while not holds():
         await asyncio.sleep(NAP_S)
         naps += 1
         assert naps < NAPS_MAX, "the upstream is still asked"
     return naps
+
+
+async def left(fake: Fake) -> int:
+    """Naps until the upstream saw its connection closed."""
+    return await within_naps(lambda: fake.was_left and not fake.running)
 
 
 @pytest.mark.parametrize("payload", [HELLO, STREAMED], ids=["whole", "stream"])

@@ -141,16 +141,20 @@ async def test_the_replica_is_free_while_its_reader_still_reads() -> None:
     loop = asyncio.get_running_loop()
     async with upstream(burst) as fake, gateway(fake, tiers=TIERS) as edge:
         begun = loop.time()
-        got, free_at = b"", None
+        got = b""
+
+        async def got_when_free() -> int:
+            await until(lambda: fake.requests != [] and edge.pool.replicas[0].in_flight == 0)
+            return len(got)
+
+        freeing = asyncio.create_task(got_when_free())
         async with edge.client.stream("POST", "/v1/chat/completions", json=STREAMED) as answer:
             async for piece in answer.aiter_bytes():
                 assert got or piece.startswith(BURST[0] + BURST[1])
                 got += piece
-                if free_at is None and edge.pool.replicas[0].in_flight == 0:
-                    free_at = len(got)
         assert got == b"".join(BURST) + DONE
         assert loop.time() - begun >= (len(BURST) - FIRST) / 20 - 0.02
-        assert free_at is not None and free_at < len(got)
+        assert await freeing < len(got)
         plain = await edge.post(STREAMED, headers={"x-headgate-tier": "batch"})
         assert plain.content == got
 

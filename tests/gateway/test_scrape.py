@@ -125,7 +125,7 @@ async def test_one_that_is_missing_is_told_and_delays_nobody(folder: Path) -> No
     assert by_process(text, TOLD) == {"0": 1, "1": 0, "2": 0, "3": 0}
     assert by_process(text, REQUESTS) == {"0": 1}
     assert "a_total" not in text
-    assert SILENT_S <= took_s < SILENT_S + 5
+    assert SILENT_S - 0.001 <= took_s < SILENT_S + 5  # timers go by the millisecond
 
 
 @on_loop

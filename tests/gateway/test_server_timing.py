@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from gateway.arrival import CLOCK_SET_S
 from policies.schema import Tenant
 from policies.slo import key_hash
 from tests.gateway.test_given_again import GREEDY, PRINT, tell
@@ -44,7 +45,7 @@ async def answered(edge: Front, data: bytes) -> tuple[int, float]:
     writer.close()
     (timing,) = re.findall(r"^server-timing: (.*?)\r$", head, re.MULTILINE)
     (total,) = re.findall(r"(?:^|, )total;dur=([0-9.]+)$", timing)
-    assert 0 <= float(total) / 1000 <= took_s
+    assert 0 <= float(total) / 1000 <= took_s + CLOCK_SET_S  # of two clocks that it reads
     return int(head.split(" ")[1]), float(total) / 1000
 
 
@@ -148,11 +149,13 @@ async def test_the_time_counts_from_the_requests_first_byte() -> None:
         reader, writer = await edge.connect()
         writer.write(request())
         await reader.readuntil(b'{"choices": []}')
-        await asyncio.sleep(0.2)  # a client that thinks
+        await asyncio.sleep(0.05)  # a client that thinks
+        at = time.monotonic()
         writer.write(b"\x16\x03\x01")
         head = (await reader.readuntil(b"\r\n\r\n")).decode()
+        took_s = time.monotonic() - at
     (total_ms,) = re.findall("server-timing: total;dur=([0-9.]+)\r", head)
-    assert float(total_ms) < 150
+    assert float(total_ms) / 1000 <= took_s + CLOCK_SET_S
 
 
 @on_loop

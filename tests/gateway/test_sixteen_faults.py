@@ -83,7 +83,7 @@ async def test_01_with_nobody_else_the_wait_is_kept_or_passed_on() -> None:
         clock = asyncio.get_running_loop().time
         began = clock()
         is_whole(heard((await edge.post(ASKED)).content))
-        assert clock() - began >= 0.2
+        assert clock() - began >= 0.199  # timers go by the millisecond
     async with upstream(in_turn(short, Engine("a"))) as alone, gateway(alone) as edge:
         response = await edge.post(ASKED, headers={"x-slo-deadline-ms": "100"})
         assert (response.status_code, response.headers["retry-after"]) == (429, "0.2")
@@ -487,7 +487,7 @@ async def test_a_later_attempt_is_told_what_is_left_of_the_deadline(fault: Answe
     ):
         is_whole(heard((await edge.post(ASKED, headers=headers)).content))
         told = [one.requests[0].headers["x-slo-deadline-ms"] for one in (primary, other)]
-        assert float(told[1]) <= float(told[0]) - 200
+        assert float(told[1]) <= float(told[0]) - 199  # timers go by the millisecond
         assert float(told[1]) > 30_000
 
 

@@ -276,8 +276,9 @@ async def test_streams_under_way_end_on_the_candidate_after_a_rollback() -> None
 async def test_without_another_word_the_lease_ends() -> None:
     """A controller that has died leaves no candidate behind, and may come back."""
     async with upstream(hi) as old, upstream(hi) as new, gateway(old) as front:
-        await put(front, new, lease_s=0.3)
+        await put(front, new)
         assert (await front.post(HELLO)).headers["x-headgate-variant"] == "candidate"
+        await steer(front, "PATCH", id="r1", share=1.0, lease_s=0.1)
         variant: Any = front.live.beside
         await until(lambda: time.time() > variant.orders.until)
         assert "x-headgate-variant" not in (await front.post(HELLO)).headers
