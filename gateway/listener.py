@@ -26,7 +26,7 @@ from gateway.arrival import Arrivals, Coming, Reader, note_arrivals
 from gateway.call import request_id
 from gateway.edge import Live
 from gateway.phases import SERVER_TIMING, whole_time
-from gateway.sending import Sending
+from gateway.sending import Sending, untaken_bytes
 from policies.schema import Gateway
 from runtime.wire import Problem
 
@@ -245,7 +245,7 @@ class ClientConnection(HttpToolsProtocol):
     def pause_writing(self) -> None:
         super().pause_writing()
         if self._unread is None:
-            self._wait_for_reader(self.transport.get_write_buffer_size(), UNREAD_LOOKS)
+            self._wait_for_reader(untaken_bytes(self.transport), UNREAD_LOOKS)
 
     def _wait_for_reader(self, left_bytes: int, looks: int) -> None:
         wait_s = self.settings.idle_timeout_s / UNREAD_LOOKS
@@ -253,7 +253,7 @@ class ClientConnection(HttpToolsProtocol):
 
     def _look_at_reader(self, before_bytes: int, looks: int) -> None:
         """A client may take as long as it likes, while it takes something."""
-        left_bytes = self.transport.get_write_buffer_size()
+        left_bytes = untaken_bytes(self.transport)
         looks = looks - 1 if left_bytes == before_bytes else UNREAD_LOOKS
         if looks:
             self._wait_for_reader(left_bytes, looks)

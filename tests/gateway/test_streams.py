@@ -392,7 +392,8 @@ async def test_a_client_that_takes_a_large_answer_slowly_gets_it_and_its_trace_l
         await one.ask()
         began, got = time.monotonic(), 0
         while got < len(LARGE) // 2:
-            got += len(await one.take(200_000))
+            got += len(taken := await one.take(200_000))
+            assert taken
             await asyncio.sleep(0.02)
         half_s = time.monotonic() - began
         assert half_s > 0.4
@@ -401,7 +402,8 @@ async def test_a_client_that_takes_a_large_answer_slowly_gets_it_and_its_trace_l
         assert all(replica.in_flight == 0 for replica in edge.pool.replicas)
         assert not edge.live.edge.meters.requests
         while got < len(LARGE):
-            got += len(await one.take(2**20))
+            got += len(taken := await one.take(2**20))
+            assert taken
         await until(lambda: edge.pool.in_flight == 0)
         (trail,) = edge.live.edge.tracer.ring
         assert (trail.status, trail.error) == (200, "")
@@ -414,6 +416,22 @@ async def test_a_client_that_takes_a_large_answer_slowly_gets_it_and_its_trace_l
         assert sum(edge.live.edge.meters.requests.values()) == 1
         (took,) = edge.live.edge.meters.duration_s.series.values()
         assert took.total > half_s
+
+
+@on_loop
+async def test_a_client_that_takes_little_at_a_time_is_not_dropped() -> None:
+    """The bug: what counted was when the kernel had room again, which is megabytes later."""
+    async with (
+        upstream(large) as fake,
+        gateway(fake, idle_timeout_s=0.4) as edge,
+        Slow(edge) as one,
+    ):
+        await one.ask()
+        await until(lambda: edge.pool.in_flight == 1)
+        for _ in range(40):
+            assert await one.take(40_000)
+            await asyncio.sleep(0.03)
+        assert edge.pool.in_flight == 1
 
 
 @on_loop
