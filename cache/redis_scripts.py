@@ -11,6 +11,14 @@ from dataclasses import dataclass
 
 from cache.store import BUCKET_KEPT_S, QUOTA_KEPT_S
 
+# Before others: what a key has, of so many bytes at least; false for what is not there or not ours.
+_KEPT = """
+local function kept_at(key, least_bytes)
+  local kept = redis.call('GET', key)
+  return kept and #kept >= least_bytes and kept
+end
+"""
+
 # Rules: KEYS one each; ARGV now, what to do, then each one's full, refill a second, end (-1: none)
 # and amount.
 # The same arithmetic as cache.memory_store.Level; `left` and `at` are kept as two doubles.
@@ -23,7 +31,7 @@ local function rule(i)
 end
 for i, key in ipairs(KEYS) do
   local full, per_s, ends_at, amount = rule(i)
-  local kept = redis.call('GET', key)
+  local kept = kept_at(key, 16)
   local left, at = full, now
   if kept then
     left, at = struct.unpack('<dd', kept)
@@ -69,8 +77,8 @@ return said
 # KEYS one; ARGV now, has old, old, has new, new with its end, milliseconds.
 _SWAP = """
 local now = tonumber(ARGV[1])
-local kept = redis.call('GET', KEYS[1])
-if kept and (#kept < 8 or struct.unpack('<d', kept) <= now) then kept = false end
+local kept = kept_at(KEYS[1], 8)
+if kept and struct.unpack('<d', kept) <= now then kept = false end
 local same
 if ARGV[2] == '0' then same = not kept else same = kept and string.sub(kept, 9) == ARGV[3] end
 if not same then return 0 end
@@ -81,9 +89,8 @@ return 1
 
 # KEYS one; ARGV now, amount, end, milliseconds.
 _COUNT = """
-local kept = redis.call('GET', KEYS[1])
+local kept = kept_at(KEYS[1], 16)
 local ends, sum = tonumber(ARGV[3]), 0
-if kept and #kept < 16 then kept = nil end
 if kept then
   local kept_ends, kept_sum = struct.unpack('<dd', kept)
   if tonumber(ARGV[1]) < kept_ends then ends, sum = kept_ends, kept_sum else kept = nil end
@@ -122,4 +129,5 @@ class Script:
         return cls(text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
 
 
-LIMITS, SWAP, COUNT, APPEND, POST = map(Script.of, (_LIMITS, _SWAP, _COUNT, _APPEND, _POST))
+LIMITS, SWAP, COUNT = (Script.of(_KEPT + text) for text in (_LIMITS, _SWAP, _COUNT))
+APPEND, POST = map(Script.of, (_APPEND, _POST))

@@ -118,9 +118,9 @@ class RedisStore:
         notes: dict[str, bytes] = {}
         gone: list[bytes] = []
         for owner, dated in zip(flat[::2], flat[1::2], strict=True):
-            if len(dated) < DATE_BYTES:  # nothing of ours
+            ends_at = _end_of(dated)
+            if ends_at is None:
                 continue
-            (ends_at,) = struct.unpack_from("<d", dated)
             if now < ends_at:
                 notes[owner.decode()] = dated[DATE_BYTES:]
             elif now > ends_at + SLACK_S:
@@ -140,9 +140,8 @@ class RedisStore:
         return struct.pack("<d", self._clock() + ttl_s) + value
 
     def _fresh(self, dated: bytes | None) -> bytes | None:
-        if dated is None or len(dated) < DATE_BYTES:
-            return None  # nothing of ours
-        if struct.unpack_from("<d", dated)[0] <= self._clock():
+        ends_at = None if dated is None else _end_of(dated)
+        if dated is None or ends_at is None or ends_at <= self._clock():
             return None
         return dated[DATE_BYTES:]
 
@@ -160,6 +159,11 @@ class RedisStore:
             if not str(error).startswith("NOSCRIPT"):
                 raise StoreDown(f"Redis: {error}") from None
         return await self._ask("EVAL", script.text, *rest)  # a new Redis, or one restarted
+
+
+def _end_of(dated: bytes) -> float | None:
+    """None of what is too short to be ours."""
+    return struct.unpack_from("<d", dated)[0] if len(dated) >= DATE_BYTES else None
 
 
 def _ms(ttl_s: float) -> int:

@@ -209,13 +209,14 @@ def test_what_others_put_there_is_nothing_of_ours() -> None:
         store = RedisStore(server.url, timeout_s=5)
         value, board = key("drains"), key("board")
         for short in (b"", b"x", b"1234567"):
-            for name in (value, key("count")):
+            for name in (value, key("count"), A):
                 await store._ask("SET", "{headgate}:" + name, short)
             await store._ask("HSET", "{headgate}:" + board, "somebody", short)
             assert await store.get(value) is None
             assert await store.swap(value, None, b"ours", 60)
             assert await store.get(value) == b"ours"
             assert await store.count(key("count"), 2, 60) == 2
+            assert (await store.take([Want(A, RULE)])).allowed
             assert await store.notes(board) == {}
         await store.aclose()
 
