@@ -24,11 +24,10 @@ from policies import as_started
 from policies.as_started import reading
 from policies.enabling import Gated, gated, rows
 from policies.load import (
-    FILE_BYTES_MAX,
     FLEET_KEY_ENV,
     PolicyError,
     key_problems,
-    load,
+    load_whole,
     own_tokenizer,
     package_problems,
     resolve_discovery,
@@ -40,7 +39,6 @@ from policies.schema import Deployment, Discovery, Gateway
 
 log = logging.getLogger("headgate.gateway")
 
-TRIES = 10  # to read a file that is written meanwhile
 LOOK_S = 1.0  # between looks at the file
 FLEET_LOOK_S = 0.5  # at the list of our own workers that come and go
 READY_S = 10.0  # for a first replica of the new policy to answer
@@ -59,9 +57,15 @@ class Origin:
     environ: Mapping[str, str] = field(default_factory=lambda: os.environ, repr=False)
     fleet: Path | None = None  # where workers of our own that come and go are listed
 
-    def gated(self, serving: Gated | None = None) -> Gated:
-        """The file's policy, as far as it may be served beside what is. Raises PolicyError."""
-        return gated(self.file, load(self.file), time.time(), serving=serving)
+    def gated(self) -> Gated:
+        """The file's policy, as far as it may be served. Raises PolicyError."""
+        return self.gated_beside(None)[0]
+
+    def gated_beside(self, serving: Gated | None) -> tuple[Gated, bytes]:
+        """The same beside what is served, and what the file says. Raises PolicyError."""
+        said = load_whole(self.file)
+        found = gated(self.file, said.deployment, time.time(), serving=serving, data=said.data)
+        return found, said.body
 
     def read(self, found: Gated | None = None) -> tuple[Deployment, list[Replica]]:
         """By what may be served of the file. Raises PolicyError."""
@@ -170,7 +174,7 @@ class Reload:
         """Whether the file's policy serves now; why not is in the log and in /health."""
         async with self._one_at_a_time:
             try:
-                found, text = await asyncio.to_thread(self._found)
+                found, text = await asyncio.to_thread(self.origin.gated_beside, self.live.gated)
                 policy, replicas = await asyncio.to_thread(self.origin.read, found)
                 refuse_fixed(self.live.edge.policy, policy)
                 await self._replace(policy, replicas)
@@ -189,15 +193,6 @@ class Reload:
                 for row in rows(found):
                     log.warning("%s: %s  %s", *row)
             return True
-
-    def _found(self) -> tuple[Gated, bytes]:
-        """What the file says, and its text. Raises PolicyError, Refused."""
-        for _ in range(TRIES):
-            before = _text(self.origin.file)
-            found = self.origin.gated(self.live.gated)
-            if _text(self.origin.file) == before:  # else it was written meanwhile
-                return found, before
-        raise Refused(f"{self.origin.file}: it is written again and again")
 
     def _keep(self, text: bytes) -> None:
         if self._started is None:
@@ -298,12 +293,3 @@ def _mark(file: Path) -> tuple[int, ...] | None:
     except OSError:
         return None
     return stat.st_ino, stat.st_size, stat.st_mtime_ns
-
-
-def _text(file: Path) -> bytes:
-    """Empty where it cannot be read."""
-    try:
-        with file.open("rb") as stream:
-            return stream.read(FILE_BYTES_MAX + 1)
-    except (OSError, ValueError):
-        return b""

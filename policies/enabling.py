@@ -57,9 +57,11 @@ def gated(
     now: float,
     told: Callable[[], Devices] = devices,
     serving: Gated | None = None,
+    data: Any = None,
 ) -> Gated:
     """The policy in `file`, which says `deployment`, as it may be served at this moment; or beside
-    what is `serving`, with what only a restart can change as it is there.
+    what is `serving`, with what only a restart can change as it is there. `data`: what the file
+    says, where it was read already.
 
     Raises PolicyError for hypotheses that are wrong, or that no policy can enable.
     """
@@ -71,7 +73,8 @@ def gated(
     from policies.load import read_yaml
     from policies.patching import Configured
 
-    data, _, _ = read_yaml(str(file))
+    if data is None:
+        data, _, _ = read_yaml(str(file))
     chain = Chain(Configured(file, data, deployment), now, told, serving)
     for path, hypothesis in hypotheses(file, deployment):
         chain.add(path, hypothesis)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -45,6 +46,7 @@ __all__ = [
     "load_hypothesis",
     "load_members",
     "load_suite_file",
+    "load_whole",
     "package_problems",
     "port_of",
     "read_yaml",
@@ -67,9 +69,26 @@ _Model = TypeVar("_Model", bound=BaseModel)
 _Path = tuple[str | int, ...]  # of a field
 
 
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A policy, and what was read of its file for it, once."""
+
+    deployment: Deployment
+    data: Any
+    body: bytes
+
+
 def load(path: str | Path) -> Deployment:
     """The policy in a file. Raises PolicyError with every problem that was found."""
-    return _load(Deployment, str(path))
+    return load_whole(path).deployment
+
+
+def load_whole(path: str | Path) -> Loaded:
+    """The policy in a file, with what the file says. Raises PolicyError as `load`."""
+    file = str(path)
+    body = _bytes_of(file)
+    data, places, problems = parse(file, _text_of(file, body))
+    return Loaded(_validated(Deployment, file, data, places, problems), data, body)
 
 
 def load_members(path: str | Path) -> Members:
@@ -364,7 +383,12 @@ def port_of(environ: Mapping[str, str] = os.environ) -> int | None:
 
 
 def _load(model: type[_Model], file: str) -> _Model:
-    data, places, problems = read_yaml(file)
+    return _validated(model, file, *read_yaml(file))
+
+
+def _validated(
+    model: type[_Model], file: str, data: Any, places: Places, problems: list[Problem]
+) -> _Model:
     try:
         loaded = model.model_validate(data)
     except ValidationError as error:
@@ -395,10 +419,10 @@ def _order(problem: Problem) -> tuple[int, int]:
 
 def read_yaml(file: str) -> tuple[Any, Places, list[Problem]]:
     """Values, places, and what was wrong already. Raises PolicyError."""
-    return parse(file, _text_of(file))
+    return parse(file, _text_of(file, _bytes_of(file)))
 
 
-def _text_of(file: str) -> str:
+def _bytes_of(file: str) -> bytes:
     try:
         with place_of(file).open("rb") as stream:
             body = stream.read(FILE_BYTES_MAX + 1)
@@ -411,6 +435,10 @@ def _text_of(file: str) -> str:
         raise PolicyError(Problem(file, f"cannot be read: {reason}")) from None
     if len(body) > FILE_BYTES_MAX:
         raise PolicyError(Problem(file, f"is larger than {FILE_BYTES_MAX} bytes"))
+    return body
+
+
+def _text_of(file: str, body: bytes) -> str:
     try:
         return body.decode("utf-8-sig")
     except UnicodeDecodeError as error:
