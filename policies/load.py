@@ -371,9 +371,13 @@ def with_environment(deployment: Deployment, environ: Mapping[str, str] = os.env
 
 
 def port_of(environ: Mapping[str, str] = os.environ) -> int | None:
-    """HEADGATE_PORT, or None where it is not set or empty. Raises PolicyError for a junk value."""
+    """HEADGATE_PORT, or None where it is not set or empty. Raises PolicyError for a junk value.
+
+    For a Service named `headgate` Kubernetes puts `tcp://10.0.0.1:80` there, in each pod beside it:
+    that is not said by anybody, and of another thing.
+    """
     text = environ.get(PORT_VARIABLE, "").strip()
-    if not text:
+    if not text or text.startswith("tcp://"):
         return None
     if re.fullmatch("[0-9]{1,5}", text) is None or int(text) > 65535:
         raise PolicyError(

@@ -230,7 +230,10 @@ def _plan(case: Case, name: str, servers: Servers, evidence: str) -> Plan:
 
 
 def _default_url() -> str:
-    port = os.environ.get("HEADGATE_PORT", "").strip()
+    """Raises PolicyError."""
+    from policies.load import port_of
+
+    port = port_of()
     return f"http://127.0.0.1:{port}" if port else _URL
 
 

@@ -357,6 +357,12 @@ def test_nothing_runs_as_root_or_writes_where_it_should_not(objects: list[Object
         assert not container["image"].endswith(":latest")
 
 
+def test_no_pod_is_told_of_services_by_variables(objects: list[Object]) -> None:
+    """Of the Service `headgate` Kubernetes would make a HEADGATE_PORT, which is our own."""
+    for _, pod, _ in containers(objects):
+        assert pod["enableServiceLinks"] is False
+
+
 # ---- verdicts ----------------------------------------------------------------------------------
 
 

@@ -249,6 +249,11 @@ def test_headgate_port_overrides_the_port_and_junk_is_told(tmp_path: Path) -> No
             port_of({"HEADGATE_PORT": junk})
 
 
+def test_what_kubernetes_says_of_a_service_named_headgate_is_no_port_of_ours() -> None:
+    """Its variables of Services are called as ours is: each gateway in a pod ended with 2."""
+    assert port_of({"HEADGATE_PORT": "tcp://10.96.12.7:80"}) is None
+
+
 def test_values_and_paths_are_named_as_a_reader_of_yaml_names_them() -> None:
     values = (None, True, 3, 1.5, "a", [], {})
     assert [describe(value) for value in values] == [
