@@ -16,6 +16,7 @@ from runtime.wire import TOKEN_IDS
 
 EVENT_END = re.compile(rb"\n\n|\r\n\r\n|\r\r")
 DATA = re.compile(rb"(?:^|[\r\n])data:[ ]?([^\r\n]*)")
+MIXED = ""  # the fingerprint of what several have said that are not made of the same
 SAID_MAX_CHARS = 2**20  # an answer longer than this is not gone on with
 
 NOTHING: dict[str, Any] = {}
@@ -29,6 +30,7 @@ class Journal:
 
     def __init__(self) -> None:
         self.head: dict[str, Any] = {}  # id, created, model: of the first chunk
+        self.fingerprint: str | None = None  # of what has said all of it, where it tells
         self.text: list[str] = []
         self.ids: list[int] = []  # of the text, where the replica tells them
         self.guessed: int | None = None  # of these, by a draft, where the replica marks them
@@ -107,6 +109,7 @@ class Journal:
         """A chunk that goes to the client, and its tokens."""
         if not self.head:
             self.head = {name: chunk[name] for name in ("id", "created", "model") if name in chunk}
+            self.fingerprint = chunk.get("system_fingerprint")
         if self._held:
             self.ids += self._held
             self._held.clear()

@@ -32,13 +32,16 @@ class Rest:
     async def open(
         self, call: Call, journal: Journal, failed: Sequence[Replica]
     ) -> tuple[Answer, Way]:
-        """The rest, by one of those that have not failed if any can, and how. Raises Problem."""
+        """The rest, by one of those that have not failed if any can, and how: before others those
+        that are made of the same as whoever has begun. Raises Problem."""
         replicas = self.replicas()
         nobody = problems.no_replica(call.model, [replica.state() for replica in replicas])
         if not self.budget.take(asyncio.get_running_loop().time()):
             raise nobody
         others = [replica for replica in replicas if replica not in failed]
-        for group in (others, failed):
+        alike = [one for one in others if one.fingerprint == journal.fingerprint]
+        unlike = [one for one in others if one not in alike]
+        for group in (alike, unlike, failed):
             for way in Way:
                 able = [one for one in group if way in ways(one.kind, call, journal)]
                 if way is Way.TEXT:

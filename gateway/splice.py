@@ -1,8 +1,9 @@
 """How an answer that was cut is asked for again, and how the second stream becomes the first. Pure.
 
-By tokens: our own workers go on behind them, exactly. By text: vLLM, SGLang and ours take what was
-said as an open assistant's turn (`continue_final_message`). Again: any server says a deterministic
-answer from its beginning, and what the client has is left out, as long as it is the same.
+By tokens: our own workers go on behind them, exactly where they are made of the same. By text:
+vLLM, SGLang and ours take what was said as an open assistant's turn (`continue_final_message`).
+Again: any server says a deterministic answer from its beginning, and what the client has is left
+out, as long as it is the same.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 import orjson
 
 from gateway.call import CHAT_PATH, Call
-from gateway.journal import Journal
+from gateway.journal import MIXED, Journal
 from policies.discovery import Kind
 
 # With one of these, an answer is more than its text, or its form depends on all of it.
@@ -122,9 +123,16 @@ class Splice:
             return None
         if not self._declared:
             self._declared = True
-            exact = self._way is Way.TOKENS
+            exact = self._way is Way.TOKENS and self._is_of_the_same(chunk)
             chunk["headgate"] = {"resumed": {"by": self._way.value, "exact": exact}}
         return chunk
+
+    def _is_of_the_same(self, chunk: dict[str, Any]) -> bool:
+        """Whether whoever says it is made of what has said all before; else nobody is from now."""
+        same: bool = chunk.get("system_fingerprint") == self._journal.fingerprint
+        if not same:
+            self._journal.fingerprint = MIXED
+        return same
 
     def _leave_out(self, text: str) -> str:
         known = self._known

@@ -31,6 +31,7 @@ class Engine:
     name: str
     takes_open_turn: bool = True
     tells_ids: bool = True
+    fingerprint: str | None = None  # in each chunk
     text: list[str] = field(default_factory=lambda: list(TOKENS))
     bodies: list[dict[str, Any]] = field(default_factory=list)
 
@@ -83,6 +84,8 @@ class Engine:
 
     def _event(self, more: dict[str, Any]) -> bytes:
         head = {"id": f"chatcmpl-{self.name}", "object": "chat.completion.chunk", "created": 17}
+        if self.fingerprint is not None:
+            head["system_fingerprint"] = self.fingerprint
         return b"data: " + json.dumps(head | {"model": "m"} | more).encode() + b"\n\n"
 
 

@@ -183,6 +183,22 @@ def test_an_answer_said_again_goes_on_exactly_where_it_was(have: int, cuts: list
     assert had + got == TEXT
 
 
+def test_behind_what_was_made_otherwise_nothing_is_exact_any_more() -> None:
+    """Not even by one that is made of the same as the first."""
+    exact = []
+    journal = Journal()
+    for fingerprint in "xxyxy":
+        engine = Engine("a", fingerprint=fingerprint)
+        for _, chunk, ids in journal.take(b": token-ids 7\n\n" + engine.chunk({"content": "a"})):
+            assert chunk is not None
+            if journal.head:
+                chunk = Splice(journal, Way.TOKENS).chunk(chunk)
+                assert chunk is not None
+                exact.append(chunk["headgate"]["resumed"]["exact"])
+            journal.note(chunk, ids)
+    assert exact == [True, False, False, False]
+
+
 def test_an_answer_that_ends_before_it_is_level_has_diverged() -> None:
     """The client has more of it than the second replica says."""
     splice = Splice(said("The ", "end"), Way.AGAIN)

@@ -6,11 +6,13 @@ The primary breaks, a fallback is well; `resume` is on where a stream has begun.
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+from tests.end_to_end.stack import events
 from tests.gateway.scripted import (
     ASKED,
     PROMPT_TOKENS,
@@ -243,6 +245,31 @@ async def test_08_to_10_a_broken_stream_goes_on_elsewhere(
         assert got.resumed == {"by": by, "exact": by == "tokens"}
         assert ("begun_token_ids" in second.bodies[0]) == (by == "tokens")
         assert edge.pool.replicas[0].circuit.in_a_row == 1
+
+
+@on_loop
+async def test_08_who_is_made_of_the_same_goes_on_first_and_else_it_is_not_exact() -> None:
+    """What has another fingerprint rounds otherwise: its tokens need not be those of an unbroken
+    stream: it goes on where no twin of the first is left, and the client is told that this is not
+    exact."""
+    first, twin, odd = (Engine(name, fingerprint=of) for name, of in ("ax", "bx", "cy"))
+    async with (
+        upstream(cut(first, 2)) as primary,
+        upstream(cut(twin, 5)) as other,
+        upstream(odd) as stranger,
+    ):
+        replicas = fleet(primary, stranger, other, kind="headgate")
+        replicas[1].weight = 100.0  # it would be asked next
+        for one, fake in ((first, primary), (twin, other), (odd, stranger)):
+            fake.fingerprint = json.dumps({"system_fingerprint": one.fingerprint}).encode()
+        async with gateway(*replicas, **ON) as edge:
+            await until(lambda: all(one.fingerprint for one in replicas))
+            body = (await edge.post(ASKED)).content
+        is_whole(heard(body))
+        chunks = [one for one in events(body) if isinstance(one, dict)]
+        told = [one["headgate"]["resumed"] for one in chunks if "headgate" in one]
+        assert told == [{"by": "tokens", "exact": True}, {"by": "tokens", "exact": False}]
+        assert [len(one.bodies[0].get("begun_token_ids", ())) for one in (twin, odd)] == [2, 5]
 
 
 @pytest.mark.parametrize("fault", list(BREAKS))
