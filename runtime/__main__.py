@@ -181,6 +181,7 @@ def load_served(
     from cache.tokens import Tokenizer
     from runtime import fingerprint
     from runtime.adapters import load_adapters
+    from runtime.choices import Choices, this_machine, ways_file
     from runtime.engine import Engine
     from runtime.events import BlockEvents
     from runtime.generation import recommended_sampling
@@ -195,6 +196,8 @@ def load_served(
     events = BlockEvents(runtime.kv_events, rank) if runtime.kv_events else None
     if runtime.threads:  # else OMP_NUM_THREADS, which `headgate serve` sets, or all cores
         torch.set_num_threads(runtime.threads)
+    compiles = runtime.compile == "auto"
+    choices = Choices(ways_file(), this_machine(compiles=compiles))
     with ThreadPoolExecutor(1, "digests") as beside:  # hashing lets the interpreter go on
         digests = isinstance(source, Path) and beside.submit(read_weights, source)
         model, folder = load_model(
@@ -205,23 +208,26 @@ def load_served(
             weights=runtime.weights,
             revision=runtime.revision,
             kv=runtime.kv,
-            compiles=runtime.compile == "auto",
+            compiles=compiles,
+            choices=choices,
         )
         weights = digests.result() if digests else read_weights(folder)
     tokenizer = Tokenizer.load(folder)
     adapted = load_adapters(model, adapters) if adapters else {}
     digests_of = {name: one.identity for name, one in adapted.items()}
     name = served_name(runtime, source)
-    speculation, drafts = open_speculation(runtime, model, tokenizer, draft, source, name)
+    speculation, drafts = open_speculation(runtime, model, tokenizer, draft, source, name, choices)
     identity = fingerprint.take(
         folder,
         weights,
         runtime,
         model.device,
+        arithmetic=fingerprint.arithmetic_facts(model),
         adapters=digests_of,
         draft=read_weights(drafts) if drafts else None,
     )
-    content = f"{identity.leaves['weights']} {model.dtype} {runtime.weights}"
+    made_of = (identity.leaves["weights"], identity.leaves["arithmetic"], runtime.weights)
+    content = " ".join(map(str, made_of))
     tally = Tally(model.context_tokens)
     swap = open_swap(model, runtime.tiers, content) if runtime.tiers is not None else None
     if events and swap:

@@ -1,27 +1,33 @@
 """What a worker serves, as one number: a hash over everything that can change its answers.
 
-Seven leaves (weights, draft, tokenizer, template, engine, device, configuration), each the hash of
-its facts as canonical JSON; the root is a hash over the leaves. `policies.model_facts` knows files
-and versions, this module the device and the policy. docs/fingerprint.md tells how to recompute it.
+Eight leaves (weights, draft, tokenizer, template, engine, device, configuration, arithmetic), each
+the hash of its facts as canonical JSON; the root is a hash over the leaves. `policies.model_facts`
+knows files and versions, this module the device, the policy, and what was chosen when the model was
+loaded. docs/fingerprint.md tells how to recompute it.
 """
 
 from __future__ import annotations
 
 import hashlib
-import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from policies.model_facts import Facts, engine_facts, template_facts, tokenizer_facts
 from policies.schema import Runtime
 from policies.side import SHORT_DIGITS, leaf as leaf_of
+from runtime import native, processor
 
-LEAVES = ("weights", "draft", "tokenizer", "template", "engine", "device", "configuration")
+if TYPE_CHECKING:
+    from runtime.model import Model
+
+LEAVES = (
+    "weights", "draft", "tokenizer", "template", "engine", "device", "configuration", "arithmetic",
+)  # fmt: skip
 # Where the weights lie says nothing about them, their leaf says what they are; and who listens to
 # block events changes no answer.
 _PLACES = {"model", "revision", "kv_events"}
@@ -54,7 +60,7 @@ class Fingerprint:
 def combine(facts: Mapping[str, Facts | None]) -> Fingerprint:
     """The hash tree over the facts of all LEAVES. No leaf can pass for another, or for the root."""
     leaves: dict[str, str | None] = {}
-    root = hashlib.sha256(b"headgate fingerprint root 1\0")
+    root = hashlib.sha256(b"headgate fingerprint root 2\0")
     for name in LEAVES:
         known = facts[name]
         leaves[name] = leaf = None if known is None else leaf_of(name, known)
@@ -68,11 +74,12 @@ def take(
     runtime: Runtime,
     device: torch.device,
     *,
+    arithmetic: Facts,
     adapters: Mapping[str, str] = MappingProxyType({}),
     draft: Facts | None = None,
 ) -> Fingerprint:
     """The fingerprint of a model folder as this policy serves it here; `weights` and `draft`, where
-    there is one, are of `read_weights`.
+    there is one, are of `read_weights`, `arithmetic` of `arithmetic_facts`.
 
     Raises TokenizerUnusable for files that do not parse.
     """
@@ -94,6 +101,7 @@ def take(
             "engine": engine_facts(),
             "device": device_facts(device),
             "configuration": configuration,
+            "arithmetic": arithmetic,
         }
     )
 
@@ -106,8 +114,28 @@ def device_facts(device: torch.device) -> Facts:
     if device.type == "cuda":
         name, detail = torch.cuda.get_device_name(device), torch.version.cuda
     else:
-        name, detail = _processor(), torch.backends.cpu.get_cpu_capability()
+        name, detail = processor.name(), torch.backends.cpu.get_cpu_capability()
     return {"type": device.type, "name": name, "detail": detail, "torch": torch.__version__}
+
+
+def arithmetic_facts(model: Model) -> Facts:
+    """In which of several right ways sums are made here: each rounds in an order of its own.
+
+    What a policy leaves open is decided by measurement (`runtime.choices`), by how many threads
+    there are, and by whether our own code could be compiled.
+    """
+    layers: dict[str, dict[str, int]] = {}
+    for (rows, features, way), count in sorted(model.weights.shapes.items()):
+        layers.setdefault(f"{rows}x{features}", {})[way] = count
+    compiled = any(kernel is not None for kernel in model.kernels)
+    return {
+        "activations": str(model.dtype).removeprefix("torch."),
+        "layers": layers,
+        "threads": torch.get_num_threads() if model.device.type == "cpu" else None,
+        "attention": "compiled" if compiled else "torch",
+        "step": "torch" if model.decoder is None else "compiled",
+        "compiler": native.compiler() if model.library is not None else None,
+    }
 
 
 def known_devices() -> dict[str, Facts]:
@@ -116,13 +144,3 @@ def known_devices() -> dict[str, Facts]:
     if torch.cuda.is_available():
         facts["cuda"] = device_facts(torch.device("cuda"))
     return facts | {"auto": facts.get("cuda", facts["cpu"])}
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:  # not Linux
-        pass
-    return platform.processor() or platform.machine()

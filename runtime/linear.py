@@ -26,11 +26,13 @@ _FBGEMM_BLOCK = 512
 class PackedLinear(nn.Module):
     """x [..., T, K] -> x W^T + b [..., T, N].
 
-    `slices` are the rows of the output that each of the fused layers had, under their names.
+    `slices` are the rows of the output that each of the fused layers had, under their names; `way`
+    is what `runtime.quantize` calls this one.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: torch.Tensor | None) -> None:
         super().__init__()
+        self.way = ""
         self.in_features = in_features
         self.out_features = out_features
         self.slices: dict[str, slice] = {}
@@ -39,6 +41,11 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError
+
+    @property
+    def parts(self) -> list[PackedLinear]:
+        """What is held each in a way of its own: itself, or its pieces."""
+        return [self]
 
     @property
     def held_bytes(self) -> int:
@@ -201,12 +208,11 @@ class PieceLinear(PackedLinear):
 
     @property
     def held_bytes(self) -> int:
-        return sum(piece.held_bytes for piece in self._each())
+        return sum(piece.held_bytes for piece in self.parts)
 
-    def _each(self) -> Iterator[PackedLinear]:
-        for piece in self.pieces:
-            assert isinstance(piece, PackedLinear)
-            yield piece
+    @property
+    def parts(self) -> list[PackedLinear]:
+        return [piece for piece in self.pieces if isinstance(piece, PackedLinear)]
 
 
 def _float(bias: torch.Tensor | None) -> torch.Tensor | None:

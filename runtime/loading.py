@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 from policies.schema import WeightFormat, Weights
 from runtime import quantize
 from runtime.allocator import giving_back
+from runtime.choices import Choices
 from runtime.compiled import compiled_step
 from runtime.conversion import run_and_convert
 from runtime.kv import BLOCK_TOKENS
@@ -66,17 +67,19 @@ def load_model(
     revision: str | None = None,
     kv: Literal["auto", "int8"] = "auto",
     compiles: bool = False,
+    choices: Choices | None = None,
 ) -> tuple[Model, Path]:
     """The model, and the folder that it was read from. Raises ModelRefused with the reason.
 
     `kv` is the format of keys and values. `compiles`: C++ may be compiled and used where that makes
-    it faster.
+    it faster. `choices`: where it is kept what was fastest; without, each process measures.
     """
     folder = source if isinstance(source, Path) else _fetch(source, revision)
     config = _read_config(folder)
     where = _device(device)
     library = load_library() if compiles and where.type == "cpu" else None
-    plan = Plan(weights, _dtype(dtype, weights, where), where, library=library)
+    activations = _dtype(dtype, weights, where, choices)
+    plan = Plan(weights, activations, where, library=library, choices=choices)
     _refuse_formats(plan)
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # no hints there
@@ -146,14 +149,16 @@ def _device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _dtype(name: str, weights: Weights, device: torch.device) -> torch.dtype:
+def _dtype(
+    name: str, weights: Weights, device: torch.device, choices: Choices | None
+) -> torch.dtype:
     """That of activations. On a CPU bf16 has to be asked for, there or by the weights' format."""
     if name != "auto":
         return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
     if device.type == "cuda":
         return torch.bfloat16
     asked = "bf16" in _formats(weights)
-    return torch.bfloat16 if asked and quantize.computes_bf16_faster() else torch.float32
+    return torch.bfloat16 if asked and quantize.computes_bf16_faster(choices) else torch.float32
 
 
 def _formats(weights: Weights) -> set[WeightFormat]:

@@ -10,12 +10,13 @@ import ctypes
 import hashlib
 import logging
 import os
-import platform
 import re
 import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+
+from runtime import processor
 
 log = logging.getLogger(__name__)
 
@@ -45,10 +46,10 @@ def load(source: Path, folder: Path) -> ctypes.CDLL | None:
 
 def _compiled(source: Path, folder: Path) -> Path:
     compiler = _compiler()
-    version = _run([compiler, "--version"])
+    version = _version(compiler)
     flags = [*_FLAGS, *_LINK]
     text = _text(source)
-    told = "\n".join([version, *flags, _processor()]).encode()
+    told = "\n".join([version, *flags, processor.described()]).encode()
     library = folder / f"{source.stem}-{hashlib.sha256(text + told).hexdigest()[:24]}.so"
     if library.is_file():
         return library
@@ -60,6 +61,18 @@ def _compiled(source: Path, folder: Path) -> Path:
         made.replace(library)
     log.info("%s is compiled: %s", source.name, library)
     return library
+
+
+def compiler() -> str | None:
+    """The compiler's name and version as it tells them itself; None where there is none."""
+    try:
+        return _version(_compiler()).partition("\n")[0].strip()
+    except (CannotCompile, OSError):
+        return None
+
+
+def _version(compiler: str) -> str:
+    return _run([compiler, "--version"])
 
 
 def _text(source: Path) -> bytes:
@@ -89,13 +102,3 @@ def _run(command: list[str]) -> str:
         wrong = [line for line in said if "error" in line] or said or ["no message"]
         raise CannotCompile(f"{command[0]} fails: {wrong[0]}")
     return done.stdout
-
-
-def _processor() -> str:
-    """What -march=native depends on: a cache in a home may be shared by unlike machines."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return f"{platform.machine()} {platform.processor()}"
-    named = ("model name", "flags", "Features")
-    return "\n".join(sorted({line for line in lines if line.startswith(named)}))

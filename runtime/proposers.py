@@ -13,6 +13,7 @@ import torch
 from cache.tokens import Tokenizer
 from policies.schema import Guesses, Runtime, Weights
 from runtime.calibrate import Timed, measure_costs
+from runtime.choices import Choices
 from runtime.costs import StepCosts
 from runtime.draft_writer import ModelWriter, SelfWriter
 from runtime.lean import lean_step
@@ -42,6 +43,7 @@ def open_speculation(
     draft: Path | str | None,
     source: Path | str,
     served_name: str,
+    choices: Choices | None = None,
 ) -> tuple[Speculation | None, Path | None]:
     """None where nothing is ever to be guessed; and the folder of the draft, where there is one.
 
@@ -64,10 +66,10 @@ def open_speculation(
             )
         proposers.append(Tree(0))
     if draft is not None and asked & {"auto", "draft"}:
-        proposer, folder = _draft_model(runtime, model, tokenizer, draft)
+        proposer, folder = _draft_model(runtime, model, tokenizer, draft, choices)
         proposers.append(proposer)
     if runtime.speculation.self_draft is not None and asked & {"auto", "self"}:
-        proposers.append(_self_draft(runtime, model, source))
+        proposers.append(_self_draft(runtime, model, source, choices))
     return Speculation(proposers, modes_of(runtime, served_name)), folder
 
 
@@ -86,7 +88,11 @@ def _mode(guesses: Guesses) -> Mode:
 
 
 def _draft_model(
-    runtime: Runtime, model: Model, tokenizer: Tokenizer, source: Path | str
+    runtime: Runtime,
+    model: Model,
+    tokenizer: Tokenizer,
+    source: Path | str,
+    choices: Choices | None,
 ) -> tuple[DraftModel, Path]:
     draft, folder = load_model(
         source,
@@ -94,6 +100,7 @@ def _draft_model(
         device=runtime.device,
         dtype=runtime.dtype,
         compiles=runtime.compile == "auto",
+        choices=choices,
     )
     if draft.parameters >= model.parameters:
         raise ModelRefused(
@@ -121,7 +128,9 @@ def _draft_model(
     return DraftModel(ModelWriter(draft, model.blocks, costs, vocabulary)), folder
 
 
-def _self_draft(runtime: Runtime, model: Model, source: Path | str) -> DraftModel:
+def _self_draft(
+    runtime: Runtime, model: Model, source: Path | str, choices: Choices | None
+) -> DraftModel:
     if runtime.kv == "int8":
         raise ModelRefused("runtime.speculation.self_draft does not go with runtime.kv: int8")
     if runtime.speculation.self_draft == "layers":
@@ -136,6 +145,7 @@ def _self_draft(runtime: Runtime, model: Model, source: Path | str) -> DraftMode
             weights=Weights(attention="w8a8", mlp="w8a8", head="w8a8"),
             revision=runtime.revision,
             compiles=runtime.compile == "auto",
+            choices=choices,
         )
         rounded.share_pool(model)
         cheaper = rounded

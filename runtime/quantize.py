@@ -2,7 +2,7 @@
 
 Knows weights as tensors; knows no model and no policy file. A format says what values the weights
 take; for most there are several ways of holding and multiplying them (`runtime.linear`), and which
-one wins depends on the CPU: it is measured once for each shape when a model is loaded.
+one wins depends on the CPU: it is measured once for each shape, and kept (`runtime.choices`).
 
 Legend: N features out, K features in.
 """
@@ -18,6 +18,7 @@ from functools import cache, partial
 import torch
 
 from policies.schema import WeightFormat
+from runtime.choices import Choices
 from runtime.int8 import Int8Linear, engines, multiplies_exactly, to_int8
 from runtime.linear import (
     ByteLinear,
@@ -136,6 +137,7 @@ def hold(
     piece_rows: int = PIECE_ROWS,
     forget: Callable[[], None] = lambda: None,
     library: ctypes.CDLL | None = None,
+    choices: Choices | None = None,
 ) -> tuple[PackedLinear, str] | None:
     """The layer, in pieces if it has very many rows, and the way in which its first is held.
 
@@ -144,10 +146,13 @@ def hold(
     pieces = []
     names = []
     for rows in runs(weight.shape[0], piece_rows):
-        impl = choose(chosen, weight[rows], dtype, device, prefer=prefer, library=library)
+        impl = choose(
+            chosen, weight[rows], dtype, device, prefer=prefer, library=library, choices=choices
+        )
         if impl is None:
             return None
         pieces.append(impl.build(weight[rows], None if bias is None else bias[rows]))
+        pieces[-1].way = impl.name
         names.append(impl.name)
         forget()
     return (pieces[0] if len(pieces) == 1 else PieceLinear(pieces)), names[0]
@@ -176,8 +181,12 @@ def choose(
     *,
     prefer: Sequence[str] = (),
     library: ctypes.CDLL | None = None,
+    choices: Choices | None = None,
 ) -> LinearImpl | None:
-    """One of `prefer`, else the fastest of the ways here; None when this weight has none."""
+    """One of `prefer`, else the fastest of the ways here; None when this weight has none.
+
+    What is fastest stands in `choices`; without any, it is measured once in a process.
+    """
     found = ways(chosen, weight, dtype, device, library)
     found = [one for one in found if one.name in prefer] or found
     if len(found) < 2:
@@ -188,8 +197,12 @@ def choose(
     rows, features_in = min(weight.shape[0], _SAMPLE_ROWS), weight.shape[1]
     by_name = {one.name: one for one in found}
     threads = torch.get_num_threads()
-    best = _fastest(chosen, tuple(by_name), rows, features_in, dtype, library, threads)
-    return by_name[best]
+    names = tuple(by_name)
+    measure = partial(_fastest, chosen, names, rows, features_in, dtype, library, threads)
+    if choices is None:
+        return by_name[measure()]
+    question = f"{chosen} {rows}x{features_in} {_named(dtype)} {_here()}"
+    return by_name[choices.make(question, names, measure)]
 
 
 # ---- formats: weight [N, K], bias [N] -> a module ------------------------------------------------
@@ -270,7 +283,7 @@ def _native_int8(
 
 def _plain(chosen: WeightFormat, dtype: torch.dtype) -> LinearImpl:
     kept = torch.bfloat16 if chosen == "bf16" else dtype
-    return _kept(str(dtype).removeprefix("torch."), PlainLinear, kept, dtype)
+    return _kept(_named(dtype), PlainLinear, kept, dtype)
 
 
 def _kept(
@@ -350,9 +363,29 @@ def _fp8(weight: torch.Tensor, bias: torch.Tensor | None) -> PackedLinear:
 # ---- this machine --------------------------------------------------------------------------------
 
 
-@cache
-def computes_bf16_faster() -> bool:
+def computes_bf16_faster(choices: Choices | None = None) -> bool:
     """Whether activations in bf16 are faster than in fp32 on this CPU: native arithmetic for it."""
+    if choices is None or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return _multiplies_bf16_faster()
+
+    def measure() -> str:
+        return "bfloat16" if _multiplies_bf16_faster() else "float32"
+
+    return choices.make(f"activations {_here()}", ("float32", "bfloat16"), measure) == "bfloat16"
+
+
+def _here() -> str:
+    """What a measurement holds for, besides the kind of machine."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{capability} threads={torch.get_num_threads()}"
+
+
+def _named(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@cache
+def _multiplies_bf16_faster() -> bool:
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return False
     weight = torch.randn(2048, 1024, generator=torch.Generator().manual_seed(0))

@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from policies.schema import WeightFormat, Weights
 from runtime import quantize
+from runtime.choices import Choices
 from runtime.linear import PackedLinear
 
 # Siblings that are called with the same tensor, in the order in which they stand in the output.
@@ -45,7 +46,8 @@ class Plan:
 
     Ways of holding named in `prefer` are taken without measuring, where a format has them.
     `forget` is called when weights that were read are not needed in memory any more. `rounded`
-    says that the checkpoint itself rounds, perhaps activations too. `library` is compiled code.
+    says that the checkpoint itself rounds, perhaps activations too. `library` is compiled code,
+    `choices` what was measured before.
     """
 
     weights: Weights
@@ -55,14 +57,19 @@ class Plan:
     forget: Callable[[], None] = lambda: None
     rounded: bool = False
     library: CDLL | None = None
+    choices: Choices | None = None
 
 
 @dataclass(slots=True)
 class Tally:
-    """What was done: how many layers each way holds, what is fused, and what was left alone."""
+    """What was done: how many layers each way holds, what is fused, and what was left alone.
+
+    `shapes` counts the same by a layer's outputs and inputs, each piece of it by itself.
+    """
 
     parameters: int = 0
     held: Counter[str] = field(default_factory=Counter)
+    shapes: Counter[tuple[int, int, str]] = field(default_factory=Counter)
     held_bytes: int = 0
     fused: int = 0
     norms: int = 0
@@ -77,6 +84,7 @@ class Tally:
     def keep(self, other: Tally) -> None:
         """Counts what the other one did. The modules that it replaced are let go."""
         self.held += other.held
+        self.shapes += other.shapes
         self.held_bytes += other.held_bytes
         self.fused += other.fused
         self.norms += other.norms
@@ -273,6 +281,7 @@ def _fuse(parent: nn.Module, names: Sequence[str], plan: Plan, tally: Tally, att
 
 def _count(tally: Tally, linear: PackedLinear, way: str) -> None:
     tally.held[way] += 1
+    tally.shapes.update((one.out_features, one.in_features, one.way) for one in linear.parts)
     tally.held_bytes += linear.held_bytes
 
 
@@ -300,6 +309,7 @@ def _packed(
             prefer=plan.prefer,
             forget=plan.forget,
             library=plan.library,
+            choices=plan.choices,
         )
         if held is None:
             continue

@@ -15,7 +15,8 @@ from runtime.linear import PackedLinear
 
 # Tokens of the steps that layers are compared in.
 _STEPS = (1, 8, 64)
-_REPEATS = 3
+# What is chosen stays (`runtime.choices`); of 3 runs the best one chose otherwise twice as often.
+_REPEATS = 9
 # Another layer must be this much faster than one that stands before it: below lies noise.
 _CLEARLY = 0.93
 # More than any CPU's cache: between two runs a layer's weights are not in it, as in a large model.

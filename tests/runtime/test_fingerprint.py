@@ -5,16 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from policies.model_facts import ENGINE, digest_files, read_weights, source_digest
+from policies.model_facts import ENGINE, Facts, digest_files, read_weights, source_digest
 from policies.schema import KvEvents, Runtime
-from runtime.fingerprint import LEAVES, Fingerprint, combine, take
+from runtime.choices import Choices
+from runtime.fingerprint import LEAVES, Fingerprint, arithmetic_facts, combine, take
+from runtime.loading import load_model
 from tests.runtime.tiny_models import FAMILIES, write_model
 
 CPU = torch.device("cpu")
@@ -32,7 +34,7 @@ def folder(pristine: Path, tmp_path: Path) -> Path:
 
 def of(folder: Path, **runtime: Any) -> Fingerprint:
     weights = read_weights(folder, folder / "no-such-folder" / "digests.json")
-    return take(folder, weights, Runtime(**runtime), CPU)
+    return take(folder, weights, Runtime(**runtime), CPU, arithmetic={"threads": 1})
 
 
 def change_byte(file: Path, at: int = -1) -> None:
@@ -98,6 +100,38 @@ def test_where_tiers_lie_does_not_count_but_that_there_are_some_does(folder: Pat
     assert len({here.root, larger.root, of(folder).root}) == 3
 
 
+class Last(Choices):
+    """Takes the last of the ways, whatever is fastest."""
+
+    def make(self, question: str, among: Sequence[str], measure: Callable[[], str]) -> str:
+        return among[-1]
+
+
+class First(Choices):
+    """Takes the first one."""
+
+    def make(self, question: str, among: Sequence[str], measure: Callable[[], str]) -> str:
+        return among[0]
+
+
+def test_how_sums_are_made_is_a_leaf(folder: Path, tmp_path: Path) -> None:
+    """Layers held otherwise, another number of threads, and activations of another dtype."""
+
+    def facts(kind: type[Choices], **how: Any) -> Facts:
+        choices = kind(tmp_path / "ways.json", {})
+        return arithmetic_facts(load_model(folder, kv_tokens=64, choices=choices, **how)[0])
+
+    first = facts(First)
+    assert facts(First) == first
+    assert facts(Last)["layers"] != first["layers"]
+    assert facts(First, dtype="bf16")["activations"] == "bfloat16" != first["activations"]
+    told = {**first, "layers": None, "threads": None}
+    assert {**facts(Last), "layers": None, "threads": None} == told
+    assert first["threads"] == torch.get_num_threads()
+    counted = [sum(held.values()) for held in first["layers"].values()]
+    assert sum(counted) == load_model(folder, kv_tokens=64)[0].weights.held.total()
+
+
 def test_every_leaf_counts_and_none_passes_for_another() -> None:
     """The root differs for each leaf that differs, is missing, or stands in another's place."""
     facts: dict[str, Any] = {name: {"of": name} for name in LEAVES}
@@ -115,8 +149,11 @@ def test_every_leaf_counts_and_none_passes_for_another() -> None:
 def test_the_recipe_in_the_documentation_gives_the_root(folder: Path) -> None:
     """Anyone can recompute leaves and root from the body of GET /v1/fingerprint."""
     body = json.loads(json.dumps(of(folder).payload()))
-    root = hashlib.sha256(b"headgate fingerprint root 1\0")
-    for name in ("weights", "draft", "tokenizer", "template", "engine", "device", "configuration"):
+    root = hashlib.sha256(b"headgate fingerprint root 2\0")
+    for name in (
+        "weights", "draft", "tokenizer", "template", "engine", "device", "configuration",
+        "arithmetic",
+    ):  # fmt: skip
         facts = body["facts"][name]
         if facts is None:
             assert body["leaves"][name] is None
