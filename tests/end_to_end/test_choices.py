@@ -25,6 +25,7 @@ def workers(*folders: Path) -> Iterator[list[Program]]:
     """One worker for each home, all started at the same time."""
     with contextlib.ExitStack() as stop, pytest.MonkeyPatch.context() as patch:
         found = []
+        patch.delenv("HEADGATE_WAYS", raising=False)
         for folder, port in zip(folders, free_ports(len(folders)), strict=True):
             patch.setenv("XDG_CACHE_HOME", str(folder))
             policy = folder / "policy.yaml"
