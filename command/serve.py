@@ -17,11 +17,11 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from command.machine import PortError, address, bind, cores, free_ports, reserve
 from command.on_ray import OnRay, why_not
 from command.processes import Health, Program
+from command.run_folder import own_folder
 from command.screen import Screen, columns
 from command.supervisor import Supervisor
 from policies import as_started
@@ -242,9 +242,9 @@ def serve(policy: Path, screen: Screen, ray: str | None = None) -> int:
 
     `ray` is the address of a Ray cluster that the replicas run on.
     """
-    with TemporaryDirectory(prefix="headgate-") as folder:
-        on_ray = None if ray is None else OnRay(ray, Path(folder))
-        todo = replace(plan(policy, on_ray), folder=Path(folder))
+    with own_folder() as folder:
+        on_ray = None if ray is None else OnRay(ray, folder)
+        todo = replace(plan(policy, on_ray), folder=folder)
         programs = programs_of(todo)
         supervisor = Supervisor(programs, screen, fronts=max(1, len(todo.gateway_ports)))
         screen.say(*opening(todo, programs))

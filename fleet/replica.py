@@ -11,7 +11,6 @@ import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from command.machine import PortError, free_ports
 from command.processes import (
@@ -21,6 +20,7 @@ from command.processes import (
     describe_exit,
     spawn,
 )
+from command.run_folder import own_folder
 from command.serve import version
 from fleet.cluster import Job, Look, Lost
 from policies.as_started import environment
@@ -49,8 +49,8 @@ class Replica:
         """The URL of the worker, once it is ready. Raises Lost."""
         self._check_node()
         try:
-            with TemporaryDirectory(prefix="headgate-") as folder:
-                return await self._begin(Path(folder, "policy.yaml"))
+            with own_folder() as folder:
+                return await self._begin(folder / "policy.yaml")
         except (PortError, OSError) as error:
             raise Lost(str(error)) from None
 

@@ -14,12 +14,12 @@ import shlex
 import shutil
 import signal
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from command.machine import PortError
 from command.processes import Program
+from command.run_folder import own_folder
 from command.screen import Screen, columns
 from command.supervisor import Supervisor
 from deploy import keys
@@ -47,10 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     screen = Screen()
     # Short, because the path of a local socket may have no more than 107 characters.
-    with tempfile.TemporaryDirectory(prefix="hg-") as folder:
+    with own_folder("hg-") as folder:
         try:
             services = read(options.file, environ)
-            places = Places.of(services, Path(folder))
+            places = Places.of(services, folder)
             programs = [program_of(service, places) for service in services]
             for service in services:
                 places.settle(service, options.file.resolve().parent)
