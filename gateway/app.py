@@ -21,6 +21,7 @@ from gateway.edge import Live
 from gateway.history import History
 from gateway.kept import Kept
 from gateway.overview import routes as overview_routes
+from gateway.processes import Processes
 from gateway.reload import Reload
 from gateway.scrape import Scrape
 from gateway.status import (
@@ -63,7 +64,7 @@ def create_app(
             yield
 
     routes = [
-        Route("/health", Allowed("GET", health(live))),
+        Route("/health", Allowed("GET", health(live, Processes(live)))),
         Route("/openapi.json", Allowed("GET", openapi(live))),
         Route("/metrics", Allowed("GET", Scrape(live, variants.told))),
         Route("/v1/fingerprint", Allowed("GET", fingerprints(live))),

@@ -56,20 +56,14 @@ class Scrape:
             own, others = await asyncio.gather(self._own(form), self._siblings.ask(question))
             found = [list(_metrics(parts)) for parts in others.values() if parts is not None]
             page = _together([own, *found])
-            there = dict.fromkeys(self._expected(), 0.0) | {form.process: 1.0}
+            expected = self._siblings.expected(self._live.edge.settings.processes)
+            there = dict.fromkeys(expected, 0.0) | {form.process: 1.0}
             there |= {name: float(parts is not None) for name, parts in others.items()}
             up: dict[tuple[str, ...], float] = {(name,): there[name] for name in sorted(there)}
             samples = Format(form.openmetrics).samples(TOLD.name, TOLD.labels, up)
             page.append((form.head(TOLD.name, "gauge", TOLD.text) + samples).encode())
         page.append(form.end.encode())
         return await _pieces(page)
-
-    def _expected(self) -> list[str]:
-        """The processes that there should be; they are numbered where `headgate serve` starts
-        them."""
-        assert self._siblings is not None
-        numbers = [str(at) for at in range(self._live.edge.settings.processes)]
-        return numbers if self._siblings.name in numbers else []
 
     async def _own(self, form: Format) -> list[Metric]:
         return [metric async for metric in told(self._reading(), form)]

@@ -91,6 +91,12 @@ class Siblings:
     def _others(self) -> list[Path]:
         return sorted(path for path in self._folder.glob(f"*{SUFFIX}") if path != self._own)
 
+    def expected(self, count: int) -> list[str]:
+        """The names of the processes that there should be; they are numbered where `headgate serve`
+        starts them, and of others nobody knows."""
+        numbers = [str(at) for at in range(count)]
+        return numbers if self.name in numbers else []
+
     async def ask(
         self, question: Question, silent_s: float = SILENT_S
     ) -> dict[str, list[Part] | None]:

@@ -16,6 +16,7 @@ from gateway.edge import Live
 from gateway.kept import Kept
 from gateway.keys import TENANT
 from gateway.openapi import document
+from gateway.processes import Processes, status_of
 from gateway.replica import Replica
 from gateway.reply import Reply
 from gateway.upstream import Pool
@@ -48,8 +49,9 @@ async def unknown_path(scope: Scope, _receive: Receive, send: Send) -> None:
         await refuse(scope, send, problems.unknown_path(scope["path"]))
 
 
-def health(live: Live) -> ASGIApp:
-    """200 when any replica can take requests, else 503; both with the state of each.
+def health(live: Live, processes: Processes) -> ASGIApp:
+    """200 when any replica can take requests of this process, else 503; both with the state of each
+    replica, and of several processes behind one port with how each is.
 
     Without a key, where one is needed, it tells no more than that.
     """
@@ -58,13 +60,7 @@ def health(live: Live) -> ASGIApp:
         edge = live.edge
         pool = edge.pool
         now = asyncio.get_running_loop().time()
-        if pool.draining:
-            status = "draining"
-        elif any(replica.healthy and replica.takes(now) for replica in pool.replicas):
-            status = "ready"
-        else:
-            starting = any(not replica.tried for replica in pool.replicas)
-            status = "starting" if starting else "down"
+        status = status_of(pool)
         code = 200 if status == "ready" else 503
         if scope["extensions"][TENANT] is None:
             shortly = [{"healthy": replica.healthy} for replica in pool.replicas]
@@ -75,6 +71,7 @@ def health(live: Live) -> ASGIApp:
         ]
         payload = {
             "status": status,
+            **await processes.told(),
             "in_flight": pool.in_flight,
             "replicas": replicas,
             "queues": edge.admission.health(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 import sys
 from collections.abc import AsyncIterator
@@ -61,6 +62,24 @@ async def get(front: Front, path: str, status: int = 200, key: str = "") -> Any:
     answer = await front.client.get(path, headers=headers)
     assert answer.status_code == status, answer.text
     return answer.json()
+
+
+@asynccontextmanager
+async def silent(path: Path) -> AsyncIterator[list[str]]:
+    """A process that hangs, and what it was asked."""
+    asked: list[str] = []
+
+    async def hang(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked.append(json.loads(await reader.readline())["what"])
+        await reader.read()
+        writer.close()
+
+    server = await asyncio.start_unix_server(hang, path)
+    try:
+        yield asked
+    finally:
+        server.close()
+        path.unlink()  # noqa: ASYNC240  # of this test alone
 
 
 @on_loop
@@ -162,6 +181,48 @@ async def headgate(*arguments: str) -> tuple[int | None, str]:
 async def test_the_console_knows_how_many_processes_there_are(folder: Path) -> None:
     async with upstream() as fake, two(folder, fake) as (one, _):
         assert (await get(one, "/admin/overview"))["process"]["of"] == 2
+
+
+@on_loop
+async def test_health_says_which_process_it_is_of_and_how_the_others_are(folder: Path) -> None:
+    """It told of one of them, now this, now that; one that hangs delays it by a quarter of a
+    second, once a second, and one that is away or drains is seen to."""
+    async with upstream() as fake:
+        async with one_of(3, folder, "0", fake) as one, one_of(3, folder, "1", fake) as other:
+            for name, front in (("0", one), ("1", other)):
+                health = await get(front, "/health")
+                assert (health["status"], health["process"]) == ("ready", name)
+                assert health["processes"] == {
+                    "answering": 2, "of": 3, "status": {"0": "ready", "1": "ready", "2": None}
+                }  # fmt: skip
+        async with silent(folder / "1.sock"), one_of(2, folder, "0", fake) as one:
+            health = await get(one, "/health")
+            assert health["processes"] == {
+                "answering": 1, "of": 2, "status": {"0": "ready", "1": None}
+            }  # fmt: skip
+        async with two(folder, fake) as (one, other):
+            other.pool.draining = True
+            assert (await get(one, "/health"))["processes"]["status"] == {
+                "0": None, "1": "ready", "2": "draining"
+            }  # fmt: skip
+        async with one_of(1, None, "", fake) as one:
+            assert not {"process", "processes"} & (await get(one, "/health")).keys()
+
+
+@on_loop
+async def test_strangers_get_no_process_asked(folder: Path) -> None:
+    """Whoever has no key hears whether this process is ready, from itself."""
+    tenants = {"mine": Tenant(keys=(key_hash("mine"),))}
+    async with (
+        silent(folder / "1.sock") as asked,
+        upstream() as fake,
+        one_of(2, folder, "0", fake, tenants=tenants) as one,
+    ):
+        for _ in range(3):
+            assert (await get(one, "/health")).keys() == {"status", "replicas"}
+        assert "health" not in asked
+        await get(one, "/health", key="mine")
+        assert "health" in asked
 
 
 @on_loop
