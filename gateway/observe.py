@@ -74,7 +74,6 @@ class Watch:
     def __init__(self, send: Send, outgoing: Outgoing | None) -> None:
         self._send = send
         self._outgoing = outgoing
-        self.began = time.monotonic()
         self.when_relayed: Callable[[], None] = lambda: None
         self.relayed = False  # something of the answer itself has gone to the client
         self.status = 0
@@ -170,15 +169,13 @@ class Watch:
             self.gap_max_s = max(self.gap_max_s or 0.0, now - self.last_at)
         self.last_at = now
 
-    def end(self) -> float:
-        """Reads an answer that was no stream; the seconds that all of it took."""
-        took_s = time.monotonic() - self.began
+    def end(self) -> None:
+        """Reads an answer that was no stream."""
         if self._whole and self.status == 200:
             with suppress(orjson.JSONDecodeError):
                 payload = orjson.loads(self._whole)
                 if isinstance(payload, dict):
                     self._read(payload, None)
-        return took_s
 
 
 # ---- as an observation --------------------------------------------------------------------------
@@ -187,9 +184,11 @@ class Watch:
 def observation(
     edge: Edge, asked: Asked, watch: Watch, arm: str, cluster: str, now: float
 ) -> Observation:
-    """A request that has just ended well, or been answered by an error."""
+    """A request that has just ended well, or been answered by an error. It began when its answer
+    was due, as its trace has it."""
+    e2e_s = time.monotonic() - asked.came
+    watch.end()
     call, usage = asked.call, watch.usage
-    e2e_s = watch.end()
     counted = _count(usage, "completion_tokens")
     tokens = watch.pieces if counted is None and call.stream else counted
     tpot_s = None
@@ -214,7 +213,7 @@ def observation(
         outcome="error" if broken else _outcome(watch.status),
         status=watch.status,
         problem="it broke, and another replica went on" if broken else fault,
-        ttft_s=None if watch.first_at is None else watch.first_at - watch.began,
+        ttft_s=None if watch.first_at is None else watch.first_at - asked.came,
         tpot_s=tpot_s,
         gap_max_s=watch.gap_max_s,
         e2e_s=e2e_s,

@@ -59,7 +59,7 @@ class Processes:
             "processes": {"answering": answering, "of": len(status), "status": status},
         }
 
-    async def _others(self, siblings: Siblings) -> Mapping[str, str | None]:
+    async def _others(self, siblings: Siblings) -> dict[str, str | None]:
         """Asked once for all who want to know at the same time."""
         clock = asyncio.get_running_loop().time
         async with self._asking:

@@ -135,7 +135,7 @@ class Recorder:
 class Recording:
     """One request, from when it is known to its end. A context that lets every error pass."""
 
-    __slots__ = ("_began", "_call", "_clock", "_named", "_recorder", "_since", "_tenant", "reply")
+    __slots__ = ("_call", "_named", "_recorder", "_tenant", "reply")
 
     def __init__(
         self, recorder: Recorder, call: Call, named: str | None, tenant: str, reply: Reply
@@ -147,7 +147,6 @@ class Recording:
         self.reply = reply
 
     def __enter__(self) -> Self:
-        self._began, self._since = time.time(), time.monotonic()
         self.reply.keep(BODY_MAX_BYTES)
         self._recorder.begin(self)
         return self
@@ -163,7 +162,10 @@ class Recording:
         self._recorder.end(self, entry)
 
     def _entry(self, error: BaseException | None, answer: bytes) -> Entry:
+        """It begins when its answer was due, as its trace has it."""
         reply, call, trail = self.reply, self._call, self.reply.trail
+        assert trail is not None, "it began before the request was read"
+        spoke = reply.pulse.first_at
         tier = receipt = ""
         for name, value in reply.more:
             if name == b"x-headgate-tier":
@@ -175,15 +177,15 @@ class Recording:
             request_id=reply.request_id,
             tenant=self._tenant,
             tier=tier,
-            began=self._began,
-            took_s=time.monotonic() - self._since,
-            ttft_s=None if reply.first_at is None else reply.first_at - self._since,
+            began=trail.at_s(trail.due),
+            took_s=time.monotonic() - trail.due,
+            ttft_s=None if spoke is None else spoke - trail.due,
             status=reply.status,
             error=_error(error, reply.status),
             receipt=receipt,
             prompt_tokens=self._recorder.tokens_of(receipt),
-            arm="" if trail is None else trail.arm,
-            trace="" if trail is None else trail.trace_id,
+            arm=trail.arm,
+            trace=trail.trace_id,
             request=call.body,
             answer=answer,
         )

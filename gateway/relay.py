@@ -150,7 +150,7 @@ class Passage:
         self._answer = answer
         self._reply = reply
         self._silence = silence
-        silence.since = reply.first_at = time.monotonic()
+        silence.since = time.monotonic()
         self._pulse = reply.pulse
 
     def pass_on(self, chunk: bytes) -> bool:

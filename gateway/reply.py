@@ -61,6 +61,9 @@ class Client(Outgoing, Protocol):
     async def sent(self) -> None:
         """Until nothing does. Raises ClientGone where the client goes before."""
 
+    def cut(self) -> None:
+        """Ends the connection, and what lies there with it."""
+
 
 class Way(Outgoing, Protocol):
     """Both ways out of an answer, ASGI's and the stream's, for what sits on them."""
@@ -75,12 +78,11 @@ class Reply:
     """One answer. `started`: headers are out; `streaming`: as SSE; `terminated`: after `[DONE]`.
 
     `more`: headers of the gateway's own, sent with whatever the answer is. `status`: 0 while none
-    is out. `first_at`: when a stream's first piece came, monotonic. Only with `outgoing`
-    can it be a stream."""
+    is out. Only with `outgoing` can it be a stream."""
 
     __slots__ = (
         "_kept", "_most_bytes", "_note", "_outgoing", "_recent", "_send", "_tail", "complete",
-        "direct", "first_at", "more", "pulse", "request_id", "started", "status", "streaming",
+        "direct", "more", "pulse", "request_id", "started", "status", "streaming",
         "terminated", "trail",
     )  # fmt: skip
 
@@ -91,7 +93,6 @@ class Reply:
         self.request_id = request_id
         self.more: Headers = []
         self.status = 0
-        self.first_at: float | None = None
         self._recent: deque[bytes] = deque(maxlen=RECENT_CHUNKS)
         self._note: Callable[[bytes], object] = self._recent.append
         self._kept: BytesIO | None = None

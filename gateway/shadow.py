@@ -55,7 +55,7 @@ class Shadows:
         if len(self._tasks) >= self._most:
             return None
         mirror = Mirror()
-        task = asyncio.create_task(self._ask(asked, cluster, mirror))
+        task = asyncio.create_task(self._ask(asked, cluster, mirror, time.monotonic()))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return mirror
@@ -66,11 +66,14 @@ class Shadows:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def _ask(self, asked: Asked, cluster: str, mirror: Mirror) -> None:
+    async def _ask(self, asked: Asked, cluster: str, mirror: Mirror, at: float) -> None:
+        """What passes from `at` on, while the baseline is at work, is no time of the candidate's;
+        what both had waited before is."""
         away = Nowhere()
         reply = Reply(away, asked.reply.request_id, away)
         watch = reply.through(Watch)
-        unseen = replace(asked, reply=reply, outgoing=away)
+        came = asked.came + time.monotonic() - at
+        unseen = replace(asked, came=came, reply=reply, outgoing=away)
         of = asked.reply.trail
         if of is not None and of.trace_id:
             reply.trail = of.beside()
@@ -145,6 +148,9 @@ class Nowhere:
 
     async def sent(self) -> None:
         """It is at once."""
+
+    def cut(self) -> None:
+        """Nothing lies there."""
 
     async def __call__(self, message: MutableMapping[str, Any]) -> None:
         """Takes what would go to a client."""

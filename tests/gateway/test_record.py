@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import stat
+import time
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from gateway.record_files import HEAD, PART, SUFFIX, Files, by_conversation, lin
 from gateway.record_sample import session_of, within_share
 from gateway.redact import FORMS, blotted, blotter
 from gateway.reply import Reply
+from gateway.trail import Trail
 from gateway.usage import Usage, usage_of
 from policies.recording import REDACTED, Record
 from tests.gateway.scripted import ASKED, TEXT, Engine
@@ -203,12 +205,19 @@ async def test_what_the_pipe_does_not_take_at_once_goes_later(tmp_path: Path) ->
     texts = [chr(ord("A") + number) * 150_000 for number in range(30)]
     async with Recorder(Record(consent="given", path=str(tmp_path))) as recorder:
         for text in texts:
-            reply = Reply(nowhere, text[:9])
+            reply = begun(Reply(nowhere, text[:9]))
             with recorder.request(call(text), [], "t", reply) or pytest.fail("not recorded"):
                 await reply.whole(200, [], b"{}")
         assert recorder.pipe.waits
     asked = [row.body["messages"][1]["content"] for row in read_trace(tmp_path).items(Filler())]
     assert sorted(asked) == sorted(texts) and recorder.recorded == len(texts)
+
+
+def begun(reply: Reply) -> Reply:
+    """Of a request that has just come, and been read."""
+    now = time.monotonic()
+    reply.trail = Trail(reply.request_id, CHAT_PATH, now, now)
+    return reply
 
 
 async def nowhere(_message: Any) -> None:
@@ -236,7 +245,7 @@ async def test_a_stream_that_grows_too_large_is_let_go_of(tmp_path: Path) -> Non
     piece = b'data: {"choices":[{"delta":{"content":"' + b"x" * 2**17 + b'"}}]}\n\n'
     usage = b'data: {"usage":{"prompt_tokens":7,"completion_tokens":3}}\n\n'
     async with Recorder(Record(consent="given", path=str(tmp_path))) as recorder:
-        reply = Reply(nowhere, "r", Unread())
+        reply = begun(Reply(nowhere, "r", Unread()))
         with recorder.request(call(), [], "t", reply) or pytest.fail("not recorded"):
             await reply.begin_stream([])
             for _ in range(9):

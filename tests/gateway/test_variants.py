@@ -308,6 +308,21 @@ async def test_a_mirrored_request_is_answered_twice_and_given_once() -> None:
 
 
 @on_loop
+async def test_what_a_whole_answer_took_is_seen() -> None:
+    """Its usage was read and forgotten: of answers that are no stream no tokens were told."""
+
+    async def counted(peer: Peer) -> None:
+        usage = {"prompt_tokens": 9, "completion_tokens": 3}
+        await peer.json({"choices": [{"message": {"content": "Hi"}}], "usage": usage})
+
+    async with upstream(counted) as old, upstream(counted) as new, gateway(old) as front:
+        await put(front, new)
+        await front.post(HELLO)
+        (seen,) = await observed(front)
+        assert (seen.arm, seen.prompt_tokens, seen.completion_tokens) == ("candidate", 9, 3)
+
+
+@on_loop
 async def test_a_failing_shadow_touches_nobody_and_ends_the_rollout() -> None:
     async with upstream(hi) as old, upstream(broken) as new, gateway(old) as front:
         await put(front, new, share=0.0, shadow=1.0)
