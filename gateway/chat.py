@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Coroutine
 from functools import partial
 
@@ -103,7 +104,7 @@ async def serve(edge: Edge, asked: Asked, strict: bool = False) -> None:
         account.strict = strict
         await _serve(edge, asked, account, strict=strict)
         if asked.outgoing.lags:  # no place is held for it: what its replica had to do is done
-            await asked.outgoing.sent()
+            await taken(asked, edge.settings.total_timeout_s)
 
 
 async def _serve(edge: Edge, asked: Asked, account: Account, *, strict: bool) -> None:
@@ -167,6 +168,20 @@ async def _forward(
             if not answer.resumes:  # what two replicas did together tells nothing of either
                 trip.served(answer.attempt.booking, usage)
     account.charged = place.charged
+
+
+async def taken(asked: Asked, limit_s: float | None) -> None:
+    """Until the client has all of its answer. Raises ClientGone, and Problem 504 where the request
+    takes longer than `limit_s`, with its connection cut: no other word fits into an answer."""
+    left_s = None if limit_s is None else asked.read + limit_s - time.monotonic()
+    try:
+        async with asyncio.timeout(left_s) as limit:
+            await asked.outgoing.sent()
+    except TimeoutError:
+        if limit_s is None or not limit.expired():
+            raise
+        asked.outgoing.cut()
+        raise problems.request_timeout(limit_s, None) from None
 
 
 async def within(

@@ -133,6 +133,10 @@ class Sending:
         if self._held:
             self._completed()
 
+    def cut(self) -> None:
+        self.wrote = None
+        self._connection.transport.abort()
+
     def end(self) -> float | None:
         """Nobody waits for it any longer. When the last of a complete answer went."""
         if self._held and not self._cycle.disconnected:

@@ -97,7 +97,11 @@ class Gateway(PolicyModel):
         "forms, logprobs and `n` above 1.",
     )
     total_timeout_s: float | None = Field(
-        None, gt=0, le=86400, description="Longest time of a whole request; none: no limit."
+        None,
+        gt=0,
+        le=86400,
+        description="Longest time of a whole request, until its client has all of the answer; "
+        "none: no limit.",
     )
     tiers: TierTable = Field(
         {name: Tier(**tier) for name, tier in SHIPPED.items()},

@@ -6,6 +6,7 @@ import asyncio
 import json
 import socket
 import time
+from contextlib import suppress
 from typing import Any
 
 import openai
@@ -371,6 +372,12 @@ class Slow:
     async def take(self, most: int) -> bytes:
         return await self._loop.sock_recv(self._socket, most)
 
+    async def take_or_nothing(self, most: int) -> bytes:
+        """b"" also where the connection was reset."""
+        with suppress(ConnectionError):
+            return await self.take(most)
+        return b""
+
 
 LARGE = b'{"choices": [], "pad": "' + b"x" * 24_000_000 + b'"}'  # more than all sockets hold
 
@@ -449,6 +456,34 @@ async def test_a_client_that_takes_nothing_of_a_whole_answer_is_dropped_and_has_
         assert trail.e2e_s > 0.3
         ((*_, outcome),) = edge.live.edge.meters.requests
         assert outcome == "cancelled"
+
+
+@on_loop
+async def test_total_timeout_s_holds_until_the_client_has_all_of_a_whole_answer() -> None:
+    """It ended with the replica's part, and whoever read slowly had for ever. What came is cut,
+    which a length that is not reached says."""
+    limit_s = 3.0
+    async with (
+        upstream(large) as fake,
+        gateway(fake, total_timeout_s=limit_s) as edge,
+        Slow(edge) as one,
+    ):
+        await one.ask()
+        got = head = await one.take(200)
+        while piece := await one.take_or_nothing(20_000):
+            got += piece
+            await asyncio.sleep(0.02)
+        assert head.startswith(b"HTTP/1.1 200 OK")
+        assert len(got) < len(LARGE)
+        await until(lambda: edge.pool.in_flight == 0)
+        (trail,) = edge.live.edge.tracer.ring
+        assert (trail.status, trail.error) == (200, "request_timeout")
+        assert trail.ended - trail.read >= limit_s - 0.01
+        assert phases(trail)["download"] > 0
+        ((*_, outcome),) = edge.live.edge.meters.requests
+        assert outcome == "timeout"
+    async with upstream(large) as fake, gateway(fake, total_timeout_s=30.0) as edge:
+        assert (await edge.post(HELLO)).content == LARGE
 
 
 @on_loop
