@@ -19,6 +19,7 @@ import orjson
 
 from cache.store import StoreDown, key
 from gateway.edge import Edge, Live
+from gateway.presence import Presence
 from gateway.problems import quote
 from gateway.replica import Replica
 from gateway.siblings import Part, Question
@@ -26,11 +27,16 @@ from gateway.siblings import Part, Question
 log = logging.getLogger("headgate.gateway")
 
 RECORD = key("drains")
+MARKS = key("drains", "present")
 KEPT_S = 30 * 86400.0  # in a store, with no gateway that would remember; of a note that ended one
 LOOK_S = 0.5  # between looks at the store
 ASK_S = 5.0  # between questions to siblings, which are told at once: one may have been busy
 TRIES = 8  # of a change that another gateway has crossed
 STEP_S = 1e-3  # a later note is later by any clock
+# A drain is forgotten when no gateway has had its replica for so long: its address may be another's
+# by then. Longer than a machine takes to start anew.
+FORGOTTEN_S = 15 * 60.0
+REVIEW_S = 30.0  # between looks at who has the drained ones
 WHAT = "drains"  # a question to siblings
 
 
@@ -61,12 +67,15 @@ class Drains:
         live: Live,
         beside: Callable[[], Edge | None],
         clock: Callable[[], float] = time.time,
+        now: Callable[[], float] = time.monotonic,
     ) -> None:
         """`beside`: the edge of a rollout's candidate, while there is one."""
         self._live = live
         self._beside = beside
         self._clock = clock
+        self._now = now
         self._notes: dict[str, Note] = {}
+        self._presence = Presence(clock, now)
         self._state = live.edge.state
         self._answered = 0  # siblings, when they were asked last
         if self._state.siblings is not None:
@@ -85,10 +94,13 @@ class Drains:
             await asyncio.gather(task, return_exceptions=True)
 
     async def _follow(self) -> None:
-        asked_at = self._clock()
+        asked_at, reviewed_at = self._clock(), self._now()
         while True:
             await asyncio.sleep(LOOK_S)
             await self._look()
+            if self._now() - reviewed_at >= REVIEW_S:
+                reviewed_at = self._now()
+                await self.review()
             if not 0 <= self._clock() - asked_at < ASK_S:
                 asked_at = self._clock()
                 await self._ask_siblings()
@@ -107,6 +119,46 @@ class Drains:
             quote(why) if why else "no reason given",
         )
         await asyncio.gather(self._look(), self._ask_siblings())
+
+    async def review(self) -> None:
+        """Forgets drains of replicas that no gateway has any more."""
+        drained = {note.url for note in self._notes.values() if note.out}
+        here = {one.url for one in self.replicas() if not one.gone}
+        edges = (self._live.edge, *self._live.edges)
+        blind = any(edge.pool.looks_fail for edge in edges)  # whoever is there is not seen
+        self._presence.look(drained, lambda url: blind or url in here)
+        if not drained or not await self._share_marks():
+            return
+        for url in self._presence.absent(FORGOTTEN_S):
+            note = self._notes[url]
+            log.warning(
+                "%s was drained (%s), and no gateway has had it for %.0f minutes: that is "
+                "forgotten, a replica at that address takes requests",
+                url,
+                quote(note.why) if note.why else "no reason given",
+                FORGOTTEN_S / 60,
+            )
+            at = max(self._clock(), note.at + STEP_S)
+            self._notes[url] = Note(url, False, "nobody has it any more", at)
+        self.apply()
+
+    async def _share_marks(self) -> bool:
+        """With gateways that share the store; False where it is away, and they cannot be heard."""
+        store, far = self._state.store, self._state.far
+        if far is not None and not far.up:
+            return False
+        try:
+            for _ in range(TRIES):
+                data = await store.get(MARKS)
+                self._presence.hear(orjson.loads(data) if data is not None else {})
+                told = orjson.dumps(self._presence.told(), option=orjson.OPT_SORT_KEYS)
+                if told == data or await store.swap(MARKS, data, told, KEPT_S):
+                    return True
+        except StoreDown:
+            return False
+        except (ValueError, TypeError, AttributeError) as error:
+            log.warning("which drained replicas other gateways have cannot be read: %s", error)
+        return False
 
     def note(self, url: str) -> Note | None:
         """Of a replica that is out."""
@@ -148,12 +200,13 @@ class Drains:
         siblings = self._state.siblings
         if siblings is None:
             return {}
-        question = {"what": WHAT, "notes": [asdict(one) for one in self._notes.values()]}
+        question = {"what": WHAT, **self._told()}
         running: dict[str, int] = {}
         answers = await siblings.ask(question)
         for parts in answers.values():
             for told, _ in parts or ():
                 self._hear(_notes(told["notes"]))
+                self._presence.hear(told.get("present", {}))
                 for url, count in told["in_flight"].items():
                     running[url] = running.get(url, 0) + count
         self._answered = sum(parts is not None for parts in answers.values())
@@ -161,8 +214,12 @@ class Drains:
 
     async def _answer(self, question: Question) -> AsyncIterator[Part]:
         self._hear(_notes(question.get("notes", ())))
+        self._presence.hear(question.get("present", {}))
+        yield {**self._told(), "in_flight": self._own()}, b""
+
+    def _told(self) -> dict[str, Any]:
         notes = [asdict(one) for one in self._notes.values()]
-        yield {"notes": notes, "in_flight": self._own()}, b""
+        return {"notes": notes, "present": self._presence.told()}
 
     def _hear(self, told: Iterable[Note]) -> None:
         """The latest note of each replica counts; ends of drains are forgotten in the end."""

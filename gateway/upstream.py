@@ -69,6 +69,11 @@ class Pool:
     def replicas(self, replicas: Sequence[Replica]) -> None:
         self._fleet.replicas = tuple(replicas)
 
+    @property
+    def looks_fail(self) -> bool:
+        """Whether a source cannot be read now, so that nobody knows who is there."""
+        return any(source.error is not None for source in self._fleet.sources)
+
     # ---- lifespan -------------------------------------------------------------------------------
 
     async def __aenter__(self) -> Pool:

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from cache.memory_store import MemoryStore
-from gateway.drains import KEPT_S, RECORD, Drains
+from gateway.drains import KEPT_S, RECORD, REVIEW_S, Drains
 from gateway.edge import Live, build
 from gateway.replica import Replica
 from gateway.state import State
-from policies.schema import Deployment, Gateway, Runtime, Tenant
+from policies.schema import Deployment, Discovery, Gateway, Runtime, Tenant
 from policies.slo import key_hash
 from tests.gateway.test_siblings import one_of, two
 from tests.gateway.test_variants_store import eventually, sharing
@@ -213,6 +213,92 @@ def test_of_two_words_the_later_counts_whatever_the_clocks_say() -> None:
         assert not other._notes
 
     asyncio.run(run())
+
+
+AWAY = "http://10.0.0.9:8000"
+
+
+class Beside:
+    """One of several gateways that share a store; its clock is off, its time is the test's."""
+
+    def __init__(self, store: MemoryStore, time_s: list[float], off_s: float, *urls: str) -> None:
+        nowhere = Discovery(file="replicas.yaml")
+        policy = Deployment(version=1, gateway=Gateway(), runtime=Runtime(), discovery=(nowhere,))
+        self.live = Live(build(policy, [], state=State(store)))
+        self.drains = Drains(
+            self.live, lambda: self.live.edge, lambda: 1e9 + off_s + time_s[0], lambda: time_s[0]
+        )
+        self.has(*urls)
+
+    def has(self, *urls: str) -> Replica | None:
+        """From now on."""
+        self.live.edge.pool.replicas = [Replica(url) for url in urls]
+        return next(iter(self.live.edge.pool.replicas), None)
+
+    async def look(self) -> None:
+        await self.drains._look()
+        await self.drains.review()
+
+
+async def minutes(count: int, time_s: list[float], *gateways: Beside) -> None:
+    for _ in range(2 * count):
+        time_s[0] += REVIEW_S
+        for one in gateways:
+            await one.look()
+
+
+@on_loop
+async def test_a_drain_is_forgotten_once_no_gateway_has_the_replica_any_more(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """It waited for whatever pod would get that address, which then served nothing. As long as one
+    gateway has it, drained it stays, at all of them, whatever their clocks say; so does one that is
+    away as long as a machine takes to start anew."""
+    time_s, store = [0.0], MemoryStore(lambda: 0.0)
+    one, other = Beside(store, time_s, 0.0, AWAY), Beside(store, time_s, -7200.0)
+    await one.drains.change(AWAY, out=True, why="new driver")
+    await minutes(60, time_s, one, other)
+    assert other.drains.note(AWAY) is not None
+    one.has()
+    await minutes(10, time_s, one, other)
+    back = one.has(AWAY)
+    await minutes(10, time_s, one, other)
+    assert back is not None
+    assert back.held == "new driver"
+    one.has()
+    late = Beside(store, time_s, 7200.0)  # one that begins does not know since when it is away
+    await minutes(10, time_s, one, other, late)
+    assert one.drains.note(AWAY) is not None
+    await minutes(10, time_s, one, other, late)
+    said = {record.getMessage() for record in caplog.records if "forgotten" in record.getMessage()}
+    assert said == {
+        f"{AWAY} was drained ('new driver'), and no gateway has had it for 15 minutes: that is "
+        "forgotten, a replica at that address takes requests"
+    }
+    for each in (one, other, late):
+        assert each.drains.note(AWAY) is None
+        anew = each.has(AWAY)
+        await each.look()
+        assert anew is not None
+        assert anew.held == ""
+
+
+@on_loop
+async def test_nobody_is_taken_for_gone_while_nobody_can_be_seen() -> None:
+    """A resolver or a store that is away says nothing of replicas."""
+    time_s, store = [0.0], MemoryStore(lambda: 0.0)
+    one = Beside(store, time_s, 0.0, AWAY)
+    await one.drains.change(AWAY, out=True)
+    one.has()
+    (source,) = one.live.edge.pool._fleet.sources
+    source.error = "the resolver is down"
+    await minutes(60, time_s, one)
+    assert one.drains.note(AWAY) is not None
+    source.error = None
+    await minutes(14, time_s, one)
+    assert one.drains.note(AWAY) is not None
+    await minutes(2, time_s, one)
+    assert one.drains.note(AWAY) is None
 
 
 @on_loop
