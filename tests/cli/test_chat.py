@@ -90,7 +90,7 @@ def chat(
     return subprocess.run(
         [sys.executable, "-m", "headgate", "chat", *arguments], cwd=ROOT,
         env=os.environ | environ, input=stdin if isinstance(stdin, bytes) else stdin.encode(),
-        capture_output=True, timeout=30,
+        capture_output=True, timeout=60,
     )  # fmt: skip
 
 

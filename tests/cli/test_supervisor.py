@@ -396,7 +396,7 @@ def test_a_program_that_cannot_be_started_is_no_traceback(tmp_path: Path) -> Non
     rows = json.dumps([("gateway", port, "ok", "0")])
     done = subprocess.run(
         [sys.executable, file, "stub", rows, "1"], env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True, text=True, timeout=30,
+        capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert done.returncode == 1
     assert "gateway could not be started before it was ready" in done.stderr

@@ -23,6 +23,7 @@ from policies.load import key_problems, load
 ROOT = Path(__file__).parents[2]
 FILE = ROOT / "compose.yaml"
 ENVIRON = {name: f"hg-test-{at}" for at, name in enumerate(NAMES)}
+FREE = ENVIRON | {"HEADGATE_PORT": "0"}  # whoever has the usual one
 WHOLE: dict[str, Any] = YAML(typ="safe").load(FILE.read_text())
 SERVICES: dict[str, dict[str, Any]] = WHOLE["services"]
 VLLM = ("vllm-0", "vllm-1")
@@ -318,7 +319,7 @@ def test_what_others_need_comes_first_and_the_edge_last() -> None:
 def test_words_of_a_container_become_this_machine_s(tmp_path: Path) -> None:
     """Other services' addresses, its own, whatever address it listens on, and its paths; what only
     looks like one of them stays."""
-    services = {one.name: one for one in read(FILE, ENVIRON)}
+    services = {one.name: one for one in read(FILE, FREE)}
     places = Places.of(list(services.values()), tmp_path)
     put = places.words(services["gateway-0"])
     own, redis = places.ports["gateway-0"][8080], places.ports["redis"][6379]
@@ -355,7 +356,7 @@ def test_a_policy_that_is_no_text_is_told_by_its_name(tmp_path: Path) -> None:
         file = tmp_path / name
         if content is not None:
             file.write_bytes(content)
-        services = read(FILE, ENVIRON | {"HEADGATE_POLICY": str(file)})
+        services = read(FILE, FREE | {"HEADGATE_POLICY": str(file)})
         (gateway,) = [one for one in services if one.name == "gateway-0"]
         with pytest.raises(ComposeError, match=f"gateway-0 mounts {file}.* {why}"):
             Places.of(services, tmp_path / "places").settle(gateway, ROOT)

@@ -23,6 +23,7 @@ from tests.collector import Collector, collecting
 ROOT = Path(__file__).parents[2]
 START_S = 300.0  # against hanging: where others use the cores, torch alone imports for a minute
 STOP_S = 20.0
+LIMIT_S = 120.0  # against hanging, too: what a program is to spend is told in CPU time
 BODY_TIMEOUT_S = 1.5
 PROBE = httpx.Client(timeout=10)  # one for all: a client's making costs more than its request
 CHAT = "/v1/chat/completions"
@@ -189,7 +190,7 @@ def idle(worker: Program) -> bool:
     return quiet and blocks["free"] + blocks["cached"] == blocks["total"]
 
 
-def assert_idle(worker: Program, limit_s: float = 10.0) -> float:
+def assert_idle(worker: Program, limit_s: float = LIMIT_S) -> float:
     """Waits until the worker is idle; the seconds that it took."""
     return until(lambda: idle(worker), limit_s, lambda: f"not idle: {worker.health()}")
 

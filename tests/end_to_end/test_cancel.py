@@ -17,6 +17,7 @@ from tests.end_to_end.stack import (
     CHAT,
     COMPLETIONS,
     DEFAULTS,
+    LIMIT_S,
     Stack,
     assert_idle,
     idle,
@@ -66,19 +67,19 @@ def test_a_client_that_leaves_frees_everything(
     path = COMPLETIONS if phase == "prefill" else CHAT
     sock = send(stack, path, asked | {"stream": stream})
     if phase == "prefill":
-        until(works_in(stack), 10, lambda: "the prefill never began")
+        until(works_in(stack), LIMIT_S, lambda: "the prefill never began")
     elif phase == "decode":
         if stream:
             read_chunks(sock, 5)
         else:
-            until(works_in(stack), 10, lambda: "the answer never began")
+            until(works_in(stack), LIMIT_S, lambda: "the answer never began")
     if how == "reset":
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
     before_s = stack.worker.cpu_s()
     sock.close()
     # A step that runs is not broken off: blocks are free after it, cancelled or not.
-    told_s = until(lambda: not stack.worker.health()["streams"], 10, lambda: "never cancelled")
-    free_s = told_s + until(lambda: gone(stack), 10, lambda: f"left: {stack.worker.health()}")
+    told_s = until(lambda: not stack.worker.health()["streams"], LIMIT_S, lambda: "never cancelled")
+    free_s = told_s + until(lambda: gone(stack), LIMIT_S, lambda: f"left: {stack.worker.health()}")
     print(
         f"left by {how} ({phase}, stream={stream}): the worker knows after {told_s * 1000:.0f} ms, "
         f"all is free after {free_s * 1000:.0f} ms"
@@ -97,7 +98,7 @@ def test_choices_of_one_request_all_end_with_it(stack: Stack) -> None:
     read_chunks(sock, 32)
     before_s = stack.worker.cpu_s()
     sock.close()
-    until(lambda: gone(stack), 10, lambda: str(stack.worker.health()))
+    until(lambda: gone(stack), LIMIT_S, lambda: str(stack.worker.health()))
     assert stack.worker.cpu_s() - before_s < LIMIT_CPU_S
 
 

@@ -8,7 +8,16 @@ from collections import defaultdict
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.collector import whole
-from tests.end_to_end.stack import PROBE, Program, Stack, assert_idle, idle, miscounts, until
+from tests.end_to_end.stack import (
+    LIMIT_S,
+    PROBE,
+    Program,
+    Stack,
+    assert_idle,
+    idle,
+    miscounts,
+    until,
+)
 from tests.end_to_end.test_cancel import ENDLESS, LIMIT_CPU_S, read_chunks
 from tests.end_to_end.test_tracing import GATEWAY, RUNTIME, arrived, asked
 from tests.gateway.test_metrics import scraped
@@ -39,7 +48,7 @@ def test_who_hangs_up_is_counted_as_gone_and_stops_the_work(stack: Stack) -> Non
     sock.close()
     until(
         lambda: idle(stack.worker) and stack.gateway.health()["in_flight"] == 0,
-        10, lambda: str(stack.worker.health()),
+        LIMIT_S, lambda: str(stack.worker.health()),
     )  # fmt: skip
     assert stack.worker.cpu_s() - cpu_s < LIMIT_CPU_S
 

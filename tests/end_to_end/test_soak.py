@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from tests.end_to_end.stack import CHAT, COMPLETIONS, DEFAULTS, Stack, assert_idle, until
+from tests.end_to_end.stack import CHAT, COMPLETIONS, DEFAULTS, LIMIT_S, Stack, assert_idle, until
 from tests.gateway import world
 from tests.gateway.world import gateway, on_loop
 
@@ -84,7 +84,7 @@ async def storm(port: int, duration_s: float, seed: int) -> Counter[str]:
     async def client(number: int) -> None:
         rng = random.Random(seed * 1000 + number)
         while time.perf_counter() < until_s:
-            ends[await asyncio.wait_for(one_client(port, rng), 60)] += 1
+            ends[await asyncio.wait_for(one_client(port, rng), LIMIT_S)] += 1
 
     await asyncio.gather(*(client(number) for number in range(STREAMS)))
     return ends
@@ -99,11 +99,13 @@ def test_a_storm_of_disconnects_leaves_nothing_behind(stack: Stack) -> None:
     """Every block is back, no request is stuck in either process, and memory is flat."""
     warm_s = max(2.0, SOAK_S / 4)
     asyncio.run(storm(stack.port, warm_s, seed=1))
-    assert_idle(stack.worker, 20)
+    assert_idle(stack.worker)
     before = dict(programs(stack))
     ends = asyncio.run(storm(stack.port, SOAK_S - warm_s, seed=2))
-    idle_s = assert_idle(stack.worker, 20)
-    until(lambda: stack.gateway.health()["in_flight"] == 0, 10, lambda: "the gateway is not idle")
+    idle_s = assert_idle(stack.worker)
+    until(
+        lambda: stack.gateway.health()["in_flight"] == 0, LIMIT_S, lambda: "the gateway is not idle"
+    )
     after = dict(programs(stack))
     health = stack.worker.health()
     grown = {name: (after[name] - before[name]) / 2**20 for name in after}

@@ -22,7 +22,7 @@ from policies.retrying import Breaker, Retries
 from policies.tracing import Tracing
 from telemetry.trace import begun, new_span_id, traceparent
 from tests.collector import Received, whole
-from tests.end_to_end.stack import CHAT, DEFAULTS, Stack, assert_idle, until
+from tests.end_to_end.stack import CHAT, DEFAULTS, LIMIT_S, Stack, assert_idle, until
 from tests.end_to_end.traced_client import (
     CUT,
     FAILS,
@@ -72,7 +72,7 @@ def arrived(stack: Stack, trace_id: str, *services: str) -> list[Received]:
     def spans() -> list[Received]:
         return stack.collector.traces().get(trace_id, [])
 
-    until(lambda: wanted <= {one.service for one in spans()}, 15, lambda: str(spans()))
+    until(lambda: wanted <= {one.service for one in spans()}, LIMIT_S, lambda: str(spans()))
     return spans()
 
 

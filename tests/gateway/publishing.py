@@ -15,8 +15,8 @@ Replay = Callable[[int], Iterator[list[bytes]]]
 
 
 class Sockets:
-    """PUB and ROUTER of one life of a publisher. `topics`: replays have a topic frame, as they have
-    it since vLLM 0.12; before they had none."""
+    """PUB (as XPUB, which is one that shows who subscribes) and ROUTER of one life of a publisher.
+    `topics`: replays have a topic frame, as they have it since vLLM 0.12; before they had none."""
 
     def __init__(
         self, publisher: Publisher, live: str, replay: str, *, topics: bool, connects: bool
@@ -25,7 +25,8 @@ class Sockets:
         self.topics = topics
         self.asked: list[int] = []
         self.context = zmq.Context()
-        self.live = self.context.socket(zmq.PUB)
+        self.live = self.context.socket(zmq.XPUB)
+        self.live.setsockopt(zmq.XPUB_VERBOSE, 1)  # also one that comes back
         self.replayer = self.context.socket(zmq.ROUTER)
         if connects:
             self.live.connect(live)
@@ -36,6 +37,12 @@ class Sockets:
 
     def frames(self, number: int, payload: bytes) -> list[bytes]:
         return [b"kv@pod@m", number.to_bytes(8, "big"), payload]
+
+    async def subscribed(self) -> None:
+        """A follower is connected before its subscription is here: what is published between is
+        published to nobody."""
+        while not self.live.poll(0) or not self.live.recv().startswith(b"\1"):  # noqa: ASYNC110  # as serve
+            await asyncio.sleep(0.002)
 
     def publish(self, *, lose: int = 0) -> None:
         """Everything that waits; the first `lose` batches never arrive anywhere."""

@@ -87,6 +87,7 @@ def test_a_publisher_is_known_through_gaps_and_a_new_life(topics: bool, maps: bo
                 publisher.outbox.clear()
                 await until(lambda: knows(follower, publisher))
                 await until(lambda: follower.connected)
+                await one.subscribed()
                 work(publisher, 10)
                 one.publish()
                 await until(lambda: knows(follower, publisher))
@@ -113,6 +114,7 @@ async def test_a_publisher_that_connects_is_waited_for() -> None:
         sockets(publisher, live, replay, connects=True) as one,
     ):
         await until(lambda: follower.connected)
+        await one.subscribed()
         work(publisher, 0)
         one.publish()
         await until(lambda: knows(follower, publisher))
@@ -124,6 +126,7 @@ async def test_without_a_replay_endpoint_what_was_missed_stays_missed() -> None:
     publisher = Publisher()
     async with following(live, None) as follower, sockets(publisher, live, replay) as one:
         await until(lambda: follower.connected)
+        await one.subscribed()
         work(publisher, 0)
         one.publish(lose=1)
         await until(lambda: follower.source.last >= 0)
@@ -171,12 +174,14 @@ async def test_junk_is_left_alone_and_the_next_publisher_is_followed() -> None:
     publisher = Publisher()
     async with following(live, replay) as follower, sockets(publisher, live, replay) as one:
         await until(lambda: knows(follower, publisher))
+        await one.subscribed()
         for frames in HARM.values():
             one.live.send_multipart(frames)
         await until(lambda: follower.source.counts.junk >= len(HARM))
         one.live.send_multipart([b"kv@", bytes(8), bytes(LIVE_BYTES_MAX + 1)])
         await until(lambda: not follower.connected)
         await until(lambda: knows(follower, publisher))
+        await one.subscribed()
         work(publisher, 0)
         one.publish()
         await until(lambda: knows(follower, publisher))
@@ -238,6 +243,7 @@ async def test_a_degraded_publisher_is_read_again_from_the_beginning() -> None:
         sockets(publisher, live, replay) as one,
     ):
         await until(lambda: knows(follower, publisher))
+        await one.subscribed()
         one.answer = lambda _: iter([[b"", END, b""]])
         work(publisher, 0)
         one.publish(lose=2)

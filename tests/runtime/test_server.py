@@ -355,13 +355,13 @@ def test_every_answer_says_how_long_it_took_refusals_too(folder: Path) -> None:
         world.model.gate.clear()
         running = pool.submit(world.post)
         world.until(lambda: world.health()["running"] == 1)
-        late = {"x-slo-deadline-ms": "300"}
+        late = {"x-slo-deadline-ms": "1000"}
         waiting = pool.submit(post, CHAT, json=HELLO, headers=late)
         world.until(lambda: world.health()["waiting"] == 1)
         refused.append((503, world.post()))
         world.until(lambda: waiting.running() and world.client.get("/health").is_success)
         began = time.monotonic()
-        world.until(lambda: time.monotonic() - began > 0.3)  # its deadline has passed
+        world.until(lambda: time.monotonic() - began > 1.0)  # its deadline has passed
         world.model.gate.set()
         too_late, answered = waiting.result(), running.result()
         for status, response in refused:
@@ -369,8 +369,8 @@ def test_every_answer_says_how_long_it_took_refusals_too(folder: Path) -> None:
             told = timing(response)
             assert 0 <= told.queue_s < LIMIT_S
             assert (told.prefill_s, told.decode_s) == (0, 0)
-        assert (too_late.status_code, timing(too_late).queue_s >= 0.3) == (504, True)
-        assert timing(answered).prefill_s >= 0.3  # the gate held its first step
+        assert (too_late.status_code, timing(too_late).queue_s >= 1.0) == (504, True)
+        assert timing(answered).prefill_s >= 1.0  # the gate held its first step
         assert timing(world.post(stream=True)).prefill_s == 0  # its head goes before that
         for path in ("/health", "/v1/models", "/nothing"):
             assert "server-timing" not in world.client.get(path).headers
