@@ -146,7 +146,8 @@ def chat(
     """Talk to a running gateway; answers stream as they are made.
 
     With MESSAGE, or with text on stdin, one answer is printed and the command ends. Otherwise a
-    chat opens: /help lists its commands, Ctrl-C stops an answer, Ctrl-D leaves.
+    chat opens: /help lists its commands, Ctrl-C stops an answer, Ctrl-D leaves. HEADGATE_API_KEY is
+    sent along where the gateway has tenants.
 
     \b
     Examples:
@@ -224,8 +225,8 @@ def trace(name: str, url: str | None, as_json: bool) -> None:
     """Draw a request's spans through gateway and worker as bars in time.
 
     ID is that of the trace, of the request (x-request-id), of the receipt (x-headgate-receipt) or
-    of the answer; `latest` and `slow` list the requests that the gateway keeps. HEADGATE_API_KEY is
-    sent along where the gateway has an admin's key.
+    of the answer; `latest` and `slow` list the requests that the gateway keeps.
+    HEADGATE_ADMIN_KEY is sent along where the gateway has an admin's key.
 
     \b
     Examples:

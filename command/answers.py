@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,11 +16,16 @@ _SILENCE_S = 600.0
 _EVENT_BYTES_MAX = 4 * 2**20
 # Where neither a person nor the model's makers say anything: lively, and seldom nonsense.
 DEFAULT_TEMPERATURE = 0.7
+KEY_VARIABLE = "HEADGATE_API_KEY"  # of a client's key
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 class AnswerError(Exception):
     """No answer, or half of one; the text says why."""
+
+
+class WrongUsage(AnswerError):
+    """What was typed, or stands in the environment, names nothing that could be asked."""
 
 
 @dataclass(slots=True)
@@ -62,6 +68,15 @@ class Talk:
             "stream_options": {"include_usage": True},
             **self.sampling,
         }
+
+
+def key_of(variable: str) -> dict[str, str]:
+    """The header that brings a key of the environment; none where it has none. Raises WrongUsage
+    for one that cannot be sent."""
+    key = os.environ.get(variable, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise WrongUsage(f"{variable} has letters that no key has: line ends, or not ASCII")
+    return {"authorization": f"Bearer {key}"} if key else {}
 
 
 def visible(text: str) -> str:
@@ -127,10 +142,11 @@ async def _session(url: str) -> AsyncIterator[aiohttp.ClientSession]:
     """A session whose failures are AnswerErrors."""
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S, sock_read=_SILENCE_S)
     try:
-        async with aiohttp.ClientSession(timeout=timeout) as session:
+        key = key_of(KEY_VARIABLE)
+        async with aiohttp.ClientSession(timeout=timeout, headers=key) as session:
             yield session
     except aiohttp.InvalidURL:
-        raise AnswerError(f"{url!r} is not a URL such as http://127.0.0.1:8080") from None
+        raise WrongUsage(f"{url!r} is not a URL such as http://127.0.0.1:8080") from None
     except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError):
         raise AnswerError(f"nothing answers at {url}: start it with headgate serve") from None
     except TimeoutError:
@@ -158,6 +174,8 @@ async def _complaint(response: aiohttp.ClientResponse) -> str:
         told = _message(_object(body))
     except AnswerError:
         told = visible(body.decode("utf-8", "replace"))[:300] or str(response.reason)
+    if response.status == 401:
+        told += f" ({KEY_VARIABLE} is sent along)"
     wait = response.headers.get("Retry-After")
     return f"HTTP {response.status}: {told}" + (f" (try again in {wait} s)" if wait else "")
 

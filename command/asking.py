@@ -5,12 +5,11 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
 import urllib.error
 import urllib.request
 from typing import Any
 
-from command.answers import AnswerError
+from command.answers import AnswerError, key_of
 
 TIMEOUT_S = 30.0
 ERROR_CHARS = 300
@@ -28,17 +27,14 @@ def asked(where: str, key_variable: str, body: Any = None) -> bytes:
     """
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(where, data=data)  # noqa: S310  # http(s)
-    if key := os.environ.get(key_variable, "").strip():
-        if not (key.isascii() and key.isprintable()):
-            raise AnswerError(
-                f"{key_variable} has letters that no key has: line ends, or not ASCII"
-            )
-        request.add_header("authorization", f"Bearer {key}")
+    for name, value in key_of(key_variable).items():
+        request.add_header(name, value)
     try:
         with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:  # noqa: S310
             return bytes(answer.read())
     except urllib.error.HTTPError as error:
-        raise Refused(f"{where} answered {error.code}: {_why(error)}") from None
+        sent = f" ({key_variable} is sent along)" if error.code == 401 else ""
+        raise Refused(f"{where} answered {error.code}: {_why(error)}{sent}") from None
     except http.client.HTTPException:
         raise AnswerError(
             f"{where} did not answer by HTTP: no gateway of Headgate is there; give its address "

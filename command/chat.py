@@ -15,7 +15,16 @@ from typing import Any
 
 import click
 
-from command.answers import AnswerError, Clock, Talk, offered, sampling_of, stream, visible
+from command.answers import (
+    AnswerError,
+    Clock,
+    Talk,
+    WrongUsage,
+    offered,
+    sampling_of,
+    stream,
+    visible,
+)
 from policies.load import PolicyError, port_of
 
 _HELP = """\
@@ -40,20 +49,20 @@ def talk(
         if message is None and not sys.stdin.isatty():
             message = sys.stdin.buffer.read().decode("utf-8").strip()
             if not message:
-                raise AnswerError("stdin is empty: give a MESSAGE")
+                raise WrongUsage("stdin is empty: give a MESSAGE")
         conversation = _begin(base, model, system, temperature)
         if message is None:
             _converse(conversation)
         else:
             answer(conversation, message)
-    except (AnswerError, PolicyError) as error:
+    except AnswerError as error:
         click.echo(str(error), err=True)
-        return 1
+        return 2 if isinstance(error, WrongUsage) else 1
     except KeyboardInterrupt:
         return 130
     except UnicodeDecodeError:
         click.echo("stdin is not UTF-8 text", err=True)
-        return 1
+        return 2
     return 0
 
 
@@ -70,16 +79,17 @@ def _begin(base: str, model: str | None, system: str | None, temperature: float 
 
 
 def base_url(url: str | None) -> str:
-    """Where the gateway is. Raises AnswerError."""
-    port = port_of()
-    if url is None and port == 0:
-        raise AnswerError(
-            "HEADGATE_PORT=0 names no port: give --url as `headgate serve` printed it"
-        )
+    """Where the gateway is. Raises WrongUsage."""
+    try:
+        port = port_of() if url is None else None
+    except PolicyError as error:
+        raise WrongUsage(str(error)) from None
+    if port == 0:
+        raise WrongUsage("HEADGATE_PORT=0 names no port: give --url as `headgate serve` printed it")
     base = url or f"http://127.0.0.1:{8080 if port is None else port}"
     base = base if "://" in base else f"http://{base}"
     if not re.fullmatch(r"https?://[^\s/?#]+(/[^\s?#]*)?", base):
-        raise AnswerError(f"{base!r} is not a URL such as http://127.0.0.1:8080")
+        raise WrongUsage(f"{base!r} is not a URL such as http://127.0.0.1:8080")
     return base.rstrip("/").removesuffix("/v1")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import urllib.parse
@@ -9,19 +10,17 @@ from pathlib import Path
 
 import click
 
-from command.answers import AnswerError
+from command.answers import KEY_VARIABLE, AnswerError, WrongUsage
 from command.asking import Refused, asked
 from command.chat import base_url
 from command.screen import plain
-
-KEY_VARIABLE = "HEADGATE_API_KEY"
 
 
 def explain(receipt: str, url: str | None, policy: Path | None, *, as_json: bool) -> int:
     """The exit code."""
     try:
         told = _read(receipt, url)
-    except Refused as error:
+    except (Refused, WrongUsage) as error:
         click.echo(plain(str(error)), err=True)
         return 2
     except (AnswerError, OSError) as error:  # the latter of a file
@@ -40,6 +39,11 @@ def explain(receipt: str, url: str | None, policy: Path | None, *, as_json: bool
 def _read(receipt: str, url: str | None) -> bytes:
     """Raises Refused, AnswerError, OSError."""
     if Path(receipt).is_file():
-        return Path(receipt).read_bytes()
+        told = Path(receipt).read_bytes()
+        try:
+            json.loads(told)
+        except (ValueError, RecursionError) as error:
+            raise WrongUsage(f"{receipt}  is no receipt, and no JSON: {error}") from None
+        return told
     path = "" if receipt == "all" else f"/{urllib.parse.quote(receipt, safe='')}"
     return asked(f"{base_url(url)}/v1/receipts{path}", KEY_VARIABLE)

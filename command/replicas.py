@@ -10,12 +10,12 @@ from typing import Any
 
 import click
 
-from command.answers import AnswerError
+from command.answers import AnswerError, WrongUsage
 from command.asking import Refused, asked
 from command.chat import base_url
 from command.screen import columns, plain
 
-KEY_VARIABLE = "HEADGATE_ADMIN_KEY"
+ADMIN_VARIABLE = "HEADGATE_ADMIN_KEY"
 HEARD_S = 1.0  # until other gateways have heard of a change, and this one of what they have
 POLL_S = 0.5
 
@@ -94,7 +94,7 @@ def _tell(url: str | None, path: str, body: Told | None, *, as_json: bool = Fals
         told = ask(url, path, body)
     except (Refused, AnswerError) as error:
         click.echo(plain(str(error)), err=True)
-        return 2 if isinstance(error, Refused) else 1
+        return 2 if isinstance(error, Refused | WrongUsage) else 1
     if as_json:
         click.echo(json.dumps(told, indent=2))
         return 0
@@ -145,7 +145,7 @@ def ask(url: str | None, path: str, body: Told | None) -> dict[str, Any]:
     answer."""
     where = f"{base_url(url)}/admin/replicas{path}"
     try:
-        told = json.loads(asked(where, KEY_VARIABLE, body))
+        told = json.loads(asked(where, ADMIN_VARIABLE, body))
     except (ValueError, RecursionError):
         told = None
     if not isinstance(told, dict) or not isinstance(told.get("replicas"), list):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import urllib.parse
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,10 +11,10 @@ from typing import Any
 
 import click
 
-from command.answers import AnswerError
+from command.answers import KEY_VARIABLE, AnswerError, WrongUsage
 from command.asking import Refused, asked
 from command.chat import base_url
-from command.explain import KEY_VARIABLE
+from command.replicas import ADMIN_VARIABLE
 from command.screen import columns, plain
 
 PARTS = " ▏▎▍▌▋▊▉█"  # eighths of a cell
@@ -43,7 +44,7 @@ def trace(name: str, url: str | None, *, as_json: bool) -> int:
         told = read(name, url)
     except (Refused, AnswerError) as error:
         click.echo(plain(str(error)), err=True)
-        return 2 if isinstance(error, Refused) else 1
+        return 2 if isinstance(error, Refused | WrongUsage) else 1
     if as_json:
         click.echo(json.dumps(told, indent=2))
     else:
@@ -72,8 +73,10 @@ def read(name: str, url: str | None) -> dict[str, Any]:
     else:
         path = "/" + urllib.parse.quote(name, safe="")
     where = f"{base_url(url)}/admin/traces{path}"
+    # A gateway without an operator's key may still have tenants, or a key of either name be set.
+    operator = os.environ.get(ADMIN_VARIABLE, "").strip() or not os.environ.get(KEY_VARIABLE)
     try:
-        text = asked(where, KEY_VARIABLE)
+        text = asked(where, ADMIN_VARIABLE if operator else KEY_VARIABLE)
         told = json.loads(text, parse_float=_real, parse_constant=_real, parse_int=_whole)
     except (ValueError, RecursionError):
         told = None
@@ -140,11 +143,17 @@ def rows(traces: Sequence[Mapping[str, Any]]) -> list[str]:
     table = [("request", "tier", "model", "status", "first token", "whole", "")]
     for one in traces:
         first = "" if one["ttft_s"] is None else ms(one["ttft_s"])
-        status = f"{one['status']} {one['error']}".strip()
+        status = _status(one)
         about = " ".join(filter(None, (one["arm"], one["keep"])))
         names = (cut(one["request_id"]), cut(one["tier"]), cut(one["model"]), cut(status))
         table.append((*names, first, ms(one["e2e_s"]), about))
     return columns(table)
+
+
+def _status(told: Mapping[str, Any]) -> str:
+    """With what went wrong, where that has a name of its own."""
+    status, error = str(told["status"]), told["error"]
+    return status if error in ("", status) else f"{status} {error}"
 
 
 def cut(name: str) -> str:
@@ -161,7 +170,7 @@ def drawn(told: Mapping[str, Any], width: int) -> list[str]:
     names = [f"{'  ' * depth}{span['name']}"[:TEXT_MAX] for depth, span in tree]
     text = max(map(len, names))
     bar = max(BAR_MIN, width - text - 13)
-    status = f"{told['status']} {told['error']}".strip()
+    status = _status(told)
     lines = [
         f"{told['request_id']}  {told['tier']}  {told['model']}  {status}  {ms(told['e2e_s'])}",
         f"trace {told['trace_id']}",

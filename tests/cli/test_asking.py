@@ -45,7 +45,7 @@ def test_a_key_that_no_header_takes_is_named_and_not_shown(monkeypatch: pytest.M
         monkeypatch.setenv(KEY, wrong)
         with answering(TOLD) as url:
             done = run("list", "--url", url)
-        assert done.exit_code == 1
+        assert done.exit_code == 2
         assert KEY in done.stderr
         assert "secr" not in done.stderr
 

@@ -41,6 +41,7 @@ class Stub:
         self.pieces = pieces
         self.status = status
         self.asked: list[dict[str, Any]] = []
+        self.keys: list[str | None] = []
         self.models: dict[str, Any] = {"data": [{"id": "tiny"}]}
         self.hold = threading.Event()  # a piece of b"HOLD" waits for it
 
@@ -49,10 +50,12 @@ class Stub:
 def serving(stub: Stub) -> Iterator[str]:
     class Answer(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
+            stub.keys.append(self.headers["authorization"])
             self._head(200)
             self.wfile.write(json.dumps(stub.models).encode())
 
         def do_POST(self) -> None:
+            stub.keys.append(self.headers["authorization"])
             stub.asked.append(json.loads(self.rfile.read(int(self.headers["content-length"]))))
             self._head(stub.status)
             for piece in stub.pieces:
@@ -168,9 +171,9 @@ def test_a_message_may_come_from_stdin_and_the_port_from_the_environment() -> No
 
 def test_nothing_on_stdin_is_told() -> None:
     done = chat()
-    assert (done.returncode, done.stderr) == (1, b"stdin is empty: give a MESSAGE\n")
+    assert (done.returncode, done.stderr) == (2, b"stdin is empty: give a MESSAGE\n")
     done = chat(stdin=b"\xff\xfe")
-    assert (done.returncode, done.stderr) == (1, b"stdin is not UTF-8 text\n")
+    assert (done.returncode, done.stderr) == (2, b"stdin is not UTF-8 text\n")
 
 
 def test_no_server_says_how_to_start_one() -> None:
@@ -188,8 +191,31 @@ def test_no_server_says_how_to_start_one() -> None:
 def test_a_url_that_is_none_is_told(
     url: str, told: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert talk(url, None, None, "hi") == 1
+    assert talk(url, None, None, "hi") == 2
     assert told in capsys.readouterr().err
+
+
+def test_the_key_of_the_environment_is_sent_along() -> None:
+    """A gateway with tenants, as the stack's, could not be talked to at all."""
+    stub = Stub(GOOD)
+    with serving(stub) as url:
+        assert chat("--url", url, "hi", HEADGATE_API_KEY="hg-mine ").returncode == 0
+        assert stub.keys == ["Bearer hg-mine"] * 2
+        wrong = chat("--url", url, "hi", HEADGATE_API_KEY="hg\nmore")
+        assert (wrong.returncode, len(stub.keys)) == (2, 2)
+        assert b"HEADGATE_API_KEY" in wrong.stderr
+        assert b"hg" not in wrong.stderr
+    body = json.dumps({"error": {"message": "no API key came"}}).encode()
+    with serving(Stub([body], status=401)) as url:
+        done = chat("--url", url, "hi")
+    assert done.stderr == b"HTTP 401: no API key came (HEADGATE_API_KEY is sent along)\n"
+
+
+def test_a_port_that_is_none_is_wrong_usage() -> None:
+    for junk in ("-1", "0"):
+        done = chat("hi", HEADGATE_PORT=junk)
+        assert done.returncode == 2
+        assert b"HEADGATE_PORT" in done.stderr
 
 
 def test_a_refusal_is_told_with_its_advice() -> None:

@@ -57,6 +57,32 @@ def test_requests_are_listed_with_why_they_are_kept() -> None:
     ]  # fmt: skip
 
 
+def test_a_status_is_told_once_and_an_error_by_its_name() -> None:
+    """An error that has no code of its own was "400 400"."""
+    for error, told in (("400", "400"), ("context_length_exceeded", "400 context_length_exceeded")):
+        line = rows([TRACE | {"status": 400, "error": error}])[1]
+        assert f"  {told}  " in line
+
+
+def test_the_operator_s_key_opens_traces(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As for all commands that ask /admin; a client's is named where it was tried."""
+    error = json.dumps({"error": {"message": "not for you"}}).encode()
+    for keys, sent in (
+        ({}, "HEADGATE_ADMIN_KEY"),
+        ({"HEADGATE_API_KEY": "a"}, "HEADGATE_API_KEY"),
+        ({"HEADGATE_API_KEY": "a", "HEADGATE_ADMIN_KEY": "b"}, "HEADGATE_ADMIN_KEY"),
+    ):
+        for name in ("HEADGATE_API_KEY", "HEADGATE_ADMIN_KEY"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in keys.items():
+            monkeypatch.setenv(name, value)
+        with answering(error, status=b"HTTP/1.1 401 Unauthorized") as url:
+            assert trace("latest", url, as_json=False) == 2
+        assert f"not for you ({sent} is sent along)" in capsys.readouterr().err
+
+
 def test_a_terminal_obeys_nothing_that_a_client_has_written() -> None:
     (_, line) = rows([TRACE | {"model": "m" * 300}])
     assert len(line) < 140
