@@ -12,9 +12,9 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, TypeVar
 
-from cache.store import BUCKET_KEPT_S, QUOTA_KEPT_S, Bucket, Entries, Rule, Taken, Want
+from cache.store import BUCKET_KEPT_S, QUOTA_KEPT_S, Entries, Quota, Rule, Taken, Want
 
 KEYS_MAX = 10**6  # of each kind; beyond it what expires first goes
 V = TypeVar("V")
@@ -46,31 +46,31 @@ class MemoryStore:
         now, wants = self._clock(), self._shares(wants)
         levels = [self._level(want, now) for want in wants]
         waits = [
-            level.wait_s(want.rule, want.amount, now)
+            0.0 if want.amount <= level.left else level.wait_s(want.rule, want.amount, now)
             for level, want in zip(levels, wants, strict=True)
         ]
-        short = tuple(index for index, wait_s in enumerate(waits) if wait_s > 0)
-        if short:
-            left = tuple(level.left for level in levels)
+        if any(waits):
+            short = tuple(index for index, wait_s in enumerate(waits) if wait_s > 0)
+            left = tuple([level.left for level in levels])
             return Taken(False, left, max(waits), short, self._among)
-        taken = []
         for level, want in zip(levels, wants, strict=True):
-            taken.append(level.left - want.amount)
-            self._keep(want, Level(taken[-1], level.at), now)
-        return Taken(True, tuple(taken), among=self._among)
+            level.left -= want.amount
+            self._keep(want, level, now)
+        return Taken(True, tuple([level.left for level in levels]), among=self._among)
 
     async def settle(self, changes: Sequence[Want]) -> None:
         now = self._clock()
         for change in self._shares(changes):
             level = self._level(change, now)
-            left = min(full(change.rule), level.left + change.amount)
-            self._keep(change, Level(left, level.at), now)
+            level.left = min(change.rule.capacity, level.left + change.amount)
+            self._keep(change, level, now)
 
     async def restore(self, left: Sequence[Want]) -> None:
         now = self._clock()
         for want in self._shares(left):
             level = self._level(want, now)
-            self._keep(want, Level(min(level.left, want.amount), level.at), now)
+            level.left = min(level.left, want.amount)
+            self._keep(want, level, now)
 
     def _shares(self, wants: Sequence[Want]) -> Sequence[Want]:
         if self._among == 1:
@@ -78,8 +78,12 @@ class MemoryStore:
         return [want._replace(rule=want.rule.share(self._among)) for want in wants]
 
     def _level(self, want: Want, now: float) -> Level:
+        """As it is now; a new one is kept by nobody yet."""
         level = self._levels.get(want.key, now)
-        return level.later(want.rule, now) if level else Level(full(want.rule), now)
+        if level is None:
+            return Level(want.rule.capacity, now)
+        level.refill(want.rule, now)
+        return level
 
     def _keep(self, want: Want, level: Level, now: float) -> None:
         self._levels.set(want.key, level, level.expires_at(want.rule), now)
@@ -146,43 +150,37 @@ class MemoryStore:
         """Nothing to end."""
 
 
-class Level(NamedTuple):
+@dataclass(slots=True)
+class Level:
     """What was left of a rule at a moment."""
 
     left: float
     at: float
 
-    def later(self, rule: Rule, now: float) -> Level:
-        """A clock that goes backwards refills nothing twice."""
-        left, at = self
-        if now > at:
-            if isinstance(rule, Bucket):
-                left += (now - at) * rule.per_s
-            at = now
-        return Level(min(full(rule), left), at)
+    def refill(self, rule: Rule, now: float) -> float:
+        """What is left now. A clock that goes backwards refills nothing twice."""
+        if now > self.at:
+            self.left += (now - self.at) * rule.per_s
+            self.at = now
+        self.left = min(rule.capacity, self.left)
+        return self.left
 
     def wait_s(self, rule: Rule, amount: float, now: float) -> float:
-        """Seconds until the amount fits; 0 when it does."""
-        if isinstance(rule, Bucket):
-            lacking = min(amount, rule.capacity) - self.left
-            if lacking <= 0:
-                return 0.0
-            return lacking / rule.per_s if rule.per_s > 0 else math.inf
-        if amount <= self.left:
+        """Seconds until an amount fits that is more than what is left; 0 where it does."""
+        if isinstance(rule, Quota):
+            return max(1.0, rule.ends_at - now) if amount <= rule.capacity else math.inf
+        lacking = min(amount, rule.capacity) - self.left
+        if lacking <= 0:
             return 0.0
-        return max(1.0, rule.ends_at - now) if amount <= rule.limit else math.inf
+        return lacking / rule.per_s if rule.per_s > 0 else math.inf
 
     def expires_at(self, rule: Rule) -> float:
         """When there is nothing to remember of it any more."""
-        if not isinstance(rule, Bucket):
+        if isinstance(rule, Quota):
             return rule.ends_at + QUOTA_KEPT_S
         lacking = rule.capacity - self.left
         full_in_s = lacking / rule.per_s if rule.per_s > 0 else QUOTA_KEPT_S
         return self.at + full_in_s + BUCKET_KEPT_S
-
-
-def full(rule: Rule) -> float:
-    return rule.capacity if isinstance(rule, Bucket) else rule.limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,14 +218,13 @@ class Expiring(Generic[V]):
 
     def set(self, key: str, value: V, ends_at: float, now: float) -> None:
         known = self._kept.get(key)
-        if known is None:
+        if known is not None and known.due_at <= ends_at:
+            known.value, known.ends_at = value, ends_at
+            if now < self._due[0][0]:
+                return
+        else:
             self._kept[key] = _Kept(value, ends_at, ends_at)
             heapq.heappush(self._due, (ends_at, key))
-        else:
-            known.value, known.ends_at = value, ends_at
-            if ends_at < known.due_at:
-                known.due_at = ends_at
-                heapq.heappush(self._due, (ends_at, key))
         self._forget(now)
 
     def change(self, key: str, value: V) -> None:

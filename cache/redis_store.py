@@ -14,7 +14,7 @@ from typing import Any
 
 from cache.redis_lane import Lane, Refusal, Word
 from cache.redis_scripts import APPEND, COUNT, LIMITS, POST, SWAP, Script
-from cache.store import ENTRY_BYTES_MAX, Bucket, Entries, StoreDown, Taken, Want
+from cache.store import ENTRY_BYTES_MAX, Entries, Quota, StoreDown, Taken, Want
 
 DATE_BYTES = 8  # before each entry, when it ends
 SLACK_S = 60.0  # Redis forgets an entry so long after its end: clocks differ
@@ -63,10 +63,8 @@ class RedisStore:
         words: list[Word] = [self._clock(), what]
         for want in wants:
             rule = want.rule
-            if isinstance(rule, Bucket):
-                words += (rule.capacity, rule.per_s, -1, want.amount)
-            else:
-                words += (rule.limit, 0, rule.ends_at, want.amount)
+            ends_at = rule.ends_at if isinstance(rule, Quota) else -1
+            words += (rule.capacity, rule.per_s, ends_at, want.amount)
         keys = [want.key for want in wants]
         said: list[Any] = await self._run(LIMITS, keys, words)
         return said

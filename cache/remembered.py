@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from cache.memory_store import Expiring, Level, full
+from cache.memory_store import Expiring, Level
 from cache.store import Taken, Want
 
 Heard = dict[str, tuple[Want, Level]]
@@ -41,18 +41,18 @@ class Remembered:
 
     def changed(self, change: Want) -> None:
         """A settlement that the store has got."""
-        self._set(change, min(full(change.rule), self.left(change) + change.amount))
+        self._set(change, min(change.rule.capacity, self.left(change) + change.amount))
 
     def left(self, want: Want) -> float:
         now = self._clock()
         known = self._rules.get(want.key, now)
-        return known[1].later(want.rule, now).left if known else full(want.rule)
+        return known[1].refill(want.rule, now) if known else want.rule.capacity
 
     def all_left(self) -> list[Want]:
         """Each rule with what is left of it as its amount."""
         now = self._clock()
         known = self._rules.items_at(now).values()
-        return [want._replace(amount=level.later(want.rule, now).left) for want, level in known]
+        return [want._replace(amount=level.refill(want.rule, now)) for want, level in known]
 
     def _set(self, want: Want, left: float) -> None:
         now = self._clock()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 QUOTA_KEPT_S = 3600.0  # a quota's sum outlives its end this long, for settlements that come late
 BUCKET_KEPT_S = 60.0  # a bucket is forgotten so long after it is full again
@@ -40,16 +40,17 @@ class Bucket:
 
 @dataclass(frozen=True, slots=True)
 class Quota:
-    """A budget until a moment, such as tokens a day: `limit` in all, nothing comes back before.
+    """A budget until a moment, such as tokens a day: `capacity` in all, nothing comes back before.
 
     The period belongs into the key (`key("budget", tenant, "2026-11-26")`).
     """
 
-    limit: float
+    capacity: float
     ends_at: float
+    per_s: ClassVar[float] = 0.0
 
     def share(self, among: int) -> Quota:
-        return replace(self, limit=self.limit / among)
+        return replace(self, capacity=self.capacity / among)
 
 
 Rule = Bucket | Quota

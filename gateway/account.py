@@ -96,14 +96,12 @@ class Account:
 
     def outcome(self, error: BaseException | None) -> Outcome:
         """How it ended, by what ended it, or by the replica's own status."""
+        if error is None:
+            told = told_at_end(self.reply.recent)
+            return outcome_of(told[0] if told is not None else self.status)
         if isinstance(error, ClientGone | asyncio.CancelledError):
             return "cancelled"
-        if isinstance(error, Problem):
-            return outcome_of(error.status)
-        if error is not None:
-            return "error"
-        told = told_at_end(self.reply.recent)
-        return outcome_of(told[0] if told is not None else self.status)
+        return outcome_of(error.status) if isinstance(error, Problem) else "error"
 
     def answered(self, answer: Opened) -> None:
         """A replica's answer begins."""

@@ -54,8 +54,12 @@ class Attempts:
     made: int = 0
     stale: int = 0
     tried: list[Tried] = field(default_factory=list)
-    began: float = field(default_factory=lambda: asyncio.get_running_loop().time())
+    loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
+    began: float = field(init=False)
     asked_at: float | None = None  # where the request is older than these attempts
+
+    def __post_init__(self) -> None:
+        self.began = self.loop.time()
 
     async def answer(self) -> Answer:
         """The answer that goes to the client: a good one, or the last bad one. Raises Problem."""
@@ -107,15 +111,15 @@ class Attempts:
         other = self._next(besides=first)
         if other is None or not spare(other.in_flight, first.in_flight):
             return None
-        if not self.duplicates.take(asyncio.get_running_loop().time(), len(self.call.body)):
+        if not self.duplicates.take(self.loop.time(), len(self.call.body)):
             return None
         self.passed.add(other)
         return self._once(other)
 
     async def _once(self, replica: Replica) -> Answer:
         """One request to one replica, whose place there is given back unless an answer comes."""
-        loop, booking = asyncio.get_running_loop(), self.trip.book(replica)
-        attempt = Attempt(replica, loop, booking, self.trip.hop(replica))
+        booking = self.trip.book(replica)
+        attempt = Attempt(replica, self.loop, booking, self.trip.hop(replica))
         self.made += 1
         outcome, well = "left", None
         try:
@@ -160,7 +164,7 @@ class Attempts:
 
     def _may_leave(self, replica: Replica) -> bool:
         """Whether another attempt may follow one that is late, also at one that failed before."""
-        now = asyncio.get_running_loop().time()
+        now = self.loop.time()
         if self.made >= self.settings.retries.max_attempts or not self.budget.allows(now):
             return False
         others = (
@@ -174,7 +178,7 @@ class Attempts:
 
     def _next(self, *, besides: Replica | None = None) -> Replica | None:
         """Whom to ask now: someone who does not rest, else one who does."""
-        now = asyncio.get_running_loop().time()
+        now = self.loop.time()
         may = [
             replica
             for replica in self.replicas()
@@ -189,7 +193,7 @@ class Attempts:
 
     async def _again(self, replica: Replica, failure: Answer | Problem) -> bool:
         """Whether to try once more, after the wait that it takes; a bad answer is closed then."""
-        now = asyncio.get_running_loop().time()
+        now = self.loop.time()
         after_s = self._note_failure(replica, failure, now)
         self.passed.add(replica)
         wait_s = 0.0 if self._next() is not None else self._pause_s(after_s)

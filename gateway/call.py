@@ -81,8 +81,11 @@ class Call:
         for name in SESSION_HEADERS:
             if named := self.headers.get(name):
                 return named
-        values = (self.data.get(name) for name in fields)
-        return next((value for value in values if isinstance(value, str) and value), None)
+        for name in fields:
+            value = self.data.get(name)
+            if value and isinstance(value, str):
+                return value
+        return None
 
 
 async def read_body(

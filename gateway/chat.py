@@ -15,6 +15,7 @@ from gateway.account import Account
 from gateway.admission import Admitted
 from gateway.answer import Answer
 from gateway.call import ClientGone, parse_call, read_body, request_id
+from gateway.deadline import Deadline
 from gateway.edge import Asked, Edge, Live
 from gateway.keys import TENANT, Known
 from gateway.listener import COMING, OUTGOING
@@ -116,9 +117,11 @@ async def _serve(edge: Edge, asked: Asked, account: Account, *, strict: bool) ->
     assert trail is not None, "it began before the request was read"
     trail.service = service
     account.trace_id = edge.tracer.exemplar(trail)
-    with trail.trim:
-        call, trimmed = await edge.shortener.trim(call, tenant.name, service.tier)
-    trail.trimmed = account.trimmed = trimmed
+    trimmed = None
+    if edge.shortener.on:
+        with trail.trim:
+            call, trimmed = await edge.shortener.trim(call, tenant.name, service.tier)
+        trail.trimmed = account.trimmed = trimmed
     if trimmed is not None:
         reply.more.append((b"x-headgate-trimmed-tokens", b"%d" % trimmed.removed_tokens))
     recall = edge.recall(call, tenant.name, service.tier)
@@ -192,10 +195,10 @@ async def within(
         await work
         return
     try:
-        async with asyncio.timeout(limit_s) as limit:
+        with Deadline(asyncio.get_running_loop().time() + limit_s) as limit:
             await work
     except TimeoutError:
-        if not limit.expired():
+        if not limit.passed:
             raise
         raise problems.request_timeout(limit_s, deadline_ms) from None
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from gateway import problems
 from gateway.answer import Answer, Attempt
 from gateway.call import Call
+from gateway.deadline import Deadline
 from gateway.response import Cut, Failed
 from policies.schema import Gateway
 
@@ -38,7 +39,7 @@ async def exchange(
     complete = False
     patience: Patience | None = None
     try:
-        async with asyncio.timeout_at(until) as limit:
+        with Deadline(until) as limit:
             if call.stream:  # the headers of a whole answer come when it is complete
                 patience = Patience(limit, may_leave)
                 patience.wait(attempt.began, policy.headers_failover_s, policy.ttft_failover_s)
@@ -68,7 +69,7 @@ MayLeave = Callable[[], bool]
 class Patience:
     """Ends the wait within `limit` once it has been too long and `may_leave` agrees."""
 
-    limit: asyncio.Timeout
+    limit: Deadline
     may_leave: MayLeave
     left_after_s: float | None = None
     _timer: asyncio.TimerHandle | None = field(default=None, repr=False)
@@ -90,6 +91,6 @@ class Patience:
         loop = asyncio.get_running_loop()
         if self.may_leave():
             self.left_after_s = after_s
-            self.limit.reschedule(loop.time())
+            self.limit.now()
         else:
             self._timer = loop.call_later(AGAIN_S, self._look, after_s)

@@ -39,7 +39,7 @@ def fate_of(trail: Trail) -> Fate:
 def late(trail: Trail) -> bool:
     """Whether it missed a target of its tier."""
     service = trail.service
-    if service is None:
+    if service is None or not trail.stream:  # what is no stream was promised nothing
         return False
     ttft_s, tpot_s = trail.ttft_s, trail.tpot_s
     if ttft_s is not None and service.ttft_ms is not None and 1000 * ttft_s > service.ttft_ms:

@@ -73,10 +73,11 @@ class Limits:
         if not taken.allowed:
             what = names[taken.short[0]]
             rule = allowance.ruled(wants[taken.short[0]])
-            limit = rule.limit if isinstance(rule, Quota) else rule.capacity
             headers = dict(allowance.headers())
             told = {name.decode(): value.decode() for name, value in headers.items()}
-            raise problems.limit_reached(what, limit, taken.retry_after_s, told, taken.among)
+            raise problems.limit_reached(
+                what, rule.capacity, taken.retry_after_s, told, taken.among
+            )
         return allowance
 
     async def settle(self, allowance: Allowance, tokens: int) -> None:
@@ -103,18 +104,15 @@ class Rules(NamedTuple):
     rights: Tenant | None
     ends_at: float
     names: tuple[str, ...]
-    rules: tuple[tuple[str, Rule], ...]  # with their keys in the store
+    itself: tuple[Want, ...]  # what every request takes: one of the requests, where they have one
+    rules: tuple[tuple[str, Rule], ...]  # of tokens, with their keys in the store
 
     def wants(self, tokens: int | None) -> tuple[tuple[Want, ...], tuple[str, ...]]:
         """What a request takes of each limit, and the limits' names."""
         if tokens is None:  # of an answer that takes none
-            own = tuple(name for name in self.names if name == "requests")
-            return tuple(Want(*rule) for rule in self.rules[: len(own)]), own
-        wants = [
-            Want(where, rule, 1.0 if name == "requests" else float(tokens))
-            for name, (where, rule) in zip(self.names, self.rules, strict=True)
-        ]
-        return tuple(wants), self.names
+            return self.itself, self.names[: len(self.itself)]
+        amount = float(tokens)
+        return (*self.itself, *[Want(*rule, amount) for rule in self.rules]), self.names
 
 
 def rules_of(tenant: Known, now: float) -> Rules:
@@ -130,7 +128,9 @@ def rules_of(tenant: Known, now: float) -> Rules:
             day = datetime.datetime.fromtimestamp(now, datetime.UTC).date().isoformat()
             quota = Quota(float(rights.tokens_per_day), ends_at)
             found["budget"] = key("budget", tenant.name, day), quota
-    return Rules(rights, ends_at, tuple(found), tuple(found.values()))
+    names, itself = tuple(found), found.pop("requests", None)
+    wants = (Want(*itself),) if itself is not None else ()
+    return Rules(rights, ends_at, names, wants, tuple(found.values()))
 
 
 def _day_ends_at(now: float) -> float:

@@ -98,9 +98,8 @@ class Lookups:
         told: dict[str, list[dict[str, Any]]] = {}
         for (name, what), want, left in zip(found, wants, taken.left, strict=True):
             rule = want.rule
-            limit = rule.capacity if isinstance(rule, Bucket) else rule.limit
             span = "minute" if isinstance(rule, Bucket) else "day"
             told.setdefault(name, []).append(
-                {"what": what, "limit": limit / taken.among, "left": left, "per": span}
+                {"what": what, "limit": rule.capacity / taken.among, "left": left, "per": span}
             )
         return told, taken.among

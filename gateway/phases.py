@@ -8,7 +8,7 @@ here, so that it is written for few calls.
 from __future__ import annotations
 
 from gateway.tallies import PHASES
-from gateway.trail import Hop, Trail, now
+from gateway.trail import Hop, Trail, answered, now
 
 SERVER_TIMING = b"server-timing"
 
@@ -19,17 +19,17 @@ def phases(trail: Trail) -> dict[str, float]:
 
 
 def spent(trail: Trail) -> tuple[float, ...]:
-    """The same in the order of PHASES."""
+    """The same in the order of PHASES. Every part of the way that has begun is over."""
     upload, recv_queue = trail.due - trail.began, trail.read - trail.due
-    admit, queue, trim = trail.admit.s, trail.queue.s, trail.trim.s
-    route = trail.prompt.s
+    admit, queue = trail.admit.ended - trail.admit.began, trail.queue.ended - trail.queue.began
+    trim, route = trail.trim.ended - trail.trim.began, trail.prompt.ended - trail.prompt.began
     network = replica_queue = prefill = decode = 0.0
     hops = trail.way
     if hops:
         if trail.admit.ended:
             route += hops[0].began - (trail.queue.ended or trail.admit.ended)
         end = trail.ended if trail.done is None else min(trail.done, trail.ended)
-        hop = trail.answered
+        hop = answered(hops)
         if hop is None:
             network = hops[-1].began - hops[0].began
             prefill = max(0.0, min(hops[-1].ended or end, end) - hops[-1].began)
@@ -37,7 +37,7 @@ def spent(trail: Trail) -> tuple[float, ...]:
             network, replica_queue, prefill, decode = _answering(trail, hop, end)
             network += hop.began - hops[0].began
     known = recv_queue + admit + queue + trim + route + network + replica_queue + prefill + decode
-    download = trail.download.s
+    download = trail.download.ended - trail.download.began
     gateway = max(0.0, trail.ended - trail.due - known - download)
     return (
         upload, recv_queue, admit, queue, trim, route, network, replica_queue, prefill, decode,
@@ -72,11 +72,13 @@ def server_timing(trail: Trail) -> bytes:
     """What is known when the head of the answer goes: of a stream up to its first token."""
     at = now()
     upload, recv_queue = trail.due - trail.began, trail.read - trail.due
-    admit, queue, trim, route = trail.admit.s, trail.queue.s, trail.trim.s, trail.prompt.s
-    hop = trail.answered
+    admit, queue = trail.admit.s, trail.queue.s
+    trim, route = trail.trim.ended - trail.trim.began, trail.prompt.ended - trail.prompt.began
+    hops = trail.way
+    hop = answered(hops)
     there = b""
     if hop is not None and hop.first is not None:
-        began = trail.way[0].began
+        began = hops[0].began
         if trail.admit.ended:
             route += began - (trail.queue.ended or trail.admit.ended)
         there = _there(trail, hop, hop.first - began)

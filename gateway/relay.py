@@ -43,6 +43,7 @@ class Silence:
     def __init__(self, settings: Gateway, reply: Reply, *, stream: bool) -> None:
         self.since: float | None = time.monotonic()
         self._settings = settings
+        self._rest_s = min(settings.keep_alive_s, settings.idle_timeout_s)
         self._reply = reply
         self._stream = stream
         self._interrupt: Callable[[Problem], None] | None = None
@@ -65,8 +66,11 @@ class Silence:
         self._reply.pulse.left()
 
     def watch(self) -> None:
-        """Looks when it is due, until `end`."""
-        self._timer = asyncio.get_running_loop().call_later(self.due_s(), self._begin_look)
+        """Looks when it is due, until `end`: as it has just begun, not before `_rest_s`."""
+        self._look_in(self._rest_s)
+
+    def _look_in(self, seconds: float) -> None:
+        self._timer = asyncio.get_running_loop().call_later(seconds, self._begin_look)
 
     def end(self) -> None:
         for one in (self._timer, self._looking):
@@ -78,14 +82,14 @@ class Silence:
 
     async def _look_and_watch(self) -> None:
         await self.look()
-        self.watch()
+        self._look_in(self.due_s())
 
     def due_s(self) -> float:
         """When to look next, in seconds from now.
 
         Soon enough for a silence that begins, or a limit that changes, while nobody looks.
         """
-        rest_s = min(self._settings.keep_alive_s, self._settings.idle_timeout_s)
+        rest_s = self._rest_s
         if self.since is None:
             return rest_s
         due = self.since + self._settings.idle_timeout_s if self._interrupt else math.inf

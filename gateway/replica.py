@@ -87,7 +87,7 @@ class Replica:
 
     def takes(self, now: float) -> bool:
         """Whether a request may be sent to it, as far as its failures go and it is not to rest."""
-        return not self.spared and self.circuit.allows(now)
+        return not (self.draining or self.held) and self.circuit.allows(now)
 
     @property
     def spared(self) -> bool:

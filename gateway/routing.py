@@ -101,18 +101,17 @@ class Routing:
                 self.commons.popitem(last=False)
         return found
 
-    def way(self, options: Iterable[Replica]) -> str:
+    def way(self, options: Sequence[Known]) -> str:
         """The policy, or what `auto` comes to: once predictions are off for half of the replicas,
         they decide nothing."""
         if self.policy.policy != "auto":
             return self.policy.policy
-        wrong = [self.known(replica.url).pace.wrong for replica in options]
+        wrong = [known.pace.wrong for known in options]
         return "p2c" if 2 * sum(wrong) > len(wrong) else "cost"
 
-    def rates(self, replicas: Iterable[Replica]) -> tuple[float, float]:
+    def rates(self, replicas: Sequence[Known]) -> tuple[float, float]:
         """Seconds a token and a running answer of the usual replica, for those not yet known."""
-        seen = [known.pace for replica in replicas if (known := self.known(replica.url)).pace.seen]
-        paces = [pace for pace in seen if pace.seen >= LEARNED_MIN]
+        paces = [known.pace for known in replicas if known.pace.seen >= LEARNED_MIN]
         if not paces:
             return FIRST_S_PER_TOKEN, FIRST_S_PER_ANSWER
         return median(one.s_per_token for one in paces), median(one.s_per_answer for one in paces)
@@ -168,13 +167,14 @@ class Trip:
         routing, prompt = self._routing, self.prompt
         now = routing.clock()
         matches = routing.index.match(prompt.hashes, now)
-        options = self._options(able, matches, now)
+        known = [routing.known(replica.url) for replica in able]
+        options = self._options(able, known, matches, now)
         ask = Ask(
             prompt_tokens=prompt.tokens,
             common_tokens=routing.common(model).depth(prompt.hashes) * BLOCK_TOKENS,
             alpha=routing.policy.alpha_of(self.receipt.tier),
             delayed=delayed(sum([option.busy for option in options]) / len(options)),
-            policy=routing.way(able),
+            policy=routing.way(known),
             draw=routing.rng.random(),
             turn=routing.turns,
             hint=routing.sessions.get((model, self._hint)) if self._hint else None,
@@ -186,13 +186,15 @@ class Trip:
         return chosen
 
     def _options(
-        self, able: Sequence[Replica], matches: Mapping[object, int], now: float
+        self,
+        able: Sequence[Replica],
+        knowns: Sequence[Known],
+        matches: Mapping[object, int],
+        now: float,
     ) -> tuple[Option, ...]:
-        routing = self._routing
-        usual = routing.rates(able)
+        usual = self._routing.rates(knowns)
         options = []
-        for replica in able:
-            known = routing.known(replica.url)
+        for replica, known in zip(able, knowns, strict=True):
             pace = known.pace
             per_token, per_answer = usual
             if pace.seen >= LEARNED_MIN:
@@ -305,11 +307,11 @@ class Trip:
     def computing(self, known: Known) -> bool:
         """Whether what is foreseen to be cached there is only just being computed."""
         hashes = self.prompt.hashes
-        return any(
-            depth > other.held and other.hashes[depth - 1] == hashes[depth - 1]
-            for other in known.bookings.values()
-            if (depth := min(len(hashes), len(other.hashes)))
-        )
+        for other in known.bookings.values():
+            depth = min(len(hashes), len(other.hashes))
+            if depth > other.held and other.hashes[depth - 1] == hashes[depth - 1]:
+                return True
+        return False
 
 
 class Booking:

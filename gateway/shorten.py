@@ -78,7 +78,7 @@ class Shortener:
     def __init__(self, settings: Trim, count: Count, store: Store, arm: str = "") -> None:
         """Arms of an experiment, which cut in different ways, keep their cuts apart."""
         self.settings = settings
-        self._off = settings.off
+        self.on = not settings.off
         self._kind = f"cut{arm}"
         self.totals = Totals()
         self._count = count
@@ -87,9 +87,7 @@ class Shortener:
 
     async def trim(self, call: Call, tenant: str, tier: str) -> tuple[Call, Trimmed | None]:
         """The call as it goes on, and what was left out of it, if anything."""
-        if self._off:
-            return call, None
-        messages = _readable(call.data.get("messages"))
+        messages = _readable(call.data.get("messages")) if self.on else None
         if messages is None:
             return call, None
         kept, documents, shortened = self._shorten_each(messages, call.data.get("documents"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from operator import add
 
 from gateway.tenants import Tenants
 
@@ -26,13 +27,15 @@ class Tally:
     late: int = 0
     in_pace: int = 0  # answers whose tokens came within their target
     slow: int = 0
-    phase_s: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+    _spent_s: tuple[float, ...] = (0.0,) * len(PHASES)
 
     def spend(self, seconds: Iterable[float]) -> None:
         """One request's, in the order of PHASES."""
-        spent = self.phase_s
-        for name, s in zip(PHASES, seconds, strict=True):
-            spent[name] += s
+        self._spent_s = tuple(map(add, self._spent_s, seconds))
+
+    @property
+    def phase_s(self) -> dict[str, float]:
+        return dict(zip(PHASES, self._spent_s, strict=True))
 
 
 @dataclass(slots=True)

@@ -41,12 +41,23 @@ Told = dict[str, Any]
 class Spent:
     """Of one tenant."""
 
-    ever: Counts = field(default_factory=dict)
-    slots: deque[tuple[int, Counts]] = field(default_factory=lambda: deque(maxlen=SLOTS))
+    before: Counts = field(default_factory=dict)  # of slots that are gone
+    slots: deque[tuple[int, Counts]] = field(default_factory=deque)
 
-    def now(self, slot: int) -> Counts:
-        """Of the slots that are not over for longer than the window."""
-        return summed(one for at, one in self.slots if at > slot - SLOTS)
+    def in_slot(self, slot: int) -> Counts:
+        """What this slot has so far."""
+        slots = self.slots
+        if not slots or slots[-1][0] != slot:
+            if len(slots) == SLOTS:
+                self.before = summed((self.before, slots.popleft()[1]))
+            slots.append((slot, {}))
+        return slots[-1][1]
+
+    def told(self, slot: int) -> list[Counts]:
+        """Of the slots that are not over for longer than the window, and since the start."""
+        now = summed(one for at, one in self.slots if at > slot - SLOTS)
+        over = [one for at, one in self.slots if at <= slot - SLOTS]
+        return [now, summed((self.before, *over, now))]
 
 
 class Tenants:
@@ -63,30 +74,27 @@ class Tenants:
             if len(self._spent) >= MOST and name:
                 name = OTHERS
             spent = self._spent.setdefault(name, Spent())
-        slot = int(trail.ended // SLOT_S)
-        if not spent.slots or spent.slots[-1][0] != slot:
-            spent.slots.append((slot, {}))
+        counts = spent.in_slot(int(trail.ended // SLOT_S))
         tier = trail.service.tier if trail.service is not None else ""
-        at, usage = _AT[fate_of(trail)], trail.usage
-        untold = computed_untold(trail) if usage is None else 0
-        for counts in (spent.ever, spent.slots[-1][1]):
-            row = counts.get(tier)
-            if row is None:
-                row = counts[tier] = [0] * len(COUNTS)
-            row[at] += 1
-            row[_PROMPT + 4] += untold
-            if usage is not None:
-                row[_PROMPT] += usage.prompt_tokens
-                if usage.cached_tokens is not None:
-                    row[_PROMPT + 1] += usage.prompt_tokens
-                    row[_PROMPT + 2] += usage.cached_tokens
-                row[_PROMPT + 3] += usage.answer_tokens
-                row[_PROMPT + 5] += usage.prompt_tokens + usage.answer_tokens
+        row = counts.get(tier)
+        if row is None:
+            row = counts[tier] = [0] * len(COUNTS)
+        row[_AT[fate_of(trail)]] += 1
+        usage = trail.usage
+        if usage is None:
+            row[_PROMPT + 4] += computed_untold(trail)
+            return
+        row[_PROMPT] += usage.prompt_tokens
+        if usage.cached_tokens is not None:
+            row[_PROMPT + 1] += usage.prompt_tokens
+            row[_PROMPT + 2] += usage.cached_tokens
+        row[_PROMPT + 3] += usage.answer_tokens
+        row[_PROMPT + 5] += usage.prompt_tokens + usage.answer_tokens
 
     def told(self, now: float) -> dict[str, list[Counts]]:
         """Of each by its name: of the window, and since the start. `now` as `Trail.ended`."""
         slot = int(now // SLOT_S)
-        return {name: [one.now(slot), one.ever] for name, one in self._spent.items()}
+        return {name: one.told(slot) for name, one in self._spent.items()}
 
 
 def computed_untold(trail: Trail) -> int:

@@ -24,6 +24,7 @@ PRIORITY_HEADER = "x-headgate-priority"
 TTFT_HEADER = "x-slo-ttft-ms"
 TPOT_HEADER = "x-slo-tpot-ms"
 DEADLINE_HEADER = "x-slo-deadline-ms"
+TARGETS = (TTFT_HEADER, TPOT_HEADER, DEADLINE_HEADER)
 TARGET_MS_MAX = 86_400_000
 DEADLINE_GRACE_S = 0.25  # in which a worker says by itself that the deadline is over
 
@@ -69,7 +70,8 @@ class Tiers:
         allowed: Sequence[str] = rights.tiers if rights and rights.tiers else tuple(self.rules)
         ttft_ms, tpot_ms, deadline_ms = targets(call.headers)
         named = self._named(call)
-        if named is None and (ttft_ms is not None or tpot_ms is not None):
+        asks = ttft_ms is not None or tpot_ms is not None
+        if named is None and asks:
             named = self._loosest(allowed, ttft_ms, tpot_ms)
         asked = named is not None or rights is not None or deadline_ms is not None
         if named is None:
@@ -77,7 +79,8 @@ class Tiers:
         if named not in allowed:
             named = self._below(named, allowed)
         rules = self.rules[named]
-        if rights is not None:  # looser than promised is anybody's wish, tighter nobody's right
+        # Looser than promised is anybody's wish, tighter nobody's right.
+        if asks and rights is not None:
             ttft_ms, tpot_ms = (
                 _not_below(ttft_ms, rules.ttft_ms),
                 _not_below(tpot_ms, rules.tpot_ms),
@@ -151,6 +154,8 @@ class Tiers:
 
 def targets(headers: Mapping[str, str]) -> tuple[float | None, float | None, float | None]:
     """TTFT, TPOT and deadline that a request asks for. Raises Problem 400."""
+    if headers.keys().isdisjoint(TARGETS):
+        return None, None, None
     return (
         _target(headers, TTFT_HEADER),
         _target(headers, TPOT_HEADER),

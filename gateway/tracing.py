@@ -169,12 +169,10 @@ def _told(trail: Trail, reply: Reply) -> str:
 
 def error_of(error: BaseException | None, status: int) -> str:
     """What `error.type` says; empty for an answer that came to its end."""
+    if error is None:
+        return "" if status < 400 else str(status)
     if isinstance(error, Problem):
         return error.code or str(error.status)
     if isinstance(error, ClientGone):
         return LEAVES
-    if isinstance(error, asyncio.CancelledError):
-        return "stopped"
-    if error is not None:
-        return type(error).__name__
-    return "" if status < 400 else str(status)
+    return "stopped" if isinstance(error, asyncio.CancelledError) else type(error).__name__

@@ -220,15 +220,7 @@ class Trail:
 
     @property
     def answered(self) -> Hop | None:
-        """The attempt whose answer the client has: the first good one, with which later ones go
-        on; else the last one that had any."""
-        last = None
-        for hop in self.way:
-            if hop.first is not None:
-                last = hop
-                if hop.outcome == "200":
-                    break
-        return last
+        return answered(self.way)
 
     @property
     def failed(self) -> bool:
@@ -265,6 +257,18 @@ class Trail:
     def at_s(self, moment: float) -> float:
         """A moment in seconds since 1970."""
         return self.at + (moment - self.began)
+
+
+def answered(way: Sequence[Hop]) -> Hop | None:
+    """The attempt whose answer the client has: the first good one, with which later ones go on;
+    else the last one that had any."""
+    last = None
+    for hop in way:
+        if hop.first is not None:
+            last = hop
+            if hop.outcome == "200":
+                break
+    return last
 
 
 def is_refusal(why: str) -> bool:

@@ -88,10 +88,9 @@ class Pool:
         trace: TracebackType | None,
     ) -> None:
         self.draining = True
-        if self.in_flight:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(GOODBYE_S):
-                    await self._empty.wait()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(GOODBYE_S):
+                await self.emptied()
         await self._fleet.end()
         if self._client is not None:
             await self._client.close()
@@ -105,7 +104,6 @@ class Pool:
         if self.in_flight >= self.settings.max_in_flight:
             raise problems.overloaded(self.settings.max_in_flight)
         self.in_flight += 1
-        self._empty.clear()
 
     def leave(self) -> None:
         self.in_flight -= 1
@@ -115,6 +113,7 @@ class Pool:
     async def emptied(self) -> None:
         """Returns once nobody has a place."""
         while self.in_flight:
+            self._empty.clear()
             await self._empty.wait()
 
     def open(self, call: Call, trip: Trip) -> Opening:

@@ -31,18 +31,14 @@ def usage_of(pieces: Iterable[bytes]) -> Usage | None:
         at = text.rfind(b'"usage"', 0, at)
     if at < 0:
         return None
-    counts = dict(_COUNT.findall(text, at))
+    counts = {name: int(count) for name, count in _COUNT.findall(text, at)}
     if b"prompt_tokens" not in counts:
         return None
-
-    def count(name: bytes) -> int | None:
-        return int(counts[name]) if name in counts else None
-
     return Usage(
-        int(counts[b"prompt_tokens"]),
-        count(b"completion_tokens") or 0,
-        count(b"cached_tokens"),
-        count(b"total_tokens"),
-        count(b"accepted_prediction_tokens"),
-        count(b"rejected_prediction_tokens"),
+        counts[b"prompt_tokens"],
+        counts.get(b"completion_tokens", 0),
+        counts.get(b"cached_tokens"),
+        counts.get(b"total_tokens"),
+        counts.get(b"accepted_prediction_tokens"),
+        counts.get(b"rejected_prediction_tokens"),
     )

@@ -46,8 +46,7 @@ class Limits:
 
     def left(self, name: str, now: float) -> float:
         rule = RULES[name]
-        full = rule.capacity if isinstance(rule, Bucket) else rule.limit
-        per_s = rule.per_s if isinstance(rule, Bucket) else 0.0
+        full, per_s = rule.capacity, rule.per_s
         left, at = full, START
         for moment, what, amount in [*self.changes[name], (now, "add", 0.0)]:
             left = min(full, left + per_s * (moment - at))
@@ -61,7 +60,7 @@ class Limits:
             return max(0.0, min(want.amount, want.rule.capacity) - left) / want.rule.per_s
         if want.amount <= left:
             return 0.0
-        return max(1.0, want.rule.ends_at - now) if want.amount <= want.rule.limit else math.inf
+        return max(1.0, want.rule.ends_at - now) if want.amount <= want.rule.capacity else math.inf
 
 
 class Stores(RuleBasedStateMachine):

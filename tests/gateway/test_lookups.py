@@ -51,6 +51,7 @@ def trail(**more: Any) -> Any:
         "tenant": "a", "model": "m", "service": None, "arm": "", "hops": (), "usage": None,
         "status": 200, "error": "", "ttft_s": None, "tpot_s": None, "e2e_s": 1.0, "ended": 0.0,
         "request_id": "req_1", "trace_id": "t", "receipt": None, "at": 0.0, "keep": "",
+        "stream": True,
     }  # fmt: skip
     return SimpleNamespace(**known | more)
 
