@@ -8,10 +8,11 @@ FROM ${PYTHON} AS base
 ENV PATH=/opt/headgate/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1
-# Volumes take owner and mode from here when they are first mounted.
+# Volumes take owner and mode from here when they are first mounted. Sockets in /run/headgate are for its group, too (setgid).
 RUN groupadd --gid 10001 headgate \
  && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /var/lib/headgate --shell /usr/sbin/nologin headgate \
- && install -d -o 10001 -g 10001 /var/lib/headgate /var/lib/headgate/ledger /var/cache/headgate /run/headgate
+ && install -d -o 10001 -g 10001 /var/lib/headgate /var/lib/headgate/ledger /var/cache/headgate \
+ && install -d -o 10001 -g 10001 -m 2770 /run/headgate
 WORKDIR /var/lib/headgate
 
 FROM base AS source

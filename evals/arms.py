@@ -21,6 +21,7 @@ import orjson
 
 from evals.arm_policy import write_policy
 from evals.client import Targets
+from evals.keys import keyed
 from evals.pairs import AA, BASELINE, CANDIDATE, SABOTAGE
 from evals.processes import NotServing, serving
 from policies.hypothesis import Design, Hypothesis, Variant
@@ -82,7 +83,7 @@ class Starting:
         if name == SABOTAGE:
             return await self.spoiled(stack, await self.up(stack, SPOILED))
         at = int(name == CANDIDATE)
-        variant = (self.hypothesis.baseline, self.hypothesis.candidate)[at]
+        variant = tuple(keyed(self.hypothesis, self.configured))[at]
         one = self.configured[at]
         edge = one is not None and one.deployment.runtime is None
         within_s = self.edge_s if edge else START_S

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import os
 import platform
 import shutil
 import time
@@ -24,6 +23,7 @@ from evals.arms import Arm, InTurn, Starting, started
 from evals.controls import Facts
 from evals.design import Step, steps
 from evals.journal import Journal
+from evals.keys import refuse_keyless
 from evals.needs import supply_of
 from evals.pairs import CANDIDATE
 from evals.plan import Plan as Outlook, plan as outlook
@@ -39,9 +39,8 @@ from evals.verdict_file import VERDICT_FILE, Rows, write_run
 from policies.binding import ledger_of, pair, sides
 from policies.hypothesis import Hypothesis
 from policies.ledger import Ledger
-from policies.load import load_hypothesis, read_yaml
+from policies.load import load_hypothesis
 from policies.patching import Configured, spelled_out
-from policies.problems import PolicyError, Problem, dotted
 
 STATE = ".headgate"  # beside the hypothesis
 SPEC_FILE, JOURNAL_FILE, ARMS_FILE = "spec.json", "journal.jsonl", "arms.json"
@@ -84,8 +83,8 @@ def prepare(file: Path, *, allow_code: bool = False) -> Prepared:
     `allow_code`: whether scorers may run what a model wrote.
     """
     written = load_hypothesis(file)
-    _refuse_keyless(file, written)
     configured = pair(file, written)
+    refuse_keyless(file, written, configured)
     refuse_uncounted(file, written, configured[1])
     hypothesis = spelled_out(written, configured)
     sources = read_sources(file, hypothesis, allow_code=allow_code)
@@ -101,20 +100,6 @@ def prepare(file: Path, *, allow_code: bool = False) -> Prepared:
         state=file.absolute().parent / STATE,
         ledger=ledger_of(file, hypothesis),
     )
-
-
-def _refuse_keyless(file: Path, hypothesis: Hypothesis) -> None:
-    """A server that asks for a key would refuse every request of a run."""
-    _, places, _ = read_yaml(str(file))
-    for name, one in (("baseline", hypothesis.baseline), ("candidate", hypothesis.candidate)):
-        for field in ("api_key_env", "metrics_key_env"):
-            variable = getattr(one, field)
-            if variable is None or os.environ.get(variable):
-                continue
-            path = (name, field)
-            what = one.url if field == "api_key_env" else f"{one.url}'s /metrics"
-            why = f"the environment has no {variable}: export the key that {what} asks for"
-            raise PolicyError(Problem(str(file), why, places.of(path), dotted(path)))
 
 
 async def execute(plan: Prepared, say: Say, progress: Progress) -> Verdict:

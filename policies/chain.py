@@ -5,6 +5,7 @@ Knows where hypotheses and ledgers lie; what lets one of them on, `standing.py` 
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -87,8 +88,8 @@ def hypotheses(file: Path, deployment: Deployment) -> Iterator[tuple[Path, Hypot
     for at, one in enumerate(deployment.optimizations):
         path = file.parent / Path(one.hypothesis).expanduser()
         place = ("optimizations", at, "hypothesis")
-        if not path.is_file():
-            raise PolicyError(*at_fields(file, [(place, f"there is no file {str(path)!r}")]))
+        if (why := _not_there(path)) is not None:
+            raise PolicyError(*at_fields(file, [(place, why)]))
         hypothesis = load_hypothesis(path)
         if (why := _not_a_patch(hypothesis)) is not None:
             raise PolicyError(*at_fields(file, [(place, why)]))
@@ -97,6 +98,16 @@ def hypotheses(file: Path, deployment: Deployment) -> Iterator[tuple[Path, Hypot
             raise PolicyError(*at_fields(file, [(place, why)]))
         names.add(hypothesis.name)
         yield path, hypothesis
+
+
+def _not_there(path: Path) -> str | None:
+    try:
+        there = stat.S_ISREG(path.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a null byte
+        there = False
+    except OSError as error:  # a folder that is not for whoever serves, a name that is too long
+        return f"{str(path)!r} cannot be read: {error.strerror}"
+    return None if there else f"there is no file {str(path)!r}"
 
 
 def _not_a_patch(hypothesis: Hypothesis) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def find_source(source: str, hypothesis: str | Path) -> Path:
     for folder in folders:
         for ending in ("", *endings):
             found = folder / f"{name}{ending}"
-            if found.is_file() or (kind == "replay" and found.is_dir()):
+            if _is_there(found, folder_too=kind == "replay"):
                 return found
     there = sorted(
         file.name.removesuffix(ending)
@@ -38,6 +39,15 @@ def find_source(source: str, hypothesis: str | Path) -> Path:
     )
     looked = ", ".join(str(folder) for folder in folders)
     raise NoEvidence(f"there is no {kind} {name!r}; looked in {looked}", closest(name, there))
+
+
+def _is_there(path: Path, *, folder_too: bool) -> bool:
+    """Not where it cannot be looked for: a folder that is closed to who asks, a name too long."""
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):
+        return False
+    return stat.S_ISREG(mode) or (folder_too and stat.S_ISDIR(mode))
 
 
 def _shipped(kind: str) -> list[Path]:

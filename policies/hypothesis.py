@@ -50,7 +50,10 @@ class Variant(PolicyModel):
         description="A server that runs already, in place of a policy file.",
     )
     api_key_env: str | None = Field(
-        None, pattern=VARIABLE, description="Environment variable with the key to send."
+        None,
+        pattern=VARIABLE,
+        description="Environment variable with the key to send. Default: that of a served policy's "
+        "only tenant; of a candidate that patches the baseline's policy, the baseline's.",
     )
     metrics_key_env: str | None = Field(
         None,

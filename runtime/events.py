@@ -9,11 +9,13 @@ numbers, and asks for it again.
 from __future__ import annotations
 
 import logging
+import stat
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence as Many
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import zmq
@@ -245,7 +247,18 @@ def _bind(socket: zmq.Socket[bytes], endpoint: str, rank: int) -> str:
             f"block events cannot be sent from {mine}: {error}; free it, or change "
             "runtime.kv_events in the policy"
         ) from None
-    return socket.getsockopt_string(zmq.LAST_ENDPOINT)
+    bound = socket.getsockopt_string(zmq.LAST_ENDPOINT)
+    if bound.startswith("ipc://"):
+        _let_the_group_in(Path(bound.removeprefix("ipc://")))
+    return bound
+
+
+def _let_the_group_in(path: Path) -> None:
+    """Only who may write to a socket can connect. In a folder that its group shares (setgid, as
+    /run/headgate of the images) that is the group: who judges is not the user who serves.
+    """
+    if path.is_socket() and path.parent.stat().st_mode & stat.S_ISGID:
+        path.chmod(0o660)
 
 
 def endpoint_of(endpoint: str, rank: int) -> str:

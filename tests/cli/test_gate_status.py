@@ -93,6 +93,16 @@ def test_a_program_reads_verdict_age_and_leaf(world: World) -> None:
     ]
 
 
+def test_a_hypothesis_that_cannot_be_looked_at_is_told(world: World) -> None:
+    """A folder that is closed to whoever serves, as a container's user, ended with a traceback; a
+    name that is too long fails in the same way, and for root, too."""
+    world.serve("x" * 300)
+    done = status(world)
+    assert done.returncode == 2
+    assert "optimizations[0].hypothesis  '" in done.stderr
+    assert "cannot be read: File name too long" in done.stderr
+
+
 def test_a_wrong_policy_exits_with_2(world: World) -> None:
     world.serve("gone")
     done = status(world)

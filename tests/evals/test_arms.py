@@ -12,6 +12,7 @@ from aiohttp import web
 
 from evals.arms import Arm, Starting, risen, series, started, summed
 from evals.execute import prepare
+from evals.keys import refuse_keyless
 from policies.binding import pair
 from policies.edge import Admin
 from policies.hypothesis import Hypothesis
@@ -127,6 +128,45 @@ async def test_counters_of_a_server_at_a_url_are_read_with_the_key_that_its_arm_
     file.write_text(HYPOTHESIS.replace("base.yaml}", "base.yaml, metrics_key_env: OPERATOR}"))
     with pytest.raises(PolicyError, match="its own admin key is sent"):
         load_hypothesis(file)
+
+
+@pytest.mark.parametrize(
+    ("tenants", "baseline", "refused"),
+    [
+        ("{one: {key_env: CLIENTS}}", "", ""),  # the only one: it need not be said
+        ("{one: {key_env: CLIENTS}, two: {key_env: OTHERS}}", ", api_key_env: OTHERS", ""),
+        ("{one: {key_env: CLIENTS}, two: {key_env: OTHERS}}", "", "one's key by api_key_env"),
+        ("{one: {key_env: GONE}}", "", "the environment has no GONE"),
+    ],
+)
+@on_loop
+async def test_both_arms_of_a_policy_with_tenants_are_asked_with_a_key_of_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tenants: str, baseline: str, refused: str
+) -> None:
+    """The candidate patches what the baseline serves, and had to name the key again: without it
+    every request of the run was refused, which was a verdict, `invalid`."""
+    for name in ("CLIENTS", "OTHERS"):
+        monkeypatch.setenv(name, f"hg-test-{name}-of-an-arm")
+    async with upstream() as fake:
+        (tmp_path / "base.yaml").write_text(
+            f"version: 1\ngateway: {{tenants: {tenants}}}\nupstreams: [{{url: '{fake.url}'}}]\n"
+        )
+        file = tmp_path / "h.yaml"
+        file.write_text(
+            HYPOTHESIS.replace("base.yaml}", f"base.yaml{baseline}}}")
+            + "design: {aa_control: false, sabotage_control: false}\n"
+        )
+        asked = load_hypothesis(file)
+        configured = pair(file, asked)
+        if refused:
+            with pytest.raises(PolicyError, match=refused):
+                refuse_keyless(file, asked, configured)
+            return
+        refuse_keyless(file, asked, configured)
+        async with started(Starting(asked, configured, tmp_path / "arms")) as arms:
+            assert {name: arm.broken for name, arm in arms.items()} == {
+                "baseline": "", "candidate": "",
+            }  # fmt: skip
 
 
 @on_loop

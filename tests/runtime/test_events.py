@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import os
 import struct
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -459,6 +461,23 @@ def test_each_worker_has_ports_of_its_own(tmp_path: Any) -> None:
         assert events.endpoint == f"{path}_dp2"
         store(events, block(1))
         other.listen(0)
+
+
+@pytest.mark.parametrize(("folder", "socket"), [(0o755, 0o755), (0o777, 0o755), (0o2770, 0o660)])
+def test_a_local_socket_is_open_to_the_group_that_shares_its_folder(
+    tmp_path: Path, folder: int, socket: int
+) -> None:
+    """Events name the tokens of prompts: to nobody else, and in no other folder."""
+    place = tmp_path / "s"  # a socket's path has to be short
+    place.mkdir()
+    place.chmod(folder)
+    before = os.umask(0o022)
+    try:
+        with publishing(endpoint=f"ipc://{place}/kv", replay_endpoint=f"ipc://{place}/again"):
+            modes = {one.name: one.stat().st_mode & 0o777 for one in place.iterdir()}
+    finally:
+        os.umask(before)
+    assert modes == {"kv": socket, "again": socket}
 
 
 def test_a_port_that_is_taken_is_told_with_what_to_do() -> None:
