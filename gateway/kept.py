@@ -101,7 +101,8 @@ class Kept:
                     if kept is not None and tenant in (None, kept.tenant):
                         return kept.payload()
             case {"what": "requests", "asked": asked}:
-                return await sift(self._live.edge.tracer.ring, Sieve.of(asked))
+                ring = self._live.edge.tracer.ring
+                return await sift(ring, Sieve.of(asked), ring.latest)
             case {"what": "tenants"}:
                 return self._live.edge.admission.tallies.tenants.told(now())
             case {"what": "receipts", "tenant": tenant}:

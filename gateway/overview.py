@@ -34,7 +34,7 @@ from gateway.query import query
 from gateway.replica import Replica
 from gateway.siblings import Part, Question
 from gateway.sieve import row
-from gateway.tallies import PHASES
+from gateway.tallies import PHASES, Tallies
 from gateway.trace_ring import Ring
 from gateway.variants import Variants
 
@@ -125,7 +125,7 @@ class Overview:
 
     async def _own(self) -> dict[str, Any]:
         """What this process knows, but for samples."""
-        latest = await of_late(self._live.edge.tracer.ring, self._clock())
+        latest = await self._of_late()
         live, edge = self._live, self._live.edge
         gated = live.gated
         return {
@@ -161,6 +161,10 @@ class Overview:
             "requests": [row(one) for one in islice(edge.tracer.ring, RECENT)],
             "kept_traces": edge.tracer.settings.keep,
         }
+
+    async def _of_late(self) -> Mapping[str, Late]:
+        edge = self._live.edge
+        return await of_late(edge.tracer.ring, edge.admission.tallies, self._clock())
 
     async def receipt(self, scope: Scope, _body: bytes) -> Answer:
         """All of one decision, of whatever tenant."""
@@ -212,26 +216,25 @@ class Late:
 
     ttft_s: list[float] = field(default_factory=list)
     tpot_s: list[float] = field(default_factory=list)
-    slowest: tuple[float, str] | None = None  # whose first token took longest: it has a trace
+    slowest: tuple[float, str] | None = None  # whose first token took longest, and has a trace
 
 
-async def of_late(ring: Ring, now: float) -> Mapping[str, Late]:
+async def of_late(ring: Ring, tallies: Tallies, now: float) -> Mapping[str, Late]:
     """What ended in the last minute, by tier. Streams go on meanwhile."""
+    since = now - LATE_S
     found: dict[str, Late] = {}
+    for name, tally in list(tallies.tiers.items()):
+        timed = [one for one in tally.latest if one[0] >= since]
+        found[name] = Late([s for _, s, _ in timed], [s for *_, s in timed if s is not None])
     pause = Pause()
     for at, one in enumerate(list(ring)):  # as it is now: others end between two pieces
         if at % PASSED_AT_ONCE == 0:
             await pause()
-        if one.at + one.e2e_s < now - LATE_S:
+        if one.at + one.e2e_s < since:
             break
-        if one.service is None:
-            continue
-        late = found.setdefault(one.service.tier, Late())
-        if (ttft_s := one.ttft_s) is not None:
-            late.ttft_s.append(ttft_s)
+        if one.service is not None and (ttft_s := one.ttft_s) is not None:
+            late = found.setdefault(one.service.tier, Late())
             late.slowest = max(late.slowest or (ttft_s, ""), (ttft_s, one.request_id))
-        if (tpot_s := one.tpot_s) is not None:
-            late.tpot_s.append(tpot_s)
     return found
 
 

@@ -107,8 +107,9 @@ def key_not_operators() -> Problem:
 
 def trace_not_found(name: str, kept: int, where: str) -> Problem:
     message = (
-        f"there is no trace {quote(name)}; {where} keeps its latest {kept} (tracing.keep), by "
-        "trace, request, receipt and answer id"
+        f"there is no trace {quote(name)}; {where} keeps its latest {kept}, and of those that "
+        "failed or were late some older ones (tracing.keep), by trace, request, receipt and answer "
+        "id"
     )
     return Problem(404, message, code="trace_not_found")
 

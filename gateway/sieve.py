@@ -84,8 +84,9 @@ class Sieve:
         return self.over_s < took_s <= self.under_s or took_s == self.over_s == 0
 
 
-async def sift(trails: Iterable[Trail], sieve: Sieve) -> dict[str, Any]:
-    """Of one process. `trails`: the latest first. Streams go on meanwhile."""
+async def sift(trails: Iterable[Trail], sieve: Sieve, latest: int = LOOKED_AT) -> dict[str, Any]:
+    """Of one process. `trails`: the latest first, so many; then older ones that are worth it.
+    Streams go on meanwhile."""
     looked = list(islice(trails, LOOKED_AT))
     shown: list[tuple[Trail, float | None]] = []
     choices: dict[str, set[str]] = {name: set() for name in FIELDS}
@@ -108,6 +109,7 @@ async def sift(trails: Iterable[Trail], sieve: Sieve) -> dict[str, Any]:
         "requests": [row(one) for one, _ in shown[: sieve.limit]],
         "matched": len(shown),
         "kept": len(looked),
+        "older": max(0, len(looked) - latest),
         "buckets": buckets,
         "choices": {name: sorted(found - {""})[:CHOICES] for name, found in choices.items()},
     }
@@ -122,6 +124,7 @@ def merged(several: Sequence[dict[str, Any]], sieve: Sieve) -> dict[str, Any]:
         "requests": rows[: sieve.limit],
         "matched": sum(one["matched"] for one in several),
         "kept": sum(one["kept"] for one in several),
+        "older": sum(one["older"] for one in several),
         "clock": sieve.clock,
         "buckets": [
             _joined(some) for some in zip(*(one["buckets"] for one in several), strict=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from operator import add
@@ -13,6 +14,10 @@ PHASES = (
     "upload", "recv_queue", "admit", "queue", "trim", "route",
     "network", "replica_queue", "prefill", "decode", "download", "gateway",
 )  # fmt: skip
+LATEST = 512  # requests of a tier whose times are kept, whatever other tiers get meanwhile
+
+# When a stream ended, in seconds since 1970; its first token; each further one, if it has told.
+Timed = tuple[float, float, float | None]
 
 
 @dataclass(slots=True)
@@ -28,6 +33,7 @@ class Tally:
     in_pace: int = 0  # answers whose tokens came within their target
     slow: int = 0
     _spent_s: tuple[float, ...] = (0.0,) * len(PHASES)
+    latest: deque[Timed] = field(default_factory=lambda: deque(maxlen=LATEST))
 
     def spend(self, seconds: Iterable[float]) -> None:
         """One request's, in the order of PHASES."""

@@ -1,47 +1,69 @@
 """The latest traces of one gateway process, as its console and `headgate trace` read them.
 
-Keeps trails, which cost next to nothing; spans are made of them when somebody asks.
+Keeps trails, which cost next to nothing; spans are made of them when somebody asks. What went wrong
+is looked for later than what went well, and so stays longer.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from heapq import merge
+from itertools import chain, islice
+from operator import attrgetter
 from typing import Any
 
 from gateway.fate import fate_of
 from gateway.phases import phases
 from gateway.spans import shadow_spans, spans_of
 from gateway.trail import Trail
+from policies.tracing import ALWAYS
+
+REASONS = len(ALWAYS)
 
 
 class Ring:
-    """So many at most; the oldest go first."""
+    """The latest, so many; before these, as many of those that are worth a trace (`Trail.keep`), in
+    equal shares by why: a flood of late ones leaves the one that failed. The oldest go first."""
 
     def __init__(self, most: int) -> None:
-        self._kept: deque[Trail] = deque(maxlen=most)
+        self._most = most
+        self._latest: deque[Trail] = deque(maxlen=most)
+        self._worth: dict[str, deque[Trail]] = {}
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return self.latest + sum(map(len, self._worth.values()))
+
+    @property
+    def latest(self) -> int:
+        """How many of them are the latest."""
+        return len(self._latest)
 
     def keep(self, trail: Trail) -> None:
         """One that has ended."""
-        self._kept.append(trail)
+        latest = self._latest
+        if len(latest) == self._most and self._most and (why := latest[0].keep):
+            worth = self._worth.get(why)
+            if worth is None:
+                worth = self._worth[why] = deque(maxlen=-(-self._most // REASONS))
+            worth.append(latest[0])
+        latest.append(trail)
 
     def __iter__(self) -> Iterator[Trail]:
         """The latest first, before anything is made of them."""
-        return reversed(self._kept)
+        older = map(reversed, self._worth.values())
+        return chain(reversed(self._latest), merge(*older, key=attrgetter("ended"), reverse=True))
 
     def recent(self, limit: int, *, slow: bool = False) -> list[dict[str, Any]]:
         """The latest ones first; with `slow`, those that took longest."""
-        kept: Iterator[Trail] = reversed(self._kept)
+        kept: Iterator[Trail] = iter(self)
         if slow:
             kept = iter(sorted(kept, key=lambda one: one.e2e_s, reverse=True))
-        return [told(one) for one, _ in zip(kept, range(limit), strict=False)]
+        return [told(one) for one in islice(kept, limit)]
 
     def trail(self, name: str) -> Trail | None:
         """By the id of the trace, the request, the receipt or the answer; the latest of several."""
-        return next((one for one in reversed(self._kept) if _is_named(one, name)), None)
+        return next((one for one in self if _is_named(one, name)), None)
 
 
 def _is_named(trail: Trail, name: str) -> bool:

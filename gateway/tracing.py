@@ -95,7 +95,10 @@ class Tracer:
         trail.spoke, trail.seen_tokens = reply.pulse.first_at, reply.pulse.pieces
         trail.error = error_of(error, reply.status) or _failure(trail) or _told(trail, reply)
         if trail.service is not None:
-            tallies.of(trail.service.tier).spend(spent(trail))
+            tally = tallies.of(trail.service.tier)
+            tally.spend(spent(trail))
+            if (ttft_s := trail.ttft_s) is not None:
+                tally.latest.append((trail.at + trail.e2e_s, ttft_s, trail.tpot_s))
         tallies.tenants.ended(trail)
         if not self.on:
             return

@@ -45,5 +45,6 @@ class Tracing(PolicyModel):
         ge=0,
         le=100_000,
         description="Latest traces that each process keeps in memory, sent or not, for "
-        "`/admin/traces`, the console and `headgate trace`; 0: none.",
+        "`/admin/traces`, the console and `headgate trace`, and as many older ones of those that "
+        "`always` names, in equal shares; 0: none.",
     )

@@ -106,7 +106,8 @@ export function requestsView(query) {
     spread.update(found);
     const of = found.processes.of > 1 ? `, by ${count(found.processes.asked)} of ${count(found.processes.of)} gateway processes` : "";
     const more = found.requests.length < found.matched ? `${count(found.requests.length)} of ${count(found.matched)} shown` : `${count(found.matched)} found`;
-    say(state, found.kept ? `${more}, among the latest ${count(found.kept)} that are kept${of}` : "");
+    const older = found.older ? ` and ${count(found.older)} before them that failed, were late or a candidate's` : "";
+    say(state, found.kept ? `${more}, among the latest ${count(found.kept - found.older)} that are kept${older}${of}` : "");
     list.update(found.requests, found.kept ? "None of those that are kept is like that." : noRequest(told));
   }
   return {
