@@ -1,4 +1,5 @@
-"""`GET /admin/requests` and `GET /admin/tenants`: what the console asks for while one looks there.
+"""`GET /admin/requests`, `/admin/tenants` and `/admin/receipts`: what the console and commands ask
+for while one looks there.
 
 Of all processes that can be asked. Nothing here is on a request's way; no key of a tenant and no
 text of a prompt or an answer is told.
@@ -14,6 +15,7 @@ from starlette.routing import Route
 from starlette.types import Scope
 
 from cache.store import Bucket, StoreDown
+from gateway import problems
 from gateway.admin import Answer, Guarded
 from gateway.edge import Live
 from gateway.kept import Kept
@@ -25,6 +27,7 @@ from gateway.tenants import ORDERS, together
 REQUESTS_PATH = "/admin/requests"
 ASKED = ("by", "top")  # of tenants
 TENANTS_PATH = "/admin/tenants"
+RECEIPTS_PATH = "/admin/receipts"
 TOP_USUAL, TOP_MOST = 20, 100  # tenants in one answer
 
 
@@ -34,6 +37,8 @@ def routes(live: Live, kept: Kept) -> list[Route]:
     return [
         Route(REQUESTS_PATH, Guarded(live, {"GET": lookups.requests})),
         Route(TENANTS_PATH, Guarded(live, {"GET": lookups.tenants})),
+        Route(RECEIPTS_PATH, Guarded(live, {"GET": lookups.receipts})),
+        Route(f"{RECEIPTS_PATH}/{{id:path}}", Guarded(live, {"GET": lookups.receipt})),
     ]
 
 
@@ -50,6 +55,20 @@ class Lookups:
         sieve = Sieve.of(asked)  # what is wrong is told before anybody else is asked
         found, by = await self._kept.sifted(asked)
         return 200, {**merged(found, sieve), "processes": by.payload()}
+
+    async def receipt(self, scope: Scope, _body: bytes) -> Answer:
+        """All of one decision, of whatever tenant."""
+        name = scope["path_params"]["id"]
+        found, by = await self._kept.receipt(name, None)
+        if found is None:
+            most = self._live.edge.settings.routing.receipts
+            raise problems.receipt_not_found(name, most, by.where())
+        return 200, found
+
+    async def receipts(self, _scope: Scope, _body: bytes) -> Answer:
+        """Of all tenants, the earliest first."""
+        found, by = await self._kept.receipts(None)
+        return 200, {"object": "list", "data": found, "processes": by.payload()}
 
     async def tenants(self, scope: Scope, _body: bytes) -> Answer:
         """The first of them by what they use, with what is left of their limits."""

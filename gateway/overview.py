@@ -39,7 +39,6 @@ from gateway.trace_ring import Ring
 from gateway.variants import Variants
 
 OVERVIEW_PATH = "/admin/overview"
-RECEIPT_PATH = "/admin/receipts/{id:path}"
 WHAT = "overview"
 AT_ONCE = 20  # samples
 PASSED_AT_ONCE = 25  # requests, then others may go on
@@ -52,7 +51,6 @@ def routes(live: Live, variants: Variants, history: History, kept: Kept) -> list
     overview = Overview(live, variants, history, kept)
     return [
         Route(OVERVIEW_PATH, Guarded(live, {"GET": overview.told})),
-        Route(RECEIPT_PATH, Guarded(live, {"GET": overview.receipt})),
         *lookup_routes(live, kept),
     ]
 
@@ -165,15 +163,6 @@ class Overview:
     async def _of_late(self) -> Mapping[str, Late]:
         edge = self._live.edge
         return await of_late(edge.tracer.ring, edge.admission.tallies, self._clock())
-
-    async def receipt(self, scope: Scope, _body: bytes) -> Answer:
-        """All of one decision, of whatever tenant."""
-        name = scope["path_params"]["id"]
-        found, by = await self._kept.receipt(name, None)
-        if found is None:
-            most = self._live.edge.settings.routing.receipts
-            raise problems.receipt_not_found(name, most, by.where())
-        return 200, found
 
 
 def _moment(scope: Scope) -> float:

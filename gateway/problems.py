@@ -117,7 +117,7 @@ def trace_not_found(name: str, kept: int, where: str) -> Problem:
 def receipt_not_found(name: str, kept: int, where: str) -> Problem:
     message = (
         f"there is no receipt {quote(name)}; {where} keeps its latest {kept} "
-        "(gateway.routing.receipts)"
+        "(gateway.routing.receipts), by receipt, request, trace and answer id"
     )
     return Problem(404, message, code="receipt_not_found")
 

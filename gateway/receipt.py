@@ -106,9 +106,9 @@ class Receipts:
     def get(self, name: str) -> Receipt | None:
         return self._kept.get(name)
 
-    def latest(self, tenant: str) -> list[Receipt]:
-        """All of a tenant that are kept."""
-        return [one for one in self._kept.values() if one.tenant == tenant]
+    def latest(self, tenant: str | None) -> list[Receipt]:
+        """All of a tenant that are kept; None: of all of them."""
+        return [one for one in self._kept.values() if tenant in (None, one.tenant)]
 
 
 def new_id() -> str:

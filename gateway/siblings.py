@@ -18,6 +18,8 @@ from typing import Any
 
 import orjson
 
+from gateway.pause import Pause
+
 log = logging.getLogger("headgate.gateway")
 
 # For an answer, which one that is busy gives slowly: without a further part of it, and in all.
@@ -110,6 +112,7 @@ class Siblings:
 async def _asked(path: Path, question: Question, silent_s: float) -> list[Part] | None:
     """All that one says; None for one that does not come to the end."""
     parts: list[Part] = []
+    pause = Pause()  # what lies there already is read without giving anybody the loop
     clock = asyncio.get_running_loop().time
     latest = clock() + WHOLE_S
     try:
@@ -120,6 +123,7 @@ async def _asked(path: Path, question: Question, silent_s: float) -> list[Part] 
                 while (line := await reader.readline()) != END:
                     told, size = orjson.loads(line)
                     parts.append((told, await reader.readexactly(size)))
+                    await pause()
                     patience.reschedule(min(clock() + silent_s, latest))
             finally:
                 writer.close()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from heapq import merge
+from heapq import merge, nlargest
 from itertools import chain, islice
 from operator import attrgetter
 from typing import Any
@@ -54,12 +54,11 @@ class Ring:
         older = map(reversed, self._worth.values())
         return chain(reversed(self._latest), merge(*older, key=attrgetter("ended"), reverse=True))
 
-    def recent(self, limit: int, *, slow: bool = False) -> list[dict[str, Any]]:
-        """The latest ones first; with `slow`, those that took longest."""
-        kept: Iterator[Trail] = iter(self)
+    def first(self, limit: int, *, slow: bool) -> list[Trail]:
+        """The latest ones; with `slow`, those that took longest."""
         if slow:
-            kept = iter(sorted(kept, key=lambda one: one.e2e_s, reverse=True))
-        return [told(one) for one in islice(kept, limit)]
+            return nlargest(limit, self, key=attrgetter("e2e_s"))
+        return list(islice(self, limit))
 
     def trail(self, name: str) -> Trail | None:
         """By the id of the trace, the request, the receipt or the answer; the latest of several."""

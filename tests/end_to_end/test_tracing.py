@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from gateway.tallies import PHASES
+from gateway.trace_ring import told as as_told
 from policies.retrying import Breaker, Retries
 from policies.tracing import Tracing
 from telemetry.trace import begun, new_span_id, traceparent
@@ -299,7 +300,7 @@ async def test_a_stream_that_breaks_and_goes_on_elsewhere_is_one_tree(stack: Sta
 
     async with rescued(stack, answer) as front:
         answered = await front.post(DEFAULTS[CHAT] | {"stream": True, "max_tokens": 8})
-        trace = front.live.edge.tracer.ring.recent(1)[0]
+        trace = as_told(next(iter(front.live.edge.tracer.ring)))
     assert answered.content.endswith(b"[DONE]\n\n")
     spans = await asyncio.to_thread(arrived, stack, trace["trace_id"])
     root = whole(spans)

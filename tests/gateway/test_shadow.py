@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from gateway.trace_ring import told as as_told
 from policies.tracing import Tracing
 from tests.collector import collecting, whole
 from tests.gateway.test_tracing import PARENT
@@ -60,7 +61,7 @@ def test_a_mirrored_request_is_a_span_below_the_one_root(
                 if outlives:
                     await asked
                     await until(lambda: len(tracer.ring) == 1)
-                    assert not shadows(tracer.ring.recent(1)[0]["spans"])
+                    assert not shadows(as_told(next(iter(tracer.ring)))["spans"])
                 else:
                     await until(lambda: len(new.requests) == 1 and not new.running)
                 release.set()
@@ -68,7 +69,7 @@ def test_a_mirrored_request_is_a_span_below_the_one_root(
                 await until(lambda: len(tracer.ring) == 1)
                 trail = next(iter(tracer.ring))
                 await until(lambda: trail.shadow is not None and trail.shadow.ended > 0)
-                kept: dict[str, Any] = tracer.ring.recent(1)[0]
+                kept: dict[str, Any] = as_told(next(iter(tracer.ring)))
                 told = new.requests[0].headers["traceparent"]
                 await until(lambda: len(collector.spans) == len(kept["spans"]))
         root, *below = kept["spans"]
@@ -132,7 +133,7 @@ async def test_of_a_request_that_is_sent_after_all_a_shadows_worker_is_asked_too
             await post
             (trail,) = tracer.ring
             await until(lambda: trail.shadow is not None and trail.shadow.ended > 0)
-            kept = tracer.ring.recent(1)[0]
+            kept = as_told(next(iter(tracer.ring)))
             await until(lambda: len(collector.spans) == len(kept["spans"]))
             # That of the shadow once it has all of it.
             await until(lambda: ("new", True) in asked and "old" in {name for name, _ in asked})
@@ -150,7 +151,7 @@ async def test_a_canary_that_fails_and_its_rescue_are_one_tree() -> None:
         assert answer.status_code == 200
         ring = front.live.edge.tracer.ring
         await until(lambda: len(ring) == 1)
-        root, *below = ring.recent(1)[0]["spans"]
+        root, *below = as_told(next(iter(ring)))["spans"]
         told = [one.headers["traceparent"].split("-") for one in (*new.requests, *old.requests)]
     clients = [one["span_id"] for one in below if one["kind"] == "CLIENT"]
     assert {one[1] for one in told} == {PARENT.split("-")[1]}
@@ -169,6 +170,6 @@ async def test_a_shadow_that_is_left_in_the_middle_ends_its_span() -> None:
         await until(lambda: len(ring) == 1 and len(new.requests) == 1)
         variant: Any = front.live.beside
         await variant.shadows.end()
-        (shadow,) = shadows(ring.recent(1)[0]["spans"])
+        (shadow,) = shadows(as_told(next(iter(ring)))["spans"])
     assert shadow["attributes"]["headgate.outcome"] == "left"
     assert shadow["status"] == "UNSET"

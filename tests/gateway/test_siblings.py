@@ -12,14 +12,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import orjson
 import pytest
 
 from gateway.edge import Live, build
 from gateway.replica import Replica
 from gateway.siblings import NotPrivate, Siblings
 from gateway.state import in_memory
+from policies.admin import Admin
 from policies.schema import Deployment, Gateway, Runtime, Tenant
 from policies.slo import key_hash
+from tests.gateway.scripted import ASKED, Engine
 from tests.gateway.world import HELLO, Fake, Front, listening, on_loop, until, upstream
 
 
@@ -131,6 +134,66 @@ async def test_a_tenant_reads_its_own_receipts_from_any_process_and_nobody_elses
         await get(other, f"/v1/receipts/{name}", 404, key="theirs")
         await get(other, f"/v1/receipts/{name}", 401)
         assert (await get(other, "/v1/receipts", key="theirs"))["data"] == []
+
+
+@on_loop
+async def test_a_receipt_is_found_by_every_id_that_its_request_has(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bug: a trace was, and its receipt by its own alone. By whoever may read it: its tenant,
+    and the operator, who reads those of all tenants."""
+    monkeypatch.setenv("STEER", "steering")
+    tenants = {name: Tenant(keys=(key_hash(name),)) for name in ("mine", "theirs")}
+    more: dict[str, Any] = {"tenants": tenants, "admin": Admin(key_env="STEER")}
+    async with upstream(Engine("one")) as fake, two(folder, fake, **more) as (one, other):
+        names = []
+        for tenant in tenants:
+            answer = await one.post(ASKED, headers={"authorization": f"Bearer {tenant}"})
+            names.append(answer.headers["x-headgate-receipt"])
+        await ended(one, 2)
+        name = answer.headers["x-request-id"]
+        trace = await get(one, f"/admin/traces/{name}", key="steering")
+        for known in (name, trace["trace_id"], trace["answer_id"]):
+            assert (await get(other, f"/v1/receipts/{known}", key="theirs"))["id"] == names[1]
+            assert (await get(other, f"/admin/receipts/{known}", key="steering"))["id"] == names[1]
+        await get(other, f"/v1/receipts/{name}", 404, key="mine")
+        every = await get(other, "/admin/receipts", key="steering")
+        assert [one["id"] for one in every["data"]] == names
+        await get(other, "/admin/receipts", 401, key="mine")
+
+
+@on_loop
+async def test_others_go_on_while_all_receipts_are_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bug: of 2,048 receipts with 16 replicas each no stream went on for two seconds. They are
+    told a few at a time, and say what each alone says."""
+    async with upstream() as fake, two(folder, fake) as (one, other):
+        receipts = one.live.edge.routing.receipts
+        answer = await one.post(HELLO)
+        first = receipts.get(answer.headers["x-headgate-receipt"])
+        assert first is not None
+        for at in range(300):
+            receipts.keep(replace(first, id=f"rcpt_{at}", at=first.at + 1 + at))
+        turns, waiting = 0, True
+        monkeypatch.setattr("gateway.pause.PIECE_S", 0.0)
+
+        async def others() -> None:
+            nonlocal turns
+            while waiting:
+                turns += 1
+                await asyncio.sleep(0)
+
+        task = asyncio.create_task(others())
+        own, asked = [await get(front, "/v1/receipts") for front in (one, other)]
+        waiting = False
+        await task
+        assert turns > 2 * 301  # between two receipts, of each answer
+        assert own["data"] == asked["data"]
+        same = receipts.get("rcpt_6")
+        assert same is not None
+        assert own["data"][7] == orjson.loads(orjson.dumps(same.payload()))
+        assert len(own["data"]) == 301
 
 
 @on_loop

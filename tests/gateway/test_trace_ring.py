@@ -44,7 +44,8 @@ def test_the_latest_stay_and_before_them_what_is_worth_it_in_equal_shares(
     assert list(ring) == kept
     assert len(ring) == len(kept)
     assert ring.latest == min(most, len(every))
-    assert [one["request_id"] for one in ring.recent(5)] == [one.request_id for one in kept[:5]]
+    assert ring.first(5, slow=False) == kept[:5]
+    assert ring.first(5, slow=True) == sorted(kept, key=lambda one: one.e2e_s, reverse=True)[:5]
 
 
 def test_one_that_failed_outlives_a_flood_of_late_ones() -> None:

@@ -18,6 +18,7 @@ from gateway.account import Account
 from gateway.meters import Meters
 from gateway.phases import PHASES, phases
 from gateway.tallies import Tallies, Tally
+from gateway.trace_ring import told as as_told
 from policies.tracing import Tracing
 from telemetry.trace import begun, joined, traceparent
 from tests.gateway.world import (
@@ -190,7 +191,7 @@ async def test_a_client_that_leaves_is_no_error_and_a_replica_that_fails_is_one(
         writer.transport.abort()
         ring = front.live.edge.tracer.ring
         await until(lambda: len(ring) == 2)
-        left = ring.recent(1)[0]
+        left = as_told(next(iter(ring)))
     clients = named(retried, "chat m")
     assert [one["attributes"]["headgate.outcome"] for one in clients] == ["500", "200"]
     assert [one["status"] for one in clients] == ["ERROR", "UNSET"]
