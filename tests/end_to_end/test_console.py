@@ -260,6 +260,8 @@ async def test_at_no_width_a_table_scrolls_sideways_and_pictures_are_as_wide_as_
         await asyncio.gather(*(it.ask(at) for at in range(20)))
         assert await it.ask(model="nobody-serves-it") == 404
         await it.ask(0, "batch", **{"x-request-id": CRUEL})
+        # Who asked, and for what, stands below the id: it gives way, not how the request ended.
+        assert await it.ask(model="a-model-with-a-rather-long-name-that-nobody-serves") == 404
         await page.open(it.url)
         await it.sees(".rollout .badge", "shadow")
         await page.until("document.querySelectorAll('.latest tbody a').length === 8")
