@@ -292,7 +292,7 @@ def ready(plan: Plan, took_s: float, health: Mapping[str, Health]) -> list[str]:
         f"  {plan.url}/v1",
         f"  {plan.url}/console",
         "",
-        *curl(plan.url, plan.served_name),
+        *curl(plan.url, plan.served_name, keys=bool(plan.deployment.gateway.tenants)),
         "",
         "or talk to it: headgate chat"
         + ("" if plan.port == 8080 else f" --url {plan.url}")
@@ -300,16 +300,18 @@ def ready(plan: Plan, took_s: float, health: Mapping[str, Health]) -> list[str]:
     ]
 
 
-def curl(url: str, model: str) -> list[str]:
-    """A streaming request that the pocket model can answer, ready to paste."""
+def curl(url: str, model: str, *, keys: bool) -> list[str]:
+    """A streaming request that the pocket model can answer, ready to paste. `keys`: with a
+    tenant's, from where `headgate chat` has it."""
     facts = (
         "Facts:\\nOrder JR-9265 status: Packed.\\nOrder JR-9265 parcel: 4659-1394.\\n"
         "Order JR-9265 total: 713 euros.\\n\\n"
         "Which parcel does order JR-9265 have?"
     )
     quoted = json.dumps(model).replace("'", "'\\''")  # inside the shell's single quotes
+    key = ' -H "Authorization: Bearer $HEADGATE_API_KEY"' if keys else ""
     return [
-        f"curl -N {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{{",
+        f"curl -N {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{{",
         f'  "model": {quoted}, "temperature": 0, "stream": true, "messages": [',
         '    {"role": "system", "content": "Answer from the facts. Be exact and brief."},',
         f'    {{"role": "user", "content": "{facts}"}}]}}\'',

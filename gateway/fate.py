@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from telemetry.genai import LEAVES
 
 if TYPE_CHECKING:
-    from gateway.trail import Trail
+    from gateway.trail import Hop, Trail
 
 Fate = Literal["ok", "late", "failed", "shed", "limited", "refused", "cancelled"]
 FATES: tuple[Fate, ...] = ("ok", "late", "failed", "shed", "limited", "refused", "cancelled")
@@ -18,6 +18,22 @@ MISSED: tuple[Fate, ...] = ("late", "failed", "shed")  # what a promise was made
 JUDGED: tuple[Fate, ...] = ("ok", *MISSED)
 SHED = ("overloaded", "deadline_exceeded")  # codes of the queue's refusals
 LIMITED = ("rate_limit_exceeded", "insufficient_quota")  # of a tenant's limits
+
+# How one request to one replica went: it answered; it refused what was asked (4xx); it failed, in
+# the middle of an answer, too; it was left for another one since it was late; whoever asked left.
+Tried = Literal["ok", "refused", "failed", "late", "left"]
+
+
+def tried_of(hop: Hop) -> Tried | None:
+    """Of one that has ended; None for what never came there: its connection had been closed."""
+    outcome = hop.outcome
+    if hop.broke:
+        return "failed"
+    if outcome.isdigit():
+        return "ok" if outcome < "400" else "refused" if outcome < "500" else "failed"
+    if outcome == "stale":
+        return None
+    return "late" if outcome == "late" else "left" if outcome == "left" else "failed"
 
 
 def fate_of(trail: Trail) -> Fate:

@@ -246,6 +246,7 @@ def _replicas(edge: Edge) -> Iterator[dict[str, Any]]:
             "elsewhere": one.elsewhere.running,
             "waiting_tokens": one.waiting_tokens,
             "ttft_s": one.ttft_s,
+            "tried": dict(edge.admission.tallies.tried.get(one.url, {})),  # by how it went
             "load": {name: one.facts.get(name) for name in ("running", "waiting", "blocks")},
             "rates": {
                 "prefill_tokens_per_s": 1 / known.pace.s_per_token,

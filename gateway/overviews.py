@@ -121,6 +121,7 @@ def _replica(found: Sequence[One]) -> dict[str, Any]:
         "elsewhere": max(0, own["in_flight"] + own["elsewhere"] - in_flight),
         "waiting_tokens": sum(one["waiting_tokens"] for one in found),
         "ttft_s": _mean(one["ttft_s"] for one in found),
+        "tried": total(one["tried"] for one in found),
         "rates": {
             "prefill_tokens_per_s": _mean(one["prefill_tokens_per_s"] for one in rates),
             "s_per_answer": _mean(one["s_per_answer"] for one in rates),

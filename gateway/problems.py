@@ -125,7 +125,7 @@ def receipt_not_found(name: str, kept: int, where: str) -> Problem:
 def unknown_path(path: str) -> Problem:
     message = (
         f"nothing is served at {quote(path)}; there are /v1/chat/completions, /v1/completions, "
-        "/v1/models and /health"
+        "/v1/models, /health, /metrics and /console"
     )
     return Problem(404, message, code="unknown_url")
 

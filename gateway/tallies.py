@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from operator import add
 
+from gateway.fate import tried_of
 from gateway.tenants import Tenants
+from gateway.trail import Hop
 
 # Where the time of requests goes (gateway/phases.py), in the order in which they pass.
 PHASES = (
     "upload", "recv_queue", "admit", "queue", "trim", "route",
     "network", "replica_queue", "prefill", "decode", "download", "gateway",
 )  # fmt: skip
+REPLICAS_MAX = 256  # that come and go where they are discovered
 LATEST = 512  # requests of a tier whose times are kept, whatever other tiers get meanwhile
 
 # When a stream ended, in seconds since 1970; its first token; each further one, if it has told.
@@ -50,9 +53,23 @@ class Tallies:
 
     tiers: dict[str, Tally] = field(default_factory=dict)
     tenants: Tenants = field(default_factory=Tenants)
+    tried: dict[str, Counter[str]] = field(default_factory=dict)  # by replica: how attempts went
 
     def of(self, tier: str) -> Tally:
         found = self.tiers.get(tier)
         if found is None:
             found = self.tiers[tier] = Tally()
         return found
+
+    def attempted(self, hops: Iterable[Hop]) -> None:
+        """What one request asked of replicas, those counted in whose answer nobody got; the longest
+        known replicas are forgotten."""
+        for hop in hops:
+            if (how := tried_of(hop)) is None:
+                continue
+            counts = self.tried.get(hop.replica.url)
+            if counts is None:
+                counts = self.tried[hop.replica.url] = Counter()
+                if len(self.tried) > REPLICAS_MAX:
+                    self.tried.pop(next(iter(self.tried)))
+            counts[how] += 1

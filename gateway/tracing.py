@@ -100,6 +100,7 @@ class Tracer:
             if (ttft_s := trail.ttft_s) is not None:
                 tally.latest.append((trail.at + trail.e2e_s, ttft_s, trail.tpot_s))
         tallies.tenants.ended(trail)
+        tallies.attempted(trail.hops)
         if not self.on:
             return
         trail.close()

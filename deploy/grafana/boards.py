@@ -264,6 +264,14 @@ CACHE = Dashboard(
                 "reqps",
             ),
             Panel(
+                "Attempts that were no answer",
+                "Requests that an engine failed, refused or was late with, whoever answered then.",
+                [Query(rate("headgate_gateway_replica_attempts_total", "replica, outcome",
+                            _REPLICA + ', outcome=~"failed|refused|late"'),
+                       "{{replica}} {{outcome}}")],
+                "reqps",
+            ),
+            Panel(
                 "Response cache", "Answers that were given again.",
                 [Query(rate("headgate_gateway_response_cache_hits_total"), "given again"),
                  Query(rate("headgate_gateway_response_cache_misses_total"), "looked for in vain")],

@@ -64,4 +64,5 @@ export function fingerprint(root) {
 // Of a share that was promised: below 95 % it warns, below 80 % it alarms.
 export const toneOf = (kept) => (!known(kept) ? null : kept >= 0.95 ? "ok" : kept >= 0.8 ? "warn" : "bad");
 
-export const share = (part, whole) => (whole > 0 ? part / whole : null);
+// Of what nobody told there is no share, which is not a share of 0.
+export const share = (part, whole) => (known(part) && whole > 0 ? part / whole : null);

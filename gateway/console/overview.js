@@ -167,20 +167,20 @@ function replicas() {
   const made = panel("replicas", "Replicas");
   const grid = table("Replicas with load, cache and rates", [
     ["Replica", "name"], ["State", ""], ["In flight", "num"], ["Busy", "bar"], ["Cache in use", "bar"],
-    ["Prefill tok/s", "num"], ["First token", "num"], ["Foreseen", "num spare"], ["Serves", "names spare"],
+    ["Prefill tok/s", "num"], ["First token", "num"], ["Failed", "num"], ["Foreseen", "num spare"], ["Serves", "names spare"],
   ]);
   let all = false;
   const more = h("button", { type: "button", class: "more", on: { click: () => { all = !all; update(last); } } });
   made.node.append(h("div", { class: "scroll" }, grid.node), more);
   const rows = keyed(grid.body, (one) => one.url, (one) => {
-    const [where, kind, flight, prefill, ttft, error, serves] = Array.from({ length: 7 }, () => h("span"));
+    const [where, kind, flight, prefill, ttft, failed, error, serves] = Array.from({ length: 8 }, () => h("span"));
     const state = badge();
     const [busy, cache] = [meter(`${one.url} busy`), meter(`${one.url} cache in use`)];
     const [busySaid, cacheSaid] = [h("b"), h("b")];
     put(kind, "class", "sub");
     const node = grid.row(
       h("span", {}, where, kind), state.node, flight, h("span", { class: "attained" }, busySaid, busy.node),
-      h("span", { class: "attained" }, cacheSaid, cache.node), prefill, ttft, error, serves,
+      h("span", { class: "attained" }, cacheSaid, cache.node), prefill, ttft, failed, error, serves,
     );
     return {
       node,
@@ -202,6 +202,10 @@ function replicas() {
         cache.update(used, pinned > 0.9 ? "warn" : null, used === null ? "not known" : percent(used, 0));
         say(prefill, rates ? count(rates.prefill_tokens_per_s) : NONE);
         say(ttft, seconds(replica.ttft_s));
+        const tried = Object.values(replica.tried).reduce((all, one) => all + one, 0);
+        const bad = replica.tried.failed ?? 0;
+        say(failed, tried ? `${count(bad)} of ${count(tried)}` : NONE);
+        put(failed, "data-tone", share(bad, tried) > 0.01 ? "warn" : null);
         say(error, rates ? `${times(rates.error_factor)}${rates.trusted ? "" : " not trusted"}` : NONE);
         put(error, "data-tone", rates && !rates.trusted ? "warn" : null);
         say(serves, replica.models.join(", ") || NONE);
@@ -213,7 +217,7 @@ function replicas() {
   function update(told) {
     last = told;
     const ready = told.replicas.filter((one) => one.state === "ready").length;
-    const what = `${count(ready)} of ${count(told.replicas.length)} ready; first token: running mean; foreseen: by which factor predictions are off`;
+    const what = `${count(ready)} of ${count(told.replicas.length)} ready; first token: running mean; failed: of what was sent there, since the start; foreseen: by which factor predictions are off`;
     say(made.note, told.replicas.length ? what : "No replica is known");
     // Those that want a look stand first.
     const some = told.replicas.toSorted((one, other) => (one.state === "ready") - (other.state === "ready"));

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from gateway.metrics.family import PREFIX, Family, Reading, Values
@@ -29,12 +29,17 @@ def _learned(read: Callable[[Any], float]) -> Callable[[Reading], Values]:
     return _replicas(one)
 
 
-def _by_replica(r: Reading) -> Values:
-    return {
-        (url, outcome): count
-        for url, outcomes in r.edge.meters.replicas.items()
-        for outcome, count in outcomes.items()
-    }
+def _counted(read: Callable[[Reading], Mapping[str, Mapping[str, int]]]) -> Callable[..., Values]:
+    """What is counted by replica and outcome."""
+
+    def values(r: Reading) -> Values:
+        return {
+            (url, outcome): count
+            for url, outcomes in read(r).items()
+            for outcome, count in outcomes.items()
+        }
+
+    return values
 
 
 GAUGES = (
@@ -86,7 +91,13 @@ COUNTERS = (
     Family(
         PREFIX + "replica_requests",
         "Answers of a replica by how they ended.",
-        _by_replica,
+        _counted(lambda r: r.edge.meters.replicas),
+        ("replica", "outcome"),
+    ),
+    Family(
+        PREFIX + "replica_attempts",
+        "Requests that were sent to a replica, also those that another one answered then.",
+        _counted(lambda r: r.edge.admission.tallies.tried),
         ("replica", "outcome"),
     ),
 )

@@ -227,10 +227,11 @@ def test_what_runs_where_and_what_to_paste_are_printed(tmp_path: Path) -> None:
 
 
 def test_the_curl_line_is_one_shell_command_with_a_json_body() -> None:
-    """Whatever the model is called."""
-    for name in ("pocket", 'it\'s "mine"'):
-        words = shlex.split("\n".join(curl("http://127.0.0.1:8080", name)))
+    """Whatever the model is called; where there are keys, with one."""
+    for name, keys in (("pocket", False), ('it\'s "mine"', True)):
+        words = shlex.split("\n".join(curl("http://127.0.0.1:8080", name, keys=keys)))
         assert words[:3] == ["curl", "-N", "http://127.0.0.1:8080/v1/chat/completions"]
+        assert ("Authorization: Bearer $HEADGATE_API_KEY" in words) == keys
         body = __import__("json").loads(words[-1])
         assert body["model"] == name
         assert body["stream"] is True

@@ -8,12 +8,15 @@ import platform
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
 from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
 from gateway.exposition import Format
+from gateway.fate import tried_of
 from gateway.meters import MODELS_MAX, OTHER, Meters
 from gateway.metrics import COUNTERS, GAUGES, HISTOGRAMS, OF_ANSWERS, TOLD, Reading
 from gateway.scrape import told
@@ -76,6 +79,54 @@ async def test_requests_are_counted_by_tier() -> None:
         assert found["headgate_gateway_first_token_in_time_total interactive"] == 1
         assert found["headgate_gateway_requests_running batch"] == 0
         assert found["headgate_gateway_replicas_ready"] == 1
+
+
+@on_loop
+async def test_a_replica_that_fails_is_told_of_though_others_answer_for_it() -> None:
+    """The bug: what another one made good was in no metric, nor in the console."""
+
+    async def breaks(peer: Peer) -> None:
+        await peer.json({"error": {"message": "out of memory"}}, status=500)
+
+    async def refuses(peer: Peer) -> None:
+        await peer.json({"error": {"message": "too long"}}, status=400)
+
+    async with (
+        upstream() as good,
+        upstream(breaks) as bad,
+        gateway(good, bad, routing={"policy": "round_robin"}, retries={"budget_share": 1}) as edge,
+    ):
+        for _ in range(6):
+            assert (await edge.post(HELLO)).status_code == 200
+        good.answer = refuses
+        bad.health = 503
+        await until(lambda: not edge.pool.replicas[1].healthy)
+        assert (await edge.post(HELLO)).status_code == 400
+        await until(lambda: len(edge.live.edge.tracer.ring) == 7)
+        found = await scraped(edge)
+        tried = "headgate_gateway_replica_attempts_total"
+        assert found[f"{tried} ok {good.url}"] == 6
+        assert found[f"{tried} failed {bad.url}"] == len(bad.requests) > 0
+        assert found[f"{tried} refused {good.url}"] == 1
+        assert f"headgate_gateway_replica_requests_total error {bad.url}" not in found
+        told = (await edge.client.get("/admin/overview")).json()["replicas"]
+        assert [one["tried"] for one in told] == [
+            {"ok": 6, "refused": 1}, {"failed": len(bad.requests)},
+        ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("outcome", "broke", "how"),
+    [
+        ("200", False, "ok"), ("200", True, "failed"), ("404", False, "refused"),
+        ("429", False, "refused"), ("500", False, "failed"), ("unreachable", False, "failed"),
+        ("timeout", False, "failed"), ("failed", False, "failed"), ("late", False, "late"),
+        ("left", False, "left"), ("stale", False, None),
+    ],
+)  # fmt: skip
+def test_how_an_attempt_went(outcome: str, broke: bool, how: str | None) -> None:
+    hop: Any = SimpleNamespace(outcome=outcome, broke=broke)
+    assert tried_of(hop) == how
 
 
 @on_loop
