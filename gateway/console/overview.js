@@ -167,7 +167,7 @@ function replicas() {
   const made = panel("replicas", "Replicas");
   const grid = table("Replicas with load, cache and rates", [
     ["Replica", "name"], ["State", ""], ["In flight", "num"], ["Busy", "bar"], ["Cache in use", "bar"],
-    ["Prefill tok/s", "num"], ["First token", "num"], ["Failed", "num"], ["Foreseen", "num spare"], ["Serves", "names spare"],
+    ["Prefill tok/s", "num"], ["First token", "num"], ["Failed", "num spare tight"], ["Foreseen", "num spare"], ["Serves", "names spare"],
   ]);
   let all = false;
   const more = h("button", { type: "button", class: "more", on: { click: () => { all = !all; update(last); } } });
