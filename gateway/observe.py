@@ -20,6 +20,7 @@ from starlette.types import Send
 from gateway.call import CHAT_PATH
 from gateway.edge import Asked, Edge
 from gateway.journal import Journal
+from gateway.onlooker import Onlooker
 from gateway.reply import Outgoing
 from runtime.wire import KEEP_ALIVE, Problem
 from telemetry import Observation, Outcome
@@ -68,12 +69,11 @@ def looped(end: str) -> bool:
     return any(end[period:] == end[:-period] for period in range(1, PERIOD_CHARS + 1))
 
 
-class Watch:
+class Watch(Onlooker):
     """Sits on the ways out of one answer, and reads what goes by."""
 
     def __init__(self, send: Send, outgoing: Outgoing | None) -> None:
-        self._send = send
-        self._outgoing = outgoing
+        super().__init__(send, outgoing)
         self.when_relayed: Callable[[], None] = lambda: None
         self.relayed = False  # something of the answer itself has gone to the client
         self.status = 0
@@ -100,31 +100,17 @@ class Watch:
             self._note_relayed()
             if b"event-stream" not in self.headers.get(b"content-type", b""):
                 self._whole += body[: WHOLE_MAX_BYTES - len(self._whole)]
-        await self._send(message)
-
-    @property
-    def asked(self) -> bool:
-        assert self._outgoing is not None
-        return self._outgoing.asked
+        await super().__call__(message)
 
     def stream(self, chunk: bytes) -> bool:
         if not self.relayed:
             self._note_relayed()
-        assert self._outgoing is not None
-        in_time = self._outgoing.stream(chunk)
+        in_time = super().stream(chunk)
         now = time.monotonic()
         for _, payload, _ in self._journal.take(chunk):
             if payload is not None:
                 self._read(payload, now)
         return in_time
-
-    def when_writable(self, go_on: Callable[[], None]) -> None:
-        assert self._outgoing is not None
-        self._outgoing.when_writable(go_on)
-
-    def when_gone(self, leave: Callable[[], None] | None) -> bool:
-        assert self._outgoing is not None
-        return self._outgoing.when_gone(leave)
 
     def _note_relayed(self) -> None:
         self.relayed = True

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from io import BytesIO
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from starlette.types import Message, Send
+from starlette.types import Send
 
 from gateway.phases import SERVER_TIMING, server_timing
 from gateway.pulse import Pulse
@@ -104,10 +104,6 @@ class Reply:
         self.streaming = False
         self.terminated = False
         self.complete = False
-
-    def copied(self, most_bytes: int) -> Copy:
-        """From now on a copy is kept of what is sent, as long as it is at most so large."""
-        return self.through(lambda send, outgoing: Copy(send, outgoing, most_bytes))
 
     # ---- what an answer was ---------------------------------------------------------------------
 
@@ -265,73 +261,3 @@ class Reply:
     async def _finish(self, body: bytes) -> None:
         self.complete = True
         await self._send({"type": "http.response.body", "body": body, "more_body": False})
-
-
-class Copy:
-    """Sits on the ways out and keeps a copy of an answer, until it is too large to be worth it."""
-
-    def __init__(self, send: Send, outgoing: Outgoing | None, most_bytes: int) -> None:
-        self._send = send
-        self._outgoing = outgoing
-        self._most_bytes = most_bytes
-        self._status = 0
-        self._headers: Headers = []
-        self._pieces: list[bytes] | None = []
-        self._size_bytes = 0
-        self._complete = False
-
-    async def __call__(self, message: MutableMapping[str, Any]) -> None:
-        self._note(message)
-        await self._send(message)
-
-    @property
-    def asked(self) -> bool:
-        assert self._outgoing is not None
-        return self._outgoing.asked
-
-    def stream(self, chunk: bytes) -> bool:
-        self._add(chunk)
-        assert self._outgoing is not None
-        return self._outgoing.stream(chunk)
-
-    def when_writable(self, go_on: Callable[[], None]) -> None:
-        assert self._outgoing is not None
-        self._outgoing.when_writable(go_on)
-
-    def when_gone(self, leave: Callable[[], None] | None) -> bool:
-        assert self._outgoing is not None
-        return self._outgoing.when_gone(leave)
-
-    def _note(self, message: Message) -> None:
-        if message["type"] == "http.response.start":
-            self._status = message["status"]
-            self._headers = message["headers"]
-            return
-        self._add(message.get("body", b""))
-        self._complete = not message.get("more_body", False)
-
-    def _add(self, piece: bytes) -> None:
-        self._size_bytes += len(piece)
-        if self._size_bytes > self._most_bytes:
-            self._pieces = None
-        if self._pieces is not None:
-            self._pieces.append(piece)
-
-    def whole(self) -> bytes | None:
-        """The body of a complete 200; None for anything else, and for what was too large."""
-        if not self._complete or self._status != 200 or self._pieces is None:
-            return None
-        return b"".join(self._pieces)
-
-    @property
-    def headers(self) -> Headers:
-        return self._headers
-
-    @property
-    def status(self) -> int:
-        """0 while nothing has been sent."""
-        return self._status
-
-    def so_far(self) -> bytes | None:
-        """What was sent of the body, whole or not; None for what was too large."""
-        return None if self._pieces is None else b"".join(self._pieces)

@@ -17,7 +17,8 @@ from hashlib import blake2b
 import orjson
 
 from gateway.call import Call
-from gateway.reply import Copy, Headers, Reply
+from gateway.onlooker import Copy
+from gateway.reply import Headers, Reply
 from policies.trimming import ResponseCache
 from runtime.wire import parse_object
 
@@ -144,7 +145,8 @@ class Recall:
         is asked before an answer is given, and may raise Problem; its headers go with it."""
         entry = self._answers.get(self._key, self._now)
         if entry is None:
-            self._copy = reply.copied(int(self._answers.settings.max_bytes * ENTRY_SHARE))
+            most_bytes = int(self._answers.settings.max_bytes * ENTRY_SHARE)
+            self._copy = reply.through(lambda send, outgoing: Copy(send, outgoing, most_bytes))
             return False
         reply.more += await count()
         await reply.whole(200, [*entry.headers, HIT], entry.body)
