@@ -9,22 +9,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
-from hashlib import blake2b
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
 import orjson
 
-from cache.blocks import BLOCK_BYTES, chain_bytes, id_bytes, root_hash
+from cache.blocks import chain_bytes, id_bytes, root_hash
 from cache.conversation import chat_ids, offered, turn_of
 from cache.pieces import cut
 from gateway.call import CHAT_PATH, Call
+from gateway.links import Encode, Link, Memory, extend, keys_of
 
 if TYPE_CHECKING:
     from cache.tokens import Tokenizer
@@ -41,7 +40,6 @@ EXACT_BYTES_MAX = 2**20
 HUGE_CHARS = 2**17
 STEMS_MAX, STEM_CHARS = 1024, 512
 KEPT_CHARS = 256  # a last piece that is shorter is not worth keeping
-_LINK_BYTES, _HASH_BYTES = 400, 72  # what they take in memory, by sys.getsizeof
 
 
 @dataclass(slots=True)
@@ -66,19 +64,6 @@ def root(model: str, adapter: str | None, salt: str | None) -> bytes:
     """What the first block's hash stands on, here and for what replicas tell of their caches. The
     gateway knows models by their names, and a LoRA adapter by the name that clients send."""
     return root_hash(model=model, adapter=adapter, salt=salt)
-
-
-@dataclass(slots=True)
-class Link:
-    """A prompt's beginning up to the end of one piece."""
-
-    size_bytes: int  # from the prompt's beginning on
-    hashes: tuple[bytes, ...]  # of the blocks that end in this piece
-    parent: bytes  # the last block's hash, of this piece or before
-    rest: bytes  # behind that block
-
-
-Encode = Callable[[bytes], bytes]
 
 
 class Prompts:
@@ -223,7 +208,7 @@ class Prompts:
         if len(pieces) == 1 and len(pieces[0]) < KEPT_CHARS:  # quicker read than looked up
             (link,) = extend(Link(0, (), stem, b""), pieces, encode)
             return Prompt(link.size_bytes // TOKEN_BYTES, link.hashes, exact)
-        keys = _keys(stem + kind, pieces)
+        keys = keys_of(stem + kind, pieces)
         known = self._memory.follow(keys)
         last = known[-1] if known else Link(0, (), stem, b"")
         new = pieces[len(known) :]
@@ -260,64 +245,6 @@ class Prompts:
             self._tokenizers[folder] = None
         finally:
             del self._loading[folder]
-
-
-class Memory:
-    """Links by their keys, as many as there is room for; the longest unused ones go first."""
-
-    def __init__(self, limit_bytes: int) -> None:
-        self.size_bytes = 0
-        self._limit_bytes = limit_bytes
-        self._links: OrderedDict[bytes, Link] = OrderedDict()
-
-    def follow(self, keys: Sequence[bytes]) -> list[Link]:
-        """The links of the first keys, as far as all are known."""
-        found = []
-        for key in keys:
-            link = self._links.get(key)
-            if link is None:
-                break
-            found.append(link)
-        return found
-
-    def keep(self, keys: Sequence[bytes], links: Sequence[Link]) -> None:
-        """A prompt's links, known ones too; its end will go before its beginning."""
-        for at in reversed(range(len(keys))):
-            if keys[at] in self._links:
-                self._links.move_to_end(keys[at])
-            else:
-                self._links[keys[at]] = links[at]
-                self.size_bytes += _size_bytes(links[at])
-        while self.size_bytes > self._limit_bytes:
-            _, link = self._links.popitem(last=False)
-            self.size_bytes -= _size_bytes(link)
-
-
-def _size_bytes(link: Link) -> int:
-    return _LINK_BYTES + _HASH_BYTES * len(link.hashes)
-
-
-def _keys(stem: bytes, pieces: Iterable[bytes]) -> list[bytes]:
-    """One key a piece, each over all that came before: a prompt's beginning, by its text."""
-    key, keys = stem, []
-    for piece in pieces:
-        key = blake2b(key + piece, digest_size=16).digest()
-        keys.append(key)
-    return keys
-
-
-def extend(last: Link, pieces: Iterable[bytes], encode: Encode) -> list[Link]:
-    """The links of further pieces behind one; in any thread."""
-    links = []
-    for piece in pieces:
-        added = encode(piece)
-        data = last.rest + added
-        hashes = chain_bytes(last.parent, data)
-        rest = data[len(hashes) * BLOCK_BYTES :]
-        parent = hashes[-1] if hashes else last.parent
-        last = Link(last.size_bytes + len(added), tuple(hashes), parent, rest)
-        links.append(last)
-    return links
 
 
 def _prompt_of(stem: bytes, ids: Sequence[int]) -> Prompt:

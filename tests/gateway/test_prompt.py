@@ -14,7 +14,8 @@ from hypothesis import given, settings, strategies as st
 from cache.blocks import BLOCK_TOKENS, chain_hashes
 from cache.tokens import Tokenizer
 from gateway.call import CHAT_PATH, COMPLETIONS_PATH, Call, parse_call
-from gateway.prompt import EXACT_BYTES_MAX, Link, Memory, Prompt, Prompts, extend, root
+from gateway.links import Link, Memory, extend
+from gateway.prompt import EXACT_BYTES_MAX, Prompt, Prompts, root
 from runtime.orders import chat_prompt, completion_prompts
 from runtime.wire import parse_chat, parse_completion
 
