@@ -16,6 +16,7 @@ from gateway import problems
 from gateway.fate import FATES, MISSED, fate_of
 from gateway.pause import Pause
 from gateway.query import number, one_of, refuse_unknown
+from gateway.trace_ring import brief
 from gateway.trail import Trail
 
 USUAL, MOST = 50, 200  # lines in one answer
@@ -138,27 +139,15 @@ def merged(several: Sequence[dict[str, Any]], sieve: Sieve) -> dict[str, Any]:
 
 def row(one: Trail) -> dict[str, Any]:
     """One line of a list."""
-    receipt, usage = one.receipt, one.usage
+    receipt = one.receipt
     return {
+        **brief(one),
         "id": one.request_id,
         "receipt": receipt.id if receipt else None,
         "at": one.at,
-        "tenant": one.tenant,
-        "model": one.model,
-        "tier": one.service.tier if one.service else "",
-        "arm": one.arm,
         "replica": one.hops[-1].replica.url if one.hops else None,
         "attempts": len(one.hops),
-        "status": one.status,
-        "error": one.error,
-        "outcome": fate_of(one),
-        "prompt_tokens": usage.prompt_tokens if usage else None,
-        "cached_tokens": usage.cached_tokens if usage else None,
-        "answer_tokens": usage.answer_tokens if usage else None,
         "foreseen_ttft_s": receipt.foreseen_ttft_s if receipt else None,
-        "ttft_s": one.ttft_s,
-        "e2e_s": one.e2e_s,
-        "keep": one.keep,
     }
 
 

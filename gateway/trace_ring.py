@@ -71,29 +71,36 @@ def _is_named(trail: Trail, name: str) -> bool:
     return bool(name) and (name in known or name == trail.answer_id)
 
 
-def told(trail: Trail) -> dict[str, Any]:
-    """As JSON."""
+def brief(trail: Trail) -> dict[str, Any]:
+    """What lists say of it, too."""
     service, usage = trail.service, trail.usage
     return {
-        "trace_id": trail.trace_id,
-        "request_id": trail.request_id,
-        "answer_id": trail.answer_id,
-        "receipt": trail.receipt.id if trail.receipt else "",
-        "tier": service.tier if service else "",
+        "tenant": trail.tenant,
         "model": trail.model,
-        "replica": trail.hops[-1].replica.url if trail.hops else "",
+        "tier": service.tier if service else "",
         "arm": trail.arm,
         "status": trail.status,
         "error": trail.error,
-        "started_at": trail.at,
-        "e2e_s": trail.e2e_s,
-        "tenant": trail.tenant,
         "outcome": fate_of(trail),
         "prompt_tokens": usage.prompt_tokens if usage else None,
         "cached_tokens": usage.cached_tokens if usage else None,
         "answer_tokens": usage.answer_tokens if usage else None,
         "ttft_s": trail.ttft_s,
+        "e2e_s": trail.e2e_s,
         "keep": trail.keep,
+    }
+
+
+def told(trail: Trail) -> dict[str, Any]:
+    """As JSON."""
+    return {
+        **brief(trail),
+        "trace_id": trail.trace_id,
+        "request_id": trail.request_id,
+        "answer_id": trail.answer_id,
+        "receipt": trail.receipt.id if trail.receipt else "",
+        "replica": trail.hops[-1].replica.url if trail.hops else "",
+        "started_at": trail.at,
         "phases": phases(trail),
         "spans": [span.payload() for span in (*spans_of(trail), *shadow_spans(trail))],
     }
