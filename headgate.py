@@ -31,6 +31,10 @@ _LAZY: dict[str, tuple[str, str]] = {
         "evals.commands.rollout:rollout",
         "Bring a candidate that has passed to live traffic, step by step.",
     ),
+    "requests": (
+        "command.requests:requests",
+        "Requests that a gateway keeps, sifted, a line each.",
+    ),
     "replicas": (
         "command.replicas:replicas",
         "Take a replica out of traffic by hand, and back.",
@@ -64,6 +68,7 @@ def main() -> None:
     headgate doctor    if something is wrong
     headgate explain   why a request went where it went
     headgate trace     where a request's time went
+    headgate requests  which came, and how they ended
     headgate gate      whether an optimization may go live
     headgate menu      what optimizations bring and take, on your workload
     headgate rollout   how it goes live, and back
@@ -197,9 +202,10 @@ def doctor(policy: Path | None, deep: bool, as_json: bool) -> None:
 def explain(receipt: str, url: str | None, policy: Path | None, as_json: bool) -> None:
     """Decide again what a receipt says was decided, and show why.
 
-    RECEIPT is the id of an answer's header x-headgate-receipt, `all` for every receipt that the
-    gateway still keeps, or a file with what GET /v1/receipts/ID or GET /v1/receipts answered.
-    HEADGATE_API_KEY is sent along where the gateway has tenants.
+    RECEIPT is the id of an answer's header x-headgate-receipt, another id of the request or its
+    answer, `all` for every receipt that the gateway still keeps, or a file with what GET
+    /v1/receipts/ID or GET /v1/receipts answered. Where the gateway has keys, HEADGATE_ADMIN_KEY
+    reads those of all tenants, HEADGATE_API_KEY those of its own.
 
     \b
     Examples:
@@ -225,8 +231,9 @@ def trace(name: str, url: str | None, as_json: bool) -> None:
     """Draw a request's spans through gateway and worker as bars in time.
 
     ID is that of the trace, of the request (x-request-id), of the receipt (x-headgate-receipt) or
-    of the answer; `latest` and `slow` list the requests that the gateway keeps.
-    HEADGATE_ADMIN_KEY is sent along where the gateway has an admin's key.
+    of the answer; `latest` and `slow` list requests that the gateway keeps, `headgate requests`
+    sifts them. HEADGATE_ADMIN_KEY is sent along where the gateway has an admin's key,
+    HEADGATE_API_KEY where that is not set.
 
     \b
     Examples:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import click
 
-from command.answers import KEY_VARIABLE, AnswerError, WrongUsage
-from command.asking import Refused, asked
+from command.answers import AnswerError, WrongUsage, key_of
+from command.asking import ADMIN, CLIENT, Refused, asked
 from command.chat import base_url
 from command.screen import plain
 
@@ -33,7 +33,8 @@ def explain(receipt: str, url: str | None, policy: Path | None, *, as_json: bool
     if as_json:
         command.append("--json")
     root = str(Path(__file__).resolve().parent.parent)
-    return subprocess.run(command, input=told, cwd=root, check=False).returncode
+    code = subprocess.run(command, input=told, cwd=root, check=False).returncode
+    return code if code >= 0 else 128 - code  # its reader had seen enough, as shells tell it
 
 
 def _read(receipt: str, url: str | None) -> bytes:
@@ -46,4 +47,11 @@ def _read(receipt: str, url: str | None) -> bytes:
             raise WrongUsage(f"{receipt}  is no receipt, and no JSON: {error}") from None
         return told
     path = "" if receipt == "all" else f"/{urllib.parse.quote(receipt, safe='')}"
-    return asked(f"{base_url(url)}/v1/receipts{path}", KEY_VARIABLE)
+    base = base_url(url)
+    if key_of(ADMIN):  # of all tenants
+        try:
+            return asked(f"{base}/admin/receipts{path}", ADMIN)
+        except Refused as refused:  # that gateway has another operator, or none; we may be a client
+            if refused.status not in (401, 403) or not key_of(CLIENT):
+                raise
+    return asked(f"{base}/v1/receipts{path}", CLIENT)

@@ -11,11 +11,10 @@ from typing import Any
 import click
 
 from command.answers import AnswerError, WrongUsage
-from command.asking import Refused, asked
+from command.asking import ADMIN, CLIENT, Refused, asked
 from command.chat import base_url
 from command.screen import columns, plain
 
-ADMIN_VARIABLE = "HEADGATE_ADMIN_KEY"
 HEARD_S = 1.0  # until other gateways have heard of a change, and this one of what they have
 POLL_S = 0.5
 
@@ -30,7 +29,8 @@ def replicas() -> None:
     a store with it; what runs there goes on to its end. That lasts until it is resumed, as long as
     one gateway process or the store remembers it: a single process without a store forgets it when
     it is started again. `drain: true` in the policy is for what is to last.
-    HEADGATE_ADMIN_KEY is sent along where the gateway has an admin's key.
+    HEADGATE_ADMIN_KEY is sent along where the gateway has an admin's key, HEADGATE_API_KEY where
+    that is not set.
 
     \b
     Examples:
@@ -145,7 +145,7 @@ def ask(url: str | None, path: str, body: Told | None) -> dict[str, Any]:
     answer."""
     where = f"{base_url(url)}/admin/replicas{path}"
     try:
-        told = json.loads(asked(where, ADMIN_VARIABLE, body))
+        told = json.loads(asked(where, ADMIN, CLIENT, body=body))
     except (ValueError, RecursionError):
         told = None
     if not isinstance(told, dict) or not isinstance(told.get("replicas"), list):

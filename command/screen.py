@@ -6,9 +6,11 @@ import errno
 import os
 import shutil
 import sys
+import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import TextIO
 
+NAME_MAX = 46  # columns for a name
 _GONE = (errno.EPIPE, errno.EIO)  # a reader that left, a terminal that was closed
 
 
@@ -17,13 +19,40 @@ def columns(rows: Iterable[Sequence[str]], indent: str = "  ") -> list[str]:
     table = [tuple(row) for row in rows]
     count = max((len(row) for row in table), default=0)
     widths = [
-        max((len(row[at]) for row in table if at < len(row)), default=0) for at in range(count)
+        max((wide(row[at]) for row in table if at < len(row)), default=0) for at in range(count)
     ]
     return [
-        indent
-        + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip()
+        indent + "  ".join(map(padded, row, widths)).rstrip()  # the shorter one ends it
         for row in table
     ]
+
+
+def wide(text: str) -> int:
+    """How many columns of a terminal it takes: letters of East Asia and pictures take two."""
+    if text.isascii():
+        return len(text)
+    return sum(
+        2 if unicodedata.east_asian_width(one) in "WF" else 0 if unicodedata.combining(one) else 1
+        for one in text
+    )
+
+
+def padded(text: str, width: int) -> str:
+    return text + " " * (width - wide(text))
+
+
+def cut(name: str, most: int = NAME_MAX) -> str:
+    """Names may be as long as whoever asked made them."""
+    if wide(name) <= most:
+        return name
+    while wide(name) >= most:
+        name = name[: max(0, most - 1)] if len(name) > most else name[:-1]
+    return name + "…"
+
+
+def ms(seconds: float) -> str:
+    """As people read it."""
+    return f"{1000 * seconds:,.2f} ms" if seconds < 10 else f"{seconds:,.1f} s"
 
 
 def plain(line: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import urllib.parse
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,25 +10,23 @@ from typing import Any
 
 import click
 
-from command.answers import KEY_VARIABLE, AnswerError, WrongUsage
-from command.asking import Refused, asked
+from command.answers import AnswerError, WrongUsage
+from command.asking import ADMIN, CLIENT, Refused, asked, has, numbered
 from command.chat import base_url
-from command.replicas import ADMIN_VARIABLE
-from command.screen import columns, plain
+from command.requests import MAYBE_NUMBER, listed, status_of
+from command.screen import columns, cut, ms, padded, plain, wide
 
 PARTS = " ▏▎▍▌▋▊▉█"  # eighths of a cell
-TEXT_MAX = 46  # columns for names
 BAR_MIN = 16
 MARK = "·"  # an event inside a span
-LISTED = 20
+LISTS = {"latest": {"limit": "20"}, "slow": {"limit": "20", "order": "slowest", "clock": "whole"}}
 PHASE = "headgate.phase."
-FAR = 1e15  # seconds; no clock tells more
 # What is drawn of a request, of its spans and of their events; anything may answer at a URL.
 _NUMBER = (int, float)
 _Types = Mapping[str, type | tuple[type, ...]]
 _REQUEST: _Types = {
     "request_id": str, "tier": str, "model": str, "status": int, "error": str, "arm": str,
-    "keep": str, "e2e_s": _NUMBER, "ttft_s": (int, float, type(None)),
+    "keep": str, "e2e_s": _NUMBER, "ttft_s": MAYBE_NUMBER,
 }  # fmt: skip
 _SPAN: _Types = {
     "span_id": str, "parent_id": str, "name": str, "status": str, "events": list,
@@ -39,7 +36,8 @@ _SPAN: _Types = {
 
 def trace(name: str, url: str | None, *, as_json: bool) -> int:
     """The exit code. `latest` and `slow` list what is kept."""
-    listing = name in ("latest", "slow")
+    if name in LISTS:
+        return listed(url, LISTS[name], as_json=as_json)
     try:
         told = read(name, url)
     except (Refused, AnswerError) as error:
@@ -49,61 +47,29 @@ def trace(name: str, url: str | None, *, as_json: bool) -> int:
         click.echo(json.dumps(told, indent=2))
     else:
         width = shutil.get_terminal_size((100, 40)).columns
-        lines = rows(told["traces"]) if listing else drawn(told, width)
-        click.echo("\n".join(map(plain, lines)))
-    if listing and (missing := unasked(told)):
-        click.echo(missing, err=True)
+        click.echo("\n".join(map(plain, drawn(told, width))))
     return 0
-
-
-def unasked(told: Mapping[str, Any]) -> str:
-    """Which processes a list is of, where it is not of all."""
-    processes = told.get("processes") or {"asked": 1, "of": 1}
-    asked, of = processes["asked"], processes["of"]
-    if asked >= of:
-        return ""
-    return f"of {asked} of {of} gateway processes; --url asks another at its own address"
 
 
 def read(name: str, url: str | None) -> dict[str, Any]:
     """What the gateway tells. Raises Refused, and AnswerError for what no gateway of ours would
     answer."""
-    if listing := name in ("latest", "slow"):
-        path = f"?limit={LISTED}" + ("&slow=1" if name == "slow" else "")
-    else:
-        path = "/" + urllib.parse.quote(name, safe="")
-    where = f"{base_url(url)}/admin/traces{path}"
-    # A gateway without an operator's key may still have tenants, or a key of either name be set.
-    operator = os.environ.get(ADMIN_VARIABLE, "").strip() or not os.environ.get(KEY_VARIABLE)
-    try:
-        text = asked(where, ADMIN_VARIABLE if operator else KEY_VARIABLE)
-        told = json.loads(text, parse_float=_real, parse_constant=_real, parse_int=_whole)
-    except (ValueError, RecursionError):
-        told = None
-    if not (is_list(told) if listing else is_trace(told)):
+    where = f"{base_url(url)}/admin/traces/{urllib.parse.quote(name, safe='')}"
+    told = numbered(asked(where, ADMIN, CLIENT))
+    if not is_trace(told):
         raise AnswerError(
-            f"{where} did not answer with traces: no gateway of Headgate, or one of another "
+            f"{where} did not answer with a trace: no gateway of Headgate, or one of another "
             "version, is there; give its address with --url"
         )
     return dict(told)
 
 
-def is_list(told: object) -> bool:
-    """Whether it is what `/admin/traces` tells, as far as it is shown."""
-    return (
-        isinstance(told, dict)
-        and isinstance(told.get("traces"), list)
-        and all(_has(one, _REQUEST) for one in told["traces"])
-        and ("processes" not in told or _has(told["processes"], {"asked": int, "of": int}))
-    )
-
-
 def is_trace(told: object) -> bool:
     """Whether it is one trace with its spans, of which each has an id and one has no parent."""
-    if not (_has(told, {**_REQUEST, "trace_id": str, "spans": list}) and isinstance(told, dict)):
+    if not (has(told, {**_REQUEST, "trace_id": str, "spans": list}) and isinstance(told, dict)):
         return False
     spans = told["spans"]
-    if not all(_has(one, _SPAN) and _numbers(one) for one in spans):
+    if not all(has(one, _SPAN) and _numbers(one) for one in spans):
         return False
     ids = {one["span_id"] for one in spans}
     return all(one["span_id"] for one in spans) and any(
@@ -113,52 +79,11 @@ def is_trace(told: object) -> bool:
 
 def _numbers(span: Mapping[str, Any]) -> bool:
     """Whether its events have a time and its phases seconds."""
-    return all(_has(event, {"at_s": _NUMBER}) for event in span["events"]) and all(
+    return all(has(event, {"at_s": _NUMBER}) for event in span["events"]) and all(
         isinstance(value, _NUMBER)
         for name, value in span["attributes"].items()
         if name.startswith(PHASE)
     )
-
-
-def _real(text: str) -> float:
-    """A number that can be drawn. Raises ValueError."""
-    if not abs(value := float(text)) < FAR:
-        raise ValueError(f"{text} is no time")
-    return value
-
-
-def _whole(text: str) -> int:
-    return int(text) if _real(text) else 0
-
-
-def _has(told: Any, fields: _Types) -> bool:
-    """An object with these fields, each of its type."""
-    return isinstance(told, dict) and all(
-        isinstance(told.get(name, ...), kind) for name, kind in fields.items()
-    )
-
-
-def rows(traces: Sequence[Mapping[str, Any]]) -> list[str]:
-    """One line a request."""
-    table = [("request", "tier", "model", "status", "first token", "whole", "")]
-    for one in traces:
-        first = "" if one["ttft_s"] is None else ms(one["ttft_s"])
-        status = _status(one)
-        about = " ".join(filter(None, (one["arm"], one["keep"])))
-        names = (cut(one["request_id"]), cut(one["tier"]), cut(one["model"]), cut(status))
-        table.append((*names, first, ms(one["e2e_s"]), about))
-    return columns(table)
-
-
-def _status(told: Mapping[str, Any]) -> str:
-    """With what went wrong, where that has a name of its own."""
-    status, error = str(told["status"]), told["error"]
-    return status if error in ("", status) else f"{status} {error}"
-
-
-def cut(name: str) -> str:
-    """Names may be as long as whoever asked made them."""
-    return name if len(name) <= TEXT_MAX else name[: TEXT_MAX - 1] + "…"
 
 
 def drawn(told: Mapping[str, Any], width: int) -> list[str]:
@@ -167,22 +92,43 @@ def drawn(told: Mapping[str, Any], width: int) -> list[str]:
     began = min(span["start_s"] for span in spans)
     whole_s = max(span["end_s"] for span in spans) - began
     tree = list(in_order(spans))
-    names = [f"{'  ' * depth}{span['name']}"[:TEXT_MAX] for depth, span in tree]
-    text = max(map(len, names))
+    names = [cut(f"{'  ' * depth}{span['name']}") for depth, span in tree]
+    text = max(map(wide, names))
     bar = max(BAR_MIN, width - text - 13)
-    status = _status(told)
+    status = status_of(told)
     lines = [
         f"{told['request_id']}  {told['tier']}  {told['model']}  {status}  {ms(told['e2e_s'])}",
         f"trace {told['trace_id']}",
+        *about(told),
         "",
     ]
     for text_of, (_, span) in zip(names, tree, strict=True):
         drawing = bar_of(span, began, whole_s, bar)
         failed = " !" if span["status"] == "ERROR" else ""
         took = ms(span["end_s"] - span["start_s"])
-        lines.append(f"{text_of.ljust(text)} {drawing} {took:>10}{failed}".rstrip())
+        lines.append(f"{padded(text_of, text)} {drawing} {took:>10}{failed}".rstrip())
     lines += ["", *phases(tree[0][1]["attributes"])]
     return lines
+
+
+def about(told: Mapping[str, Any]) -> list[str]:
+    """Who asked, who answered, and how many tokens; nothing that is not told."""
+    facts = [
+        f"tenant {cut(tenant)}" if isinstance(tenant := told.get("tenant"), str) and tenant else "",
+        cut(replica) if isinstance(replica := told.get("replica"), str) else "",
+        cut(told["arm"]),
+        f"kept: {cut(told['keep'])}" if told["keep"] else "",
+    ]
+    first_s, prompt, answer = told["ttft_s"], told.get("prompt_tokens"), told.get("answer_tokens")
+    cached, further_s = told.get("cached_tokens"), told.get("tpot_s")
+    tokens = [
+        f"first token {ms(first_s)}" if first_s is not None else "",
+        f"each further {ms(further_s)}" if isinstance(further_s, _NUMBER) else "",
+        f"{prompt:,} prompt tokens" if isinstance(prompt, int) else "",
+        f"{cached:,} of them cached" if isinstance(cached, int) else "",
+        f"{answer:,} answered" if isinstance(answer, int) else "",
+    ]
+    return [line for one in (facts, tokens) if (line := ", ".join(filter(None, one)))]
 
 
 def in_order(spans: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, Mapping[str, Any]]]:
@@ -230,8 +176,3 @@ def phases(attributes: Mapping[str, Any]) -> list[str]:
         for name, value in found.items()
         if value >= 5e-7
     )
-
-
-def ms(seconds: float) -> str:
-    """As people read it."""
-    return f"{1000 * seconds:,.2f} ms" if seconds < 10 else f"{seconds:,.1f} s"

@@ -6,6 +6,7 @@ Run by `headgate explain`. Needs no gateway: a receipt holds all that its decisi
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -232,4 +233,5 @@ def _told(facts: Mapping[str, Any]) -> list[str]:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a reader that has seen enough is no error
     sys.exit(main())

@@ -101,6 +101,7 @@ def told(trail: Trail) -> dict[str, Any]:
         "receipt": trail.receipt.id if trail.receipt else "",
         "replica": trail.hops[-1].replica.url if trail.hops else "",
         "started_at": trail.at,
+        "tpot_s": trail.tpot_s,
         "phases": phases(trail),
         "spans": [span.payload() for span in (*spans_of(trail), *shadow_spans(trail))],
     }

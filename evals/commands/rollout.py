@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 _FILE = click.Path(path_type=Path)
 _FOLDER = click.Path(path_type=Path, file_okay=False)
 _URL = "http://127.0.0.1:8080"
+_KEYS = ("HEADGATE_ADMIN_KEY", "HEADGATE_API_KEY")  # the first that is set is sent
 EXITS: Mapping[str, int] = {"promoted": 0, "rolled back": 1, "refused": 2, "stopped": 3}
 
 
@@ -51,7 +52,7 @@ def rollout(
     Needs a live pass in the ledger for exactly this baseline, candidate and hypothesis. The
     candidate's share is leased from here: whatever happens to this command, seconds later the
     baseline serves everything. Started again, it goes on where it was. HEADGATE_ADMIN_KEY is sent
-    along where the gateway has an admin's key.
+    along where the gateway has an admin's key, HEADGATE_API_KEY where that is not set.
 
     \b
     Examples:
@@ -114,7 +115,8 @@ async def _run(
             click.echo(f"the candidate does not serve: {error}", err=True)
             return "refused"
         plan = _plan(case, progress.id, servers, now.evidence)
-        gateway = Steered(url, os.environ.get("HEADGATE_ADMIN_KEY"))
+        keys = (os.environ.get(name, "").strip() for name in _KEYS)
+        gateway = Steered(url, next(filter(None, keys), None))
         await stack.enter_async_context(gateway)
         monitor = Monitor(watched, wanted.stats.alpha)
         run = Rollout(

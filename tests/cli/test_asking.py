@@ -50,6 +50,21 @@ def test_a_key_that_no_header_takes_is_named_and_not_shown(monkeypatch: pytest.M
         assert "secr" not in done.stderr
 
 
+def test_a_gateway_whose_operators_have_the_one_key_takes_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    heard: list[tuple[str, str | None]] = []
+    monkeypatch.delenv(KEY, raising=False)
+    monkeypatch.setenv("HEADGATE_API_KEY", "hg-one")
+    with answering(TOLD, heard=heard) as url:
+        assert run("list", "--url", url).exit_code == 0
+        monkeypatch.setenv(KEY, " ")
+        assert run("list", "--url", url).exit_code == 0
+        monkeypatch.setenv(KEY, "hg-operator")
+        assert run("list", "--url", url).exit_code == 0
+    assert [key for _, key in heard] == ["Bearer hg-one"] * 2 + ["Bearer hg-operator"]
+
+
 def test_a_wait_that_is_no_number_is_refused_before_anything_is_drained() -> None:
     for wrong in ("nan", "inf", "-1"):
         done = run("drain", REPLICA["url"], "--wait", wrong, "--url", "http://127.0.0.1:1")
