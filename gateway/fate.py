@@ -22,6 +22,7 @@ LIMITED = ("rate_limit_exceeded", "insufficient_quota")  # of a tenant's limits
 # How one request to one replica went: it answered; it refused what was asked (4xx); it failed, in
 # the middle of an answer, too; it was left for another one since it was late; whoever asked left.
 Tried = Literal["ok", "refused", "failed", "late", "left"]
+TRIED: tuple[Tried, ...] = ("ok", "refused", "failed", "late", "left")
 
 
 def tried_of(hop: Hop) -> Tried | None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from operator import add
 
-from gateway.fate import tried_of
+from gateway.fate import TRIED, tried_of
 from gateway.tenants import Tenants
 from gateway.trail import Hop
 
@@ -69,7 +69,8 @@ class Tallies:
                 continue
             counts = self.tried.get(hop.replica.url)
             if counts is None:
-                counts = self.tried[hop.replica.url] = Counter()
+                # All of them from the first on: a rate sees no first failure that begins a series.
+                counts = self.tried[hop.replica.url] = Counter(dict.fromkeys(TRIED, 0))
                 if len(self.tried) > REPLICAS_MAX:
                     self.tried.pop(next(iter(self.tried)))
             counts[how] += 1

@@ -393,7 +393,8 @@ def scraped(stack: Stack) -> Series:
         page = stack.client.get(f"{stack.url(name)}/metrics", headers={"authorization": key})
         for family in text_string_to_metric_families(page.text):
             for one in family.samples:
-                labels = one.labels | {"instance": name, "job": name[:-2]}
+                # A gateway of several processes says `process` itself, a board asks for both.
+                labels = {"process": ""} | one.labels | {"instance": name, "job": name[:-2]}
                 seen.setdefault(one.name, []).append((labels, one.value))
     return seen
 

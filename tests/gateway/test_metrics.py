@@ -16,7 +16,7 @@ from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
 from gateway.exposition import Format
-from gateway.fate import tried_of
+from gateway.fate import TRIED, tried_of
 from gateway.meters import MODELS_MAX, OTHER, Meters
 from gateway.metrics import COUNTERS, GAUGES, HISTOGRAMS, OF_ANSWERS, TOLD, Reading
 from gateway.scrape import told
@@ -110,9 +110,11 @@ async def test_a_replica_that_fails_is_told_of_though_others_answer_for_it() -> 
         assert found[f"{tried} refused {good.url}"] == 1
         assert f"headgate_gateway_replica_requests_total error {bad.url}" not in found
         told = (await edge.client.get("/admin/overview")).json()["replicas"]
+        none = dict.fromkeys(TRIED, 0)
         assert [one["tried"] for one in told] == [
-            {"ok": 6, "refused": 1}, {"failed": len(bad.requests)},
+            none | {"ok": 6, "refused": 1}, none | {"failed": len(bad.requests)},
         ]  # fmt: skip
+        assert found[f"{tried} failed {good.url}"] == 0  # from the first on: rates see the next
 
 
 @pytest.mark.parametrize(
