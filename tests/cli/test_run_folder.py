@@ -9,6 +9,8 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing.queues import Queue
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import pytest
@@ -108,18 +110,22 @@ def test_what_is_not_a_dead_runs_own_folder_is_left_alone(tmp_path: Path, tempor
     assert {one.name for one in precious.iterdir()} == {LOCK, "kept"}
 
 
-def _begin(barrier: object) -> bool:
-    barrier.wait()  # type: ignore[attr-defined]  # a Barrier of the context
+def _begin(together: Barrier, alone: Queue[bool]) -> None:
+    together.wait()
     for _ in range(50):
         with own_folder() as folder:
-            if not (folder / LOCK).exists():
-                return False
-    return True
+            alone.put((folder / LOCK).exists())
 
 
 def test_runs_that_begin_together_take_nothing_of_each_other(temporary: Path) -> None:
     """Between making the folder and holding the lock another one looks for what is abandoned."""
     context = multiprocessing.get_context("spawn")
-    with context.Manager() as manager, context.Pool(3) as pool:
-        assert all(pool.map(_begin, [manager.Barrier(3)] * 3))
+    together, alone = context.Barrier(3), context.Queue()
+    runs = [context.Process(target=_begin, args=(together, alone)) for _ in range(3)]
+    for one in runs:
+        one.start()
+    assert all(alone.get(timeout=120) for _ in range(3 * 50))
+    for one in runs:
+        one.join()
+    assert [one.exitcode for one in runs] == [0, 0, 0]
     assert not list(temporary.glob("headgate-*"))
