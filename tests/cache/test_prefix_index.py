@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import example, given, settings, strategies as st
 
 from cache import prefix_index
 from cache.blocks import chain_hashes, root_hash
@@ -39,6 +39,8 @@ class Plain:
 
     def send(self, hashes: list[bytes], now: float) -> None:
         self.expire(now)
+        if not hashes:  # it takes no room, and nothing is given up for it
+            return
         hashes = hashes[: self.capacity]
         rest = [entry for entry in self.sent if entry[0] not in hashes]
         self.sent = rest + [(block, now) for block in reversed(hashes)]
@@ -145,6 +147,7 @@ def act(index: PrefixIndex, plain: dict[int, Plain], now: float, what: tuple[Any
 
 
 @settings(max_examples=300, deadline=None)
+@example([("sent", 0, FIRST[:2]), ("size", 0, 1), ("sent", 0, [])])
 @given(st.lists(acts, max_size=60))
 def test_the_index_answers_as_plain_sets_do(history: list[tuple[Any, ...]]) -> None:
     """Whatever was sent, told, removed and forgotten, in any order: the same depths, modes and
