@@ -10,7 +10,10 @@ import urllib.request
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from command.answers import KEY_VARIABLE, AnswerError, key_of
+import click
+
+from command.answers import KEY_VARIABLE, AnswerError, WrongUsage, key_of
+from command.screen import plain
 
 ADMIN, CLIENT = "HEADGATE_ADMIN_KEY", KEY_VARIABLE  # whose key each holds
 TIMEOUT_S = 30.0
@@ -54,6 +57,12 @@ def asked(where: str, *variables: str, body: Any = None) -> bytes:
             f"nothing answers at {where} ({getattr(error, 'reason', error)}); start one by "
             "`headgate serve`, or give a gateway's address with --url"
         ) from None
+
+
+def complain(error: Exception) -> int:
+    """Says why nothing came of a command; its exit code: 2 for what asking again would not mend."""
+    click.echo(plain(str(error)), err=True)
+    return 2 if isinstance(error, Refused | WrongUsage) else 1
 
 
 def numbered(text: bytes) -> Any:

@@ -8,24 +8,17 @@ import sys
 import urllib.parse
 from pathlib import Path
 
-import click
-
 from command.answers import AnswerError, WrongUsage, key_of
-from command.asking import ADMIN, CLIENT, Refused, asked
+from command.asking import ADMIN, CLIENT, Refused, asked, complain
 from command.chat import base_url
-from command.screen import plain
 
 
 def explain(receipt: str, url: str | None, policy: Path | None, *, as_json: bool) -> int:
     """The exit code."""
     try:
         told = _read(receipt, url)
-    except (Refused, WrongUsage) as error:
-        click.echo(plain(str(error)), err=True)
-        return 2
-    except (AnswerError, OSError) as error:  # the latter of a file
-        click.echo(plain(str(error)), err=True)
-        return 1
+    except (Refused, AnswerError, OSError) as error:  # the last of a file
+        return complain(error)
     # Deciding is the gateway's: this only starts it, with our packages wherever it starts.
     command = [sys.executable, "-m", "gateway.explain"]
     if policy is not None:

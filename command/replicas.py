@@ -10,8 +10,8 @@ from typing import Any
 
 import click
 
-from command.answers import AnswerError, WrongUsage
-from command.asking import ADMIN, CLIENT, Refused, asked
+from command.answers import AnswerError
+from command.asking import ADMIN, CLIENT, Refused, asked, complain
 from command.chat import base_url
 from command.screen import columns, plain
 
@@ -93,8 +93,7 @@ def _tell(url: str | None, path: str, body: Told | None, *, as_json: bool = Fals
     try:
         told = ask(url, path, body)
     except (Refused, AnswerError) as error:
-        click.echo(plain(str(error)), err=True)
-        return 2 if isinstance(error, Refused | WrongUsage) else 1
+        return complain(error)
     if as_json:
         click.echo(json.dumps(told, indent=2))
         return 0

@@ -10,8 +10,8 @@ from typing import Any
 
 import click
 
-from command.answers import AnswerError, WrongUsage
-from command.asking import ADMIN, CLIENT, Refused, asked, has, numbered
+from command.answers import AnswerError
+from command.asking import ADMIN, CLIENT, Refused, asked, complain, has, numbered
 from command.chat import base_url
 from command.screen import columns, cut, ms, plain
 
@@ -85,8 +85,7 @@ def listed(url: str | None, sieve: Mapping[str, str], *, as_json: bool) -> int:
     try:
         told = read(url, sieve)
     except (Refused, AnswerError) as error:
-        click.echo(plain(str(error)), err=True)
-        return 2 if isinstance(error, Refused | WrongUsage) else 1
+        return complain(error)
     if as_json:
         click.echo(json.dumps(told, indent=2))
         return 0
